@@ -1,0 +1,3448 @@
+/* gemma3.c - Google's Gemma 3, forward pass and all, in one C file for the CPU.
+ *
+ * What this is: a reference to read, to port and to check other engines against. It computes the
+ * same bits on every machine (the numeric contract, README.md) and it is fast.
+ * What this is not: a framework. There is one architecture, one forward pass and no dependency but
+ * libc and threads.
+ *
+ * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
+ *
+ *     x = embedding[id] * sqrt(d_model)
+ *     for each layer l:
+ *         h = rms(x) * attn_norm
+ *         q, k, v = Wq h, Wk h, Wv h             n_heads queries, n_kv_heads keys and values
+ *         q, k = rms(q) * q_norm, rms(k) * k_norm      each head for itself
+ *         q, k = rope(q), rope(k)                turn pairs (j, j + head_dim/2) by pos * theta^(-2j/D)
+ *         a = softmax(q . k / sqrt(head_dim)) v  over the past: all of it in every 6th layer (global),
+ *                                                the last `window` tokens in the others (local)
+ *         x = x + rms(Wo a) * post_attention_norm
+ *         h = rms(x) * ffn_norm
+ *         f = Wdown (gelu(Wgate h) * Wup h)
+ *         x = x + rms(f) * post_ffw_norm
+ *     logits = embedding . (rms(x) * output_norm)
+ *
+ * where rms(x) = x / sqrt(mean(x^2) + eps). Source: Gemma 3 Technical Report (arXiv 2503.19786),
+ * and transformers' modeling_gemma3.py, with which exact mode agrees to float32 rounding.
+ *
+ * Names. One vocabulary everywhere:
+ *     ours            paper / transformers           GGUF
+ *     d_model         hidden_size                    gemma3.embedding_length
+ *     d_ff            intermediate_size              gemma3.feed_forward_length
+ *     attn_norm       input_layernorm                blk.N.attn_norm.weight
+ *     attn_q, _k, _v  self_attn.{q,k,v}_proj         blk.N.attn_{q,k,v}.weight
+ *     attn_q_norm     self_attn.q_norm               blk.N.attn_q_norm.weight
+ *     attn_output     self_attn.o_proj               blk.N.attn_output.weight
+ *     post_attention_norm  post_attention_layernorm  blk.N.post_attention_norm.weight
+ *     ffn_norm        pre_feedforward_layernorm      blk.N.ffn_norm.weight
+ *     ffn_gate, _up, _down  mlp.{gate,up,down}_proj  blk.N.ffn_{gate,up,down}.weight
+ *     post_ffw_norm   post_feedforward_layernorm     blk.N.post_ffw_norm.weight
+ *     output_norm     model.norm                     output_norm.weight
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call.
+ *
+ * Contents
+ *      1  Arithmetic that is the same everywhere
+ *      2  Number formats
+ *      3  Activations
+ *      4  Dot products: the definition
+ *      5  Dot products: AVX2, AVX-512, NEON
+ *      6  Element-wise pieces: norm, rope, gelu, softmax
+ *      7  The model and the state
+ *      8  Matrix times vectors
+ *      9  Attention and the KV cache
+ *     10  The forward pass
+ *     11  Reading GGUF
+ *     12  Opening a model
+ *     13  Sizes and states
+ *     14  Scores, sampling, SHA-256
+ *     15  Threads and files of the host
+ *     16  The command line
+ */
+
+/* The contract forbids the compiler to fuse a*b+c on its own (it may fuse where we write fma). gcc
+ * and clang each listen to one of these; open() tests that one of them was heard. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+#if defined(__FAST_MATH__)
+#error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
+#endif
+
+#if !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
+#endif
+#if !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE 1       /* madvise */
+#endif
+#include "gemma3.h"
+
+#include <float.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
+#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#endif
+
+#if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
+#include <immintrin.h>
+#define HAVE_X86 1
+#elif defined(__aarch64__) && !defined(__AARCH64EB__)
+#include <arm_neon.h>
+#define HAVE_NEON 1
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__GNUC__) && !defined(__clang__)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL _Pragma("clang loop unroll(full)")
+#endif
+
+/* ==== 1. Arithmetic that is the same everywhere =================================================
+ *
+ * IEEE 754 rounds + - * / and sqrt correctly on every machine. A fused multiply-add is the other
+ * operation we build on; exp, sin, cos, pow and log are made of these, because every C library
+ * rounds its own a little differently. */
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+INLINE float float_of(uint32_t u)
+{
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+/* a*b+c rounded once, without the instruction: the product of two floats is exact in double; the
+ * sum is rounded to odd (a double whose last bit says "there was more"), so that rounding it again,
+ * to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums"). */
+static float soft_fmaf(float a, float b, float c)
+{
+    double product = (double)a * b, sum = product + c;
+    double c_part = sum - product, error = (product - (sum - c_part)) + (c - c_part);
+    uint64_t u;
+    memcpy(&u, &sum, 8);
+    if (error != 0 && (u & 1) == 0 && sum - sum == 0) { /* inexact, even and finite */
+        u += (error > 0) == (sum > 0) ? 1 : (uint64_t)-1;
+        memcpy(&sum, &u, 8);
+    }
+    return (float)sum;
+}
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__riscv_f) || defined(__s390x__) || \
+    defined(__powerpc64__)
+enum { HARD_FMA = 1 };
+#else
+enum { HARD_FMA = 0 };
+#endif
+
+/* hard is a constant wherever this is called: 1 only where the instruction exists. */
+INLINE float fma_of(int hard, float a, float b, float c)
+{
+    return hard ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
+}
+
+INLINE float sqrt_of(float x)
+{
+    return __builtin_sqrtf(x);
+}
+
+/* Round half to even for |x| < 2^22: in this range a float's last bit is 1 once 1.5 * 2^23 is added,
+ * so the addition itself rounds; the integer stands in the low bits. */
+#define ROUNDER 12582912.0f
+INLINE int32_t round_to_int(float x)
+{
+    return (int32_t)(bits_of(x + ROUNDER) - bits_of(ROUNDER));
+}
+
+/* exp of a float, at most 0.92 ulp wrong: x = n ln2 + r, |r| <= ln2 / 2; Taylor's polynomial of
+ * degree 7 in r; then n goes into the exponent. */
+INLINE float exp_of(int hard, float x)
+{
+    float shifted = fma_of(hard, x, 0x1.715476p+0f, ROUNDER); /* 1/ln2 */
+    float n = shifted - ROUNDER;
+    float r = fma_of(hard, n, -0x1.62e430p-1f, x);            /* ln2, leading part */
+    r = fma_of(hard, n, 0x1.05c610p-29f, r);                  /* and the rest */
+    float e = 1.0f / 5040;
+    e = fma_of(hard, e, r, 1.0f / 720);
+    e = fma_of(hard, e, r, 1.0f / 120);
+    e = fma_of(hard, e, r, 1.0f / 24);
+    e = fma_of(hard, e, r, 1.0f / 6);
+    e = fma_of(hard, e, r, 0.5f);
+    e = fma_of(hard, e, r, 1.0f);
+    e = fma_of(hard, e, r, 1.0f);
+    e = float_of(bits_of(e) + (bits_of(shifted) << 23));      /* ROUNDER's own low 9 bits are 0 */
+    e = x < -87.0f ? 0.0f : e;
+    e = x > 88.7f ? float_of(0x7f800000) : e;
+    return x != x ? x : e;
+}
+
+#define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
+#define LN2_LOW 0x1.a39ef35793c76p-33
+
+double gemma3_exp(double x)
+{
+    if (x != x) return x;
+    if (x < -745.2) return 0;
+    if (x > 709.78) return (double)float_of(0x7f800000);
+    double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
+    double r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
+    double e = 0;
+    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (; n > 1000; n -= 512) e *= 0x1p512;
+    for (; n < -1000; n += 512) e *= 0x1p-512;
+    uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
+    double scale;
+    memcpy(&scale, &u, 8);
+    return e * scale;
+}
+
+double gemma3_log(double x)
+{
+    if (!(x > 0)) return x == 0 ? -(double)float_of(0x7f800000) : (double)float_of(0x7fc00000);
+    if (x - x != 0) return x;
+    int n = 0;
+    for (; x < 0x1p-500; x *= 0x1p500) n -= 500;
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    n += (int)(u >> 52) - 1023;
+    u = (u & 0xfffffffffffff) | 0x3ff0000000000000;
+    memcpy(&x, &u, 8);                          /* 1 <= x < 2 */
+    if (x > 0x1.6a09e667f3bcdp+0) x /= 2, n++;  /* around 1 */
+    double s = (x - 1) / (x + 1), s2 = s * s, sum = 0; /* log x = 2 artanh s */
+    for (int k = 25; k >= 1; k -= 2) sum = sum * s2 + 1.0 / k;
+    return n * LN2_HIGH + (2 * s * sum + n * LN2_LOW);
+}
+
+static double power(double base, double exponent) /* base > 0 */
+{
+    return gemma3_exp(exponent * gemma3_log(base));
+}
+
+/* cos and sin of a rotary angle, 0 <= angle < 2^20: less k quarter turns in three steps (pi/2 cut
+ * into parts of 33 bits, so that k times a part is exact), then Taylor's series on [-pi/4, pi/4]. */
+static void cos_sin(float angle, float *c, float *s)
+{
+    double x = angle;
+    double k = (x * 0x1.45f306dc9c883p-1 + 0x1.8p52) - 0x1.8p52; /* 2/pi */
+    double r = ((x - k * 0x1.921fb54400000p+0) - k * 0x1.0b4611a600000p-34) - k * 0x1.3198a2e037073p-69;
+    static const double even_term[9] = {1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800,
+                                        1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
+    static const double odd_term[9] = {1, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880,
+                                       -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000,
+                                       1.0 / 355687428096000};
+    double r2 = r * r, even = 0, odd = 0;
+    for (int j = 8; j >= 0; j--) {
+        even = even_term[j] + even * r2;
+        odd = odd_term[j] + odd * r2;
+    }
+    odd *= r;
+    int quarter = (int)((int64_t)k & 3);
+    double cosine = quarter & 1 ? odd : even, sine = quarter & 1 ? even : odd;
+    *c = (float)(quarter == 1 || quarter == 2 ? -cosine : cosine);
+    *s = (float)(quarter >= 2 ? -sine : sine);
+}
+
+/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
+ * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
+#if defined(HAVE_X86)
+typedef unsigned fp_state;
+static fp_state fp_enter(void)
+{
+    unsigned old = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return old;
+}
+static void fp_leave(fp_state old) { _mm_setcsr(old); }
+#elif defined(__aarch64__)
+typedef uint64_t fp_state;
+static fp_state fp_enter(void)
+{
+    uint64_t old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return old;
+}
+static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#else
+#include <fenv.h>
+typedef int fp_state;
+static fp_state fp_enter(void)
+{
+    int old = fegetround();
+    fesetround(FE_TONEAREST);
+    return old;
+}
+static void fp_leave(fp_state old) { fesetround(old); }
+#endif
+
+/* Says whether this build on this machine computes as the contract needs it; run by every open. */
+static const char *arithmetic_fault(void)
+{
+    volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
+    if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
+    if (a * b - one != 0) return "a product and a sum were fused into one operation";
+    if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
+    if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
+    if (one / 3 != 0x1.555556p-2f || sqrt_of(2 * one) != 0x1.6a09e6p0f)
+        return "division or square root is not correctly rounded";
+    if (bits_of(exp_of(HARD_FMA, one)) != 0x402df854) return "exp(1) is wrong";
+    return NULL;
+}
+
+/* ==== 2. Number formats =========================================================================
+ *
+ * Weights lie in blocks that share a scale. Each format has one function that unpacks 32 elements to
+ * int8 codes, sub-scales and float scales; dot products and exact mode's dequantisation both use it,
+ * so it is the definition of the format. All numbers in a file are little-endian. */
+
+static uint16_t load_u16_le(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static uint32_t load_u32_le(const uint8_t *p)
+{
+    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+static uint64_t load_u64_le(const uint8_t *p)
+{
+    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
+}
+
+/* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0.
+ * The trick: shifted into float's place the exponent is 112 too small; a multiplication by 2^112 is
+ * exact and handles subnormals too. */
+INLINE float f16_to_f32(uint16_t x)
+{
+    uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = (uint32_t)(x & 0x7fff) << 13;
+    float value = rest >= 0x0f800000 ? float_of(rest + 0x70000000) : float_of(rest) * 0x1p112f;
+    return float_of(bits_of(value) | sign);
+}
+
+/* To nearest, ties to even; too large becomes infinity, as IEEE says. */
+INLINE uint16_t f32_to_f16(float x)
+{
+    uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    uint32_t normal = (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13;       /* exponent 127 -> 15 */
+    uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000;           /* the sum rounds */
+    uint32_t half = a < 0x38800000 ? subnormal : normal;
+    half = a >= 0x477ff000 ? 0x7c00 : half;
+    half = a > 0x7f800000 ? 0x7e00 : half;
+    return (uint16_t)(sign | half);
+}
+
+/* bfloat16 is the upper half of a float. */
+INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
+
+/* 32 elements, unpacked. Element j < 16 belongs to half 0, the others to half 1.
+ * Value of element j:  d * scale[half] * code[j]  +  m * min[half]. */
+struct block {
+    int8_t code[32];
+    int32_t scale[2], min[2];
+    float d, m;
+};
+
+/* What most formats share: no sub-scales. */
+INLINE void block_scales(struct block *o, float d, float m)
+{
+    o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
+    o->d = d;
+    o->m = m;
+}
+
+/* Q4_0, 18 bytes for 32 elements: value = d * (q - 8)
+ *     0      2                                       18
+ *     | d f16 | 16 bytes: low nibble element j,      |
+ *     |       |           high nibble element j + 16 |   Q4_1, Q5_0, Q5_1, IQ4_NL pair them alike */
+static void unpack_q4_0(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)b * 18;
+    for (int j = 0; j < 16; j++) {
+        o->code[j] = (int8_t)((p[2 + j] & 15) - 8);
+        o->code[j + 16] = (int8_t)((p[2 + j] >> 4) - 8);
+    }
+    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+}
+
+/* Q4_1, 20 bytes for 32:  | d f16 | m f16 | 16 bytes of nibbles |   value = d * q + m */
+static void unpack_q4_1(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)b * 20;
+    for (int j = 0; j < 16; j++) {
+        o->code[j] = (int8_t)(p[4 + j] & 15);
+        o->code[j + 16] = (int8_t)(p[4 + j] >> 4);
+    }
+    block_scales(o, f16_to_f32(load_u16_le(p)), f16_to_f32(load_u16_le(p + 2)));
+}
+
+/* Q5_0, 22 bytes for 32:  | d f16 | h u32: bit j is the fifth bit of element j | 16 bytes of nibbles |
+ * value = d * (q - 16) */
+static void unpack_q5_0(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)b * 22;
+    uint32_t high = load_u32_le(p + 2);
+    for (int j = 0; j < 16; j++) {
+        o->code[j] = (int8_t)(((p[6 + j] & 15) | (high >> j & 1) << 4) - 16);
+        o->code[j + 16] = (int8_t)((p[6 + j] >> 4 | (high >> (j + 16) & 1) << 4) - 16);
+    }
+    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+}
+
+/* Q5_1, 24 bytes for 32:  | d f16 | m f16 | h u32 | 16 bytes of nibbles |   value = d * q + m */
+static void unpack_q5_1(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)b * 24;
+    uint32_t high = load_u32_le(p + 4);
+    for (int j = 0; j < 16; j++) {
+        o->code[j] = (int8_t)((p[8 + j] & 15) | (high >> j & 1) << 4);
+        o->code[j + 16] = (int8_t)(p[8 + j] >> 4 | (high >> (j + 16) & 1) << 4);
+    }
+    block_scales(o, f16_to_f32(load_u16_le(p)), f16_to_f32(load_u16_le(p + 2)));
+}
+
+/* Q8_0, 34 bytes for 32:  | d f16 | 32 x int8 |   value = d * q */
+static void unpack_q8_0(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)b * 34;
+    memcpy(o->code, p + 2, 32);
+    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+}
+
+/* IQ4_NL, 18 bytes for 32, laid out as Q4_0; a nibble is an index into 16 unevenly spaced levels. */
+static void unpack_iq4_nl(const uint8_t *row, int b, struct block *o)
+{
+    static const int8_t level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                     1,    13,   25,  38,  53,  69,  89,  113};
+    const uint8_t *p = row + (size_t)b * 18;
+    for (int j = 0; j < 16; j++) {
+        o->code[j] = level[p[2 + j] & 15];
+        o->code[j + 16] = level[p[2 + j] >> 4];
+    }
+    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+}
+
+/* The K formats: superblocks of 256 elements = 8 groups of 32 with sub-scales; b counts groups.
+ *
+ * Q2_K, 84 bytes:  | scales[16] | qs[64] | d f16 | dmin f16 |
+ *     scales[i]: low nibble scale, high nibble min of elements 16i .. 16i+15
+ *     qs: bytes 0-31 hold groups 0-3, bytes 32-63 groups 4-7, two bits each, lowest first
+ *     value = d * scale * q - dmin * min */
+static void unpack_q2_k(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)(b / 8) * 84, *scales = p + 2 * (b % 8);
+    const uint8_t *qs = p + 16 + 32 * (b % 8 / 4);
+    int shift = 2 * (b % 4);
+    for (int j = 0; j < 32; j++) o->code[j] = (int8_t)(qs[j] >> shift & 3);
+    for (int k = 0; k < 2; k++) {
+        o->scale[k] = scales[k] & 15;
+        o->min[k] = scales[k] >> 4;
+    }
+    o->d = f16_to_f32(load_u16_le(p + 80));
+    o->m = -f16_to_f32(load_u16_le(p + 82));
+}
+
+/* Q3_K, 110 bytes:  | hmask[32] | qs[64] | scales[12] | d f16 |
+ *     qs as in Q2_K; bit b of hmask[j] is the third bit of element j of group b
+ *     scales: 16 x 6 bits; low four bits of scale i: nibble i/8 of byte i%8; high two bits: bits
+ *     2(i/4) of byte 8 + i%4
+ *     value = d * (scale - 32) * (q - 4) */
+static void unpack_q3_k(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)(b / 8) * 110, *scales = p + 96;
+    const uint8_t *qs = p + 32 + 32 * (b % 8 / 4);
+    int shift = 2 * (b % 4), high = b % 8;
+    for (int j = 0; j < 32; j++)
+        o->code[j] = (int8_t)((qs[j] >> shift & 3) + 4 * (p[j] >> high & 1) - 4);
+    for (int k = 0; k < 2; k++) {
+        int i = 2 * (b % 8) + k;
+        int low = scales[i % 8] >> 4 * (i / 8) & 15, top = scales[8 + i % 4] >> 2 * (i / 4) & 3;
+        o->scale[k] = (low | top << 4) - 32;
+        o->min[k] = 0;
+    }
+    o->d = f16_to_f32(load_u16_le(p + 108));
+    o->m = 0;
+}
+
+/* Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes:
+ *     byte 0-3    scale 0-3 in bits 0-5, bits 6-7: the top of scale 4-7
+ *     byte 4-7    min 0-3 likewise,      bits 6-7: the top of min 4-7
+ *     byte 8-11   low nibble scale 4-7, high nibble min 4-7
+ * value = d * scale * q - dmin * min */
+static void unpack_k_scales(const uint8_t *p, const uint8_t *s, int i, struct block *o)
+{
+    int scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | s[i - 4] >> 6 << 4;
+    int min = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | s[i] >> 6 << 4;
+    block_scales(o, f16_to_f32(load_u16_le(p)) * (float)scale,
+                 -(f16_to_f32(load_u16_le(p + 2)) * (float)min));
+}
+
+/* Q4_K, 144 bytes:  | d f16 | dmin f16 | scales[12] | qs[128] |
+ *     32 bytes of qs hold two groups: the even one in the low nibbles */
+static void unpack_q4_k(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)(b / 8) * 144, *qs = p + 16 + 32 * (b % 8 / 2);
+    int shift = 4 * (b % 2);
+    for (int j = 0; j < 32; j++) o->code[j] = (int8_t)(qs[j] >> shift & 15);
+    unpack_k_scales(p, p + 4, b % 8, o);
+}
+
+/* Q5_K, 176 bytes:  | d f16 | dmin f16 | scales[12] | qh[32] | qs[128] |
+ *     bit b of qh[j] is the fifth bit of element j of group b */
+static void unpack_q5_k(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)(b / 8) * 176, *qs = p + 48 + 32 * (b % 8 / 2);
+    int shift = 4 * (b % 2), high = b % 8;
+    for (int j = 0; j < 32; j++)
+        o->code[j] = (int8_t)((qs[j] >> shift & 15) | (p[16 + j] >> high & 1) << 4);
+    unpack_k_scales(p, p + 4, b % 8, o);
+}
+
+/* Q6_K, 210 bytes:  | ql[128] | qh[64] | scales[16] int8 | d f16 |
+ *     in each half of 128 elements (64 bytes of ql, 32 of qh) group k = 0..3 has its low four bits in
+ *     nibble k/2 of ql[32 (k%2) + j] and its high two in bits 2k of qh[j]
+ *     value = d * scale * (q - 32) */
+static void unpack_q6_k(const uint8_t *row, int b, struct block *o)
+{
+    const uint8_t *p = row + (size_t)(b / 8) * 210;
+    int half = b % 8 / 4, k = b % 4;
+    const uint8_t *ql = p + 64 * half + 32 * (k % 2), *qh = p + 128 + 32 * half;
+    for (int j = 0; j < 32; j++)
+        o->code[j] = (int8_t)(((ql[j] >> 4 * (k / 2) & 15) | (qh[j] >> 2 * k & 3) << 4) - 32);
+    for (int s = 0; s < 2; s++) {
+        int scale = p[192 + 2 * (b % 8) + s];
+        o->scale[s] = scale < 128 ? scale : scale - 256;
+        o->min[s] = 0;
+    }
+    o->d = f16_to_f32(load_u16_le(p + 208));
+    o->m = 0;
+}
+
+/* Tensor types by their number in GGUF. */
+enum { F32 = 0, F16 = 1, Q4_0 = 2, BF16 = 30 };
+
+struct format {
+    int type;
+    const char *name;
+    int elements, bytes;   /* of a block */
+    int has_min, has_halves;
+    void (*unpack)(const uint8_t *row, int b, struct block *o); /* NULL: floats */
+};
+
+static const struct format formats[] = {
+    {F32, "F32", 1, 4, 0, 0, NULL},
+    {F16, "F16", 1, 2, 0, 0, NULL},
+    {BF16, "BF16", 1, 2, 0, 0, NULL},
+    {Q4_0, "Q4_0", 32, 18, 0, 0, unpack_q4_0},
+    {3, "Q4_1", 32, 20, 1, 0, unpack_q4_1},
+    {6, "Q5_0", 32, 22, 0, 0, unpack_q5_0},
+    {7, "Q5_1", 32, 24, 1, 0, unpack_q5_1},
+    {8, "Q8_0", 32, 34, 0, 0, unpack_q8_0},
+    {10, "Q2_K", 256, 84, 1, 1, unpack_q2_k},
+    {11, "Q3_K", 256, 110, 0, 1, unpack_q3_k},
+    {12, "Q4_K", 256, 144, 1, 0, unpack_q4_k},
+    {13, "Q5_K", 256, 176, 1, 0, unpack_q5_k},
+    {14, "Q6_K", 256, 210, 0, 1, unpack_q6_k},
+    {20, "IQ4_NL", 32, 18, 0, 0, unpack_iq4_nl},
+};
+
+static const struct format *find_format(uint32_t type)
+{
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++)
+        if ((uint32_t)formats[i].type == type) return &formats[i];
+    return NULL;
+}
+
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or,
+ * for Q4_0, tiled: 16 rows interleaved so that a vector register holds a byte of each row and no dot
+ * product needs a sum across lanes. One block of a tile, 288 bytes = 16 * 18:
+ *
+ *     | 16 x d f16 | group 0: row 0 bytes 0-3, row 1 bytes 0-3, ... row 15 | group 1: bytes 4-7 | .. 3 |
+ *
+ * The last tile is filled up with zero rows. */
+enum { TILE_ROWS = 16, Q4_TILE_BYTES = TILE_ROWS * 18 };
+
+struct matrix {
+    const struct format *format;
+    int rows, cols, tiled;
+    size_t row_bytes;
+    const uint8_t *data;
+};
+
+INLINE int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+static void tile_q4_0(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows, int n_blocks)
+{
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES) {
+        memset(tile, 0, Q4_TILE_BYTES);
+        for (int r = 0; r < n_rows; r++) {
+            const uint8_t *p = rows + r * row_bytes + (size_t)b * 18;
+            memcpy(tile + 2 * r, p, 2);
+            for (int g = 0; g < 4; g++) memcpy(tile + 32 + 64 * g + 4 * r, p + 2 + 4 * g, 4);
+        }
+    }
+}
+
+/* Unpacks block b of row r wherever it lies. */
+static void unpack_block(const struct matrix *w, int r, int b, struct block *o)
+{
+    if (!w->tiled) {
+        w->format->unpack(w->data + r * w->row_bytes, b, o);
+        return;
+    }
+    uint8_t p[18];
+    size_t blocks = (size_t)w->cols / 32;
+    const uint8_t *tile = w->data + ((size_t)(r / TILE_ROWS) * blocks + b) * Q4_TILE_BYTES;
+    r %= TILE_ROWS;
+    memcpy(p, tile + 2 * r, 2);
+    for (int g = 0; g < 4; g++) memcpy(p + 2 + 4 * g, tile + 32 + 64 * g + 4 * r, 4);
+    unpack_q4_0(p, 0, o);
+}
+
+/* Row r as float32: the values of the `gguf` package, bit for bit. d * scale is exact (an f16 times
+ * at most 8 bits), so each value is rounded at most twice, as there. */
+static void dequantize_row(const struct matrix *w, int r, float *out)
+{
+    const uint8_t *p = w->data + r * w->row_bytes;
+    struct block o;
+    switch (w->format->type) {
+    case F32:
+        for (int j = 0; j < w->cols; j++) out[j] = float_of(load_u32_le(p + 4 * (size_t)j));
+        return;
+    case F16:
+        for (int j = 0; j < w->cols; j++) out[j] = f16_to_f32(load_u16_le(p + 2 * (size_t)j));
+        return;
+    case BF16:
+        for (int j = 0; j < w->cols; j++) out[j] = bf16_to_f32(load_u16_le(p + 2 * (size_t)j));
+        return;
+    }
+    for (int b = 0; b < w->cols / 32; b++, out += 32) {
+        unpack_block(w, r, b, &o);
+        for (int k = 0; k < 2; k++) {
+            float scale = o.d * (float)o.scale[k], min = o.m * (float)o.min[k];
+            for (int j = 16 * k; j < 16 * k + 16; j++) out[j] = scale * (float)o.code[j];
+            for (int j = 16 * k; w->format->has_min && j < 16 * k + 16; j++) out[j] += min;
+        }
+    }
+}
+
+/* ==== 3. Activations ============================================================================
+ *
+ * In the default mode a matrix meets its input as int8: blocks of 32 with one float scale (contract,
+ * rule 1), so that the dot product inside a block is exact in int32 and any order gives it. */
+struct xblock {
+    float d;               /* value of element j: d * code[j] */
+    int32_t sum[2];        /* of the codes in each half, for formats with a minimum */
+    int32_t minus_8_sums;  /* -8 times the sum: what unsigned Q4_0 nibbles are too large by */
+    int8_t code[32];
+};
+
+INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
+{
+    for (; n > 0; n -= 32, x += 32, out++) {
+        uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
+        for (int j = 0; j < 32; j++) {
+            uint32_t a = bits_of(x[j]) & 0x7fffffff;
+            amax_bits = a > amax_bits ? a : amax_bits;
+        }
+        float amax = float_of(amax_bits), scale = 127.0f / amax;
+        out->d = amax / 127.0f;
+        if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
+        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) scale = 0;
+        if (amax < 0x1p-100f) out->d = 0;
+        int32_t code[32], sum[2] = {0, 0};
+        for (int j = 0; j < 32; j++) code[j] = scale == 0 ? 0 : round_to_int(x[j] * scale);
+        for (int j = 0; j < 32; j++) out->code[j] = (int8_t)code[j];
+        for (int j = 0; j < 16; j++) sum[0] += code[j], sum[1] += code[j + 16];
+        out->sum[0] = sum[0];
+        out->sum[1] = sum[1];
+        out->minus_8_sums = -8 * (sum[0] + sum[1]);
+    }
+}
+
+/* ==== 4. Dot products: the definition ===========================================================
+ *
+ * A kernel multiplies TILE_ROWS rows of a matrix by n vectors and adds to acc [n][TILE_ROWS]. There
+ * are two for int8 activations (Q4_0 tiles, and panels for every other format), one for floats, and
+ * one for attention's weighted sum. Every twin in section 5 has the signature of its definition here
+ * and the same numbered steps; tests compare them with memcmp. */
+
+/* Q4_0: rows in tiles. */
+typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
+                      int n, float (*acc)[TILE_ROWS]);
+
+static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                            size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES)
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < TILE_ROWS; r++) {
+                const struct xblock *xb = x + i * x_stride + b;
+                int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
+                for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
+                    int byte = tile[32 + 64 * (j / 4) + 4 * r + j % 4];
+                    isum += (byte & 15) * xb->code[j] + (byte >> 4) * xb->code[j + 16];
+                }
+                float d = f16_to_f32(load_u16_le(tile + 2 * r));       /* 3. scale, accumulate */
+                acc[i][r] = fma_of(HARD_FMA, (float)isum, d * xb->d, acc[i][r]);
+            }
+}
+
+/* Every other integer format: a panel holds one block of each of 16 rows, unpacked, four bytes of a
+ * row together as in a Q4_0 tile. */
+struct panel {
+    int8_t code[8][TILE_ROWS][4];
+    int32_t scale[2][TILE_ROWS], min[2][TILE_ROWS];
+    float d[TILE_ROWS], m[TILE_ROWS];
+};
+
+enum { PANELS = 8 }; /* unpacked at a time, 256 columns */
+
+typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
+                       const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
+
+static void mul_panel_scalar(const struct panel *p, int n_blocks, const struct format *f,
+                             const struct xblock *x, size_t x_stride, int n,
+                             float (*acc)[TILE_ROWS])
+{
+    for (int b = 0; b < n_blocks; b++, p++)
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < TILE_ROWS; r++) {
+                const struct xblock *xb = x + i * x_stride + b;
+                int32_t half[2] = {0, 0};
+                for (int j = 0; j < 32; j++)                           /* 1. exact integer dots */
+                    half[j / 16] += p->code[j / 4][r][j % 4] * xb->code[j];
+                int32_t isum = half[0] * p->scale[0][r] + half[1] * p->scale[1][r]; /* 2. halves */
+                acc[i][r] = fma_of(HARD_FMA, (float)isum, p->d[r] * xb->d, acc[i][r]); /* 3. scale */
+                if (!f->has_min) continue;
+                int32_t msum = xb->sum[0] * p->min[0][r] + xb->sum[1] * p->min[1][r];
+                acc[i][r] = fma_of(HARD_FMA, p->m[r], (float)msum * xb->d, acc[i][r]); /* 4. minimum */
+            }
+}
+
+static void unpack_panel(const struct matrix *w, int first_row, int b, struct panel *p)
+{
+    struct block o;
+    for (int r = 0; r < TILE_ROWS; r++) {
+        if (first_row + r < w->rows) unpack_block(w, first_row + r, b, &o);
+        else memset(&o, 0, sizeof o);
+        for (int g = 0; g < 8; g++) memcpy(p->code[g][r], o.code + 4 * g, 4);
+        for (int k = 0; k < 2; k++) p->scale[k][r] = o.scale[k], p->min[k][r] = o.min[k];
+        p->d[r] = o.d;
+        p->m[r] = o.m;
+    }
+}
+
+/* Element j of a row of floats as a file or the KV cache stores them. */
+INLINE float load_float(int type, const uint8_t *row, size_t j)
+{
+    if (type == F16) return f16_to_f32(load_u16_le(row + 2 * j));
+    if (type == BF16) return bf16_to_f32(load_u16_le(row + 2 * j));
+    return float_of(load_u32_le(row + 4 * j));
+}
+
+/* Floats (rule 4): element j goes to lane j mod 16 by fma, then the lanes join as a tree. Vectors are
+ * one row of 16 lanes wide, so here it is the sum's order that follows the hardware. n_rows <= 16. */
+typedef void mul_floats(int type, const uint8_t *rows, size_t row_bytes, int n_rows, const float *x,
+                        size_t x_stride, int n, int cols, float (*acc)[TILE_ROWS]);
+
+INLINE float join_lanes(float lane[16])
+{
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
+static void mul_floats_scalar(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
+                              const float *x, size_t x_stride, int n, int cols,
+                              float (*acc)[TILE_ROWS])
+{
+    for (int i = 0; i < n; i++, x += x_stride)
+        for (int r = 0; r < n_rows; r++) {
+            float lane[16] = {0};
+            for (int j = 0; j < cols; j++)                             /* 1. into 16 lanes */
+                lane[j % 16] = fma_of(HARD_FMA, load_float(type, rows + r * row_bytes, j), x[j],
+                                      lane[j % 16]);
+            acc[i][r] = join_lanes(lane);                              /* 2. the tree */
+        }
+}
+
+/* Attention's weighted sum of values: out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over positions p
+ * in order, for n queries. v rows are v_bytes apart; width elements of each are used. */
+struct mix {
+    int type;
+    const uint8_t *v;
+    size_t v_bytes;
+    int n_pos;
+    const float *e;
+    size_t e_stride;
+    float *out;
+    size_t out_stride;
+    int n, width;
+};
+typedef void mix_values(const struct mix *m);
+
+static void mix_values_scalar(const struct mix *m)
+{
+    for (int i = 0; i < m->n; i++)
+        for (int j = 0; j < m->width; j++) {
+            float sum = m->out[i * m->out_stride + j];
+            for (int p = 0; p < m->n_pos; p++)
+                sum = fma_of(HARD_FMA, m->e[i * m->e_stride + p],
+                             load_float(m->type, m->v + p * m->v_bytes, j), sum);
+            m->out[i * m->out_stride + j] = sum;
+        }
+}
+
+/* ==== 5. Dot products: AVX2, AVX-512, NEON ======================================================
+ *
+ * The twins. NT is the number of vectors taken at once (a constant in each call, so that sums stay
+ * in registers); what is left over is taken one by one. */
+
+#if defined(HAVE_X86)
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
+#define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define INLINE_AVX2 static inline AVX2 __attribute__((always_inline))
+#define INLINE_AVX512 static inline AVX512 __attribute__((always_inline))
+#define INLINE_VNNI static inline VNNI __attribute__((always_inline))
+
+INLINE int32_t load_4_bytes(const int8_t *p)
+{
+    int32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+
+/* Rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1: a 256-bit register holds 8 rows x 4 bytes. */
+INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                                  size_t x_stride, float (*acc)[TILE_ROWS], int NT, int h0, int NH)
+{
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256 sum[6][2];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = _mm256_loadu_ps(acc[i] + 8 * (h0 + h));
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES, x++) {
+        __m256i dot[6][2];
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) dot[i][h] = _mm256_setzero_si256();
+        UNROLL for (int g = 0; g < 4; g++)                             /* 2. exact integer dot: */
+            UNROLL for (int h = 0; h < NH; h++) {                      /* 8 products fit int16 */
+                __m256i w = _mm256_loadu_si256((const __m256i *)(tile + 32 + 64 * g + 32 * (h0 + h)));
+                __m256i low = _mm256_and_si256(w, nibble);
+                __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+                UNROLL for (int i = 0; i < NT; i++) {
+                    const int8_t *c = x[i * x_stride].code + 4 * g;
+                    __m256i a = _mm256_maddubs_epi16(low, _mm256_set1_epi32(load_4_bytes(c)));
+                    __m256i z = _mm256_maddubs_epi16(high, _mm256_set1_epi32(load_4_bytes(c + 16)));
+                    dot[i][h] = _mm256_add_epi16(dot[i][h], _mm256_add_epi16(a, z));
+                }
+            }
+        UNROLL for (int h = 0; h < NH; h++) {                          /* 3. scale, accumulate */
+            __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(tile + 16 * (h0 + h))));
+            UNROLL for (int i = 0; i < NT; i++) {
+                const struct xblock *xb = x + i * x_stride;
+                __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(dot[i][h], ones), /* 1. */
+                                                _mm256_set1_epi32(xb->minus_8_sums));
+                sum[i][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum),
+                                            _mm256_mul_ps(d, _mm256_set1_ps(xb->d)), sum[i][h]);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) _mm256_storeu_ps(acc[i] + 8 * (h0 + h), sum[i][h]);
+}
+
+AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                               size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    for (; n >= 6; n -= 6, x += 6 * x_stride, acc += 6) {
+        mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 6, 0, 1);
+        mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 6, 1, 1);
+    }
+    for (; n >= 2; n -= 2, x += 2 * x_stride, acc += 2)
+        mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 2, 0, 2);
+    if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 2);
+}
+
+/* maddubs wants one unsigned side: |code| * (x with code's sign). 2 * 128 * 127 fits int16. */
+INLINE_AVX2 __m256i dot4_avx2(__m256i isum, __m256i code, __m256i x)
+{
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
+    return _mm256_add_epi32(isum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+INLINE_AVX2 void mul_panel_avx2_h(const struct panel *p, int n_blocks, const struct format *f,
+                                  const struct xblock *x, float *acc, int h)
+{
+    __m256 sum = _mm256_loadu_ps(acc + 8 * h);
+    for (int b = 0; b < n_blocks; b++, p++, x++) {
+        __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        UNROLL for (int g = 0; g < 8; g++)                             /* 1. exact integer dots */
+            half[g / 4] = dot4_avx2(half[g / 4],
+                                    _mm256_loadu_si256((const __m256i *)p->code[g][8 * h]),
+                                    _mm256_set1_epi32(load_4_bytes(x->code + 4 * g)));
+        if (f->has_halves)                                             /* 2. halves */
+            for (int k = 0; k < 2; k++)
+                half[k] = _mm256_mullo_epi32(
+                    half[k], _mm256_loadu_si256((const __m256i *)(p->scale[k] + 8 * h)));
+        __m256 isum = _mm256_cvtepi32_ps(_mm256_add_epi32(half[0], half[1]));
+        __m256 xd = _mm256_set1_ps(x->d);                              /* 3. scale */
+        sum = _mm256_fmadd_ps(isum, _mm256_mul_ps(_mm256_loadu_ps(p->d + 8 * h), xd), sum);
+        if (!f->has_min) continue;                                     /* 4. minimum */
+        __m256i msum = _mm256_setzero_si256();
+        for (int k = 0; k < 2; k++)
+            msum = _mm256_add_epi32(
+                msum, _mm256_mullo_epi32(_mm256_set1_epi32(x->sum[k]),
+                                         _mm256_loadu_si256((const __m256i *)(p->min[k] + 8 * h))));
+        sum = _mm256_fmadd_ps(_mm256_loadu_ps(p->m + 8 * h),
+                              _mm256_mul_ps(_mm256_cvtepi32_ps(msum), xd), sum);
+    }
+    _mm256_storeu_ps(acc + 8 * h, sum);
+}
+
+AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
+                                const struct xblock *x, size_t x_stride, int n,
+                                float (*acc)[TILE_ROWS])
+{
+    for (int i = 0; i < n; i++)
+        for (int h = 0; h < 2; h++)
+            mul_panel_avx2_h(p, n_blocks, f, x + i * x_stride, acc[i], h);
+}
+
+INLINE_AVX2 __m256 load_8_avx2(int type, const uint8_t *row, size_t j)
+{
+    if (type == F32) return _mm256_loadu_ps((const float *)(const void *)(row + 4 * j));
+    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * j));
+    if (type == F16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+/* low: lanes 0-7, high: lanes 8-15 */
+INLINE_AVX2 float join_avx2(__m256 low, __m256 high)
+{
+    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* Elements past the last multiple of 16 reach their lanes through memory. */
+INLINE_AVX2 float finish_avx2(int type, const uint8_t *row, const float *x, int j, int cols,
+                              const __m256 sum[2])
+{
+    if (j == cols) return join_avx2(sum[0], sum[1]);
+    float lane[16];
+    _mm256_storeu_ps(lane, sum[0]);
+    _mm256_storeu_ps(lane + 8, sum[1]);
+    for (; j < cols; j++) lane[j % 16] = fma_of(1, load_float(type, row, j), x[j], lane[j % 16]);
+    return join_lanes(lane);
+}
+
+INLINE_AVX2 void mul_floats_avx2_nt(int type, const uint8_t *rows, size_t row_bytes, const float *x,
+                                    size_t x_stride, int cols, float (*acc)[TILE_ROWS], int r0,
+                                    int RT, int NT)
+{
+    __m256 sum[4][4][2];
+    UNROLL for (int r = 0; r < RT; r++)
+        UNROLL for (int i = 0; i < NT; i++) sum[r][i][0] = sum[r][i][1] = _mm256_setzero_ps();
+    int j = 0;
+    for (; j + 16 <= cols; j += 16)                                    /* 1. into 16 lanes */
+        UNROLL for (int k = 0; k < 2; k++)
+            UNROLL for (int r = 0; r < RT; r++) {
+                __m256 w = load_8_avx2(type, rows + (r0 + r) * row_bytes, j + 8 * k);
+                UNROLL for (int i = 0; i < NT; i++)
+                    sum[r][i][k] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * x_stride + j + 8 * k),
+                                                   sum[r][i][k]);
+            }
+    UNROLL for (int r = 0; r < RT; r++)                                /* 2. the tree */
+        UNROLL for (int i = 0; i < NT; i++)
+            acc[i][r0 + r] = finish_avx2(type, rows + (r0 + r) * row_bytes, x + i * x_stride, j, cols,
+                                         sum[r][i]);
+}
+
+INLINE_AVX2 void mul_floats_avx2_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                    const float *x, size_t x_stride, int n, int cols,
+                                    float (*acc)[TILE_ROWS])
+{
+    for (int i = 0; i < n;) {
+        int r = 0, nt = n - i >= 2 ? 2 : 1;
+        const float *xi = x + i * x_stride;
+        if (nt == 2) {
+            for (; r + 2 <= n_rows; r += 2)
+                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 2, 2);
+            for (; r < n_rows; r++)
+                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 1, 2);
+        } else {
+            for (; r + 4 <= n_rows; r += 4)
+                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 4, 1);
+            for (; r < n_rows; r++)
+                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 1, 1);
+        }
+        i += nt;
+    }
+}
+
+AVX2 static void mul_floats_avx2(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                 const float *x, size_t x_stride, int n, int cols,
+                                 float (*acc)[TILE_ROWS])
+{
+    switch (type) { /* the type becomes a constant of the loop */
+    case F32: mul_floats_avx2_of(F32, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
+    case F16: mul_floats_avx2_of(F16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
+    default: mul_floats_avx2_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
+    }
+}
+
+INLINE_AVX2 void mix_avx2_nt(const struct mix *m, int type, int i0, int j, int NT)
+{
+    __m256 sum[4][2];
+    float *out = m->out + i0 * m->out_stride + j;
+    const float *e = m->e + i0 * m->e_stride;
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < 2; k++) sum[i][k] = _mm256_loadu_ps(out + i * m->out_stride + 8 * k);
+    for (int p = 0; p < m->n_pos; p++) {
+        __m256 v0 = load_8_avx2(type, m->v + p * m->v_bytes, j);
+        __m256 v1 = load_8_avx2(type, m->v + p * m->v_bytes, j + 8);
+        UNROLL for (int i = 0; i < NT; i++) {
+            __m256 ep = _mm256_set1_ps(e[i * m->e_stride + p]);
+            sum[i][0] = _mm256_fmadd_ps(ep, v0, sum[i][0]);
+            sum[i][1] = _mm256_fmadd_ps(ep, v1, sum[i][1]);
+        }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < 2; k++) _mm256_storeu_ps(out + i * m->out_stride + 8 * k, sum[i][k]);
+}
+
+INLINE_AVX2 void mix_avx2_of(const struct mix *m, int type)
+{
+    int j = 0;
+    for (; j + 16 <= m->width; j += 16) {
+        int i = 0;
+        for (; i + 4 <= m->n; i += 4) mix_avx2_nt(m, type, i, j, 4);
+        for (; i < m->n; i++) mix_avx2_nt(m, type, i, j, 1);
+    }
+    for (; j < m->width; j++)
+        for (int i = 0; i < m->n; i++) {
+            float *out = m->out + i * m->out_stride + j;
+            for (int p = 0; p < m->n_pos; p++)
+                *out = fma_of(1, m->e[i * m->e_stride + p],
+                              load_float(type, m->v + p * m->v_bytes, j), *out);
+        }
+}
+
+AVX2 static void mix_values_avx2(const struct mix *m)
+{
+    if (m->type == F16) mix_avx2_of(m, F16);
+    else mix_avx2_of(m, F32);
+}
+
+/* ---- AVX-512: one register holds all 16 rows ---- */
+
+/* 4 products of nibbles and x added to each row; without VNNI in int16 steps as in AVX2 */
+INLINE_AVX512 __m512i dot4_avx512(__m512i isum, __m512i u, __m512i x)
+{
+    __m512i pairs = _mm512_maddubs_epi16(u, x);
+    return _mm512_add_epi32(isum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+INLINE_AVX512 void mul_q4_0_avx512_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                                      size_t x_stride, float (*acc)[TILE_ROWS], int NT)
+{
+    const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi16(1);
+    __m512 sum[8];
+    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES, x++) {
+        __m512i dot[8];
+        UNROLL for (int i = 0; i < NT; i++) dot[i] = _mm512_setzero_si512();
+        UNROLL for (int g = 0; g < 4; g++) {                           /* 2. exact integer dot */
+            __m512i w = _mm512_loadu_si512(tile + 32 + 64 * g);
+            __m512i low = _mm512_and_si512(w, nibble);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+            UNROLL for (int i = 0; i < NT; i++) {
+                const int8_t *c = x[i * x_stride].code + 4 * g;
+                __m512i a = _mm512_maddubs_epi16(low, _mm512_set1_epi32(load_4_bytes(c)));
+                __m512i z = _mm512_maddubs_epi16(high, _mm512_set1_epi32(load_4_bytes(c + 16)));
+                dot[i] = _mm512_add_epi16(dot[i], _mm512_add_epi16(a, z));
+            }
+        }
+        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)); /* 3. scale */
+        UNROLL for (int i = 0; i < NT; i++) {
+            const struct xblock *xb = x + i * x_stride;
+            __m512i isum = _mm512_add_epi32(_mm512_madd_epi16(dot[i], ones),   /* 1. */
+                                            _mm512_set1_epi32(xb->minus_8_sums));
+            sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),
+                                     _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i]);
+        }
+    }
+    UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);
+}
+
+AVX512 static void mul_q4_0_avx512(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                                   size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)
+        mul_q4_0_avx512_nt(tile, n_blocks, x, x_stride, acc, 8);
+    for (; n >= 2; n -= 2, x += 2 * x_stride, acc += 2)
+        mul_q4_0_avx512_nt(tile, n_blocks, x, x_stride, acc, 2);
+    if (n) mul_q4_0_avx512_nt(tile, n_blocks, x, x_stride, acc, 1);
+}
+
+INLINE_VNNI void mul_q4_0_vnni_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                                  size_t x_stride, float (*acc)[TILE_ROWS], int NT)
+{
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512 sum[12];
+    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES, x++) {
+        __m512i isum[12];
+        UNROLL for (int i = 0; i < NT; i++)
+            isum[i] = _mm512_set1_epi32(x[i * x_stride].minus_8_sums); /* 1. nibbles are code + 8 */
+        UNROLL for (int g = 0; g < 4; g++) {                           /* 2. exact integer dot */
+            __m512i w = _mm512_loadu_si512(tile + 32 + 64 * g);
+            __m512i low = _mm512_and_si512(w, nibble);
+            __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+            UNROLL for (int i = 0; i < NT; i++) {
+                const int8_t *c = x[i * x_stride].code + 4 * g;
+                isum[i] = _mm512_dpbusd_epi32(isum[i], low, _mm512_set1_epi32(load_4_bytes(c)));
+                isum[i] = _mm512_dpbusd_epi32(isum[i], high, _mm512_set1_epi32(load_4_bytes(c + 16)));
+            }
+        }
+        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)); /* 3. scale */
+        UNROLL for (int i = 0; i < NT; i++)
+            sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum[i]),
+                                     _mm512_mul_ps(d, _mm512_set1_ps(x[i * x_stride].d)), sum[i]);
+    }
+    UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);
+}
+
+VNNI static void mul_q4_0_avx512vnni(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                                     size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    for (; n >= 12; n -= 12, x += 12 * x_stride, acc += 12)
+        mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 12);
+    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
+        mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 4);
+    for (; n >= 1; n--, x += x_stride, acc++)
+        mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 1);
+}
+
+/* Steps 2 to 4 of the panel kernel, the same with and without VNNI. */
+INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
+                                         const struct xblock *x, __m512i half[2], __m512 sum)
+{
+    if (f->has_halves)                                                 /* 2. halves */
+        for (int k = 0; k < 2; k++)
+            half[k] = _mm512_mullo_epi32(half[k], _mm512_loadu_si512(p->scale[k]));
+    __m512 isum = _mm512_cvtepi32_ps(_mm512_add_epi32(half[0], half[1]));
+    __m512 xd = _mm512_set1_ps(x->d);                                  /* 3. scale */
+    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d), xd), sum);
+    if (!f->has_min) return sum;                                       /* 4. minimum */
+    __m512i msum = _mm512_add_epi32(
+        _mm512_mullo_epi32(_mm512_set1_epi32(x->sum[0]), _mm512_loadu_si512(p->min[0])),
+        _mm512_mullo_epi32(_mm512_set1_epi32(x->sum[1]), _mm512_loadu_si512(p->min[1])));
+    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m), _mm512_mul_ps(_mm512_cvtepi32_ps(msum), xd), sum);
+}
+
+AVX512 static void mul_panel_avx512(const struct panel *panel, int n_blocks, const struct format *f,
+                                    const struct xblock *x, size_t x_stride, int n,
+                                    float (*acc)[TILE_ROWS])
+{
+    for (int i = 0; i < n; i++) {
+        __m512 sum = _mm512_loadu_ps(acc[i]);
+        for (int b = 0; b < n_blocks; b++) {
+            const struct panel *p = panel + b;
+            const struct xblock *xb = x + i * x_stride + b;
+            __m512i half[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+            UNROLL for (int g = 0; g < 8; g++) {                       /* 1. exact integer dots */
+                __m512i w = _mm512_loadu_si512(p->code[g]);
+                __m512i c = _mm512_set1_epi32(load_4_bytes(xb->code + 4 * g));
+                __m512i signed_c = _mm512_mask_sub_epi8(c, _mm512_movepi8_mask(w),
+                                                        _mm512_setzero_si512(), c);
+                half[g / 4] = dot4_avx512(half[g / 4], _mm512_abs_epi8(w), signed_c);
+            }
+            sum = finish_panel_avx512(p, f, xb, half, sum);
+        }
+        _mm512_storeu_ps(acc[i], sum);
+    }
+}
+
+/* VNNI multiplies unsigned by signed: code + 128 is unsigned, and 128 * sum is taken off. */
+INLINE_VNNI void mul_panel_vnni_nt(const struct panel *p, int n_blocks, const struct format *f,
+                                   const struct xblock *x, size_t x_stride, float (*acc)[TILE_ROWS],
+                                   int NT)
+{
+    __m512 sum[4];
+    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
+    for (int b = 0; b < n_blocks; b++, p++, x++) {
+        __m512i half[4][2];
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int k = 0; k < 2; k++)
+                half[i][k] = _mm512_set1_epi32(-128 * x[i * x_stride].sum[k]);
+        UNROLL for (int g = 0; g < 8; g++) {                           /* 1. exact integer dots */
+            __m512i u = _mm512_xor_si512(_mm512_loadu_si512(p->code[g]), _mm512_set1_epi8(-128));
+            UNROLL for (int i = 0; i < NT; i++)
+                half[i][g / 4] = _mm512_dpbusd_epi32(
+                    half[i][g / 4], u,
+                    _mm512_set1_epi32(load_4_bytes(x[i * x_stride].code + 4 * g)));
+        }
+        UNROLL for (int i = 0; i < NT; i++)
+            sum[i] = finish_panel_avx512(p, f, x + i * x_stride, half[i], sum[i]);
+    }
+    UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);
+}
+
+VNNI static void mul_panel_avx512vnni(const struct panel *p, int n_blocks, const struct format *f,
+                                      const struct xblock *x, size_t x_stride, int n,
+                                      float (*acc)[TILE_ROWS])
+{
+    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
+        mul_panel_vnni_nt(p, n_blocks, f, x, x_stride, acc, 4);
+    for (; n >= 1; n--, x += x_stride, acc++) mul_panel_vnni_nt(p, n_blocks, f, x, x_stride, acc, 1);
+}
+
+INLINE_AVX512 __m512 load_16_avx512(int type, const uint8_t *row, size_t j)
+{
+    if (type == F32) return _mm512_loadu_ps(row + 4 * j);
+    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * j));
+    if (type == F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE_AVX512 void mul_floats_avx512_nt(int type, const uint8_t *rows, size_t row_bytes,
+                                        const float *x, size_t x_stride, int cols,
+                                        float (*acc)[TILE_ROWS], int r0, int RT, int NT)
+{
+    __m512 sum[4][4];
+    UNROLL for (int r = 0; r < RT; r++)
+        UNROLL for (int i = 0; i < NT; i++) sum[r][i] = _mm512_setzero_ps();
+    int j = 0;
+    for (; j + 16 <= cols; j += 16)                                    /* 1. into 16 lanes */
+        UNROLL for (int r = 0; r < RT; r++) {
+            __m512 w = load_16_avx512(type, rows + (r0 + r) * row_bytes, j);
+            UNROLL for (int i = 0; i < NT; i++)
+                sum[r][i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + i * x_stride + j), sum[r][i]);
+        }
+    UNROLL for (int r = 0; r < RT; r++)                                /* 2. the tree */
+        UNROLL for (int i = 0; i < NT; i++) {
+            const __m256 lanes[2] = {_mm512_castps512_ps256(sum[r][i]),
+                                     _mm512_extractf32x8_ps(sum[r][i], 1)};
+            acc[i][r0 + r] = finish_avx2(type, rows + (r0 + r) * row_bytes, x + i * x_stride, j, cols,
+                                         lanes);
+        }
+}
+
+INLINE_AVX512 void mul_floats_avx512_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                        const float *x, size_t x_stride, int n, int cols,
+                                        float (*acc)[TILE_ROWS])
+{
+    for (; n > 0;) {
+        int r = 0, nt = n >= 4 ? 4 : 1;
+        for (; r + 4 <= n_rows && nt == 4; r += 4)
+            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 4, 4);
+        for (; r < n_rows && nt == 4; r++)
+            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 4);
+        for (; r + 4 <= n_rows; r += 4)
+            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 4, 1);
+        for (; r < n_rows; r++)
+            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 1);
+        n -= nt, x += nt * x_stride, acc += nt;
+    }
+}
+
+AVX512 static void mul_floats_avx512(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                     const float *x, size_t x_stride, int n, int cols,
+                                     float (*acc)[TILE_ROWS])
+{
+    switch (type) {
+    case F32: mul_floats_avx512_of(F32, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
+    case F16: mul_floats_avx512_of(F16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
+    default: mul_floats_avx512_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
+    }
+}
+#endif /* HAVE_X86 */
+
+#if defined(HAVE_NEON)
+/* ---- NEON: a register holds 4 rows x 4 bytes; four of them the tile ---- */
+#if !defined(__clang__) || __clang_major__ >= 16
+#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#define I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
+#endif
+
+INLINE int8x16_t repeat_4_bytes(const int8_t *p)
+{
+    int32_t x;
+    memcpy(&x, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(x));
+}
+
+/* pairs of products fit int16: 2 * 128 * 127 */
+INLINE int32x4_t dot4_neon(int32x4_t isum, int8x16_t w, int8x16_t x)
+{
+    int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    return vpadalq_s16(isum, vpaddq_s16(low, high));
+}
+
+INLINE float32x4_t load_4_f16(const uint8_t *p)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
+}
+
+static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
+                          int n, float (*acc)[TILE_ROWS])
+{
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES)
+        for (int i = 0; i < n; i++)
+            for (int q = 0; q < 4; q++) {
+                const struct xblock *xb = x + i * x_stride + b;
+                int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
+                for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
+                    uint8x16_t w = vld1q_u8(tile + 32 + 64 * g + 16 * q);
+                    int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
+                    int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+                    isum = dot4_neon(isum, low, repeat_4_bytes(xb->code + 4 * g));
+                    isum = dot4_neon(isum, high, repeat_4_bytes(xb->code + 16 + 4 * g));
+                }
+                float32x4_t d = vmulq_n_f32(load_4_f16(tile + 8 * q), xb->d); /* 3. scale */
+                vst1q_f32(acc[i] + 4 * q, vfmaq_f32(vld1q_f32(acc[i] + 4 * q), vcvtq_f32_s32(isum), d));
+            }
+}
+
+/* Steps 2 to 4 of the panel kernel for rows 4q .. 4q+3. */
+INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct xblock *x,
+                              const int32x4_t half[2], float *acc, int q)
+{
+    int32x4_t isum = vmulq_s32(half[0], vld1q_s32(p->scale[0] + 4 * q));           /* 2. halves */
+    isum = vmlaq_s32(isum, half[1], vld1q_s32(p->scale[1] + 4 * q));
+    float32x4_t sum = vld1q_f32(acc + 4 * q), d = vmulq_n_f32(vld1q_f32(p->d + 4 * q), x->d);
+    sum = vfmaq_f32(sum, vcvtq_f32_s32(isum), d);                                  /* 3. scale */
+    if (f->has_min) {                                                              /* 4. minimum */
+        int32x4_t msum = vmulq_n_s32(vld1q_s32(p->min[0] + 4 * q), x->sum[0]);
+        msum = vmlaq_n_s32(msum, vld1q_s32(p->min[1] + 4 * q), x->sum[1]);
+        sum = vfmaq_f32(sum, vld1q_f32(p->m + 4 * q), vmulq_n_f32(vcvtq_f32_s32(msum), x->d));
+    }
+    vst1q_f32(acc + 4 * q, sum);
+}
+
+static void mul_panel_neon(const struct panel *p, int n_blocks, const struct format *f,
+                           const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    for (int b = 0; b < n_blocks; b++, p++)
+        for (int i = 0; i < n; i++)
+            for (int q = 0; q < 4; q++) {
+                const struct xblock *xb = x + i * x_stride + b;
+                int32x4_t half[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+                for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
+                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code[g][4 * q]),
+                                            repeat_4_bytes(xb->code + 4 * g));
+                finish_panel_neon(p, f, xb, half, acc[i], q);
+            }
+}
+
+INLINE float32x4_t load_4_neon(int type, const uint8_t *row, size_t j)
+{
+    if (type == F32) return vreinterpretq_f32_u8(vld1q_u8(row + 4 * j));
+    if (type == F16) return load_4_f16(row + 2 * j);
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(row + 2 * j)), 16));
+}
+
+static void mul_floats_neon(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
+                            const float *x, size_t x_stride, int n, int cols,
+                            float (*acc)[TILE_ROWS])
+{
+    for (int i = 0; i < n; i++, x += x_stride)
+        for (int r = 0; r < n_rows; r++) {
+            const uint8_t *row = rows + r * row_bytes;
+            float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
+            int j = 0;
+            for (; j + 16 <= cols; j += 16)                            /* 1. into 16 lanes */
+                for (int k = 0; k < 4; k++)
+                    sum[k] = vfmaq_f32(sum[k], load_4_neon(type, row, j + 4 * k),
+                                       vld1q_f32(x + j + 4 * k));
+            float lane[16];
+            for (int k = 0; k < 4; k++) vst1q_f32(lane + 4 * k, sum[k]);
+            for (; j < cols; j++)
+                lane[j % 16] = fma_of(1, load_float(type, row, j), x[j], lane[j % 16]);
+            acc[i][r] = join_lanes(lane);                              /* 2. the tree */
+        }
+}
+
+static void mix_values_neon(const struct mix *m)
+{
+    for (int i = 0; i < m->n; i++) {
+        float *out = m->out + i * m->out_stride;
+        const float *e = m->e + i * m->e_stride;
+        int j = 0;
+        for (; j + 16 <= m->width; j += 16) {
+            float32x4_t sum[4];
+            for (int k = 0; k < 4; k++) sum[k] = vld1q_f32(out + j + 4 * k);
+            for (int p = 0; p < m->n_pos; p++)
+                for (int k = 0; k < 4; k++)
+                    sum[k] = vfmaq_n_f32(sum[k], load_4_neon(m->type, m->v + p * m->v_bytes, j + 4 * k),
+                                         e[p]);
+            for (int k = 0; k < 4; k++) vst1q_f32(out + j + 4 * k, sum[k]);
+        }
+        for (; j < m->width; j++)
+            for (int p = 0; p < m->n_pos; p++)
+                out[j] = fma_of(1, e[p], load_float(m->type, m->v + p * m->v_bytes, j), out[j]);
+    }
+}
+
+#if defined(DOTPROD)
+DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                                     size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES)
+        for (int q = 0; q < 4; q++) {
+            int8x16_t low[4], high[4];
+            for (int g = 0; g < 4; g++) {
+                uint8x16_t w = vld1q_u8(tile + 32 + 64 * g + 16 * q);
+                low[g] = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
+                high[g] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+            }
+            float32x4_t d = load_4_f16(tile + 8 * q);
+            for (int i = 0; i < n; i++) {
+                const struct xblock *xb = x + i * x_stride + b;
+                int8x16_t x0 = vld1q_s8(xb->code), x1 = vld1q_s8(xb->code + 16);
+                int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
+                isum = vdotq_laneq_s32(isum, low[0], x0, 0);           /* 2. exact integer dot */
+                isum = vdotq_laneq_s32(isum, low[1], x0, 1);
+                isum = vdotq_laneq_s32(isum, low[2], x0, 2);
+                isum = vdotq_laneq_s32(isum, low[3], x0, 3);
+                isum = vdotq_laneq_s32(isum, high[0], x1, 0);
+                isum = vdotq_laneq_s32(isum, high[1], x1, 1);
+                isum = vdotq_laneq_s32(isum, high[2], x1, 2);
+                isum = vdotq_laneq_s32(isum, high[3], x1, 3);
+                float32x4_t sum = vld1q_f32(acc[i] + 4 * q);           /* 3. scale, accumulate */
+                vst1q_f32(acc[i] + 4 * q, vfmaq_f32(sum, vcvtq_f32_s32(isum), vmulq_n_f32(d, xb->d)));
+            }
+        }
+}
+
+DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const struct format *f,
+                                      const struct xblock *x, size_t x_stride, int n,
+                                      float (*acc)[TILE_ROWS])
+{
+    for (int b = 0; b < n_blocks; b++, p++)
+        for (int i = 0; i < n; i++)
+            for (int q = 0; q < 4; q++) {
+                const struct xblock *xb = x + i * x_stride + b;
+                int32x4_t half[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+                for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
+                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code[g][4 * q]),
+                                            repeat_4_bytes(xb->code + 4 * g));
+                finish_panel_neon(p, f, xb, half, acc[i], q);
+            }
+}
+
+/* smmla multiplies 2 rows x 8 bytes by 2 vectors x 8 bytes: {r0 x0, r0 x1, r1 x0, r1 x1}. Two groups
+ * of a tile zipped give 8 bytes of a row; the results are unzipped to a register for each vector. */
+I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0,
+                                    const struct xblock *x1, float *acc0, float *acc1, int q)
+{
+    int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
+    for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
+        uint8x16_t w0 = vld1q_u8(tile + 32 + 64 * g + 16 * q);
+        uint8x16_t w1 = vld1q_u8(tile + 96 + 64 * g + 16 * q);
+        for (int high = 0; high < 2; high++) {
+            uint32x4_t a = vreinterpretq_u32_u8(high ? vshrq_n_u8(w0, 4) : vandq_u8(w0, vdupq_n_u8(15)));
+            uint32x4_t z = vreinterpretq_u32_u8(high ? vshrq_n_u8(w1, 4) : vandq_u8(w1, vdupq_n_u8(15)));
+            int8x16_t v = vcombine_s8(vld1_s8(x0->code + 16 * high + 4 * g),
+                                      vld1_s8(x1->code + 16 * high + 4 * g));
+            pair[0] = vmmlaq_s32(pair[0], vreinterpretq_s8_u32(vzip1q_u32(a, z)), v);
+            pair[1] = vmmlaq_s32(pair[1], vreinterpretq_s8_u32(vzip2q_u32(a, z)), v);
+        }
+    }
+    int32x4_t isum0 = vaddq_s32(vuzp1q_s32(pair[0], pair[1]), vdupq_n_s32(x0->minus_8_sums)); /* 1. */
+    int32x4_t isum1 = vaddq_s32(vuzp2q_s32(pair[0], pair[1]), vdupq_n_s32(x1->minus_8_sums));
+    float32x4_t d = load_4_f16(tile + 8 * q);                          /* 3. scale, accumulate */
+    vst1q_f32(acc0, vfmaq_f32(vld1q_f32(acc0), vcvtq_f32_s32(isum0), vmulq_n_f32(d, x0->d)));
+    vst1q_f32(acc1, vfmaq_f32(vld1q_f32(acc1), vcvtq_f32_s32(isum1), vmulq_n_f32(d, x1->d)));
+}
+
+I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct xblock *x,
+                               size_t x_stride, int n, float (*acc)[TILE_ROWS])
+{
+    int even = n & ~1;
+    for (int b = 0; b < n_blocks; b++)
+        for (int i = 0; i < even; i += 2)
+            for (int q = 0; q < 4; q++)
+                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_TILE_BYTES, x + i * x_stride + b,
+                                   x + (i + 1) * x_stride + b, acc[i] + 4 * q, acc[i + 1] + 4 * q, q);
+    if (n > even) mul_q4_0_dotprod(tile, n_blocks, x + even * x_stride, x_stride, 1, acc + even);
+}
+#endif /* DOTPROD */
+#endif /* HAVE_NEON */
+
+/* ==== 6. Element-wise pieces: norm, rope, gelu, softmax =========================================
+ *
+ * Written once, in plain C. `hard` is a constant: with it the compiler turns each fma into the
+ * instruction and each loop over 16 lanes into vectors; without it the same lines run on soft_fmaf.
+ * Every operation is one IEEE rounding, so both give the same bits. */
+
+/* y = x / sqrt(mean(x^2) + eps) * w (RMSNorm, arXiv 1910.07467). Gemma's formula has (1 + w): the
+ * converters to GGUF have already added the 1. */
+INLINE void rmsnorm_lanes(int hard, float *y, const float *x, const float *w, int n, float eps)
+{
+    float lane[16] = {0};
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = fma_of(hard, x[i + j], x[i + j], lane[j]);
+    for (; i < n; i++) lane[i % 16] = fma_of(hard, x[i], x[i], lane[i % 16]);
+    float r = 1.0f / sqrt_of(join_lanes(lane) / (float)n + eps);
+    for (i = 0; i < n; i++) y[i] = (x[i] * r) * w[i];
+}
+
+/* Rotary position embedding (arXiv 2104.09864). The pairs are (j, j + D/2), as in GPT-NeoX and
+ * transformers, not neighbours (2j, 2j+1) as in the paper. */
+INLINE void rope_lanes(int hard, float *v, const float *cosine, const float *sine, int head_dim)
+{
+    int half = head_dim / 2;
+    for (int j = 0; j < half; j++) {
+        float a = v[j], b = v[j + half], c = cosine[j], s = sine[j];
+        v[j] = fma_of(hard, a, c, -(b * s));
+        v[j + half] = fma_of(hard, b, c, a * s);
+    }
+}
+
+/* gate = gelu(gate) * up, with the tanh form of GELU: tanh(y) = 2 / (1 + exp(-2y)) - 1, so
+ * 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3). */
+INLINE void gelu_lanes(int hard, float *gate, const float *up, int n)
+{
+    const float c0 = float_of(0x3f4c422a), c1 = float_of(0x3d122279); /* sqrt(2/pi), 0.044715 c0 */
+    for (int j = 0; j < n; j++) {
+        float x = gate[j], u = x * fma_of(hard, c1, x * x, c0);
+        gate[j] = x / (1.0f + exp_of(hard, -2.0f * u)) * up[j];
+    }
+}
+
+/* s[k] = exp(s[k] - max), for scores of positions first .. first+n-1; returns their sum, added up in
+ * the lane of the absolute position, so that it does not matter where the window begins. */
+INLINE float softmax_lanes(int hard, float *s, int n, int first)
+{
+    float top[16], lane[16] = {0};
+    for (int j = 0; j < 16; j++) top[j] = s[0];
+    int k = 0;
+    for (; k + 16 <= n; k += 16)
+        for (int j = 0; j < 16; j++) top[j] = s[k + j] > top[j] ? s[k + j] : top[j];
+    for (; k < n; k++) top[0] = s[k] > top[0] ? s[k] : top[0];
+    float max = top[0];
+    for (int j = 1; j < 16; j++) max = top[j] > max ? top[j] : max;
+    for (k = 0; k < n; k++) s[k] = exp_of(hard, s[k] - max);
+    for (k = 0; k < n && (first + k) % 16; k++) lane[(first + k) % 16] += s[k];
+    for (; k + 16 <= n; k += 16)
+        for (int j = 0; j < 16; j++) lane[j] += s[k + j];
+    for (int j = 0; k < n; k++, j++) lane[j] += s[k];
+    return join_lanes(lane);
+}
+
+/* ---- The kernels of one instruction set ---- */
+
+struct kernels {
+    const char *name;
+    mul_q4_0 *mul_q4_0;
+    mul_panel *mul_panel;
+    mul_floats *mul_floats;
+    mix_values *mix_values;
+    void (*quantize)(struct xblock *out, const float *x, int n);
+    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
+    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
+    void (*gelu)(float *gate, const float *up, int n);
+    float (*softmax)(float *s, int n, int first);
+};
+
+/* The element-wise pieces, compiled for one target. */
+#define LANES(target, suffix, hard)                                                                \
+    target static void quantize_##suffix(struct xblock *out, const float *x, int n)                \
+    { quantize_lanes(out, x, n); }                                                                 \
+    target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
+    { rmsnorm_lanes(hard, y, x, w, n, eps); }                                                      \
+    target static void rope_##suffix(float *v, const float *cosine, const float *sine, int head_dim) \
+    { rope_lanes(hard, v, cosine, sine, head_dim); }                                               \
+    target static void gelu_##suffix(float *gate, const float *up, int n)                          \
+    { gelu_lanes(hard, gate, up, n); }                                                             \
+    target static float softmax_##suffix(float *s, int n, int first)                               \
+    { return softmax_lanes(hard, s, n, first); }
+
+#define PLAIN
+LANES(PLAIN, scalar, HARD_FMA)
+#if defined(HAVE_X86)
+LANES(AVX2, avx2, 1)
+#endif
+
+#define LANE_NAMES(suffix) quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix, softmax_##suffix
+
+/* Best first. The last is the definition, which runs everywhere. */
+static const struct kernels all_kernels[] = {
+#if defined(HAVE_X86)
+    {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx2,
+     LANE_NAMES(avx2)},
+    {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx2, LANE_NAMES(avx2)},
+    {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, LANE_NAMES(avx2)},
+#endif
+#if defined(HAVE_NEON)
+#if defined(DOTPROD)
+    {"i8mm", mul_q4_0_i8mm, mul_panel_dotprod, mul_floats_neon, mix_values_neon, LANE_NAMES(scalar)},
+    {"dotprod", mul_q4_0_dotprod, mul_panel_dotprod, mul_floats_neon, mix_values_neon, LANE_NAMES(scalar)},
+#endif
+    {"neon", mul_q4_0_neon, mul_panel_neon, mul_floats_neon, mix_values_neon, LANE_NAMES(scalar)},
+#endif
+    {"scalar", mul_q4_0_scalar, mul_panel_scalar, mul_floats_scalar, mix_values_scalar,
+     LANE_NAMES(scalar)},
+};
+enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
+
+#if defined(HAVE_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+static int cpu_has(const char *isa)
+{
+#if defined(HAVE_X86)
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!strcmp(isa, "avx2")) return avx2; /* every CPU with AVX2 and FMA has F16C */
+    if (!strcmp(isa, "avx512")) return avx512;
+    if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
+#elif defined(HAVE_NEON) && defined(__linux__)
+    if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
+#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
+    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
+#elif defined(HAVE_NEON)
+    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#endif
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+}
+
+const char *gemma3_isa_name(int index)
+{
+    for (int i = 0; i < N_KERNELS; i++)
+        if (cpu_has(all_kernels[i].name) && index-- == 0) return all_kernels[i].name;
+    return NULL;
+}
+
+/* ==== 7. The model and the state ================================================================ */
+
+/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
+struct layer {
+    const float *attn_norm;           /* [d_model] */
+    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
+    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
+    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
+    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
+    const float *post_attention_norm; /* [d_model] */
+    const float *ffn_norm;            /* [d_model] */
+    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
+    struct matrix ffn_down;           /* [d_model][d_ff] */
+    const float *post_ffw_norm;       /* [d_model] */
+};
+
+/* Read-only once it is open. */
+struct gemma3_model {
+    gemma3_config config;
+    int exact;                        /* float activations, dequantised weights */
+    const struct kernels *kernels;
+    struct matrix token_embd;         /* [n_vocab][d_model] */
+    struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
+    const float *output_norm;         /* [d_model] */
+    struct layer layer[GEMMA3_MAX_LAYERS];
+
+    gemma3_tokenizer *tokenizer;
+    gemma3_vocab vocab;
+    int can_chat;
+    char name[128];
+    size_t weight_bytes;
+    void *owned[8];                   /* blocks to free on close */
+    int n_owned;
+    const void *mapping;              /* the file, when we mapped it */
+    size_t mapping_bytes;
+};
+
+/* One conversation: the KV cache, and scratch for one tile of tokens. */
+struct gemma3_state {
+    const gemma3_model *m;
+    gemma3_params p;
+    void *allocated;                  /* by _new, else NULL */
+    int pos;                          /* tokens in the cache */
+    int tile;                         /* tokens taken at once */
+    int group;                        /* tokens whose attention is computed together */
+    int ring;                         /* slots of a local layer's cache */
+    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* [slots][n_kv_heads][head_dim] of F16 or F32 */
+    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
+    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
+    float *cosine[2], *sine[2];       /* [tile][head_dim/2] */
+    float *x;                         /* [tile][d_model]           residual stream */
+    float *h;                         /* [tile][d_model]           branch */
+    float *q, *attended;              /* [tile][n_heads][head_dim] */
+    float *k, *v;                     /* [tile][n_kv_heads][head_dim] */
+    float *gate, *up;                 /* [tile][d_ff] */
+    float *group_q;                   /* [n_kv_heads][group][heads per kv head][head_dim] */
+    float *group_out;                 /* likewise */
+    float *score_sum;                 /* [n_kv_heads][group][heads per kv head] */
+    float *score;                     /* the same, then [n_score] positions */
+    size_t n_score;
+    struct xblock *xq;                /* [tile][widest input / 32] */
+    struct panel *panels;             /* [n_threads][PANELS], unpacked weights */
+    float *rows;                      /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    char error[256];
+};
+
+static void run_parallel(const gemma3_state *s, int n_tasks, gemma3_task *task, void *job)
+{
+    if (n_tasks > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, n_tasks, task, job);
+    else
+        for (int i = 0; i < n_tasks; i++) task(job, i, 0);
+}
+
+static void trace(const gemma3_state *s, const char *name, int l, const float *x, int n, int width)
+{
+    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
+}
+
+/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
+static void share_of(int total, int n_tasks, int i, int *begin, int *end)
+{
+    *begin = (int)((int64_t)total * i / n_tasks);
+    *end = (int)((int64_t)total * (i + 1) / n_tasks);
+}
+
+/* ==== 8. Matrix times vectors ===================================================================
+ *
+ * The only place where rows are shared out to threads. Work is cut into tiles of 16 rows; which
+ * thread takes which tile cannot change a bit, because a row's sum is never divided. */
+
+enum { MAX_PRODUCTS = 3, ROWS_AT_ONCE = 4, TASKS_PER_THREAD = 6 };
+
+struct matmul {
+    const gemma3_state *s;
+    const struct matrix *w[MAX_PRODUCTS];
+    float *y[MAX_PRODUCTS];           /* [n][rows] */
+    int n_products, n, n_tasks, total_tiles;
+    const float *x;                   /* [n][cols] */
+    size_t blocks;                    /* of a row of xq */
+};
+
+/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                            int worker, float (*acc)[TILE_ROWS])
+{
+    const gemma3_state *s = job->s;
+    const struct kernels *k = s->m->kernels;
+    if (!w->format->unpack) {
+        k->mul_floats(w->format->type, w->data + row * w->row_bytes, w->row_bytes, n_rows, job->x,
+                      w->cols, job->n, w->cols, acc);
+        return;
+    }
+    float *rows = s->rows + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
+    float (*part)[TILE_ROWS] = acc;
+    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
+        int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
+        for (int a = 0; a < take; a++) dequantize_row(w, row + r + a, rows + (size_t)a * w->cols);
+        part = (float (*)[TILE_ROWS])(acc[0] + r);
+        k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
+                      w->cols, part);
+    }
+}
+
+/* Integer formats that are not tiled: unpacked a panel at a time, once for all tokens. */
+static void mul_tile_panels(const struct matmul *job, const struct matrix *w, int row, int worker,
+                            float (*acc)[TILE_ROWS])
+{
+    const gemma3_state *s = job->s;
+    struct panel *panels = s->panels + (size_t)worker * PANELS;
+    for (int b = 0, blocks = w->cols / 32; b < blocks; b += PANELS) {
+        int take = blocks - b < PANELS ? blocks - b : PANELS;
+        for (int a = 0; a < take; a++) unpack_panel(w, row, b + a, panels + a);
+        s->m->kernels->mul_panel(panels, take, w->format, s->xq + b, job->blocks, job->n, acc);
+    }
+}
+
+static void mul_tile(const struct matmul *job, int product, int tile, int worker)
+{
+    const gemma3_state *s = job->s;
+    const struct matrix *w = job->w[product];
+    float acc[GEMMA3_TILE][TILE_ROWS];
+    int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
+    memset(acc, 0, job->n * sizeof *acc);
+    if (s->m->exact || !w->format->unpack) mul_tile_floats(job, w, row, n_rows, worker, acc);
+    else if (w->tiled)
+        s->m->kernels->mul_q4_0(w->data + tile * job->blocks * Q4_TILE_BYTES, (int)job->blocks, s->xq,
+                                job->blocks, job->n, acc);
+    else mul_tile_panels(job, w, row, worker, acc);
+    for (int i = 0; i < job->n; i++)
+        memcpy(job->y[product] + (size_t)i * w->rows + row, acc[i], n_rows * sizeof(float));
+}
+
+static void matmul_task(void *arg, int index, int worker)
+{
+    const struct matmul *job = arg;
+    int tile, end, product = 0;
+    share_of(job->total_tiles, job->n_tasks, index, &tile, &end);
+    for (; tile < end; tile++) {
+        int local = tile;
+        for (product = 0; local >= n_tiles(job->w[product]); product++) local -= n_tiles(job->w[product]);
+        mul_tile(job, product, local, worker);
+    }
+}
+
+static void quantize_task(void *arg, int index, int worker)
+{
+    const struct matmul *job = arg;
+    int cols = job->w[0]->cols;
+    (void)worker;
+    job->s->m->kernels->quantize(job->s->xq + index * job->blocks, job->x + (size_t)index * cols, cols);
+}
+
+/* Every product of job with the same input x [n][cols]. */
+static void matmul(struct matmul *job)
+{
+    const gemma3_state *s = job->s;
+    int integers = 0;
+    job->blocks = ((size_t)job->w[0]->cols + 31) / 32;
+    job->total_tiles = 0;
+    for (int k = 0; k < job->n_products; k++) {
+        job->total_tiles += n_tiles(job->w[k]);
+        integers |= job->w[k]->format->unpack != NULL;
+    }
+    if (integers && !s->m->exact) run_parallel(s, job->n, quantize_task, job);
+    job->n_tasks = s->p.n_threads == 1 ? 1 : s->p.n_threads * TASKS_PER_THREAD;
+    if (job->n_tasks > job->total_tiles) job->n_tasks = job->total_tiles;
+    run_parallel(s, job->n_tasks, matmul_task, job);
+}
+
+static void matmul_one(const gemma3_state *s, float *y, const struct matrix *w, const float *x, int n)
+{
+    struct matmul job = {.s = s, .w = {w}, .y = {y}, .n_products = 1, .n = n, .x = x};
+    matmul(&job);
+}
+
+/* y [n][d_model] = rms(x [n][d_model]) * w */
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
+{
+    const gemma3_config *c = &s->m->config;
+    for (int i = 0; i < n; i++)
+        s->m->kernels->rmsnorm(y + (size_t)i * c->d_model, x + (size_t)i * c->d_model, w, c->d_model,
+                               c->rms_eps);
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t j = 0; j < n; j++) x[j] += y[j];
+}
+
+/* ==== 9. Attention and the KV cache =============================================================
+ *
+ * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + tile - 1
+ * slots suffice for the oldest key that the first token of a tile sees to survive the tile's writes. */
+
+static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
+
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->m->config.is_local[l] ? s->ring : s->p.n_ctx;
+}
+
+/* Rounds n floats into the cache, little-endian like a file's tensors, so that one kernel reads both. */
+static void store_cache(const gemma3_state *s, uint8_t *to, const float *x, int n)
+{
+    for (int j = 0; j < n; j++) {
+        if (s->p.kv_type == GEMMA3_KV_F16) {
+            uint16_t half = f32_to_f16(x[j]);
+            to[2 * j] = (uint8_t)half;
+            to[2 * j + 1] = (uint8_t)(half >> 8);
+        } else {
+            uint32_t u = bits_of(x[j]);
+            for (int k = 0; k < 4; k++) to[4 * j + k] = (uint8_t)(u >> 8 * k);
+        }
+    }
+}
+
+/* cos and sin of every angle of this tile, for both bases; all layers share them. Linear scaling
+ * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+static void rope_tables(gemma3_state *s, int n)
+{
+    int half = s->m->config.head_dim / 2;
+    for (int local = 0; local < 2; local++)
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < half; j++)
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
+                        s->sine[local] + i * half + j);
+}
+
+struct attention {
+    gemma3_state *s;
+    const struct layer *w;
+    int l, slots;
+    int i0, n;                        /* the group: tokens i0 .. i0+n-1 of the tile */
+    int first;                        /* lowest position that any of them sees */
+    int heads;                        /* query heads of a kv head */
+    int n_tasks;
+};
+
+/* First position that the token at position p sees: q - k < window in a local layer. */
+static int first_seen(const struct attention *a, int p)
+{
+    const gemma3_config *c = &a->s->m->config;
+    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
+}
+
+/* Norm, rope and scale for one token; its K and V go into the cache. */
+static void prepare_token(void *arg, int i, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    const gemma3_config *c = &s->m->config;
+    const struct kernels *kernels = s->m->kernels;
+    int D = c->head_dim, local = c->is_local[a->l], width = c->n_kv_heads * D;
+    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
+    (void)worker;
+    for (int h = 0; h < c->n_heads; h++) {
+        float *q = s->q + ((size_t)i * c->n_heads + h) * D;
+        kernels->rmsnorm(q, q, a->w->attn_q_norm, D, c->rms_eps);
+        kernels->rope(q, cosine, sine, D);
+    }
+    for (int g = 0; g < c->n_kv_heads; g++) {
+        float *k = s->k + (size_t)i * width + g * D;
+        kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
+        kernels->rope(k, cosine, sine, D);
+    }
+    size_t slot = (size_t)((s->pos + i) % a->slots) * width * kv_element(s);
+    store_cache(s, s->k_cache[a->l] + slot, s->k + (size_t)i * width, width);
+    store_cache(s, s->v_cache[a->l] + slot, s->v + (size_t)i * width, width);
+}
+
+/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
+static int run_of(const struct attention *a, int begin, int end)
+{
+    int run = a->slots - begin % a->slots;
+    return end - begin < run ? end - begin : run;
+}
+
+static const uint8_t *cache_at(const struct attention *a, uint8_t *const *cache, int g, int p)
+{
+    const gemma3_config *c = &a->s->m->config;
+    size_t element = kv_element(a->s);
+    return cache[a->l] + ((size_t)(p % a->slots) * c->n_kv_heads + g) * c->head_dim * element;
+}
+
+enum { SCORE_RUN = 64, MIX_WIDTH = 64 };
+
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. */
+static void score_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    const gemma3_config *c = &s->m->config;
+    int D = c->head_dim, queries = s->group * a->heads, n_queries = a->n * a->heads;
+    int end = s->pos + a->i0 + a->n, per_head = (end - a->first + SCORE_RUN - 1) / SCORE_RUN;
+    int g = index / per_head, p = a->first + index % per_head * SCORE_RUN;
+    int type = s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32;
+    size_t row_bytes = (size_t)c->n_kv_heads * D * kv_element(s);
+    float acc[GEMMA3_TILE][TILE_ROWS];
+    (void)worker;
+    end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
+    for (int run; p < end; p += run) {
+        run = run_of(a, p, end);
+        run = run < TILE_ROWS ? run : TILE_ROWS;
+        for (int t = 0; t < n_queries; t += GEMMA3_TILE) {
+            int take = n_queries - t < GEMMA3_TILE ? n_queries - t : GEMMA3_TILE;
+            size_t first_query = (size_t)g * queries + t;
+            s->m->kernels->mul_floats(type, cache_at(a, s->k_cache, g, p), row_bytes, run,
+                                      s->group_q + first_query * D, D, take, D, acc);
+            for (int i = 0; i < take; i++)
+                memcpy(s->score + (first_query + i) * s->n_score + (p - a->first), acc[i],
+                       run * sizeof(float));
+        }
+    }
+}
+
+/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
+static void softmax_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int n_queries = a->n * a->heads, g = index / n_queries, t = index % n_queries;
+    int p = s->pos + a->i0 + t / a->heads, first = first_seen(a, p);
+    size_t query = (size_t)g * s->group * a->heads + t;
+    (void)worker;
+    s->score_sum[query] = s->m->kernels->softmax(s->score + query * s->n_score + (first - a->first),
+                                                 p + 1 - first, first);
+}
+
+/* out = sum of e_p v_p over positions in order, for MIX_WIDTH elements of one kv head's queries.
+ * Tokens of the group see different ranges: [first_seen(p), p]; both ends grow with the token, so
+ * between two ends the tokens that see a position are one run [from, to). */
+static void mix_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    const gemma3_config *c = &s->m->config;
+    int D = c->head_dim, per_head = (D + MIX_WIDTH - 1) / MIX_WIDTH, g = index / per_head;
+    int d = index % per_head * MIX_WIDTH, p0 = s->pos + a->i0, from = 0, to = 1;
+    size_t query = (size_t)g * s->group * a->heads;
+    float *out = s->group_out + query * D + d;
+    struct mix m = {.type = s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32,
+                    .v_bytes = (size_t)c->n_kv_heads * D * kv_element(s),
+                    .e_stride = s->n_score, .out_stride = D, .width = D - d < MIX_WIDTH ? D - d : MIX_WIDTH};
+    (void)worker;
+    for (int t = 0; t < a->n * a->heads; t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
+    for (int p = a->first, end; p < p0 + a->n; p = end) {
+        while (p0 + from < p) from++;
+        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
+        end = p0 + from + 1;
+        if (to < a->n && first_seen(a, p0 + to) < end) end = first_seen(a, p0 + to);
+        end = p + run_of(a, p, end);
+        m.v = cache_at(a, s->v_cache, g, p) + d * kv_element(s);
+        m.n_pos = end - p;
+        m.n = (to - from) * a->heads;
+        m.e = s->score + (query + from * a->heads) * s->n_score + (p - a->first);
+        m.out = out + (size_t)from * a->heads * D;
+        s->m->kernels->mix_values(&m);
+    }
+    for (int t = 0; t < a->n * a->heads; t++) {
+        size_t to_row = (size_t)(a->i0 + t / a->heads) * c->n_heads + g * a->heads + t % a->heads;
+        for (int j = 0; j < m.width; j++)
+            s->attended[to_row * D + d + j] = out[(size_t)t * D + j] / s->score_sum[query + t];
+    }
+}
+
+/* attended [i0 .. i0+n-1][n_heads][head_dim] for one group of tokens, in three phases. */
+static void attend(struct attention *a)
+{
+    gemma3_state *s = a->s;
+    const gemma3_config *c = &s->m->config;
+    int D = c->head_dim, p0 = s->pos + a->i0;
+    size_t run = (size_t)a->heads * D;
+    a->first = first_seen(a, p0);
+    for (int i = 0; i < a->n; i++) /* queries of one kv head side by side, and scaled */
+        for (int g = 0; g < c->n_kv_heads; g++) {
+            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * run;
+            float *to = s->group_q + ((size_t)g * s->group + i) * run;
+            for (size_t j = 0; j < run; j++) to[j] = q[j] * c->query_scale;
+        }
+    int positions = p0 + a->n - a->first;
+    run_parallel(s, c->n_kv_heads * ((positions + SCORE_RUN - 1) / SCORE_RUN), score_task, a);
+    run_parallel(s, c->n_kv_heads * a->n * a->heads, softmax_task, a);
+    run_parallel(s, c->n_kv_heads * ((D + MIX_WIDTH - 1) / MIX_WIDTH), mix_task, a);
+}
+
+/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+static void attention(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    const gemma3_config *c = &s->m->config;
+    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
+                          .heads = c->n_heads / c->n_kv_heads};
+    struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
+                         .n_products = 3, .n = n, .x = s->h};
+    matmul(&qkv);
+    run_parallel(s, n, prepare_token, &a);
+    trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
+    trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
+    trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
+    for (a.i0 = 0; a.i0 < n; a.i0 += s->group) {
+        a.n = n - a.i0 < s->group ? n - a.i0 : s->group;
+        attend(&a);
+    }
+    trace(s, "kqv_out", l, s->attended, n, c->n_heads * c->head_dim);
+    matmul_one(s, s->h, &w->attn_output, s->attended, n);
+}
+
+struct gelu_job {
+    gemma3_state *s;
+};
+static void gelu_task(void *arg, int i, int worker)
+{
+    gemma3_state *s = ((struct gelu_job *)arg)->s;
+    size_t d_ff = s->m->config.d_ff;
+    (void)worker;
+    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
+}
+
+/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+static void feed_forward(gemma3_state *s, const struct layer *w, int n)
+{
+    struct matmul gate_up = {.s = s, .w = {&w->ffn_gate, &w->ffn_up}, .y = {s->gate, s->up},
+                             .n_products = 2, .n = n, .x = s->h};
+    struct gelu_job job = {s};
+    matmul(&gate_up);
+    run_parallel(s, n, gelu_task, &job);
+    matmul_one(s, s->h, &w->ffn_down, s->gate, n);
+}
+
+/* ==== 10. The forward pass ====================================================================== */
+
+/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
+ * this scale makes one matrix serve as both. */
+static void embed(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = &s->m->config;
+    for (int i = 0; i < n; i++) {
+        float *x = s->x + (size_t)i * c->d_model;
+        dequantize_row(&s->m->token_embd, ids[i], x);
+        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
+    }
+}
+
+/* Logits of n_rows tokens of the tile, each n_vocab long. */
+static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
+{
+    const gemma3_config *c = &s->m->config;
+    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
+        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
+                c->d_model * sizeof(float));
+    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
+    trace(s, "result_norm", -1, s->h, n_rows, c->d_model);
+    matmul_one(s, logits, &s->m->output, s->h, n_rows);
+    for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
+        float t = logits[j] / c->final_softcap;
+        float e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
+        float tanh = (1.0f - e) / (1.0f + e);
+        logits[j] = c->final_softcap * float_of(bits_of(tanh) | (bits_of(t) & 0x80000000));
+    }
+    trace(s, "result_output", -1, logits, n_rows, c->n_vocab);
+}
+
+/* n <= tile tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
+static void forward_tile(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = &s->m->config;
+    size_t size = (size_t)n * c->d_model;
+    rope_tables(s, n);
+    embed(s, ids, n);
+    trace(s, "inp_scaled", -1, s->x, n, c->d_model);
+    for (int l = 0; l < c->n_layers; l++) {
+        const struct layer *w = &s->m->layer[l];
+        rmsnorm(s, s->h, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->h, n, c->d_model);
+        attention(s, w, l, n);
+        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->h, n, c->d_model);
+        add(s->x, s->h, size);
+        trace(s, "sa_out", l, s->x, n, c->d_model);
+        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->h, n, c->d_model);
+        feed_forward(s, w, n);
+        trace(s, "ffn_out", l, s->h, n, c->d_model);
+        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->h, n, c->d_model);
+        add(s->x, s->h, size);
+        trace(s, "l_out", l, s->x, n, c->d_model);
+    }
+}
+
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
+    int n_vocab = s->m->config.n_vocab;
+    if (n < 0 || n > s->p.n_ctx - s->pos) {
+        snprintf(s->error, sizeof s->error, "the context is full: it holds %d tokens, %d are in it and %d more were given",
+                 s->p.n_ctx, s->pos, n);
+        return -1;
+    }
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab) {
+            snprintf(s->error, sizeof s->error, "token %d is %d, outside the vocabulary of %d", s->pos + i,
+                     (int)ids[i], n_vocab);
+            return -1;
+        }
+    for (int k = 0; k < n_rows; k++)
+        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1])) {
+            snprintf(s->error, sizeof s->error, "rows[%d] is %d: rows must ascend and lie in 0..%d", k, rows[k], n - 1);
+            return -1;
+        }
+    return 0;
+}
+
+int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows, float *logits)
+{
+    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
+    fp_state fp = fp_enter();
+    for (int done = 0, take; done < n; done += take) {
+        int in_tile = 0, tile_rows[GEMMA3_TILE];
+        take = n - done < s->tile ? n - done : s->tile;
+        forward_tile(s, ids + done, take);
+        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) tile_rows[in_tile++] = *rows - done;
+        if (in_tile) unembed(s, tile_rows, in_tile, logits);
+        if (in_tile) logits += (size_t)in_tile * s->m->config.n_vocab;
+        s->pos += take;
+    }
+    fp_leave(fp);
+    return 0;
+}
+
+/* ==== 11. Reading GGUF ==========================================================================
+ *
+ *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv pairs | n_tensors infos | padding | data
+ *     pair:  string key | u32 type | value          string: u64 length | bytes
+ *     info:  string name | u32 n_dims | u64 ne[n_dims] | u32 type | u64 offset from data
+ *     array: u32 element type | u64 count | elements
+ *
+ * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor that
+ * knows what is left, and every tensor's type, shape and end are checked once, when it is bound. */
+
+static void *fail(gemma3_error *err, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return NULL;
+}
+
+struct cursor {
+    const uint8_t *p;
+    size_t left;
+    int failed;
+};
+
+static const uint8_t *take(struct cursor *c, uint64_t n)
+{
+    const uint8_t *p = c->p;
+    if (c->failed || n > c->left) {
+        c->failed = 1;
+        return NULL;
+    }
+    c->p += n;
+    c->left -= (size_t)n;
+    return p;
+}
+
+static uint32_t take_u32(struct cursor *c)
+{
+    const uint8_t *p = take(c, 4);
+    return p ? load_u32_le(p) : 0;
+}
+
+static uint64_t take_u64(struct cursor *c)
+{
+    const uint8_t *p = take(c, 8);
+    return p ? load_u64_le(p) : 0;
+}
+
+struct string {
+    const char *text;
+    size_t n;
+};
+
+static struct string take_string(struct cursor *c)
+{
+    uint64_t n = take_u64(c);
+    struct string s = {(const char *)take(c, n), (size_t)n};
+    if (!s.text) s.n = 0;
+    return s;
+}
+
+enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
+       KV_I64, KV_F64, KV_TYPES };
+
+static const uint8_t kv_bytes[KV_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+static const char *const kv_names[KV_TYPES] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool",
+                                               "string", "array", "u64", "i64", "f64"};
+
+struct kv {
+    struct string key;
+    uint32_t type, element;      /* element: of an array */
+    uint64_t count;              /* of an array, else 1 */
+    struct cursor value;
+};
+
+struct tensor {
+    struct string name;
+    uint32_t type;
+    uint64_t ne[4], offset;
+};
+
+struct gguf {
+    const char *name;            /* of the file */
+    const uint8_t *data;         /* tensors */
+    size_t data_bytes;
+    struct kv *kv;               /* sorted by key */
+    struct tensor *tensor;       /* sorted by name */
+    size_t n_kv, n_tensors;
+    gemma3_error *err;
+};
+
+static int compare_strings(struct string a, struct string b)
+{
+    size_t n = a.n < b.n ? a.n : b.n;
+    int c = n ? memcmp(a.text, b.text, n) : 0;
+    return c ? c : (a.n > b.n) - (a.n < b.n);
+}
+
+static int compare_kv(const void *a, const void *b)
+{
+    return compare_strings(((const struct kv *)a)->key, ((const struct kv *)b)->key);
+}
+
+static int compare_tensors(const void *a, const void *b)
+{
+    return compare_strings(((const struct tensor *)a)->name, ((const struct tensor *)b)->name);
+}
+
+/* A name for an error message: printable, and not too long. */
+static const char *shown(struct string s, char out[80])
+{
+    size_t n = s.n < 79 ? s.n : 79;
+    for (size_t j = 0; j < n; j++) out[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
+    out[n] = 0;
+    return out;
+}
+
+static int read_kv(struct gguf *g, struct cursor *c, struct kv *kv)
+{
+    char text[80];
+    kv->key = take_string(c);
+    kv->type = take_u32(c);
+    kv->element = kv->type;
+    kv->count = 1;
+    if (!c->failed && kv->type == KV_ARRAY) {
+        kv->element = take_u32(c);
+        kv->count = take_u64(c);
+    }
+    kv->value = *c;
+    if (c->failed) return 0;
+    if (kv->element >= KV_TYPES || kv->element == KV_ARRAY)
+        return fail(g->err, "%s: key %s has value type %u, which is not one of GGUF's", g->name,
+                    shown(kv->key, text), (unsigned)kv->element), -1;
+    if (kv->element == KV_STRING)
+        for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
+    else if (kv->count > c->left) c->failed = 1;
+    else take(c, kv->count * kv_bytes[kv->element]);
+    return 0;
+}
+
+static int read_tensor(struct gguf *g, struct cursor *c, struct tensor *t)
+{
+    char text[80];
+    t->name = take_string(c);
+    uint32_t n_dims = take_u32(c);
+    if (!c->failed && (n_dims < 1 || n_dims > 4))
+        return fail(g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", g->name,
+                    shown(t->name, text), (unsigned)n_dims), -1;
+    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
+    t->type = take_u32(c);
+    t->offset = take_u64(c);
+    return 0;
+}
+
+static const struct kv *find_kv(const struct gguf *g, const char *key)
+{
+    struct kv wanted = {.key = {key, strlen(key)}};
+    return g->n_kv ? bsearch(&wanted, g->kv, g->n_kv, sizeof wanted, compare_kv) : NULL;
+}
+
+static const struct tensor *find_tensor(const struct gguf *g, const char *name)
+{
+    struct tensor wanted = {.name = {name, strlen(name)}};
+    return g->n_tensors ? bsearch(&wanted, g->tensor, g->n_tensors, sizeof wanted, compare_tensors) : NULL;
+}
+
+static int read_header(struct gguf *g, struct cursor *c)
+{
+    const uint8_t *magic = take(c, 4);
+    if (!magic || memcmp(magic, "GGUF", 4))
+        return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name), -1;
+    uint32_t version = take_u32(c);
+    if (!c->failed && version != 2 && version != 3)
+        return fail(g->err, "%s: GGUF version %u%s, expected 2 or 3", g->name, (unsigned)version,
+                    version && !(version & 0xffff) ? " (a big-endian file)" : ""), -1;
+    uint64_t n_tensors = take_u64(c), n_kv = take_u64(c);
+    if (c->failed || n_kv > c->left / 13 || n_tensors > c->left / 32) /* their least sizes */
+        return fail(g->err, "%s is truncated: its header promises %llu keys and %llu tensors", g->name,
+                    (unsigned long long)n_kv, (unsigned long long)n_tensors), -1;
+    g->n_kv = (size_t)n_kv;
+    g->n_tensors = (size_t)n_tensors;
+    g->kv = calloc(g->n_kv + 1, sizeof *g->kv);
+    g->tensor = calloc(g->n_tensors + 1, sizeof *g->tensor);
+    if (!g->kv || !g->tensor) return fail(g->err, "%s: out of memory for its keys", g->name), -1;
+    return 0;
+}
+
+static int sort_directory(struct gguf *g)
+{
+    char text[80];
+    qsort(g->kv, g->n_kv, sizeof *g->kv, compare_kv);
+    qsort(g->tensor, g->n_tensors, sizeof *g->tensor, compare_tensors);
+    for (size_t k = 1; k < g->n_kv; k++)
+        if (!compare_kv(g->kv + k - 1, g->kv + k))
+            return fail(g->err, "%s: key %s occurs twice", g->name, shown(g->kv[k].key, text)), -1;
+    for (size_t k = 1; k < g->n_tensors; k++)
+        if (!compare_tensors(g->tensor + k - 1, g->tensor + k))
+            return fail(g->err, "%s: tensor %s occurs twice", g->name, shown(g->tensor[k].name, text)), -1;
+    return 0;
+}
+
+static int read_gguf(struct gguf *g, const void *data, size_t size)
+{
+    struct cursor c = {data, size, 0};
+    if (read_header(g, &c)) return -1;
+    for (size_t k = 0; k < g->n_kv && !c.failed; k++)
+        if (read_kv(g, &c, g->kv + k)) return -1;
+    for (size_t k = 0; k < g->n_tensors && !c.failed; k++)
+        if (read_tensor(g, &c, g->tensor + k)) return -1;
+    if (c.failed) return fail(g->err, "%s is truncated: it ends inside its header", g->name), -1;
+    if (sort_directory(g)) return -1;
+    const struct kv *a = find_kv(g, "general.alignment");
+    uint64_t alignment = a && a->type == KV_U32 ? load_u32_le(a->value.p) : 32;
+    if ((a && a->type != KV_U32) || alignment == 0 || (alignment & (alignment - 1)))
+        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name), -1;
+    uint64_t start = (size - c.left + alignment - 1) & ~(alignment - 1);
+    g->data = (const uint8_t *)data + (start < size ? start : size);
+    g->data_bytes = start < size ? (size_t)(size - start) : 0;
+    return 0;
+}
+
+/* A number of any type as double (exact for every value we accept); 0 and a sentence if it is none. */
+static int read_number(const struct gguf *g, const struct kv *kv, double *out)
+{
+    const uint8_t *p = kv->value.p;
+    char text[80];
+    switch (kv->type) {
+    case KV_U8: case KV_BOOL: *out = p[0]; return 1;
+    case KV_I8: *out = (int8_t)p[0]; return 1;
+    case KV_U16: *out = load_u16_le(p); return 1;
+    case KV_I16: *out = (int16_t)load_u16_le(p); return 1;
+    case KV_U32: *out = load_u32_le(p); return 1;
+    case KV_I32: *out = (int32_t)load_u32_le(p); return 1;
+    case KV_F32: *out = float_of(load_u32_le(p)); return 1;
+    case KV_U64: *out = (double)load_u64_le(p); return 1;
+    case KV_I64: *out = (double)(int64_t)load_u64_le(p); return 1;
+    case KV_F64: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); return 1; }
+    default:
+        fail(g->err, "%s: key %s is a %s, expected a number", g->name, shown(kv->key, text),
+             kv_names[kv->type]);
+        return 0;
+    }
+}
+
+/* Key "gemma3.NAME" as an integer in [low, high], or, when it is absent, fallback (< 0: required). */
+static int get_int(const struct gguf *g, const char *name, int low, int high, int fallback, int *out)
+{
+    char key[96];
+    double x;
+    snprintf(key, sizeof key, "gemma3.%s", name);
+    const struct kv *kv = find_kv(g, key);
+    *out = fallback;
+    if (!kv && fallback < 0) return fail(g->err, "%s: key %s is missing", g->name, key), -1;
+    if (!kv) return 0;
+    if (!read_number(g, kv, &x)) return -1;
+    if (!(x >= low && x <= high) || x != (int)x)
+        return fail(g->err, "%s: key %s is %g, expected an integer from %d to %d", g->name, key, x, low,
+                    high), -1;
+    *out = (int)x;
+    return 0;
+}
+
+/* The same for a positive float; other: an older spelling of the key, or NULL. */
+static int get_float(const struct gguf *g, const char *name, const char *other, float fallback, float *out)
+{
+    char key[96];
+    double x;
+    snprintf(key, sizeof key, "gemma3.%s", name);
+    const struct kv *kv = find_kv(g, key);
+    if (!kv && other) {
+        snprintf(key, sizeof key, "gemma3.%s", other);
+        kv = find_kv(g, key);
+    }
+    *out = fallback;
+    if (!kv) return 0;
+    if (!read_number(g, kv, &x)) return -1;
+    if (!(x >= 0 && x <= 1e30)) return fail(g->err, "%s: key %s is %g, expected a positive number", g->name, key, x), -1;
+    *out = (float)x;
+    return 0;
+}
+
+static struct string get_string(const struct gguf *g, const char *key)
+{
+    const struct kv *kv = find_kv(g, key);
+    struct cursor c;
+    struct string none = {"", 0};
+    if (!kv || kv->type != KV_STRING) return none;
+    c = kv->value;
+    return take_string(&c);
+}
+
+static int string_is(struct string s, const char *text)
+{
+    return s.n == strlen(text) && !memcmp(s.text, text, s.n);
+}
+
+/* ==== 12. Opening a model ======================================================================= */
+
+struct opening {
+    struct gguf g;
+    gemma3_model *m;
+    gemma3_options options;
+    float *norms;                /* where the next norm goes */
+};
+
+static void *own(struct opening *o, size_t bytes, const char *what)
+{
+    gemma3_model *m = o->m;
+    void *p = m->n_owned < 8 ? malloc(bytes ? bytes : 1) : NULL;
+    if (!p) return fail(o->g.err, "%s: out of memory for %s (%llu bytes)", o->g.name, what, (unsigned long long)bytes);
+    return m->owned[m->n_owned++] = p;
+}
+
+/* Says in one sentence why this is no Gemma 3 text model that we can run. */
+static int refuse_others(const struct opening *o)
+{
+    const struct gguf *g = &o->g;
+    char text[80];
+    double count = 0;
+    struct string arch = get_string(g, "general.architecture");
+    if (!string_is(arch, "gemma3"))
+        return fail(g->err, "%s: general.architecture is \"%s\", expected \"gemma3\"", g->name, shown(arch, text)), -1;
+    const struct kv *split = find_kv(g, "split.count");
+    if (split && read_number(g, split, &count) && count > 1)
+        return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
+                    g->name, count), -1;
+    for (size_t k = 0; k < g->n_tensors; k++) {
+        struct string name = g->tensor[k].name;
+        if (name.n > 5 && !memcmp(name.text, "dense", 5))
+            return fail(g->err, "%s: tensor %s belongs to an embedding model (EmbeddingGemma), not to a Gemma 3 text model",
+                        g->name, shown(name, text)), -1;
+        if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
+            return fail(g->err, "%s: tensor %s is a fused projection, expected attn_q, attn_k and attn_v", g->name,
+                        shown(name, text)), -1;
+    }
+    return 0;
+}
+
+/* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
+static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
+{
+    const struct gguf *g = &o->g;
+    const struct tensor *t = find_tensor(g, name);
+    if (!t) return fail(g->err, "%s: tensor %s is missing", g->name, name), -1;
+    w->format = find_format(t->type);
+    if (!w->format)
+        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)",
+                    g->name, name, (unsigned)t->type), -1;
+    if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
+        t->ne[2] != 1 || t->ne[3] != 1)
+        return fail(g->err, "%s: tensor %s is [%llu][%llu], expected [%d][%d]", g->name, name,
+                    (unsigned long long)t->ne[1], (unsigned long long)t->ne[0], rows, cols), -1;
+    if (cols % w->format->elements)
+        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
+                    cols, w->format->name, w->format->elements), -1;
+    w->rows = (int)t->ne[1];
+    w->cols = cols;
+    w->tiled = 0;
+    w->row_bytes = (size_t)(cols / w->format->elements) * w->format->bytes;
+    uint64_t bytes = (uint64_t)w->row_bytes * w->rows;
+    if (t->offset > g->data_bytes || bytes > g->data_bytes - t->offset)
+        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, name,
+                    (unsigned long long)(t->offset + bytes - g->data_bytes)), -1;
+    w->data = g->data + t->offset;
+    o->m->weight_bytes += (size_t)bytes;
+    return 0;
+}
+
+static int bind_layer(struct opening *o, int l, const char *name, int rows, int cols, struct matrix *w)
+{
+    char full[64];
+    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
+    return bind(o, full, rows, cols, w);
+}
+
+/* A norm's vector: any float type, copied out as float32. */
+static int bind_norm(struct opening *o, const char *name, int n, const float **out)
+{
+    struct matrix w;
+    if (bind(o, name, 1, n, &w)) return -1;
+    if (w.format->unpack)
+        return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
+    dequantize_row(&w, 0, o->norms);
+    *out = o->norms;
+    o->norms += n;
+    return 0;
+}
+
+static int bind_layer_norm(struct opening *o, int l, const char *name, int n, const float **out)
+{
+    char full[64];
+    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
+    return bind_norm(o, full, n, out);
+}
+
+/* Heads: some converters leave the keys out, the tensors' shapes always tell. */
+static int configure_heads(struct opening *o)
+{
+    gemma3_config *c = &o->m->config;
+    const struct tensor *q = find_tensor(&o->g, "blk.0.attn_q.weight"), *k = find_tensor(&o->g, "blk.0.attn_k.weight");
+    if (get_int(&o->g, "attention.head_count", 1, 1024, -1, &c->n_heads)) return -1;
+    int from_q = q && q->ne[1] <= 1 << 20 ? (int)q->ne[1] / c->n_heads : 0;
+    if (get_int(&o->g, "attention.key_length", 2, 1024, from_q, &c->head_dim)) return -1;
+    if (c->head_dim < 2 || c->head_dim % 2)
+        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim), -1;
+    int from_k = k && k->ne[1] <= 1 << 20 ? (int)k->ne[1] / c->head_dim : 0, value_length;
+    if (get_int(&o->g, "attention.head_count_kv", 1, 1024, from_k, &c->n_kv_heads)) return -1;
+    if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
+        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads, c->n_kv_heads), -1;
+    if (get_int(&o->g, "attention.value_length", 1, 1024, c->head_dim, &value_length)) return -1;
+    if (value_length != c->head_dim)
+        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name, value_length, c->head_dim), -1;
+    return 0;
+}
+
+/* Which layers are local: gemma3.attention.sliding_window_pattern is absent (6), a number n (every
+ * n-th layer is global), or an array with one bool for each layer (true: local). */
+static int configure_layers(struct opening *o)
+{
+    gemma3_config *c = &o->m->config;
+    int known = c->n_layers == 18 || c->n_layers == 26 ? 512
+              : c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62 ? 1024 : 0, pattern;
+    if (get_int(&o->g, "attention.sliding_window", 0, 1 << 24, known, &c->window)) return -1;
+    const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
+    int is_array = kv && kv->type == KV_ARRAY;
+    if (is_array && (kv->element != KV_BOOL || kv->count < (uint64_t)c->n_layers))
+        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers", o->g.name, c->n_layers), -1;
+    if (is_array) pattern = 0;
+    else if (get_int(&o->g, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6, &pattern)) return -1;
+    for (int l = 0; l < c->n_layers; l++) {
+        int local = is_array ? kv->value.p[l] != 0 : pattern > 1 && (l + 1) % pattern != 0;
+        c->is_local[l] = (uint8_t)(local && c->window > 0);
+    }
+    return 0;
+}
+
+static int configure_rope(struct opening *o)
+{
+    gemma3_config *c = &o->m->config;
+    int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
+    char text[80];
+    struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
+    if (type.n && !string_is(type, "linear") && !string_is(type, "none"))
+        return fail(o->g.err, "%s: gemma3.rope.scaling.type is \"%s\", expected \"linear\"", o->g.name, shown(type, text)), -1;
+    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1e6f, &c->rope_base_global) ||
+        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1e4f, &c->rope_base_local) ||
+        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", large ? 8 : 1, &c->rope_factor))
+        return -1;
+    if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
+    if (!(c->rope_base_global > 0 && c->rope_base_local > 0))
+        return fail(o->g.err, "%s: gemma3.rope.freq_base must be positive", o->g.name), -1;
+    return 0;
+}
+
+static int configure(struct opening *o)
+{
+    gemma3_config *c = &o->m->config;
+    const struct gguf *g = &o->g;
+    if (get_int(g, "block_count", 1, GEMMA3_MAX_LAYERS, -1, &c->n_layers) ||
+        get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
+        get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
+        get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
+        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 1e-6f, &c->rms_eps) ||
+        get_float(g, "final_logit_softcapping", NULL, 0, &c->final_softcap))
+        return -1;
+    if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
+    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
+    int n = c->n_layers == 62 ? c->d_model / c->n_heads : c->head_dim;
+    c->query_scale = 1.0f / sqrt_of((float)n);
+    c->embedding_scale = sqrt_of((float)c->d_model);
+    return 0;
+}
+
+/* The arrays that the tokenizer works on; strings stay in the file. */
+static int read_vocab(struct opening *o)
+{
+    gemma3_model *m = o->m;
+    const struct gguf *g = &o->g;
+    const struct kv *tokens = find_kv(g, "tokenizer.ggml.tokens"), *scores = find_kv(g, "tokenizer.ggml.scores");
+    const struct kv *types = find_kv(g, "tokenizer.ggml.token_type");
+    if (!tokens || tokens->type != KV_ARRAY || tokens->element != KV_STRING || !tokens->count)
+        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name), -1;
+    int n = m->token_embd.rows;
+    if (tokens->count < (uint64_t)n) n = (int)tokens->count;
+    m->config.n_vocab = n;
+    if (!scores || scores->type != KV_ARRAY || scores->element != KV_F32 || scores->count < (uint64_t)n)
+        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n), -1;
+    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) || types->count < (uint64_t)n))
+        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n), -1;
+    const char **text = own(o, n * sizeof *text, "the vocabulary");
+    uint32_t *length = own(o, n * (sizeof *length + sizeof(float) + sizeof(int32_t)), "the vocabulary");
+    if (!text || !length) return -1;
+    float *score = (float *)(void *)(length + n);
+    int32_t *type = (int32_t *)(void *)(score + n);
+    struct cursor c = tokens->value;
+    for (int k = 0; k < n; k++) {
+        struct string s = take_string(&c);
+        text[k] = s.text;
+        length[k] = s.n < UINT32_MAX ? (uint32_t)s.n : UINT32_MAX;
+        score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
+        type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
+    }
+    m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score, .type = type};
+    return 0;
+}
+
+static int special_id(const struct opening *o, const char *key, int32_t *id)
+{
+    const struct kv *kv = find_kv(&o->g, key);
+    double x = -1;
+    if (kv && !read_number(&o->g, kv, &x)) return -1;
+    if (kv && !(x >= 0 && x < o->m->vocab.n_vocab))
+        return fail(o->g.err, "%s: key %s is %g, outside the vocabulary of %d", o->g.name, key, x, o->m->vocab.n_vocab), -1;
+    *id = (int32_t)x;
+    return 0;
+}
+
+static int open_tokenizer(struct opening *o)
+{
+    gemma3_model *m = o->m;
+    gemma3_vocab *v = &m->vocab;
+    double add_bos = 1;
+    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", &v->bos) ||
+        special_id(o, "tokenizer.ggml.eos_token_id", &v->eos) ||
+        special_id(o, "tokenizer.ggml.unknown_token_id", &v->unknown))
+        return -1;
+    const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
+    if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
+    v->add_bos = add_bos != 0;
+    size_t size = gemma3_tokenizer_size(v);
+    void *mem = own(o, size, "the tokenizer");
+    if (!mem) return -1;
+    m->tokenizer = gemma3_tokenizer_init(v, mem, size, o->g.err);
+    return m->tokenizer ? 0 : -1;
+}
+
+static int bind_weights(struct opening *o)
+{
+    gemma3_model *m = o->m;
+    const gemma3_config *c = &m->config;
+    int d = c->d_model, D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D;
+    o->norms = own(o, ((size_t)c->n_layers * (4 * d + 2 * D) + d) * sizeof(float), "the norms");
+    if (!o->norms || bind(o, "token_embd.weight", 0, d, &m->token_embd) ||
+        bind_norm(o, "output_norm.weight", d, &m->output_norm))
+        return -1;
+    m->output = m->token_embd;
+    if (find_tensor(&o->g, "output.weight") && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
+    for (int l = 0; l < c->n_layers; l++) {
+        struct layer *w = &m->layer[l];
+        if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
+            bind_layer(o, l, "attn_q", q, d, &w->attn_q) ||
+            bind_layer(o, l, "attn_k", kv, d, &w->attn_k) ||
+            bind_layer(o, l, "attn_v", kv, d, &w->attn_v) ||
+            bind_layer(o, l, "attn_output", d, q, &w->attn_output) ||
+            bind_layer_norm(o, l, "attn_q_norm", D, &w->attn_q_norm) ||
+            bind_layer_norm(o, l, "attn_k_norm", D, &w->attn_k_norm) ||
+            bind_layer_norm(o, l, "post_attention_norm", d, &w->post_attention_norm) ||
+            bind_layer_norm(o, l, "ffn_norm", d, &w->ffn_norm) ||
+            bind_layer(o, l, "ffn_gate", c->d_ff, d, &w->ffn_gate) ||
+            bind_layer(o, l, "ffn_up", c->d_ff, d, &w->ffn_up) ||
+            bind_layer(o, l, "ffn_down", d, c->d_ff, &w->ffn_down) ||
+            bind_layer_norm(o, l, "post_ffw_norm", d, &w->post_ffw_norm))
+            return -1;
+    }
+    return 0;
+}
+
+/* ---- Q4_0 into tiles ---- */
+
+struct repack {
+    struct matrix *w;
+    uint8_t *to;
+    int n_tasks;
+};
+
+static void repack_task(void *arg, int index, int worker)
+{
+    const struct repack *job = arg;
+    const struct matrix *w = job->w;
+    int tile, end, blocks = w->cols / 32;
+    (void)worker;
+    share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
+    for (; tile < end; tile++) {
+        int row = tile * TILE_ROWS, n = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
+        tile_q4_0(job->to + (size_t)tile * blocks * Q4_TILE_BYTES, w->data + row * w->row_bytes, w->row_bytes, n, blocks);
+    }
+}
+
+static size_t tiled_bytes(const struct matrix *w)
+{
+    return w->format->type == Q4_0 ? (size_t)n_tiles(w) * (w->cols / 32) * Q4_TILE_BYTES : 0;
+}
+
+static void give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
+
+static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
+{
+    struct repack job = {w, *to, 64};
+    size_t bytes = tiled_bytes(w);
+    if (!bytes) return;
+    if (o->options.parallel_for && o->options.n_threads > 1) o->options.parallel_for(o->options.pool, 64, repack_task, &job);
+    else
+        for (int k = 0; k < job.n_tasks; k++) repack_task(&job, k, 0);
+    give_back(o->m, w->data, w->row_bytes * w->rows);
+    w->data = *to;
+    w->tiled = 1;
+    *to += bytes;
+}
+
+static int repack(struct opening *o)
+{
+    gemma3_model *m = o->m;
+    int tied = m->output.data == m->token_embd.data, n = 0, n_layers = m->config.n_layers;
+    struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
+    all[n++] = &m->token_embd;
+    if (!tied) all[n++] = &m->output;
+    for (int l = 0; l < n_layers; l++) {
+        struct layer *w = &m->layer[l];
+        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output, &w->ffn_gate, &w->ffn_up, &w->ffn_down};
+        for (int k = 0; k < 7; k++) all[n++] = of_layer[k];
+    }
+    size_t bytes = 0;
+    for (int k = 0; k < n; k++) bytes += tiled_bytes(all[k]);
+    if (!bytes) return 0;
+    uint8_t *to = own(o, bytes, "the weights");
+    if (!to) return -1;
+    for (int k = 0; k < n; k++) {
+        repack_one(o, all[k], &to);
+        if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
+    }
+    if (tied) m->output = m->token_embd;
+    return 0;
+}
+
+static int choose_kernels(struct opening *o)
+{
+    const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
+    for (int k = 0; k < N_KERNELS; k++)
+        if (!strcmp(all_kernels[k].name, wanted) && cpu_has(wanted)) {
+            o->m->kernels = &all_kernels[k];
+            return 0;
+        }
+    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted), -1;
+}
+
+static int open_steps(struct opening *o, const void *data, size_t size)
+{
+    gemma3_model *m = o->m;
+    const char *fault = arithmetic_fault();
+    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1;
+    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) || bind_weights(o) || open_tokenizer(o))
+        return -1;
+    m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
+    if (!m->exact && !o->options.no_repack && repack(o)) return -1;
+    struct string name = get_string(&o->g, "general.name");
+    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
+    return 0;
+}
+
+static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
+                                gemma3_error *err, gemma3_model *m)
+{
+    struct opening o = {.g = {.name = name, .err = err}, .m = m};
+    fp_state fp = fp_enter();
+    if (options) o.options = *options;
+    m->exact = o.options.exact;
+    int failed = open_steps(&o, data, size);
+    free(o.g.kv);
+    free(o.g.tensor);
+    fp_leave(fp);
+    if (failed) gemma3_close(m);
+    return failed ? NULL : m;
+}
+
+gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name, const gemma3_options *options,
+                                 gemma3_error *err)
+{
+    gemma3_model *m = calloc(1, sizeof *m);
+    if (!m) return fail(err, "%s: out of memory", name);
+    return open_bytes(data, size, name, options, err, m);
+}
+
+const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
+const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
+const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
+const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
+int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
+int gemma3_model_can_chat(const gemma3_model *m) { return m->can_chat; }
+size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
+
+size_t gemma3_model_token_bytes(const gemma3_model *m)
+{
+    int tied = m->output.data == m->token_embd.data;
+    return m->weight_bytes - (tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
+}
+
+/* ==== 13. Sizes and states ====================================================================== */
+
+/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
+struct arena {
+    uint8_t *base;
+    size_t used;
+};
+
+static void *piece(struct arena *a, size_t count, size_t bytes)
+{
+    void *p = a->base ? a->base + a->used : NULL;
+    a->used += (count * bytes + 63) & ~(size_t)63;
+    return p;
+}
+
+static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
+{
+    s->p = *p;
+    s->tile = p->n_batch < GEMMA3_TILE ? p->n_batch : GEMMA3_TILE;
+    s->tile = s->tile < p->n_ctx ? s->tile : p->n_ctx;
+    s->group = s->tile < 4 ? s->tile : 4;
+    s->ring = c->window + s->tile - 1 < p->n_ctx ? c->window + s->tile - 1 : p->n_ctx;
+}
+
+size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
+{
+    gemma3_state s;
+    size_t slots = 0;
+    size_state(&s, c, p);
+    for (int l = 0; l < c->n_layers; l++) slots += c->is_local[l] ? s.ring : p->n_ctx;
+    return slots * 2 * c->n_kv_heads * c->head_dim * kv_element(&s);
+}
+
+static int widest_input(const gemma3_config *c)
+{
+    int widest = c->d_model > c->d_ff ? c->d_model : c->d_ff;
+    return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
+}
+
+/* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
+static void lay_out(gemma3_state *s, struct arena *a)
+{
+    const gemma3_config *c = &s->m->config;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D, tile = s->tile;
+    size_t group_q = (size_t)s->group * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    for (int l = 0; l < c->n_layers; l++) {
+        s->k_cache[l] = piece(a, slots_of(s, l) * kv, kv_element(s));
+        s->v_cache[l] = piece(a, slots_of(s, l) * kv, kv_element(s));
+    }
+    for (int local = 0; local < 2; local++) {
+        s->inv_freq[local] = piece(a, D / 2, sizeof(float));
+        s->cosine[local] = piece(a, tile * (D / 2), sizeof(float));
+        s->sine[local] = piece(a, tile * (D / 2), sizeof(float));
+    }
+    s->x = piece(a, tile * c->d_model, sizeof(float));
+    s->h = piece(a, tile * c->d_model, sizeof(float));
+    s->q = piece(a, tile * q, sizeof(float));
+    s->attended = piece(a, tile * q, sizeof(float));
+    s->k = piece(a, tile * kv, sizeof(float));
+    s->v = piece(a, tile * kv, sizeof(float));
+    s->gate = piece(a, tile * c->d_ff, sizeof(float));
+    s->up = piece(a, tile * c->d_ff, sizeof(float));
+    s->group_q = piece(a, group_q * D, sizeof(float));
+    s->group_out = piece(a, group_q * D, sizeof(float));
+    s->score_sum = piece(a, group_q, sizeof(float));
+    s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
+    s->score = piece(a, group_q * s->n_score, sizeof(float));
+    s->xq = piece(a, s->m->exact ? 0 : tile * blocks, sizeof *s->xq);
+    s->panels = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads * PANELS, sizeof *s->panels);
+    s->rows = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+}
+
+gemma3_params gemma3_default_params(const gemma3_model *m)
+{
+    gemma3_params p = {.n_ctx = m->config.n_ctx_train < 4096 ? m->config.n_ctx_train : 4096, .n_batch = 512,
+                       .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
+    return p;
+}
+
+size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
+{
+    gemma3_state s = {.m = m};
+    struct arena a = {NULL, 0};
+    size_state(&s, &m->config, p);
+    lay_out(&s, &a);
+    return a.used + sizeof s + 128; /* to align any memory to 64 */
+}
+
+static void *params_fault(const gemma3_params *p, gemma3_error *err)
+{
+    if (p->n_ctx < 1 || p->n_ctx > 1 << 24) return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
+    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
+    if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
+    if (p->n_threads > 1 && !p->parallel_for) return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    return (void *)(uintptr_t)1;
+}
+
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size, gemma3_error *err)
+{
+    const gemma3_config *c = &m->config;
+    if (!params_fault(p, err)) return NULL;
+    size_t need = gemma3_state_size(m, p);
+    if (size < need)
+        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
+    fp_state fp = fp_enter();
+    gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
+    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
+    memset(s, 0, sizeof *s);
+    s->m = m;
+    size_state(s, c, p);
+    lay_out(s, &a);
+    for (int local = 0; local < 2; local++)
+        for (int j = 0; j < c->head_dim / 2; j++) {
+            float base = local ? c->rope_base_local : c->rope_base_global;
+            float turned = (float)power(base, 2.0 * j / c->head_dim);
+            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : c->rope_factor);
+        }
+    fp_leave(fp);
+    return s;
+}
+
+gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
+{
+    if (!params_fault(p, err)) return NULL;
+    size_t size = gemma3_state_size(m, p);
+    void *mem = malloc(size);
+    if (!mem) return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+    gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
+    if (!s) free(mem);
+    else s->allocated = mem;
+    return s;
+}
+
+void gemma3_state_free(gemma3_state *s)
+{
+    if (s) free(s->allocated);
+}
+
+void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
+int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
+int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
+const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
+
+/* ==== 14. Scores, sampling, SHA-256 ============================================================= */
+
+int32_t gemma3_argmax(const float *logits, int n_vocab)
+{
+    int32_t best = 0;
+    float top = float_of(0xff800000);
+    for (int32_t id = 0; id < n_vocab; id++)
+        if (logits[id] > top) top = logits[id], best = id;
+    return best;
+}
+
+double gemma3_nll(const float *logits, int n_vocab, int32_t id)
+{
+    fp_state fp = fp_enter();
+    float max = logits[gemma3_argmax(logits, n_vocab)];
+    double lane[16] = {0};
+    for (int j = 0; j < n_vocab; j++) lane[j % 16] += gemma3_exp((double)logits[j] - max);
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    double nll = ((double)max - logits[id]) + gemma3_log(lane[0]);
+    fp_leave(fp);
+    return nll;
+}
+
+gemma3_sampler gemma3_sampler_new(uint64_t seed)
+{
+    gemma3_sampler s = {.temperature = 1, .top_k = 64, .top_p = 0.95f, .repeat_penalty = 1};
+    uint64_t z = seed + 0x9E3779B97F4A7C15; /* splitmix64 */
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    z ^= z >> 31;
+    s.rng = z ? z : 1;
+    return s;
+}
+
+void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
+{
+    s->last[s->n_last++ % GEMMA3_PENALTY_WINDOW] = id;
+    if (s->n_last == 2 * GEMMA3_PENALTY_WINDOW) s->n_last = GEMMA3_PENALTY_WINDOW;
+}
+
+static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
+{
+    s->rng ^= s->rng >> 12;
+    s->rng ^= s->rng << 25;
+    s->rng ^= s->rng >> 27;
+    return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
+}
+
+/* Each distinct id of the last 64, once. */
+static void penalize(const gemma3_sampler *s, gemma3_candidate *c, int n_vocab)
+{
+    int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
+    for (int k = 0; k < n && s->repeat_penalty != 1; k++) {
+        int seen = s->last[k] < 0 || s->last[k] >= n_vocab;
+        for (int j = 0; j < k; j++) seen |= s->last[j] == s->last[k];
+        float l = c[s->last[k]].logit;
+        if (!seen) c[s->last[k]].logit = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+    }
+}
+
+/* 1 when a comes before b: logit down, id up. */
+static int before(gemma3_candidate a, gemma3_candidate b)
+{
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
+static int compare_candidates(const void *a, const void *b)
+{
+    return before(*(const gemma3_candidate *)a, *(const gemma3_candidate *)b) ? -1 : 1;
+}
+
+static int compare_ids(const void *a, const void *b)
+{
+    return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
+}
+
+/* Moves the k first in order to c[0 .. k-1], as a heap whose root is the last of them. */
+static void keep_best(gemma3_candidate *c, int n, int k)
+{
+    for (int i = 0; i < n; i++) {
+        gemma3_candidate new = c[i];
+        int hole = i;
+        if (i >= k) {
+            if (!before(new, c[0])) continue;
+            hole = 0;
+            for (int child; (child = 2 * hole + 1) < k; hole = child) {
+                if (child + 1 < k && before(c[child], c[child + 1])) child++;
+                if (!before(new, c[child])) break;
+                c[hole] = c[child];
+            }
+        } else
+            for (; hole && before(c[(hole - 1) / 2], new); hole = (hole - 1) / 2) c[hole] = c[(hole - 1) / 2];
+        c[hole] = new;
+    }
+}
+
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float total)
+{
+    float sum = 0, kept = 0, limit = s->top_p * total;
+    int k = 0;
+    while (k < n && (k == 0 || sum < limit)) sum += c[k++].logit;
+    while (k > 1 && c[k - 1].logit < s->min_p) k--;
+    for (int j = 0; j < k; j++) kept += c[j].logit;
+    float u = next_uniform(s) * kept;
+    sum = 0;
+    for (int j = 0; j < k; j++)
+        if ((sum += c[j].logit) > u) return c[j].id;
+    return c[k - 1].id;
+}
+
+int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c)
+{
+    fp_state fp = fp_enter();
+    float lane[16] = {0};
+    int n = n_vocab, best = 0;
+    for (int32_t id = 0; id < n_vocab; id++) { /* NaN never wins */
+        c[id].logit = logits[id] == logits[id] ? logits[id] : float_of(0xff800000);
+        c[id].id = id;
+    }
+    penalize(s, c, n_vocab);
+    for (int j = 1; j < n; j++)
+        if (c[j].logit > c[best].logit) best = j;
+    int32_t chosen = best;
+    float top = c[best].logit;
+    if (s->temperature > 0 && top - top == 0) {
+        if (s->top_k > 0 && s->top_k < n) {
+            keep_best(c, n, s->top_k);
+            n = s->top_k;
+            qsort(c, n, sizeof *c, compare_ids);
+        }
+        for (int j = 0; j < n; j++) {
+            c[j].logit = exp_of(HARD_FMA, (c[j].logit - top) / s->temperature);
+            lane[c[j].id % 16] += c[j].logit;
+        }
+        qsort(c, n, sizeof *c, compare_candidates);
+        chosen = draw(s, c, n, join_lanes(lane));
+    }
+    fp_leave(fp);
+    return chosen;
+}
+
+/* ---- SHA-256 ---- */
+
+static uint32_t turn_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+/* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
+static const uint32_t sha256_k[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+static void sha256_block(gemma3_sha256 *c)
+{
+    uint32_t w[64], v[8];
+    for (int i = 0; i < 16; i++)
+        w[i] = (uint32_t)c->block[4 * i] << 24 | (uint32_t)c->block[4 * i + 1] << 16 |
+               (uint32_t)c->block[4 * i + 2] << 8 | c->block[4 * i + 3];
+    for (int i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + (turn_right(a, 7) ^ turn_right(a, 18) ^ a >> 3) + w[i - 7] +
+               (turn_right(b, 17) ^ turn_right(b, 19) ^ b >> 10);
+    }
+    memcpy(v, c->h, sizeof v);
+    for (int i = 0; i < 64; i++) {
+        uint32_t t1 = v[7] + (turn_right(v[4], 6) ^ turn_right(v[4], 11) ^ turn_right(v[4], 25)) +
+                      ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i];
+        uint32_t t2 = (turn_right(v[0], 2) ^ turn_right(v[0], 13) ^ turn_right(v[0], 22)) +
+                      ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        memmove(v + 1, v, 7 * sizeof *v);
+        v[4] += t1;
+        v[0] = t1 + t2;
+    }
+    for (int i = 0; i < 8; i++) c->h[i] += v[i];
+}
+
+void gemma3_sha256_init(gemma3_sha256 *c)
+{
+    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    memset(c, 0, sizeof *c);
+    memcpy(c->h, h, sizeof h);
+}
+
+void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
+{
+    const uint8_t *p = data;
+    while (n > 0) {
+        size_t at = c->n_low % 64, room = 64 - at, now = n < room ? n : room;
+        memcpy(c->block + at, p, now);
+        p += now;
+        n -= now;
+        c->n_low += (uint32_t)now;
+        c->n_high += c->n_low < now;
+        if (at + now == 64) sha256_block(c);
+    }
+}
+
+void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u = bits_of(x[i]);
+        const uint8_t bytes[4] = {(uint8_t)u, (uint8_t)(u >> 8), (uint8_t)(u >> 16), (uint8_t)(u >> 24)};
+        gemma3_sha256_add(c, bytes, 4);
+    }
+}
+
+void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
+{
+    uint8_t length[8], pad = 0x80;
+    uint64_t n_bits = ((uint64_t)c->n_high << 32 | c->n_low) * 8;
+    for (int i = 0; i < 8; i++) length[i] = (uint8_t)(n_bits >> (56 - 8 * i));
+    gemma3_sha256_add(c, &pad, 1);
+    for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
+    gemma3_sha256_add(c, length, 8);
+    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    hex[64] = 0;
+}
+
+/* ==== 15. Threads and files of the host ========================================================= */
+
+#if !defined(GEMMA3_NO_FILE)
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* After repacking, the file's pages are not needed any more. */
+static void give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
+    uintptr_t to = ((uintptr_t)begin + n) / page * page;
+    if (m->mapping && to > from) madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", path, strerror(errno));
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
+        close(fd);
+        return fail(err, "%s is not a regular file", path);
+    }
+    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
+        close(fd);
+        return fail(err, "%s has %lld bytes: %s", path, (long long)st.st_size,
+                    st.st_size ? "more than this machine can address" : "it is empty");
+    }
+    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    int map_error = errno;
+    close(fd);
+    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", path, strerror(map_error));
+    gemma3_model *m = calloc(1, sizeof *m);
+    if (!m) {
+        munmap(data, (size_t)st.st_size);
+        return fail(err, "%s: out of memory", path);
+    }
+    m->mapping = data;
+    m->mapping_bytes = (size_t)st.st_size;
+    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+}
+
+void gemma3_close(gemma3_model *m)
+{
+    if (!m) return;
+    for (int k = 0; k < m->n_owned; k++) free(m->owned[k]);
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+    free(m);
+}
+
+/* Physical cores: of the hardware threads that share a core, the first counts. */
+int gemma3_default_threads(void)
+{
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    int cores = 0;
+    for (int cpu = 0; cpu < online; cpu++) {
+        char path[96];
+        int first = cpu;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *f = fopen(path, "r");
+        if (f && fscanf(f, "%d", &first) != 1) first = cpu;
+        if (f) fclose(f);
+        cores += first == cpu;
+    }
+    return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
+}
+
+/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
+ * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
+ * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
+ * next round, then sleeps. */
+struct gemma3_pool {
+    int n_threads;
+    pthread_t *thread;
+    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
+    _Atomic int done, sleepers, stop;
+    gemma3_task *_Atomic task;
+    void *_Atomic job;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+};
+
+enum { LEFT_BITS = 24, SPINS = 4000 };
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+};
+
+static void relax(int spin)
+{
+#if defined(HAVE_X86)
+    _mm_pause();
+#endif
+    if (spin % 256 == 255) sched_yield();
+}
+
+/* Claims and runs tasks of the current round until none is left. */
+static void work(gemma3_pool *pool, int worker)
+{
+    for (;;) {
+        uint64_t ticket = atomic_load(&pool->ticket);
+        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
+        if (left == 0) return;
+        gemma3_task *task = atomic_load(&pool->task);
+        void *job = atomic_load(&pool->job);
+        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
+        task(job, left - 1, worker);
+        atomic_fetch_add(&pool->done, 1);
+    }
+}
+
+static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->sleepers, 1);
+    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
+        pthread_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub(&pool->sleepers, 1);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void *worker_main(void *arg)
+{
+    struct worker me = *(struct worker *)arg;
+    gemma3_pool *pool = me.pool;
+    uint64_t seen = 0;
+    free(arg);
+    fp_enter();
+    while (!atomic_load(&pool->stop)) {
+        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
+        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
+        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
+        work(pool, me.id);
+    }
+    return NULL;
+}
+
+void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
+{
+    gemma3_pool *pool = arg;
+    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
+    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
+    atomic_store(&pool->job, job);
+    atomic_store(&pool->done, 0);
+    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
+    if (atomic_load(&pool->sleepers)) {
+        pthread_mutex_lock(&pool->mutex);
+        pthread_cond_broadcast(&pool->wake);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+    work(pool, 0);
+    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
+}
+
+gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
+{
+    gemma3_pool *pool = calloc(1, sizeof *pool);
+    if (!pool || !(pool->thread = calloc(n_threads > 0 ? n_threads : 1, sizeof *pool->thread))) {
+        free(pool);
+        return fail(err, "out of memory for %d threads", n_threads);
+    }
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
+        struct worker *w = malloc(sizeof *w);
+        if (w) *w = (struct worker){pool, pool->n_threads};
+        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
+            fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
+            free(w);
+            gemma3_pool_free(pool);
+            return NULL;
+        }
+    }
+    return pool;
+}
+
+void gemma3_pool_free(gemma3_pool *pool)
+{
+    if (!pool) return;
+    pthread_mutex_lock(&pool->mutex);
+    atomic_store(&pool->stop, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    free(pool->thread);
+    free(pool);
+}
+#endif /* GEMMA3_NO_FILE */

@@ -1,0 +1,294 @@
+/* gemma3.h - Google's Gemma 3 in plain C: the library behind the gemma3 program.
+ *
+ *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
+ *
+ * A whole program:
+ *
+ *     gemma3_error err;
+ *     gemma3_model *m = gemma3_open("model.gguf", NULL, &err);
+ *     if (!m) { puts(err.text); return 1; }
+ *     gemma3_params p = gemma3_default_params(m);
+ *     gemma3_state *s = gemma3_state_new(m, &p, &err);
+ *     if (!s) { puts(err.text); return 1; }
+ *
+ *     int32_t ids[64];
+ *     int n = gemma3_encode(gemma3_model_tokenizer(m), "The capital of France is", 24,
+ *                           GEMMA3_BOS, ids, 64);
+ *     int n_vocab = gemma3_model_config(m)->n_vocab;
+ *     float *logits = malloc(n_vocab * sizeof *logits);
+ *     int row = n - 1;                              // logits after the last token only
+ *     for (int i = 0; i < 8; i++) {
+ *         if (gemma3_forward(s, ids, n, &row, 1, logits)) { puts(gemma3_state_error(s)); return 1; }
+ *         ids[0] = gemma3_argmax(logits, n_vocab);
+ *         char text[GEMMA3_PIECE_MAX];
+ *         fwrite(text, 1, gemma3_decode(gemma3_model_tokenizer(m), ids[0], 0, text), stdout);
+ *         n = 1, row = 0;
+ *     }
+ *
+ * The numeric contract. For a model file and a sequence of ids, (mode, type of the KV cache) gives
+ * one bit pattern of logits: on every instruction set, number of threads, batch, compiler and
+ * system. README.md says it in full; GEMMA3_CONTRACT is its version.
+ *
+ * Ownership. A model is read-only after it is opened and may be shared by any number of states and
+ * threads. A state is one conversation and is used by one thread at a time. There are no globals.
+ *
+ * Errors. A fallible function returns NULL or a negative number and leaves one sentence that names
+ * the file, key or tensor, what was found and what was expected. Nothing is printed, nothing exits.
+ *
+ * Shapes are written [slowest][fastest], row-major. Letters: n tokens of this call.
+ */
+#ifndef GEMMA3_H
+#define GEMMA3_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GEMMA3_VERSION "0.1.0"
+
+enum {
+    GEMMA3_CONTRACT = 1,     /* version of the numeric contract */
+    GEMMA3_MAX_LAYERS = 128,
+    GEMMA3_TILE = 64,        /* tokens taken through the layers at once, at most */
+    GEMMA3_MAX_THREADS = 256,
+    GEMMA3_PENALTY_WINDOW = 64, /* tokens the repeat penalty looks back at */
+};
+
+typedef struct gemma3_error {
+    char text[512];
+} gemma3_error;
+
+/* ---- The model -------------------------------------------------------------------------------- */
+
+/* What the file says about the model. Plain data: a test may change a number and see what breaks.
+ * Right: GGUF key after "gemma3.", and transformers' name in config.json. */
+typedef struct gemma3_config {
+    int n_layers;            /* block_count                       num_hidden_layers */
+    int d_model;             /* embedding_length                  hidden_size */
+    int d_ff;                /* feed_forward_length               intermediate_size */
+    int n_heads;             /* attention.head_count              num_attention_heads */
+    int n_kv_heads;          /* attention.head_count_kv           num_key_value_heads */
+    int head_dim;            /* attention.key_length              head_dim */
+    int n_vocab;             /* rows of token_embd.weight         vocab_size */
+    int n_ctx_train;         /* context_length                    max_position_embeddings, tokens */
+    int window;              /* attention.sliding_window          sliding_window, tokens */
+    float rms_eps;           /* attention.layer_norm_rms_epsilon  rms_norm_eps */
+    float rope_base_global;  /* rope.freq_base                    rope_theta */
+    float rope_base_local;   /* rope.freq_base_swa                rope_local_base_freq */
+    float rope_factor;       /* rope.scaling.factor: global layers' angles are divided by it */
+    float query_scale;       /* 1/sqrt(head_dim), 27B: 1/sqrt(d_model/n_heads)  query_pre_attn_scalar */
+    float embedding_scale;   /* sqrt(d_model) */
+    float final_softcap;     /* final_logit_softcapping, 0 when absent */
+    uint8_t is_local[GEMMA3_MAX_LAYERS]; /* 1: sliding-window layer, 0: global   layer_types */
+} gemma3_config;
+
+typedef struct gemma3_model gemma3_model;
+typedef struct gemma3_state gemma3_state;
+typedef struct gemma3_tokenizer gemma3_tokenizer;
+
+/* Runs task(job, i, worker) once for every i in 0 .. n_tasks-1, on any threads in any order, and
+ * returns when all have ended. worker is in 0 .. n_threads-1 and no two tasks that run at the same
+ * time share one. The sums inside never depend on it: threads divide rows, never a sum. */
+typedef void gemma3_task(void *job, int index, int worker);
+typedef void gemma3_parallel_for(void *pool, int n_tasks, gemma3_task *task, void *job);
+
+typedef struct gemma3_options {
+    int exact;               /* 1: weights in float32, the oracle's mode; 0: int8 activations */
+    int no_repack;           /* 1: use the weights where they lie in the file; same bits */
+    const char *isa;         /* force kernels: "scalar" "avx2" ...; NULL: the best this CPU has */
+    int n_threads;           /* threads for repacking while opening; 0: as pool or 1 */
+    gemma3_parallel_for *parallel_for; /* used while opening; NULL: one thread */
+    void *pool;
+    void (*progress)(void *user, double fraction); /* may be NULL */
+    void *user;
+} gemma3_options;
+
+/* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. */
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err);
+
+/* The same for a file's bytes in memory, which must outlive the model. name is used in errors. */
+gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
+                                 const gemma3_options *options, gemma3_error *err);
+void gemma3_close(gemma3_model *m);
+
+const gemma3_config *gemma3_model_config(const gemma3_model *m);
+const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m);
+const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels chosen */
+const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
+int gemma3_model_is_exact(const gemma3_model *m);
+int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
+size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
+size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
+
+/* Names of the kernels this CPU can run, best first; NULL after the last. */
+const char *gemma3_isa_name(int index);
+
+/* Threads that are worth having on this machine: its physical cores. */
+int gemma3_default_threads(void);
+
+/* ---- A conversation --------------------------------------------------------------------------- */
+
+typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_type;
+
+/* Called with every intermediate tensor, under llama.cpp's labels ("attn_norm", "Qcur", "l_out",
+ * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos. */
+typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
+                          const float *data);
+
+typedef struct gemma3_params {
+    int n_ctx;               /* tokens the cache can hold */
+    int n_batch;             /* tokens taken at once; scratch follows min(n_batch, GEMMA3_TILE) */
+    gemma3_kv_type kv_type;
+    int n_threads;           /* workers that parallel_for has, 1 without it */
+    gemma3_parallel_for *parallel_for; /* NULL: one thread */
+    void *pool;
+    gemma3_trace *trace;     /* NULL: none */
+    void *trace_user;
+} gemma3_params;
+
+/* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
+gemma3_params gemma3_default_params(const gemma3_model *m);
+
+/* Bytes of a state before anything is allocated: the cache, and the rest (scratch and tables). */
+size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p);
+size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p);
+
+/* Makes a state in size bytes of the caller's memory (any alignment), or, with _new, allocated.
+ * The model must outlive it. NULL and err when the parameters are wrong or the memory too small. */
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
+                                size_t size, gemma3_error *err);
+gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err);
+void gemma3_state_free(gemma3_state *s);   /* only for states from _new */
+void gemma3_state_reset(gemma3_state *s);  /* forget all tokens */
+int gemma3_state_pos(const gemma3_state *s);     /* tokens in the cache */
+int gemma3_state_n_ctx(const gemma3_state *s);
+const char *gemma3_state_error(const gemma3_state *s);
+
+/* Takes n tokens through the model and appends them to the cache. For each of the n_rows ascending
+ * indices rows[] into this call's tokens, writes n_vocab logits to logits [n_rows][n_vocab].
+ * 0, or -1 when an id is outside the vocabulary or the context is full (nothing is appended then).
+ * transformers: Gemma3ForCausalLM.forward. */
+int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
+                   float *logits);
+
+/* Threads of the host, for parallel_for: they spin briefly, then sleep. */
+typedef struct gemma3_pool gemma3_pool;
+gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err);
+void gemma3_pool_free(gemma3_pool *pool);
+void gemma3_pool_run(void *pool, int n_tasks, gemma3_task *task, void *job);
+
+/* ---- Scores and choices ----------------------------------------------------------------------- */
+
+int32_t gemma3_argmax(const float *logits, int n_vocab); /* lowest id on ties; NaN never wins */
+
+/* -log p(id) under softmax(logits), natural log, in double (rule 9). */
+double gemma3_nll(const float *logits, int n_vocab, int32_t id);
+
+/* exp and log as the contract defines them, for figures made of nll. */
+double gemma3_exp(double x);
+double gemma3_log(double x);
+
+typedef struct gemma3_candidate {
+    float logit;             /* then exp((logit - largest) / temperature) */
+    int32_t id;
+} gemma3_candidate;
+
+typedef struct gemma3_sampler {
+    float temperature;       /* 0: greedy */
+    int top_k;               /* 0: all */
+    float top_p, min_p;      /* 1, 0: all */
+    float repeat_penalty;    /* 1: none */
+    uint64_t rng;            /* xorshift64* state */
+    int32_t last[GEMMA3_PENALTY_WINDOW]; /* ring of the last ids seen */
+    int n_last;              /* ids seen so far */
+} gemma3_sampler;
+
+/* Gemma's recommendation: temperature 1, top-k 64, top-p 0.95. */
+gemma3_sampler gemma3_sampler_new(uint64_t seed);
+/* Tells the sampler of a token, prompt included, for the repeat penalty. */
+void gemma3_sampler_accept(gemma3_sampler *s, int32_t id);
+/* Chooses the next id (DESIGN rule 8). scratch has room for n_vocab candidates. */
+int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab,
+                      gemma3_candidate *scratch);
+
+/* SHA-256 (FIPS 180-4), so that a board can print the hash of its logits. */
+typedef struct gemma3_sha256 {
+    uint32_t h[8];
+    uint32_t n_low, n_high;  /* bytes so far */
+    uint8_t block[64];
+} gemma3_sha256;
+void gemma3_sha256_init(gemma3_sha256 *c);
+void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n);
+/* Adds float32 values as little-endian bytes on any machine. */
+void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n);
+void gemma3_sha256_end(gemma3_sha256 *c, char hex[65]);
+
+/* ---- The tokenizer (tokenizer.c) -------------------------------------------------------------- */
+
+/* A vocabulary as arrays of n_vocab entries; all are borrowed and must outlive the tokenizer. */
+typedef struct gemma3_vocab {
+    int n_vocab;
+    const char *const *text; /* UTF-8 with U+2581 for a space; not NUL-terminated */
+    const uint32_t *length;  /* bytes of text[i] */
+    const float *score;      /* merges: the pair whose joined piece has the highest score first */
+    const int32_t *type;     /* SentencePiece: 1 normal 2 unknown 3 control 4 user 5 unused 6 byte */
+    int32_t bos, eos, unknown; /* ids, -1 when there is none */
+    int add_bos;             /* the file's add_bos_token, 1 when absent */
+} gemma3_vocab;
+
+enum {
+    GEMMA3_BOS = 1,          /* encode: put <bos> first */
+    GEMMA3_SPECIAL = 2,      /* encode: control tokens written in the text are those tokens;
+                                decode: control tokens become their text instead of nothing */
+    GEMMA3_PIECE_MAX = 1024, /* bytes one token can decode to, at most; longer ones are refused */
+};
+
+/* Bytes for a tokenizer over v, and building it there. NULL and err when v cannot be used. */
+size_t gemma3_tokenizer_size(const gemma3_vocab *v);
+gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t size,
+                                        gemma3_error *err);
+const gemma3_vocab *gemma3_tokenizer_vocab(const gemma3_tokenizer *t);
+
+/* Text to ids as Hugging Face's tokenizer does for Gemma 3. n bytes of any content (invalid UTF-8
+ * becomes byte tokens). Writes at most max_ids ids and returns how many; -1 when more are needed
+ * (n + 1 always suffice) or -2 when memory for the work (about 32 bytes per byte) is not to be had. */
+int gemma3_encode(const gemma3_tokenizer *t, const char *text, size_t n, int flags, int32_t *ids,
+                  int max_ids);
+/* The same with n_work bytes of the caller's memory instead of malloc. */
+size_t gemma3_encode_work(size_t n);
+int gemma3_encode_in(const gemma3_tokenizer *t, const char *text, size_t n, int flags, int32_t *ids,
+                     int max_ids, void *work, size_t n_work);
+
+/* Bytes of one token, written to out [GEMMA3_PIECE_MAX]; returns how many. May end inside a UTF-8
+ * character: gemma3_utf8_push puts them together. An id outside the vocabulary gives 0 bytes. */
+int gemma3_decode(const gemma3_tokenizer *t, int32_t id, int flags, char *out);
+
+/* Id of the token with exactly this text (U+2581 for spaces), or -1. */
+int32_t gemma3_find(const gemma3_tokenizer *t, const char *text, size_t n);
+/* 1 when an answer ends with this token: eos_token_id, <eos>, <end_of_turn>. */
+int gemma3_is_stop(const gemma3_tokenizer *t, int32_t id);
+
+/* One turn of Gemma's chat template, as ids: the user's (system before it in the first one, or
+ * NULL), then the opening of the model's answer. text is trimmed, and its control tokens are plain
+ * text. first: 1 puts <bos> before it; 0 first closes the model's previous turn's line ("\n").
+ * Returns as gemma3_encode does; n_text + n_system + 32 ids always suffice. */
+int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char *text, int first,
+                       int32_t *ids, int max_ids);
+
+/* Collects bytes and hands out only whole UTF-8 characters; an invalid byte becomes U+FFFD. */
+typedef struct gemma3_utf8 {
+    unsigned char byte[4];
+    int n;
+} gemma3_utf8;
+/* Adds one byte; writes 0 to 8 bytes to out and returns how many. */
+int gemma3_utf8_push(gemma3_utf8 *u, unsigned char byte, char out[8]);
+/* What is left at the end: 0 to 3 bytes as U+FFFD. */
+int gemma3_utf8_end(gemma3_utf8 *u, char out[8]);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
