@@ -3446,3 +3446,1531 @@ void gemma3_pool_free(gemma3_pool *pool)
     free(pool);
 }
 #endif /* GEMMA3_NO_FILE */
+
+#ifndef GEMMA3_NO_MAIN
+
+/* ==== 16. The command line ======================================================================
+ *
+ * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
+ * the library alone deletes from here to the end. The parts: the options, the few things asked of
+ * the system, a session (an opened model with what belongs to it), then one part for each job.
+ *
+ * Text and results go to stdout, everything else to stderr. main returns 0, 1 when the job failed
+ * or 2 when the command line was wrong; a function that can fail returns that number, having said
+ * why in one sentence. */
+
+#include <errno.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+static const char default_model[] = "gemma3-folktales-q4_0.gguf";
+
+enum {
+    MAX_STOPS = 32,          /* --stop texts */
+    MAX_STOP_BYTES = 1000,   /* of one of them */
+    MAX_FILE_BYTES = 1 << 30,
+    DEFAULT_CHUNK = 512,     /* tokens of --perplexity's pieces, as in llama-perplexity */
+};
+
+/* Set by Ctrl-C during a chat. A signal handler can be given nothing, so this is the one variable
+ * of the program that does not live in a struct. */
+static volatile sig_atomic_t interrupted;
+
+/* Says what went wrong with the job. */
+static int complain(const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    fputs("gemma3: ", stderr);
+    vfprintf(stderr, format, list);
+    fputc('\n', stderr);
+    va_end(list);
+    return 1;
+}
+
+/* Says what is wrong with the command line. */
+static int refuse(const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    fputs("gemma3: ", stderr);
+    vfprintf(stderr, format, list);
+    fputs(" (gemma3 --help lists the options)\n", stderr);
+    va_end(list);
+    return 2;
+}
+
+static int out_of_memory(size_t n_bytes, const char *what)
+{
+    return complain("out of memory: %s needs %zu bytes", what, n_bytes);
+}
+
+static int lesser(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- Command line: the options ---- */
+
+struct texts {
+    const char *text[MAX_STOPS];
+    int n;
+};
+
+struct numbers {
+    int32_t *value;          /* owned */
+    int n;
+};
+
+struct maybe_text {
+    int given;
+    const char *text;        /* NULL: the option stood without a text */
+};
+
+struct args {
+    const char *model, *prompt, *file, *ids_file, *system, *isa, *kv;
+    const char *logits, *perplexity, *trace, *trace_dir;
+    struct maybe_text tokenize;
+    struct numbers positions, detokenize;
+    struct texts stop;
+    int chat, out_ids, exact, no_repack, no_bos, special, hash, nll, info, version, help;
+    int n_predict;           /* -1: until a stop token */
+    int n_ctx;               /* 0: the default of the job */
+    int n_threads, n_batch, top_k, top;
+    double temperature, top_p, min_p, repeat_penalty;
+    uint64_t seed;
+};
+
+enum option_kind { HEADING, FLAG, NUMBER, REAL, SEED, TEXT, MAYBE_TEXT, TEXTS, NUMBERS };
+
+struct option {
+    const char *name;        /* as typed; of a HEADING, the heading */
+    const char *value;       /* what --help calls the value */
+    enum option_kind kind;
+    size_t field;            /* offset in struct args */
+    double least, most;      /* of a NUMBER or REAL */
+    const char *help;
+};
+
+#define FIELD(name) offsetof(struct args, name)
+
+static const struct option options[] = {
+    {"What to read", NULL, HEADING, 0, 0, 0, NULL},
+    {"-m", "MODEL", TEXT, FIELD(model), 0, 0,
+     "a Gemma 3 GGUF; default: gemma3-folktales-q4_0.gguf beside the\n"
+     "program, in its weights/, or the same in the current folder"},
+    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, "continue TEXT, as it stands, after <bos>"},
+    {"-f", "FILE", TEXT, FIELD(file), 0, 0, "continue the text in FILE; - is stdin"},
+    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0,
+     "continue the ids in FILE, separated by spaces or line ends; no\n<bos> is added; - is stdin"},
+    {"-i", NULL, FLAG, FIELD(chat), 0, 0,
+     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops\nan answer"},
+    {"--system", "TEXT", TEXT, FIELD(system), 0, 0, "put before the first turn of a chat"},
+    {"--special", NULL, FLAG, FIELD(special), 0, 0,
+     "control tokens spelled in the text are those tokens, and are\nshown in what is printed"},
+    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
+
+    {"What to write", NULL, HEADING, 0, 0, 0, NULL},
+    {"-n", "N", NUMBER, FIELD(n_predict), 0, INT_MAX,
+     "tokens to generate; default: until a stop token or the end of\nthe context"},
+    {"--temp", "T", REAL, FIELD(temperature), 0, 1e6,
+     "temperature; 0: always the likeliest; default 1"},
+    {"--top-k", "K", NUMBER, FIELD(top_k), 0, INT_MAX,
+     "choose among the K likeliest; 0: all; default 64"},
+    {"--top-p", "P", REAL, FIELD(top_p), 0, 1,
+     "among the likeliest with this probability together; default 0.95"},
+    {"--min-p", "P", REAL, FIELD(min_p), 0, 1,
+     "among those with P times the largest probability; default 0"},
+    {"--repeat-penalty", "R", REAL, FIELD(repeat_penalty), 1e-6, 1e6,
+     "against repeating any of the last 64 tokens; default 1: none"},
+    {"--seed", "S", SEED, FIELD(seed), 0, 0, "a seed gives the same text everywhere; default 42"},
+    {"--stop", "TEXT", TEXTS, FIELD(stop), 0, 0, "end before TEXT; may be given several times"},
+    {"--out-ids", NULL, FLAG, FIELD(out_ids), 0, 0,
+     "print the ids generated, without the stop token, not their text"},
+
+    {"Numbers instead of text (nothing is generated unless -n is given)", NULL, HEADING, 0, 0, 0,
+     NULL},
+    {"--logits", "FILE", TEXT, FIELD(logits), 0, 0,
+     "float32, little-endian, [positions][n_vocab]; - is stdout, and\n"
+     "what else is asked for goes to stderr"},
+    {"--positions", "LIST", NUMBERS, FIELD(positions), 0, 0,
+     "rows of --logits and --hash, as 0,5,-1; from the end when\nnegative; default: all"},
+    {"--hash", NULL, FLAG, FIELD(hash), 0, 0,
+     "contract, mode, type of the cache, SHA-256 of those same logits"},
+    {"--top", "N", NUMBER, FIELD(top), 1, INT_MAX,
+     "the N likeliest next tokens: id, text, logit, probability"},
+    {"--nll", NULL, FLAG, FIELD(nll), 0, 0,
+     "for each position: pos, id, -log p(id given those before)"},
+    {"--perplexity", "FILE", TEXT, FIELD(perplexity), 0, 0,
+     "of the text in FILE by llama-perplexity's method: chunks of -c\n"
+     "tokens (default 512), the second half of each is scored"},
+    {"--trace", "NAMES", TEXT, FIELD(trace), 0, 0,
+     "tensors inside, of the prompt, by llama.cpp's labels: l_out-7,\nattn_norm (of every layer)"},
+    {"--trace-dir", "DIR", TEXT, FIELD(trace_dir), 0, 0,
+     "write them whole, DIR/l_out-7.f32, float32, little-endian"},
+    {"--tokenize", "TEXT", MAYBE_TEXT, FIELD(tokenize), 0, 0,
+     "ids of TEXT; without TEXT, of the file given with -f"},
+    {"--detokenize", "IDS", NUMBERS, FIELD(detokenize), 0, 0,
+     "bytes of the ids, as \"2 818 5279\""},
+
+    {"How to compute", NULL, HEADING, 0, 0, 0, NULL},
+    {"-c", "N", NUMBER, FIELD(n_ctx), 1, INT_MAX,
+     "context in tokens; default: the smaller of the model's and 4096"},
+    {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS,
+     "threads; default: physical cores"},
+    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX,
+     "tokens of the prompt taken at once; default 512"},
+    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "weights and activations in float32"},
+    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0,
+     "numbers in the cache; default f16, with --exact f32"},
+    {"--isa", "NAME", TEXT, FIELD(isa), 0, 0,
+     "force the kernels of an instruction set; list: those that this\nCPU can run, best first"},
+    {"--no-repack", NULL, FLAG, FIELD(no_repack), 0, 0,
+     "use the weights where they lie in the file: opens faster, runs\nslower, same bits"},
+
+    {"About", NULL, HEADING, 0, 0, 0, NULL},
+    {"--info", NULL, FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
+    {"--version", NULL, FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
+    {"--help", NULL, FLAG, FIELD(help), 0, 0, "this text"},
+};
+
+enum { N_OPTIONS = sizeof options / sizeof *options };
+
+static int print_help(void)
+{
+    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
+         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
+         "one bit pattern of logits, on every machine and with every other option.");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &options[i];
+        if (o->kind == HEADING) {
+            printf("\n%s:\n", o->name);
+            continue;
+        }
+        int n = printf("  %s %s", o->name, o->value ? o->value : "");
+        printf("%*s", n < 24 ? 24 - n : 1, "");
+        for (const char *c = o->help; *c; c++)
+            if (*c == '\n')
+                printf("\n%24s", "");
+            else
+                putchar(*c);
+        putchar('\n');
+    }
+    puts("\nExit: 0, 1 when the job failed, 2 when the command line was wrong.");
+    return 0;
+}
+
+static const struct option *find_option(const char *name, size_t n)
+{
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (options[i].kind != HEADING && strlen(options[i].name) == n &&
+            memcmp(options[i].name, name, n) == 0)
+            return &options[i];
+    return NULL;
+}
+
+/* Reads whole numbers parted by any of the separators. Returns how many, -1 at something else (*bad
+ * then points there), -2 without memory. */
+static int parse_numbers(const char *text, const char *separators, struct numbers *out,
+                         const char **bad)
+{
+    size_t room = strlen(text) / 2 + 1;
+    int32_t *value = malloc(room * sizeof *value);
+    size_t n = 0;
+    if (!value)
+        return -2;
+    text += strspn(text, separators);
+    while (*text) {
+        char *end;
+        errno = 0;
+        long number = strtol(text, &end, 10);
+        if (end == text || (*end && !strchr(separators, *end)) || errno || number < INT32_MIN ||
+            number > INT32_MAX || n == INT_MAX) {
+            free(value);
+            *bad = text;
+            return -1;
+        }
+        value[n++] = (int32_t)number;
+        text = end + strspn(end, separators);
+    }
+    free(out->value);
+    out->value = value;
+    out->n = (int)n;
+    return out->n;
+}
+
+static int set_number(const struct option *o, const char *text, void *field)
+{
+    char *end;
+    errno = 0;
+    if (o->kind == REAL) {
+        double x = strtod(text, &end);
+        if (end == text || *end || !(x >= o->least && x <= o->most))
+            return refuse("%s %s: expected a number from %g to %g", o->name, text, o->least,
+                          o->most);
+        *(double *)field = x;
+    } else if (o->kind == SEED) {
+        unsigned long long x = strtoull(text, &end, 10);
+        if (*text < '0' || *text > '9' || *end || errno)
+            return refuse("%s %s: expected a whole number from 0 to 2^64-1", o->name, text);
+        *(uint64_t *)field = x;
+    } else {
+        long x = strtol(text, &end, 10);
+        if (end == text || *end || errno || x < (long)o->least || x > (long)o->most)
+            return refuse("%s %s: expected a whole number from %.0f to %.0f", o->name, text,
+                          o->least, o->most);
+        *(int *)field = (int)x;
+    }
+    return 0;
+}
+
+static int add_text(const struct option *o, const char *text, struct texts *list)
+{
+    if (list->n == MAX_STOPS)
+        return refuse("%s: %d of them are possible", o->name, MAX_STOPS);
+    if (*text == 0 || strlen(text) > MAX_STOP_BYTES)
+        return refuse("%s: expected a text of 1 to %d bytes", o->name, MAX_STOP_BYTES);
+    list->text[list->n++] = text;
+    return 0;
+}
+
+static int set_option(struct args *a, const struct option *o, const char *text)
+{
+    void *field = (char *)a + o->field;
+    const char *bad;
+    int n;
+    switch (o->kind) {
+    case FLAG:
+        *(int *)field = 1;
+        return 0;
+    case TEXT:
+        *(const char **)field = text;
+        return 0;
+    case MAYBE_TEXT:
+        *(struct maybe_text *)field = (struct maybe_text){1, text};
+        return 0;
+    case TEXTS:
+        return add_text(o, text, field);
+    case NUMBERS:
+        n = parse_numbers(text, ", \t\n", field, &bad);
+        if (n == 0 || n == -1)
+            return refuse("%s \"%s\": expected whole numbers parted by commas or spaces", o->name,
+                          text);
+        return n > 0 ? 0 : out_of_memory(strlen(text) * 2, o->name);
+    default:
+        return set_number(o, text, field);
+    }
+}
+
+/* Both "--seed 7" and "--seed=7". */
+static int parse_args(struct args *a, int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++) {
+        const char *name = argv[i], *text = NULL;
+        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
+        const struct option *o = find_option(name, n);
+        if (!o)
+            return refuse(*name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
+        if (name[n] == '=')
+            text = name + n + 1;
+        if (o->kind == FLAG && text)
+            return refuse("%s takes no value", o->name);
+        if (o->kind == MAYBE_TEXT && !text && i + 1 < argc &&
+            !find_option(argv[i + 1], strlen(argv[i + 1])))
+            text = argv[++i];
+        if (o->kind != FLAG && o->kind != MAYBE_TEXT && !text) {
+            if (i + 1 == argc)
+                return refuse("%s needs a value: %s", o->name, o->value);
+            text = argv[++i];
+        }
+        int code = set_option(a, o, text);
+        if (code)
+            return code;
+    }
+    return 0;
+}
+
+enum job { CONTINUE, CHAT, PERPLEXITY, TOKENIZE, DETOKENIZE, INFO };
+
+static int wants_numbers(const struct args *a)
+{
+    return a->logits || a->hash || a->top || a->nll || a->trace;
+}
+
+/* Which of the jobs is meant; each excludes the others. */
+static int choose_job(const struct args *a, enum job *job)
+{
+    int n_jobs = (a->prompt || a->file || a->ids_file) + a->chat + !!a->perplexity +
+                 (a->tokenize.given && a->tokenize.text) + !!a->detokenize.n + a->info;
+    int n_prompts = !!a->prompt + !!a->file + !!a->ids_file;
+    if (n_jobs > 1)
+        return refuse("contradictory: one of -p, -f, --ids, -i, --perplexity, --tokenize, "
+                      "--detokenize and --info, not several");
+    if (n_prompts > 1 || (a->tokenize.given && (a->prompt || a->ids_file)))
+        return refuse("contradictory: one of -p, -f, --ids and --tokenize TEXT, not several");
+    if (a->tokenize.given && !a->tokenize.text && !a->file)
+        return refuse("--tokenize needs a TEXT or -f FILE");
+    if (n_jobs == 0)
+        return refuse("nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or "
+                      "--ids FILE, or chat with -i");
+    *job = a->info ? INFO : a->detokenize.n ? DETOKENIZE : a->tokenize.given ? TOKENIZE :
+           a->perplexity ? PERPLEXITY : a->chat ? CHAT : CONTINUE;
+    return 0;
+}
+
+static int check_isa(const char *isa)
+{
+    if (!isa)
+        return 0;
+    char list[256] = "";
+    for (int i = 0; gemma3_isa_name(i); i++) {
+        if (strcmp(gemma3_isa_name(i), isa) == 0)
+            return 0;
+        size_t n = strlen(list);
+        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
+    }
+    return refuse("--isa %s: this CPU can run%s", isa, list);
+}
+
+static int check_args(const struct args *a, enum job *job)
+{
+    int code = choose_job(a, job);
+    if (!code)
+        code = check_isa(a->isa);
+    if (code)
+        return code;
+    if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
+        return refuse("--kv %s: expected f16 or f32", a->kv);
+    if (*job != CONTINUE && wants_numbers(a))
+        return refuse("--logits, --hash, --top, --nll and --trace need -p, -f or --ids");
+    if (*job != CONTINUE && *job != CHAT && a->n_predict > 0)
+        return refuse("-n needs a prompt to continue: -p, -f, --ids or -i");
+    if (a->positions.n && !a->logits && !a->hash)
+        return refuse("--positions needs --logits or --hash");
+    if (a->trace_dir && !a->trace)
+        return refuse("--trace-dir needs --trace");
+    if (a->system && !a->chat)
+        return refuse("--system needs -i");
+    if (*job == PERPLEXITY && a->n_ctx && a->n_ctx < 3)
+        return refuse("-c %d: --perplexity needs chunks of 3 tokens or more", a->n_ctx);
+    return 0;
+}
+
+/* ---- Command line: files ---- */
+
+/* All bytes of a file, "-" being stdin, and a NUL after them. */
+static int read_whole(const char *path, char **data, size_t *n)
+{
+    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    size_t room = 1 << 16, got = 0;
+    char *bytes = f ? malloc(room) : NULL;
+    if (!f)
+        return complain("%s: %s", path, strerror(errno));
+    errno = 0;
+    while (bytes && room <= MAX_FILE_BYTES) {
+        got += fread(bytes + got, 1, room - got - 1, f);
+        if (got < room - 1)
+            break;
+        char *larger = realloc(bytes, room *= 2);
+        if (!larger)
+            free(bytes);
+        bytes = larger;
+    }
+    int failed = ferror(f), reason = errno;
+    if (f != stdin)
+        fclose(f);
+    if (!bytes)
+        return out_of_memory(room, path);
+    bytes[got] = 0;
+    *data = bytes, *n = got;
+    if (failed)
+        return complain("%s: %s", path, strerror(reason));
+    if (room > MAX_FILE_BYTES)
+        return complain("%s: longer than %d bytes", path, MAX_FILE_BYTES);
+    return 0;
+}
+
+/* Writes float32 as little-endian bytes on any machine. */
+static int write_floats(FILE *f, const float *x, size_t n)
+{
+    unsigned char bytes[4 * 512];
+    for (size_t i = 0; i < n;) {
+        size_t count = 0;
+        for (; count < 512 && i < n; count++, i++) {
+            uint32_t u;
+            memcpy(&u, &x[i], 4);
+            for (int k = 0; k < 4; k++)
+                bytes[4 * count + k] = (unsigned char)(u >> 8 * k);
+        }
+        if (fwrite(bytes, 4, count, f) != count)
+            return -1;
+    }
+    return 0;
+}
+
+/* What is in stdout's buffer gets out, or we say why not. A reader that has gone away knows. */
+static int flush_stdout(void)
+{
+    errno = 0;
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return 0;
+    return errno == EPIPE ? 1 : complain("standard output: %s", strerror(errno ? errno : EIO));
+}
+
+/* ---- Command line: tracing ---- */
+
+/* One tensor that --trace asked for. The prompt comes in several calls: rows are appended. */
+struct tensor_seen {
+    char name[64];           /* with its layer: l_out-7 */
+    size_t n_rows;
+    int width;
+    float first[3], last[3], least, most;
+    double sum;
+};
+
+struct watch {
+    const char *names;       /* --trace's list */
+    const char *dir;         /* NULL: summaries */
+    struct tensor_seen *seen;
+    int n_seen, room;
+    char trouble[300];       /* what went wrong, "" while nothing has */
+};
+
+/* Whether a name of the list, of n bytes, asks for this tensor: l_out is every layer's. */
+static int asks_for(const char *wanted, size_t n, const char *name, const char *with_layer)
+{
+    return (strlen(name) == n && memcmp(wanted, name, n) == 0) ||
+           (strlen(with_layer) == n && memcmp(wanted, with_layer, n) == 0);
+}
+
+static int is_watched(const struct watch *w, const char *name, const char *with_layer)
+{
+    for (const char *p = w->names; *p; p += *p == ',') {
+        size_t n = strcspn(p, ",");
+        if (asks_for(p, n, name, with_layer))
+            return 1;
+        p += n;
+    }
+    return 0;
+}
+
+static struct tensor_seen *find_seen(struct watch *w, const char *with_layer)
+{
+    for (int i = 0; i < w->n_seen; i++)
+        if (strcmp(w->seen[i].name, with_layer) == 0)
+            return &w->seen[i];
+    if (w->n_seen == w->room) {
+        int room = w->room ? 2 * w->room : 64;
+        struct tensor_seen *larger = realloc(w->seen, (size_t)room * sizeof *larger);
+        if (!larger)
+            return NULL;
+        w->seen = larger, w->room = room;
+    }
+    struct tensor_seen *t = &w->seen[w->n_seen++];
+    *t = (struct tensor_seen){.least = INFINITY, .most = -INFINITY};
+    snprintf(t->name, sizeof t->name, "%s", with_layer);
+    return t;
+}
+
+/* first and last: the first and the last three values of the whole tensor. */
+static void summarize(struct tensor_seen *t, const float *x, size_t n)
+{
+    if (t->n_rows == 0)
+        memcpy(t->first, x, (n < 3 ? n : 3) * sizeof *x);
+    if (n >= 3)
+        memcpy(t->last, x + n - 3, 3 * sizeof *x);
+    for (size_t i = 0; i < n; i++) {
+        t->sum += (double)x[i];
+        t->least = x[i] < t->least ? x[i] : t->least;
+        t->most = x[i] > t->most ? x[i] : t->most;
+    }
+}
+
+/* Opened anew for every call: all layers of all tensors are more files than may be open at once. */
+static void append_floats(struct watch *w, const struct tensor_seen *t, const float *x, size_t n)
+{
+    char path[4096];
+    if (snprintf(path, sizeof path, "%s/%s.f32", w->dir, t->name) >= (int)sizeof path) {
+        snprintf(w->trouble, sizeof w->trouble, "--trace-dir: the name is too long");
+        return;
+    }
+    FILE *f = fopen(path, t->n_rows ? "ab" : "wb");
+    int failed = !f || write_floats(f, x, n);
+    if ((f && fclose(f)) || failed)
+        snprintf(w->trouble, sizeof w->trouble, "%.200s: %.80s", path, strerror(errno));
+}
+
+/* The library calls this with every tensor inside. */
+static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
+                       const float *data)
+{
+    struct watch *w = user;
+    char with_layer[64];
+    (void)pos;
+    snprintf(with_layer, sizeof with_layer, layer < 0 ? "%s" : "%s-%d", name, layer);
+    if (w->trouble[0] || !is_watched(w, name, with_layer))
+        return;
+    struct tensor_seen *t = find_seen(w, with_layer);
+    if (!t) {
+        snprintf(w->trouble, sizeof w->trouble, "out of memory for --trace");
+        return;
+    }
+    size_t n_values = (size_t)n * (size_t)width;
+    if (w->dir)
+        append_floats(w, t, data, n_values);
+    else
+        summarize(t, data, n_values);
+    t->n_rows += (size_t)n;
+    t->width = width;
+}
+
+/* A name of the list that no tensor had. */
+static int check_watched(const struct watch *w)
+{
+    if (w->trouble[0])
+        return complain("%s", w->trouble);
+    for (const char *p = w->names; *p; p += *p == ',') {
+        size_t n = strcspn(p, ",");
+        int found = 0;
+        for (int i = 0; i < w->n_seen && !found; i++) {
+            char plain[64];
+            snprintf(plain, sizeof plain, "%s", w->seen[i].name);
+            plain[strcspn(plain, "-")] = 0;
+            found = asks_for(p, n, plain, w->seen[i].name);
+        }
+        if (!found)
+            return complain("--trace: the model has no tensor \"%.*s\" (names are llama.cpp's: "
+                            "attn_norm, Qcur, l_out-0, result_norm ...)", (int)n, p);
+        p += n;
+    }
+    return 0;
+}
+
+static int print_watched(const struct watch *w, FILE *out)
+{
+    for (int i = 0; i < w->n_seen; i++) {
+        const struct tensor_seen *t = &w->seen[i];
+        fprintf(out, "%s [%zu][%d]", t->name, t->n_rows, t->width);
+        if (w->dir)
+            fprintf(out, " %s/%s.f32\n", w->dir, t->name);
+        else
+            fprintf(out, " first %.9g %.9g %.9g last %.9g %.9g %.9g sum %.9g min %.9g max %.9g\n",
+                    t->first[0], t->first[1], t->first[2], t->last[0], t->last[1], t->last[2],
+                    t->sum, t->least, t->most);
+    }
+    return check_watched(w);
+}
+
+/* ---- Command line: a session ---- */
+
+/* Text on its way to stdout: whole characters only, and nothing that may be the start of a --stop
+ * text before that is decided. */
+struct printer {
+    gemma3_utf8 utf8;
+    char held[MAX_STOP_BYTES + 1];
+    size_t n_held;
+    int n_tokens;            /* printed since the text began */
+    int stopped;             /* a --stop text came */
+};
+
+struct session {
+    const struct args *args;
+    gemma3_pool *pool;
+    gemma3_model *model;
+    const gemma3_config *config;
+    const gemma3_tokenizer *tokenizer;
+    gemma3_params params;
+    gemma3_state *state;
+    gemma3_sampler sampler;
+    gemma3_candidate *candidates; /* [n_vocab] */
+    int max_rows;            /* rows of logits computed at once */
+    float *logits;           /* [max_rows][n_vocab] */
+    int32_t *ids;            /* [n_ids] the prompt */
+    int n_ids;
+    FILE *out;               /* stdout, or stderr while the logits go to stdout */
+    struct watch watch;
+    struct printer printer;
+    int n_read, n_written;   /* tokens, for the speed */
+    double read_seconds, write_seconds;
+};
+
+static void show_loading(void *user, double fraction)
+{
+    (void)user;
+    if (fraction < 1)
+        fprintf(stderr, "\rloading %3.0f %%", 100 * fraction);
+    else
+        fprintf(stderr, "\r%20s\r", "");
+}
+
+/* The model that comes with the program lies beside it or in weights/. */
+static const char *find_model(const char *program, char *path, size_t size)
+{
+    const char *slash = strrchr(program, '/');
+    int n_dir = slash ? (int)(slash - program) + 1 : 0;
+    for (int i = 0; i < 4; i++) {
+        snprintf(path, size, "%.*s%s%s", i < 2 ? n_dir : 0, program, i % 2 ? "" : "weights/",
+                 default_model);
+        if (access(path, R_OK) == 0)
+            return path;
+    }
+    return NULL;
+}
+
+static int open_model(struct session *s, const char *path, int computes)
+{
+    const struct args *a = s->args;
+    gemma3_error err;
+    int n_threads = computes ? a->n_threads : 1;
+    s->pool = gemma3_pool_new(n_threads, &err);
+    if (!s->pool)
+        return complain("%s", err.text);
+    gemma3_options o = {
+        .exact = a->exact,
+        .no_repack = a->no_repack || !computes,
+        .isa = a->isa,
+        .n_threads = n_threads,
+        .parallel_for = gemma3_pool_run,
+        .pool = s->pool,
+        .progress = computes && isatty(STDERR_FILENO) ? show_loading : NULL,
+    };
+    s->model = gemma3_open(path, &o, &err);
+    if (!s->model)
+        return complain("%s", err.text);
+    s->config = gemma3_model_config(s->model);
+    s->tokenizer = gemma3_model_tokenizer(s->model);
+
+    s->params = gemma3_default_params(s->model);
+    if (a->n_ctx || a->perplexity)
+        s->params.n_ctx = a->n_ctx ? a->n_ctx : DEFAULT_CHUNK;
+    if (a->kv)
+        s->params.kv_type = strcmp(a->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.n_batch = a->n_batch;
+    s->params.n_threads = n_threads;
+    s->params.parallel_for = gemma3_pool_run;
+    s->params.pool = s->pool;
+    return 0;
+}
+
+/* What computing needs besides the model. Scores are asked for by the tile, text by the row. */
+static int open_state(struct session *s)
+{
+    const struct args *a = s->args;
+    gemma3_error err;
+    s->watch = (struct watch){.names = a->trace, .dir = a->trace_dir};
+    if (a->trace) {
+        s->params.trace = see_tensor;
+        s->params.trace_user = &s->watch;
+    }
+    if (a->trace_dir && mkdir(a->trace_dir, 0777) && errno != EEXIST)
+        return complain("%s: %s", a->trace_dir, strerror(errno));
+    s->state = gemma3_state_new(s->model, &s->params, &err);
+    if (!s->state)
+        return complain("%s", err.text);
+
+    size_t n_vocab = (size_t)s->config->n_vocab;
+    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_TILE) : 1;
+    s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
+    if (!s->logits)
+        return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
+    s->candidates = malloc(n_vocab * sizeof *s->candidates);
+    if (!s->candidates)
+        return out_of_memory(n_vocab * sizeof *s->candidates, "sampling");
+
+    s->sampler = gemma3_sampler_new(a->seed);
+    s->sampler.temperature = (float)a->temperature;
+    s->sampler.top_k = a->top_k;
+    s->sampler.top_p = (float)a->top_p;
+    s->sampler.min_p = (float)a->min_p;
+    s->sampler.repeat_penalty = (float)a->repeat_penalty;
+    return 0;
+}
+
+static void close_session(struct session *s)
+{
+    free(s->ids);
+    free(s->logits);
+    free(s->candidates);
+    free(s->watch.seen);
+    gemma3_state_free(s->state);
+    gemma3_close(s->model);
+    gemma3_pool_free(s->pool);
+}
+
+static int encode_flags(const struct args *a)
+{
+    return (a->no_bos ? 0 : GEMMA3_BOS) | (a->special ? GEMMA3_SPECIAL : 0);
+}
+
+static int encode_text(struct session *s, const char *text, size_t n)
+{
+    size_t room = n + 1;
+    s->ids = malloc(room * sizeof *s->ids);
+    if (!s->ids)
+        return out_of_memory(room * sizeof *s->ids, "the ids of the text");
+    s->n_ids = gemma3_encode(s->tokenizer, text, n, encode_flags(s->args), s->ids, (int)room);
+    return s->n_ids < 0 ? out_of_memory(gemma3_encode_work(n), "encoding the text") : 0;
+}
+
+static int encode_file(struct session *s, const char *path)
+{
+    char *text = NULL;
+    size_t n = 0;
+    int code = read_whole(path, &text, &n);
+    if (!code)
+        code = encode_text(s, text, n);
+    free(text);
+    return code;
+}
+
+static int check_ids(const struct session *s, const struct numbers *ids, const char *where)
+{
+    for (int i = 0; i < ids->n; i++)
+        if (ids->value[i] < 0 || ids->value[i] >= s->config->n_vocab)
+            return complain("%s: id %d is outside the vocabulary, 0 to %d", where,
+                            (int)ids->value[i], s->config->n_vocab - 1);
+    return 0;
+}
+
+static int read_ids(struct session *s, const char *path)
+{
+    char *text = NULL;
+    size_t n_bytes = 0;
+    struct numbers ids = {NULL, 0};
+    const char *bad = NULL;
+    int code = read_whole(path, &text, &n_bytes);
+    if (!code) {
+        int n = parse_numbers(text, " \t\r\n\v\f", &ids, &bad);
+        if (n == -2)
+            code = out_of_memory(n_bytes * 2, path);
+        else if (n == -1 || strlen(text) < n_bytes)
+            code = complain("%s: expected ids parted by spaces or line ends, found \"%.20s\"", path,
+                            n == -1 ? bad : "a zero byte");
+        else
+            code = check_ids(s, &ids, path);
+    }
+    free(text);
+    s->ids = ids.value;
+    s->n_ids = ids.n;
+    return code;
+}
+
+/* Fills s->ids with what is to be continued or scored. */
+static int read_prompt(struct session *s)
+{
+    const struct args *a = s->args;
+    int code = a->ids_file ? read_ids(s, a->ids_file) :
+               a->file ? encode_file(s, a->file) :
+               a->perplexity ? encode_file(s, a->perplexity) :
+               encode_text(s, a->prompt, strlen(a->prompt));
+    if (!code && s->n_ids == 0)
+        return complain("the prompt has no tokens");
+    if (!code && !a->perplexity && s->n_ids > s->params.n_ctx)
+        return complain("the prompt has %d tokens and the context room for %d: give -c %d or more",
+                        s->n_ids, s->params.n_ctx, s->n_ids);
+    return code;
+}
+
+/* A long prompt takes a while; somebody may be watching. */
+static void show_reading(const struct session *s, int n_done, int n)
+{
+    if (n <= s->params.n_batch || !isatty(STDERR_FILENO))
+        return;
+    if (n_done < n)
+        fprintf(stderr, "\rreading %d of %d tokens", n_done, n);
+    else
+        fprintf(stderr, "\r%40s\r", "");
+}
+
+/* Takes tokens through the model in batches; s->logits is then the last one's row. */
+static int read_tokens(struct session *s, const int32_t *ids, int n)
+{
+    double start = seconds();
+    for (int i = 0; i < n;) {
+        int count = lesser(n - i, s->params.n_batch), row = count - 1;
+        int is_last = i + count == n;
+        if (gemma3_forward(s->state, ids + i, count, &row, is_last, s->logits))
+            return complain("%s", gemma3_state_error(s->state));
+        i += count;
+        show_reading(s, i, n);
+    }
+    for (int i = 0; i < n; i++)
+        gemma3_sampler_accept(&s->sampler, ids[i]);
+    s->n_read += n;
+    s->read_seconds += seconds() - start;
+    return 0;
+}
+
+static void print_speed(const struct session *s)
+{
+    fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
+            s->n_read, s->read_seconds > 0 ? s->n_read / s->read_seconds : 0.0, s->n_written,
+            s->write_seconds > 0 ? s->n_written / s->write_seconds : 0.0);
+}
+
+/* ---- Command line: text ---- */
+
+/* How many of the first n bytes held are surely not the start of a --stop text. */
+static size_t n_free_bytes(const struct printer *p, const struct texts *stop)
+{
+    for (size_t k = 0; k < p->n_held; k++)
+        for (int i = 0; i < stop->n; i++)
+            if (strncmp(stop->text[i], p->held + k, p->n_held - k) == 0)
+                return k;
+    return p->n_held;
+}
+
+static void print_byte(struct session *s, char byte)
+{
+    struct printer *p = &s->printer;
+    const struct texts *stop = &s->args->stop;
+    if (p->stopped)
+        return;
+    p->held[p->n_held++] = byte;
+    size_t n = n_free_bytes(p, stop), n_gone = n;
+    for (int i = 0; i < stop->n && !p->stopped; i++) {
+        size_t length = strlen(stop->text[i]);
+        if (length <= p->n_held &&
+            memcmp(stop->text[i], p->held + p->n_held - length, length) == 0) {
+            p->stopped = 1;
+            n = p->n_held - length;
+            n_gone = p->n_held;
+        }
+    }
+    if (!s->args->out_ids)
+        fwrite(p->held, 1, n, s->out);
+    p->n_held -= n_gone;
+    memmove(p->held, p->held + n_gone, p->n_held);
+}
+
+static int print_token(struct session *s, int32_t id)
+{
+    char piece[GEMMA3_PIECE_MAX], character[8];
+    int n = gemma3_decode(s->tokenizer, id, s->args->special ? GEMMA3_SPECIAL : 0, piece);
+    for (int i = 0; i < n; i++) {
+        int n_bytes = gemma3_utf8_push(&s->printer.utf8, (unsigned char)piece[i], character);
+        for (int k = 0; k < n_bytes; k++)
+            print_byte(s, character[k]);
+    }
+    if (s->args->out_ids && !s->printer.stopped)
+        fprintf(s->out, s->printer.n_tokens ? " %d" : "%d", (int)id);
+    s->printer.n_tokens++;
+    return s->out == stdout ? flush_stdout() : 0;
+}
+
+/* What is still held back is text after all. */
+static int end_text(struct session *s)
+{
+    struct printer *p = &s->printer;
+    char character[8];
+    int n = gemma3_utf8_end(&p->utf8, character);
+    for (int i = 0; i < n; i++)
+        print_byte(s, character[i]);
+    if (!s->args->out_ids && !p->stopped)
+        fwrite(p->held, 1, p->n_held, s->out);
+    if (s->args->out_ids || s->args->chat || isatty(STDOUT_FILENO))
+        fputc('\n', s->out);
+    return s->out == stdout ? flush_stdout() : 0;
+}
+
+/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
+ * because the conversation goes on after it. */
+static int write_tokens(struct session *s)
+{
+    const struct args *a = s->args;
+    double start = seconds();
+    int code = 0;
+    s->printer = (struct printer){.n_held = 0};
+    for (int i = 0; !interrupted && !code && (a->n_predict < 0 || i < a->n_predict); i++) {
+        int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
+        if (gemma3_is_stop(s->tokenizer, id))
+            break;
+        gemma3_sampler_accept(&s->sampler, id);
+        code = print_token(s, id);
+        s->n_written++;
+        int row = 0, is_last = i + 1 == a->n_predict || s->printer.stopped;
+        if (code || (is_last && !a->chat))
+            break;
+        if (gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state)) {
+            if (!is_last)
+                fprintf(stderr, "\ngemma3: the context of %d tokens is full\n",
+                        gemma3_state_n_ctx(s->state));
+            break;
+        }
+        if (gemma3_forward(s->state, &id, 1, &row, !is_last, s->logits))
+            code = complain("%s", gemma3_state_error(s->state));
+        if (is_last)
+            break;
+    }
+    s->write_seconds += seconds() - start;
+    return code ? code : end_text(s);
+}
+
+/* ---- Command line: scores ---- */
+
+/* The rows of --logits and --hash, on their way to the file and the hash. */
+struct rows_out {
+    int32_t *position;       /* [n] in the order asked for; NULL: all */
+    int n, n_done;
+    float *kept;             /* [n][n_vocab] when that order is not the model's, else NULL */
+    FILE *file;
+    const char *path;
+    gemma3_sha256 hash;
+};
+
+static int write_row(struct rows_out *o, const float *row, int n_vocab)
+{
+    gemma3_sha256_add_floats(&o->hash, row, (size_t)n_vocab);
+    if (!o->file || write_floats(o->file, row, (size_t)n_vocab) == 0)
+        return 0;
+    return errno == EPIPE ? 1 : complain("%s: %s", o->path, strerror(errno));
+}
+
+/* Turns --positions into indices, and finds out whether rows can be written as they come. */
+static int begin_rows(struct session *s, struct rows_out *o)
+{
+    const struct numbers *p = &s->args->positions;
+    int ascending = 1;
+    gemma3_sha256_init(&o->hash);
+    if (p->n == 0)
+        return 0;
+    o->position = malloc((size_t)p->n * sizeof *o->position);
+    if (!o->position)
+        return out_of_memory((size_t)p->n * sizeof *o->position, "--positions");
+    for (; o->n < p->n; o->n++) {
+        int position = p->value[o->n] + (p->value[o->n] < 0 ? s->n_ids : 0);
+        if (position < 0 || position >= s->n_ids)
+            return complain("--positions %d: the prompt has %d tokens", (int)p->value[o->n],
+                            s->n_ids);
+        ascending &= o->n == 0 || position >= o->position[o->n - 1];
+        o->position[o->n] = position;
+    }
+    if (ascending)
+        return 0;
+    size_t n_values = (size_t)p->n * (size_t)s->config->n_vocab;
+    o->kept = malloc(n_values * sizeof *o->kept);
+    return o->kept ? 0 : out_of_memory(n_values * sizeof *o->kept, "--positions out of order");
+}
+
+static int open_rows(struct session *s, struct rows_out *o)
+{
+    const char *path = s->args->logits;
+    int code = begin_rows(s, o);
+    if (code || !path)
+        return code;
+    o->path = path;
+    o->file = strcmp(path, "-") == 0 ? stdout : fopen(path, "wb");
+    return o->file ? 0 : complain("%s: %s", path, strerror(errno));
+}
+
+/* How often a row is wanted. */
+static int is_wanted(const struct rows_out *o, int position)
+{
+    if (!o->position)
+        return 1;
+    int n = 0;
+    for (int i = 0; i < o->n; i++)
+        n += o->position[i] == position;
+    return n;
+}
+
+static int take_row(struct session *s, struct rows_out *o, int position, const float *row)
+{
+    int n_vocab = s->config->n_vocab, code = 0;
+    if (o->kept) {
+        for (int i = 0; i < o->n; i++)
+            if (o->position[i] == position)
+                memcpy(o->kept + (size_t)i * (size_t)n_vocab, row, (size_t)n_vocab * sizeof *row);
+        return 0;
+    }
+    for (int n = is_wanted(o, position); n > 0 && !code; n--)
+        code = write_row(o, row, n_vocab);
+    return code;
+}
+
+/* A file that could not be written whole is taken away again; a device or a pipe is not ours. */
+static int close_rows(struct session *s, struct rows_out *o, int code)
+{
+    for (int i = 0; o->kept && i < o->n && !code; i++)
+        code = write_row(o, o->kept + (size_t)i * (size_t)s->config->n_vocab, s->config->n_vocab);
+    free(o->position);
+    free(o->kept);
+    if (o->file == stdout) {
+        int failed = flush_stdout();
+        return code ? code : failed;
+    }
+    struct stat st;
+    int is_regular = o->file && fstat(fileno(o->file), &st) == 0 && S_ISREG(st.st_mode);
+    if (o->file && fclose(o->file) && !code)
+        code = complain("%s: %s", o->path, strerror(errno));
+    if (code && is_regular)
+        remove(o->path);
+    return code;
+}
+
+/* Everything asked about one position. */
+static int score_row(struct session *s, struct rows_out *o, int position, const float *row)
+{
+    const struct args *a = s->args;
+    if (a->nll && position + 1 < s->n_ids) {
+        int32_t next = s->ids[position + 1];
+        fprintf(s->out, "%d %d %.9g\n", position + 1, (int)next,
+                gemma3_nll(row, s->config->n_vocab, next));
+    }
+    return a->logits || a->hash ? take_row(s, o, position, row) : 0;
+}
+
+/* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
+ * since --top and text come after it. */
+static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
+                       int rows[GEMMA3_TILE])
+{
+    const struct args *a = s->args;
+    int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
+    for (int i = 0; i < n; i++)
+        if (all || start + i + 1 == s->n_ids ||
+            ((a->logits || a->hash) && is_wanted(o, start + i)))
+            rows[n_rows++] = i;
+    return n_rows;
+}
+
+/* One pass over the prompt for everything that was asked for together. */
+static int score_prompt(struct session *s, struct rows_out *o)
+{
+    size_t n_vocab = (size_t)s->config->n_vocab;
+    int code = 0, n_rows = 0;
+    double start = seconds();
+    for (int i = 0; i < s->n_ids && !code;) {
+        int rows[GEMMA3_TILE], n = lesser(s->n_ids - i, s->max_rows);
+        n_rows = rows_needed(s, o, i, n, rows);
+        if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
+            return complain("%s", gemma3_state_error(s->state));
+        for (int r = 0; r < n_rows && !code; r++)
+            code = score_row(s, o, i + rows[r], s->logits + (size_t)r * n_vocab);
+        if (!code && s->out == stdout)
+            code = flush_stdout();
+        i += n;
+        show_reading(s, i, s->n_ids);
+    }
+    if (code)
+        return code;
+    memmove(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, n_vocab * sizeof *s->logits);
+    for (int i = 0; i < s->n_ids; i++)
+        gemma3_sampler_accept(&s->sampler, s->ids[i]);
+    s->n_read = s->n_ids;
+    s->read_seconds = seconds() - start;
+    return 0;
+}
+
+static void print_hash(struct session *s, struct rows_out *o)
+{
+    char hex[65];
+    gemma3_sha256_end(&o->hash, hex);
+    fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
+            s->args->exact ? "exact" : "default",
+            s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
+}
+
+/* By logit down, then by id up; what is not a number comes last. */
+static int by_logit(const void *left, const void *right)
+{
+    const gemma3_candidate *a = left, *b = right;
+    float x = isnan(a->logit) ? -INFINITY : a->logit, y = isnan(b->logit) ? -INFINITY : b->logit;
+    if (x != y)
+        return x < y ? 1 : -1;
+    return (a->id > b->id) - (a->id < b->id);
+}
+
+static void print_quoted(FILE *out, const char *text, int n)
+{
+    fputc('"', out);
+    for (int i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if (c == '\n')
+            fputs("\\n", out);
+        else if (c == '"' || c == '\\')
+            fprintf(out, "\\%c", c);
+        else if (c < 32 || c == 127 || (n == 1 && c > 127))
+            fprintf(out, "\\x%02x", c);
+        else
+            fputc(c, out);
+    }
+    fputs("\"", out);
+}
+
+/* p = exp(l - largest - log(sum)), where log(sum) is the largest one's nll. */
+static void print_top(struct session *s)
+{
+    int n_vocab = s->config->n_vocab;
+    gemma3_candidate *c = s->candidates;
+    for (int i = 0; i < n_vocab; i++)
+        c[i] = (gemma3_candidate){s->logits[i], i};
+    qsort(c, (size_t)n_vocab, sizeof *c, by_logit);
+    double log_sum = gemma3_nll(s->logits, n_vocab, c[0].id);
+    for (int i = 0; i < lesser(s->args->top, n_vocab); i++) {
+        char piece[GEMMA3_PIECE_MAX];
+        int n = gemma3_decode(s->tokenizer, c[i].id, GEMMA3_SPECIAL, piece);
+        fprintf(s->out, "%d\t", (int)c[i].id);
+        print_quoted(s->out, piece, n);
+        fprintf(s->out, "\t%.9g\t%.9g\n", (double)c[i].logit,
+                gemma3_exp((double)c[i].logit - (double)c[0].logit - log_sum));
+    }
+}
+
+static int score(struct session *s)
+{
+    struct rows_out o = {.n = 0};
+    int code = open_rows(s, &o);
+    if (!code)
+        code = score_prompt(s, &o);
+    if (!code && s->args->trace)
+        code = print_watched(&s->watch, s->out);
+    s->watch.names = ""; /* the prompt is traced, not what may be generated after it */
+    code = close_rows(s, &o, code);
+    if (code)
+        return code;
+    if (s->args->hash)
+        print_hash(s, &o);
+    if (s->args->top)
+        print_top(s);
+    return flush_stdout();
+}
+
+/* ---- Command line: the jobs ---- */
+
+/* -p, -f, --ids */
+static int continue_prompt(struct session *s)
+{
+    const struct args *a = s->args;
+    int numbers = wants_numbers(a), code = read_prompt(s);
+    if (!code)
+        code = open_state(s);
+    if (!code)
+        code = numbers ? score(s) : read_tokens(s, s->ids, s->n_ids);
+    if (code || a->n_predict == 0 || (numbers && a->n_predict < 0))
+        return code;
+    code = write_tokens(s);
+    print_speed(s);
+    return code;
+}
+
+/* Sums over the tokens scored by --perplexity. */
+struct scored {
+    double nll, nll_squared; /* sums */
+    size_t n, n_bytes;       /* tokens, and their text */
+};
+
+/* One chunk of n tokens: <bos> in place of its first (as llama-perplexity does), scores for the
+ * second half. Position i gives the probability of token i + 1. */
+static int score_chunk(struct session *s, const int32_t *ids, int n, struct scored *sum)
+{
+    int32_t bos = gemma3_tokenizer_vocab(s->tokenizer)->bos;
+    size_t n_vocab = (size_t)s->config->n_vocab;
+    gemma3_state_reset(s->state);
+    for (int i = 0; i < n - 1;) {
+        int rows[GEMMA3_TILE], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
+        int32_t tile[GEMMA3_TILE];
+        memcpy(tile, ids + i, (size_t)count * sizeof *tile);
+        if (i == 0 && bos >= 0 && !s->args->no_bos)
+            tile[0] = bos;
+        for (int k = 0; k < count; k++)
+            if (i + k >= n / 2)
+                rows[n_rows++] = k;
+        if (gemma3_forward(s->state, tile, count, rows, n_rows, s->logits))
+            return complain("%s", gemma3_state_error(s->state));
+        for (int r = 0; r < n_rows; r++) {
+            char piece[GEMMA3_PIECE_MAX];
+            int32_t next = ids[i + rows[r] + 1];
+            double nll = gemma3_nll(s->logits + (size_t)r * n_vocab, (int)n_vocab, next);
+            sum->nll += nll;
+            sum->nll_squared += nll * nll;
+            sum->n++;
+            sum->n_bytes += (size_t)gemma3_decode(s->tokenizer, next, 0, piece);
+        }
+        i += count;
+    }
+    return 0;
+}
+
+static int perplexity(struct session *s)
+{
+    int code = read_prompt(s), n = s->params.n_ctx;
+    struct scored sum = {0, 0, 0, 0};
+    if (!code && s->n_ids / 2 < n)
+        return complain("%s: %d tokens; --perplexity needs two chunks of %d (-c), %.0f tokens",
+                        s->args->perplexity, s->n_ids, n, 2.0 * n);
+    if (!code)
+        code = open_state(s);
+    for (int i = 0; i < s->n_ids / n && !code; i++) {
+        code = score_chunk(s, s->ids + (size_t)i * (size_t)n, n, &sum);
+        if (!code) {
+            printf("[%d]%.4f,", i + 1, gemma3_exp(sum.nll / (double)sum.n));
+            code = flush_stdout();
+        }
+    }
+    if (code)
+        return code;
+    double n_scored = (double)sum.n, mean = sum.nll / n_scored;
+    double variance = sum.nll_squared / n_scored - mean * mean, ppl = gemma3_exp(mean);
+    double error = variance > 0 && sum.n > 1 ? ppl * sqrt(variance / (n_scored - 1)) : 0;
+    printf("\ntokens scored %zu of %d, chunks %d of %d\n", sum.n, s->n_ids, s->n_ids / n, n);
+    printf("mean nll %.9g\n", mean);
+    if (sum.n_bytes)
+        printf("bits per byte %.9g\n", sum.nll / gemma3_log(2) / (double)sum.n_bytes);
+    printf("ppl %.4f +- %.5f\n", ppl, error);
+    return 0;
+}
+
+static int tokenize(struct session *s)
+{
+    const char *text = s->args->tokenize.text;
+    int code = text ? encode_text(s, text, strlen(text)) : encode_file(s, s->args->file);
+    for (int i = 0; i < s->n_ids && !code; i++)
+        printf(i ? " %d" : "%d", (int)s->ids[i]);
+    if (!code)
+        putchar('\n');
+    return code;
+}
+
+static int detokenize(struct session *s)
+{
+    const struct numbers *ids = &s->args->detokenize;
+    int code = check_ids(s, ids, "--detokenize");
+    for (int i = 0; i < ids->n && !code; i++) {
+        char piece[GEMMA3_PIECE_MAX];
+        int n = gemma3_decode(s->tokenizer, ids->value[i], s->args->special ? GEMMA3_SPECIAL : 0,
+                              piece);
+        fwrite(piece, 1, (size_t)n, stdout);
+    }
+    if (!code && isatty(STDOUT_FILENO))
+        putchar('\n');
+    return code;
+}
+
+static void print_memory(const struct session *s)
+{
+    gemma3_params p = s->params;
+    const int n_ctx[] = {512, 4096, s->config->n_ctx_train, s->params.n_ctx};
+    printf("weights                %zu bytes, %zu read for each token generated\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
+    for (int i = 0; i < 4; i++) {
+        int seen = 0;
+        for (int k = 0; k < i; k++)
+            seen |= n_ctx[k] == n_ctx[i];
+        if (seen)
+            continue;
+        p.n_ctx = n_ctx[i];
+        size_t n_bytes = gemma3_kv_bytes(s->config, &p);
+        printf("KV cache               %zu bytes for -c %d in %s\n", n_bytes, p.n_ctx,
+               p.kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
+    }
+    p = s->params;
+    size_t n_scratch = gemma3_state_size(s->model, &p) - gemma3_kv_bytes(s->config, &p);
+    printf("scratch and tables     %zu bytes for -c %d -b %d\n", n_scratch, p.n_ctx, p.n_batch);
+}
+
+static int info(struct session *s)
+{
+    const gemma3_config *c = s->config;
+    printf("name                   %s\n", gemma3_model_name(s->model));
+    printf("chat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
+    printf("contract               %d\n", GEMMA3_CONTRACT);
+    printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
+    printf("isa                    %s\n", gemma3_model_isa(s->model));
+    printf("n_layers               %d\n", c->n_layers);
+    printf("d_model                %d\n", c->d_model);
+    printf("d_ff                   %d\n", c->d_ff);
+    printf("n_heads                %d\n", c->n_heads);
+    printf("n_kv_heads             %d\n", c->n_kv_heads);
+    printf("head_dim               %d\n", c->head_dim);
+    printf("n_vocab                %d\n", c->n_vocab);
+    printf("n_ctx_train            %d tokens\n", c->n_ctx_train);
+    printf("window                 %d tokens\n", c->window);
+    printf("rms_eps                %.9g\n", (double)c->rms_eps);
+    printf("rope_base_global       %.9g\n", (double)c->rope_base_global);
+    printf("rope_base_local        %.9g\n", (double)c->rope_base_local);
+    printf("rope_factor            %.9g\n", (double)c->rope_factor);
+    printf("query_scale            %.9g\n", (double)c->query_scale);
+    printf("embedding_scale        %.9g\n", (double)c->embedding_scale);
+    printf("final_softcap          %.9g\n", (double)c->final_softcap);
+    printf("global layers         ");
+    for (int l = 0; l < c->n_layers; l++)
+        if (!c->is_local[l])
+            printf(" %d", l);
+    putchar('\n');
+    print_memory(s);
+    return 0;
+}
+
+/* ---- Command line: chat ---- */
+
+static void note_interrupt(int signal_number)
+{
+    (void)signal_number;
+    interrupted = 1;
+}
+
+/* flags: 0 while waiting for a line, so that the waiting ends; SA_RESTART while an answer is
+ * written, so that the writing does not fail. */
+static void catch_interrupts(int flags)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = note_interrupt;
+    action.sa_flags = flags;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+}
+
+/* Whatever ended the answer, the model finds it closed when the next turn comes. */
+static int close_turn(struct session *s)
+{
+    static const char mark[] = "<end_of_turn>";
+    int32_t id = gemma3_find(s->tokenizer, mark, sizeof mark - 1);
+    if (id < 0 || gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state))
+        return 0;
+    gemma3_sampler_accept(&s->sampler, id);
+    if (gemma3_forward(s->state, &id, 1, NULL, 0, NULL))
+        return complain("%s", gemma3_state_error(s->state));
+    return 0;
+}
+
+/* One turn and its answer. *full: the turn did not fit and nothing happened. */
+static int answer(struct session *s, const char *text, int *full)
+{
+    const char *system = s->args->system;
+    int pos = gemma3_state_pos(s->state), n_ctx = gemma3_state_n_ctx(s->state);
+    size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
+    int32_t *ids = room < INT_MAX ? malloc(room * sizeof *ids) : NULL;
+    if (!ids)
+        return out_of_memory(room * sizeof *ids, "the turn");
+    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room), code = 0;
+    *full = n > n_ctx - pos;
+    if (n == -2)
+        code = out_of_memory(gemma3_encode_work(room), "encoding the turn");
+    else if (n < 0)
+        code = complain("the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
+    else if (*full)
+        fprintf(stderr, "gemma3: the context of %d tokens is full: this turn needs %d and %d are "
+                "left; /clear starts again, -c gives more\n", n_ctx, n, n_ctx - pos);
+    else if (!(code = read_tokens(s, ids, n)) && !(code = write_tokens(s)))
+        code = close_turn(s);
+    free(ids);
+    return code;
+}
+
+/* A line of the user's without its end. 0: there is none any more. */
+static int read_line(char **line, size_t *size)
+{
+    int asks = isatty(STDIN_FILENO);
+    for (int n_interrupts = 0; n_interrupts < 2; n_interrupts++) {
+        interrupted = 0;
+        if (asks)
+            fputs("> ", stderr);
+        catch_interrupts(0);
+        ssize_t n = getline(line, size, stdin);
+        catch_interrupts(SA_RESTART);
+        if (n >= 0) {
+            (*line)[strcspn(*line, "\r\n")] = 0;
+            return 1;
+        }
+        if (asks)
+            fputc('\n', stderr);
+        if (!interrupted)
+            return 0;
+        clearerr(stdin);
+        if (asks && n_interrupts == 0)
+            fputs("Ctrl-C again or /quit ends the chat\n", stderr);
+    }
+    return 0;
+}
+
+/* A full context ends the chat, unless somebody is there to type /clear. */
+static int chat(struct session *s)
+{
+    char *line = NULL;
+    size_t size = 0;
+    int full = 0, code = open_state(s);
+    if (!code && !gemma3_model_can_chat(s->model))
+        fputs("gemma3: this is a base model: it was not trained to chat\n", stderr);
+    while (!code && (!full || isatty(STDIN_FILENO)) && read_line(&line, &size)) {
+        interrupted = 0;
+        if (strcmp(line, "/quit") == 0)
+            break;
+        if (strcmp(line, "/clear") == 0) {
+            gemma3_state_reset(s->state);
+            s->sampler.n_last = 0;
+        } else if (line[strspn(line, " \t")]) {
+            code = answer(s, line, &full);
+        }
+    }
+    free(line);
+    if (!code && s->n_read)
+        print_speed(s);
+    return code;
+}
+
+/* ---- Command line: main ---- */
+
+static int print_isas(void)
+{
+    for (int i = 0; gemma3_isa_name(i); i++)
+        puts(gemma3_isa_name(i));
+    return 0;
+}
+
+static int run_job(const struct args *a, enum job job, const char *program)
+{
+    struct session s = {.args = a, .out = a->logits && !strcmp(a->logits, "-") ? stderr : stdout};
+    char found[4096];
+    const char *path = a->model ? a->model : find_model(program, found, sizeof found);
+    if (!path)
+        return refuse("no model: give -m MODEL.gguf");
+    int code = open_model(&s, path, job == CONTINUE || job == CHAT || job == PERPLEXITY);
+    if (!code)
+        code = job == CONTINUE ? continue_prompt(&s) :
+               job == CHAT ? chat(&s) :
+               job == PERPLEXITY ? perplexity(&s) :
+               job == TOKENIZE ? tokenize(&s) :
+               job == DETOKENIZE ? detokenize(&s) : info(&s);
+    close_session(&s);
+    return code;
+}
+
+int main(int argc, char **argv)
+{
+    struct args a = {
+        .n_predict = -1, .n_threads = gemma3_default_threads(), .n_batch = 512, .temperature = 1,
+        .top_k = 64, .top_p = 0.95, .repeat_penalty = 1, .seed = 42,
+    };
+    enum job job = CONTINUE;
+    signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
+    int code = parse_args(&a, argc, argv);
+    if (code == 0 && a.help)
+        code = print_help();
+    else if (code == 0 && a.version)
+        printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
+    else if (code == 0 && a.isa && strcmp(a.isa, "list") == 0)
+        code = print_isas();
+    else if (code == 0 && (code = check_args(&a, &job)) == 0)
+        code = run_job(&a, job, argv[0] ? argv[0] : "");
+    free(a.positions.value);
+    free(a.detokenize.value);
+    if (code == 0)
+        code = flush_stdout();
+    return code;
+}
+
+#endif
