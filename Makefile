@@ -11,8 +11,8 @@ LIBS    = -lm -lpthread
 MODEL   = weights/gemma-3-270m-q4_k_m.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
-C_TESTS = test/kernels test/gguf test/forward test/sampler test/tokenizer test/golden
-TESTS   = $(C_TESTS) test/cli.t test/build.t
+C_TESTS = $(patsubst %.c,%,$(wildcard test/*.c))
+TESTS   = $(C_TESTS) $(wildcard test/*.t)
 
 gemma3: gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -o $@ gemma3.c tokenizer.c $(LIBS)
