@@ -65,6 +65,7 @@
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
@@ -94,6 +95,12 @@
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #include <arm_neon.h>
 #define HAVE_NEON 1
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+enum { BIG_ENDIAN_CPU = 1 };
+#else
+enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -306,18 +313,41 @@ static const char *arithmetic_fault(void)
 
 /* ==== 2. Number formats =========================================================================
  *
- * Weights lie in blocks that share a scale. Each format has one function that unpacks 32 elements to
- * int8 codes, sub-scales and float scales; dot products and exact mode's dequantisation both use it,
- * so it is the definition of the format. All numbers in a file are little-endian. */
+ * Weights lie in blocks of 32 or 256 elements that share a scale. Each format has one function that
+ * unpacks 32 elements to int8 codes and scales; dot products and exact mode's dequantisation both use
+ * it, so it is the definition of the format. All numbers in a file are little-endian.
+ *
+ * The functions unpack R rows at once. R is 1 for a row as it lies in the file, or 16 for a tile: 16
+ * rows whose bytes are interleaved, so that a vector register holds a byte of each row and no dot
+ * product needs a sum across lanes. What lies at byte `at` of a block lies at R * at in the tile: codes
+ * in units of 4 bytes (row 0 bytes 0-3, row 1 bytes 0-3, ..., row 0 bytes 4-7, ...), scales in units of
+ * one number. With R = 1 both are the same, and the drawings below hold. */
 
-static uint16_t load_u16_le(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
-static uint32_t load_u32_le(const uint8_t *p)
+INLINE uint16_t load_u16_le(const uint8_t *p)
 {
-    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+    uint16_t u;
+    memcpy(&u, p, 2);
+    return BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
 }
-static uint64_t load_u64_le(const uint8_t *p)
+INLINE uint32_t load_u32_le(const uint8_t *p)
+{
+    uint32_t u;
+    memcpy(&u, p, 4);
+    return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
+}
+INLINE uint64_t load_u64_le(const uint8_t *p)
 {
     return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
+}
+INLINE void store_u16_le(uint8_t *p, uint16_t u)
+{
+    u = BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
+    memcpy(p, &u, 2);
+}
+INLINE void store_u32_le(uint8_t *p, uint32_t u)
+{
+    u = BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
+    memcpy(p, &u, 4);
 }
 
 /* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0.
@@ -345,215 +375,233 @@ INLINE uint16_t f32_to_f16(float x)
 /* bfloat16 is the upper half of a float. */
 INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-/* 32 elements, unpacked. Element j < 16 belongs to half 0, the others to half 1.
- * Value of element j:  d * scale[half] * code[j]  +  m * min[half]. */
-struct block {
-    int8_t code[32];
-    int32_t scale[2], min[2];
-    float d, m;
+enum { TILE_ROWS = 16 };
+
+/* 32 elements of each of R rows, unpacked. With half = j / 16 the value of element j of row r is
+ *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
+ * Formats without sub-scales leave scale and min alone: both count as 1. */
+struct panel {
+    int8_t code[32 * TILE_ROWS];      /* element 4g + k of row r at (g * R + r) * 4 + k */
+    int32_t scale[2][TILE_ROWS], min[2][TILE_ROWS];
+    float d[TILE_ROWS], m[TILE_ROWS];
 };
 
-/* What most formats share: no sub-scales. */
-INLINE void block_scales(struct block *o, float d, float m)
+INLINE void load_f16s(float *restrict out, const uint8_t *restrict p, int R)
 {
-    o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
-    o->d = d;
-    o->m = m;
+    for (int r = 0; r < R; r++) out[r] = f16_to_f32(load_u16_le(p + 2 * r));
+}
+
+/* 16 bytes of nibbles for each row: the low one element j, the high one element j + 16. */
+INLINE void unpack_nibbles(struct panel *restrict o, const uint8_t *restrict qs, int R)
+{
+    for (int j = 0; j < 16 * R; j++) o->code[j] = (int8_t)(qs[j] & 15);
+    for (int j = 0; j < 16 * R; j++) o->code[16 * R + j] = (int8_t)(qs[j] >> 4);
+}
+
+/* high: one u32 for each row; its bit j is the fifth bit of element j. The product copies bit k of
+ * four to the lowest bit of byte k. */
+INLINE void add_fifth_bits(struct panel *restrict o, const uint8_t *restrict high, int R)
+{
+    for (int g = 0; g < 8; g++)
+        for (int r = 0; r < R; r++) {
+            uint8_t *four = (uint8_t *)o->code + 4 * (g * R + r);
+            uint32_t bits = load_u32_le(high + 4 * r) >> 4 * g & 15;
+            store_u32_le(four, load_u32_le(four) | (bits * 0x00204081 & 0x01010101) << 4);
+        }
 }
 
 /* Q4_0, 18 bytes for 32 elements: value = d * (q - 8)
  *     0      2                                       18
  *     | d f16 | 16 bytes: low nibble element j,      |
  *     |       |           high nibble element j + 16 |   Q4_1, Q5_0, Q5_1, IQ4_NL pair them alike */
-static void unpack_q4_0(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q4_0(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)b * 18;
-    for (int j = 0; j < 16; j++) {
-        o->code[j] = (int8_t)((p[2 + j] & 15) - 8);
-        o->code[j + 16] = (int8_t)((p[2 + j] >> 4) - 8);
-    }
-    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+    load_f16s(o->d, p, R);
+    unpack_nibbles(o, p + 2 * R, R);
 }
 
 /* Q4_1, 20 bytes for 32:  | d f16 | m f16 | 16 bytes of nibbles |   value = d * q + m */
-static void unpack_q4_1(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q4_1(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)b * 20;
-    for (int j = 0; j < 16; j++) {
-        o->code[j] = (int8_t)(p[4 + j] & 15);
-        o->code[j + 16] = (int8_t)(p[4 + j] >> 4);
-    }
-    block_scales(o, f16_to_f32(load_u16_le(p)), f16_to_f32(load_u16_le(p + 2)));
+    load_f16s(o->d, p, R);
+    load_f16s(o->m, p + 2 * R, R);
+    unpack_nibbles(o, p + 4 * R, R);
 }
 
 /* Q5_0, 22 bytes for 32:  | d f16 | h u32: bit j is the fifth bit of element j | 16 bytes of nibbles |
  * value = d * (q - 16) */
-static void unpack_q5_0(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q5_0(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)b * 22;
-    uint32_t high = load_u32_le(p + 2);
-    for (int j = 0; j < 16; j++) {
-        o->code[j] = (int8_t)(((p[6 + j] & 15) | (high >> j & 1) << 4) - 16);
-        o->code[j + 16] = (int8_t)((p[6 + j] >> 4 | (high >> (j + 16) & 1) << 4) - 16);
-    }
-    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+    load_f16s(o->d, p, R);
+    unpack_nibbles(o, p + 6 * R, R);
+    add_fifth_bits(o, p + 2 * R, R);
 }
 
 /* Q5_1, 24 bytes for 32:  | d f16 | m f16 | h u32 | 16 bytes of nibbles |   value = d * q + m */
-static void unpack_q5_1(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q5_1(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)b * 24;
-    uint32_t high = load_u32_le(p + 4);
-    for (int j = 0; j < 16; j++) {
-        o->code[j] = (int8_t)((p[8 + j] & 15) | (high >> j & 1) << 4);
-        o->code[j + 16] = (int8_t)(p[8 + j] >> 4 | (high >> (j + 16) & 1) << 4);
-    }
-    block_scales(o, f16_to_f32(load_u16_le(p)), f16_to_f32(load_u16_le(p + 2)));
+    load_f16s(o->d, p, R);
+    load_f16s(o->m, p + 2 * R, R);
+    unpack_nibbles(o, p + 8 * R, R);
+    add_fifth_bits(o, p + 4 * R, R);
 }
 
 /* Q8_0, 34 bytes for 32:  | d f16 | 32 x int8 |   value = d * q */
-static void unpack_q8_0(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q8_0(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)b * 34;
-    memcpy(o->code, p + 2, 32);
-    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+    load_f16s(o->d, p, R);
+    memcpy(o->code, p + 2 * R, 32 * R);
 }
 
 /* IQ4_NL, 18 bytes for 32, laid out as Q4_0; a nibble is an index into 16 unevenly spaced levels. */
-static void unpack_iq4_nl(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_iq4_nl(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
     static const int8_t level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                      1,    13,   25,  38,  53,  69,  89,  113};
-    const uint8_t *p = row + (size_t)b * 18;
-    for (int j = 0; j < 16; j++) {
-        o->code[j] = level[p[2 + j] & 15];
-        o->code[j + 16] = level[p[2 + j] >> 4];
-    }
-    block_scales(o, f16_to_f32(load_u16_le(p)), 0);
+    unpack_q4_0(p, R, o);
+    for (int j = 0; j < 32 * R; j++) o->code[j] = level[o->code[j]];
 }
 
-/* The K formats: superblocks of 256 elements = 8 groups of 32 with sub-scales; b counts groups.
+/* The K formats: blocks of 256 elements = 8 groups of 32 with sub-scales; g is the group wanted.
  *
  * Q2_K, 84 bytes:  | scales[16] | qs[64] | d f16 | dmin f16 |
  *     scales[i]: low nibble scale, high nibble min of elements 16i .. 16i+15
  *     qs: bytes 0-31 hold groups 0-3, bytes 32-63 groups 4-7, two bits each, lowest first
  *     value = d * scale * q - dmin * min */
-static void unpack_q2_k(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q2_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)(b / 8) * 84, *scales = p + 2 * (b % 8);
-    const uint8_t *qs = p + 16 + 32 * (b % 8 / 4);
-    int shift = 2 * (b % 4);
-    for (int j = 0; j < 32; j++) o->code[j] = (int8_t)(qs[j] >> shift & 3);
-    for (int k = 0; k < 2; k++) {
-        o->scale[k] = scales[k] & 15;
-        o->min[k] = scales[k] >> 4;
-    }
-    o->d = f16_to_f32(load_u16_le(p + 80));
-    o->m = -f16_to_f32(load_u16_le(p + 82));
+    const uint8_t *qs = p + (16 + 32 * (g / 4)) * R, *scales = p + 2 * g * R;
+    for (int j = 0; j < 32 * R; j++) o->code[j] = (int8_t)(qs[j] >> 2 * (g % 4) & 3);
+    for (int k = 0; k < 2; k++)
+        for (int r = 0; r < R; r++) {
+            o->scale[k][r] = scales[k * R + r] & 15;
+            o->min[k][r] = scales[k * R + r] >> 4;
+        }
+    load_f16s(o->d, p + 80 * R, R);
+    load_f16s(o->m, p + 82 * R, R);
+    for (int r = 0; r < R; r++) o->m[r] = -o->m[r];
 }
 
 /* Q3_K, 110 bytes:  | hmask[32] | qs[64] | scales[12] | d f16 |
- *     qs as in Q2_K; bit b of hmask[j] is the third bit of element j of group b
+ *     qs as in Q2_K; bit g of hmask[j] is the third bit of element j of group g
  *     scales: 16 x 6 bits; low four bits of scale i: nibble i/8 of byte i%8; high two bits: bits
  *     2(i/4) of byte 8 + i%4
  *     value = d * (scale - 32) * (q - 4) */
-static void unpack_q3_k(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q3_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)(b / 8) * 110, *scales = p + 96;
-    const uint8_t *qs = p + 32 + 32 * (b % 8 / 4);
-    int shift = 2 * (b % 4), high = b % 8;
-    for (int j = 0; j < 32; j++)
-        o->code[j] = (int8_t)((qs[j] >> shift & 3) + 4 * (p[j] >> high & 1) - 4);
-    for (int k = 0; k < 2; k++) {
-        int i = 2 * (b % 8) + k;
-        int low = scales[i % 8] >> 4 * (i / 8) & 15, top = scales[8 + i % 4] >> 2 * (i / 4) & 3;
-        o->scale[k] = (low | top << 4) - 32;
-        o->min[k] = 0;
-    }
-    o->d = f16_to_f32(load_u16_le(p + 108));
-    o->m = 0;
+    const uint8_t *qs = p + (32 + 32 * (g / 4)) * R, *scales = p + 96 * R;
+    for (int j = 0; j < 32 * R; j++)
+        o->code[j] = (int8_t)((qs[j] >> 2 * (g % 4) & 3) | (p[j] >> g & 1) << 2);
+    for (int i = 2 * g; i < 2 * g + 2; i++)
+        for (int r = 0; r < R; r++) {
+            int low = scales[i % 8 * R + r] >> 4 * (i / 8) & 15;
+            int top = scales[(8 + i % 4) * R + r] >> 2 * (i / 4) & 3;
+            o->scale[i % 2][r] = (low | top << 4) - 32;
+        }
+    load_f16s(o->d, p + 108 * R, R);
 }
 
 /* Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes:
  *     byte 0-3    scale 0-3 in bits 0-5, bits 6-7: the top of scale 4-7
  *     byte 4-7    min 0-3 likewise,      bits 6-7: the top of min 4-7
  *     byte 8-11   low nibble scale 4-7, high nibble min 4-7
- * value = d * scale * q - dmin * min */
-static void unpack_k_scales(const uint8_t *p, const uint8_t *s, int i, struct block *o)
+ * value = d * scale * q - dmin * min; both products are exact, so they become d and m. */
+INLINE void unpack_k_scales(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
-    int scale = i < 4 ? s[i] & 63 : (s[i + 4] & 15) | s[i - 4] >> 6 << 4;
-    int min = i < 4 ? s[i + 4] & 63 : s[i + 4] >> 4 | s[i] >> 6 << 4;
-    block_scales(o, f16_to_f32(load_u16_le(p)) * (float)scale,
-                 -(f16_to_f32(load_u16_le(p + 2)) * (float)min));
+    const uint8_t *s = p + 4 * R;
+    load_f16s(o->d, p, R);
+    load_f16s(o->m, p + 2 * R, R);
+    for (int r = 0; r < R; r++) {
+        int first = s[g % 4 * R + r], second = s[(g % 4 + 4) * R + r], third = s[(g % 4 + 8) * R + r];
+        int scale = g < 4 ? first & 63 : (third & 15) | first >> 6 << 4;
+        int min = g < 4 ? second & 63 : third >> 4 | second >> 6 << 4;
+        o->d[r] *= (float)scale;
+        o->m[r] *= -(float)min;
+    }
 }
 
 /* Q4_K, 144 bytes:  | d f16 | dmin f16 | scales[12] | qs[128] |
  *     32 bytes of qs hold two groups: the even one in the low nibbles */
-static void unpack_q4_k(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q4_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)(b / 8) * 144, *qs = p + 16 + 32 * (b % 8 / 2);
-    int shift = 4 * (b % 2);
-    for (int j = 0; j < 32; j++) o->code[j] = (int8_t)(qs[j] >> shift & 15);
-    unpack_k_scales(p, p + 4, b % 8, o);
+    const uint8_t *qs = p + (16 + 32 * (g / 2)) * R;
+    for (int j = 0; j < 32 * R; j++) o->code[j] = (int8_t)(qs[j] >> 4 * (g % 2) & 15);
+    unpack_k_scales(p, R, g, o);
 }
 
 /* Q5_K, 176 bytes:  | d f16 | dmin f16 | scales[12] | qh[32] | qs[128] |
- *     bit b of qh[j] is the fifth bit of element j of group b */
-static void unpack_q5_k(const uint8_t *row, int b, struct block *o)
+ *     bit g of qh[j] is the fifth bit of element j of group g */
+INLINE void unpack_q5_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)(b / 8) * 176, *qs = p + 48 + 32 * (b % 8 / 2);
-    int shift = 4 * (b % 2), high = b % 8;
-    for (int j = 0; j < 32; j++)
-        o->code[j] = (int8_t)((qs[j] >> shift & 15) | (p[16 + j] >> high & 1) << 4);
-    unpack_k_scales(p, p + 4, b % 8, o);
+    const uint8_t *qs = p + (48 + 32 * (g / 2)) * R, *qh = p + 16 * R;
+    for (int j = 0; j < 32 * R; j++)
+        o->code[j] = (int8_t)((qs[j] >> 4 * (g % 2) & 15) | (qh[j] >> g & 1) << 4);
+    unpack_k_scales(p, R, g, o);
 }
 
 /* Q6_K, 210 bytes:  | ql[128] | qh[64] | scales[16] int8 | d f16 |
  *     in each half of 128 elements (64 bytes of ql, 32 of qh) group k = 0..3 has its low four bits in
  *     nibble k/2 of ql[32 (k%2) + j] and its high two in bits 2k of qh[j]
  *     value = d * scale * (q - 32) */
-static void unpack_q6_k(const uint8_t *row, int b, struct block *o)
+INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
-    const uint8_t *p = row + (size_t)(b / 8) * 210;
-    int half = b % 8 / 4, k = b % 4;
-    const uint8_t *ql = p + 64 * half + 32 * (k % 2), *qh = p + 128 + 32 * half;
-    for (int j = 0; j < 32; j++)
-        o->code[j] = (int8_t)(((ql[j] >> 4 * (k / 2) & 15) | (qh[j] >> 2 * k & 3) << 4) - 32);
-    for (int s = 0; s < 2; s++) {
-        int scale = p[192 + 2 * (b % 8) + s];
-        o->scale[s] = scale < 128 ? scale : scale - 256;
-        o->min[s] = 0;
-    }
-    o->d = f16_to_f32(load_u16_le(p + 208));
-    o->m = 0;
+    int half = g / 4, k = g % 4;
+    const uint8_t *ql = p + (64 * half + 32 * (k % 2)) * R, *qh = p + (128 + 32 * half) * R;
+    const uint8_t *scales = p + (192 + 2 * g) * R;
+    for (int j = 0; j < 32 * R; j++)
+        o->code[j] = (int8_t)((ql[j] >> 4 * (k / 2) & 15) | (qh[j] >> 2 * k & 3) << 4);
+    for (int h = 0; h < 2; h++)
+        for (int r = 0; r < R; r++) o->scale[h][r] = (int8_t)scales[h * R + r];
+    load_f16s(o->d, p + 208 * R, R);
 }
 
 /* Tensor types by their number in GGUF. */
-enum { F32 = 0, F16 = 1, Q4_0 = 2, BF16 = 30 };
+enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
+       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
+
+/* Group g of the block at p in R interleaved rows. R is a constant in every call. */
+INLINE void unpack(int type, const uint8_t *restrict p, int R, int g, struct panel *restrict o)
+{
+    switch (type) {
+    case Q4_0: unpack_q4_0(p, R, o); break;
+    case Q4_1: unpack_q4_1(p, R, o); break;
+    case Q5_0: unpack_q5_0(p, R, o); break;
+    case Q5_1: unpack_q5_1(p, R, o); break;
+    case Q8_0: unpack_q8_0(p, R, o); break;
+    case Q2_K: unpack_q2_k(p, R, g, o); break;
+    case Q3_K: unpack_q3_k(p, R, g, o); break;
+    case Q4_K: unpack_q4_k(p, R, g, o); break;
+    case Q5_K: unpack_q5_k(p, R, g, o); break;
+    case Q6_K: unpack_q6_k(p, R, g, o); break;
+    case IQ4_NL: unpack_iq4_nl(p, R, o); break;
+    }
+}
 
 struct format {
     int type;
     const char *name;
-    int elements, bytes;   /* of a block */
-    int has_min, has_halves;
-    void (*unpack)(const uint8_t *row, int b, struct block *o); /* NULL: floats */
+    int elements, bytes;              /* of a block */
+    int bias;                         /* what codes are too large by */
+    int has_min, has_halves;          /* m and min; scales that differ between the halves */
+    int is_wide;                      /* codes use all 8 bits and are signed; others are 0 .. 63 */
+    struct { int at, bytes, unit; } field[3]; /* how a tile interleaves a block's bytes */
 };
 
 static const struct format formats[] = {
-    {F32, "F32", 1, 4, 0, 0, NULL},
-    {F16, "F16", 1, 2, 0, 0, NULL},
-    {BF16, "BF16", 1, 2, 0, 0, NULL},
-    {Q4_0, "Q4_0", 32, 18, 0, 0, unpack_q4_0},
-    {3, "Q4_1", 32, 20, 1, 0, unpack_q4_1},
-    {6, "Q5_0", 32, 22, 0, 0, unpack_q5_0},
-    {7, "Q5_1", 32, 24, 1, 0, unpack_q5_1},
-    {8, "Q8_0", 32, 34, 0, 0, unpack_q8_0},
-    {10, "Q2_K", 256, 84, 1, 1, unpack_q2_k},
-    {11, "Q3_K", 256, 110, 0, 1, unpack_q3_k},
-    {12, "Q4_K", 256, 144, 1, 0, unpack_q4_k},
-    {13, "Q5_K", 256, 176, 1, 0, unpack_q5_k},
-    {14, "Q6_K", 256, 210, 0, 1, unpack_q6_k},
-    {20, "IQ4_NL", 32, 18, 0, 0, unpack_iq4_nl},
+    {F32, "F32", 1, 4, 0, 0, 0, 0, {{0}}},
+    {F16, "F16", 1, 2, 0, 0, 0, 0, {{0}}},
+    {BF16, "BF16", 1, 2, 0, 0, 0, 0, {{0}}},
+    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
+    {Q4_1, "Q4_1", 32, 20, 0, 1, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
+    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
+    {Q5_1, "Q5_1", 32, 24, 0, 1, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
+    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
+    {Q2_K, "Q2_K", 256, 84, 0, 1, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
+    {Q3_K, "Q3_K", 256, 110, 4, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
+    {Q4_K, "Q4_K", 256, 144, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
+    {Q5_K, "Q5_K", 256, 176, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
+    {Q6_K, "Q6_K", 256, 210, 32, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
+    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
 };
 
 static const struct format *find_format(uint32_t type)
@@ -563,15 +611,10 @@ static const struct format *find_format(uint32_t type)
     return NULL;
 }
 
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or,
- * for Q4_0, tiled: 16 rows interleaved so that a vector register holds a byte of each row and no dot
- * product needs a sum across lanes. One block of a tile, 288 bytes = 16 * 18:
- *
- *     | 16 x d f16 | group 0: row 0 bytes 0-3, row 1 bytes 0-3, ... row 15 | group 1: bytes 4-7 | .. 3 |
- *
- * The last tile is filled up with zero rows. */
-enum { TILE_ROWS = 16, Q4_TILE_BYTES = TILE_ROWS * 18 };
+INLINE int is_float(const struct format *f) { return f->elements == 1; }
 
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or in
+ * tiles of 16 interleaved rows, block after block. The last tile is filled up with zero rows. */
 struct matrix {
     const struct format *format;
     int rows, cols, tiled;
@@ -581,57 +624,75 @@ struct matrix {
 
 INLINE int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
 
-static void tile_q4_0(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows, int n_blocks)
+INLINE void interleave(uint8_t *to, size_t to_step, const uint8_t *from, size_t from_step, int n, int unit)
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES) {
-        memset(tile, 0, Q4_TILE_BYTES);
-        for (int r = 0; r < n_rows; r++) {
-            const uint8_t *p = rows + r * row_bytes + (size_t)b * 18;
-            memcpy(tile + 2 * r, p, 2);
-            for (int g = 0; g < 4; g++) memcpy(tile + 32 + 64 * g + 4 * r, p + 2 + 4 * g, 4);
-        }
+    for (int k = 0; k < n; k++) memcpy(to + k * to_step, from + k * from_step, unit);
+}
+
+/* Copies row r of one block into its tile, or out of it. Each unit is a constant for memcpy's sake. */
+INLINE void move_row(uint8_t *tile, uint8_t *row, const struct format *f, int r, int out_of_tile)
+{
+    for (int k = 0; k < 3; k++) {
+        int unit = f->field[k].unit, n = unit ? f->field[k].bytes / unit : 0;
+        uint8_t *a = tile + TILE_ROWS * f->field[k].at + unit * r, *b = row + f->field[k].at;
+        size_t a_step = (size_t)TILE_ROWS * unit, b_step = unit;
+        if (out_of_tile) interleave(b, b_step, a, a_step, n, unit);
+        else if (unit == 4) interleave(a, 64, b, 4, n, 4);
+        else if (unit == 2) interleave(a, 32, b, 2, n, 2);
+        else interleave(a, 16, b, 1, n, 1);
     }
 }
 
-/* Unpacks block b of row r wherever it lies. */
-static void unpack_block(const struct matrix *w, int r, int b, struct block *o)
+/* n_blocks blocks of n_rows rows as tiles; rows that are missing become zeros. */
+static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows, int n_blocks,
+                      const struct format *f)
 {
-    if (!w->tiled) {
-        w->format->unpack(w->data + r * w->row_bytes, b, o);
-        return;
-    }
-    uint8_t p[18];
-    size_t blocks = (size_t)w->cols / 32;
-    const uint8_t *tile = w->data + ((size_t)(r / TILE_ROWS) * blocks + b) * Q4_TILE_BYTES;
-    r %= TILE_ROWS;
-    memcpy(p, tile + 2 * r, 2);
-    for (int g = 0; g < 4; g++) memcpy(p + 2 + 4 * g, tile + 32 + 64 * g + 4 * r, 4);
-    unpack_q4_0(p, 0, o);
+    if (n_rows < TILE_ROWS) memset(tile, 0, (size_t)n_blocks * TILE_ROWS * f->bytes);
+    for (int b = 0; b < n_blocks; b++, tile += TILE_ROWS * f->bytes)
+        for (int r = 0; r < n_rows; r++)
+            move_row(tile, (uint8_t *)(uintptr_t)(rows + r * row_bytes + (size_t)b * f->bytes), f, r, 0);
 }
 
-/* Row r as float32: the values of the `gguf` package, bit for bit. d * scale is exact (an f16 times
- * at most 8 bits), so each value is rounded at most twice, as there. */
-static void dequantize_row(const struct matrix *w, int r, float *out)
+/* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
+static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[210])
 {
+    const struct format *f = w->format;
+    if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
+    size_t blocks = (size_t)w->cols / f->elements, at = (size_t)(r / TILE_ROWS) * blocks + k;
+    move_row((uint8_t *)(uintptr_t)(w->data + at * TILE_ROWS * f->bytes), buffer, f, r % TILE_ROWS, 1);
+    return buffer;
+}
+
+/* 32 elements, unpacked from one row, as float32: the values of the `gguf` package, bit for bit. An
+ * f16 times a sub-scale of at most 8 bits is exact, so each value is rounded at most twice, as there. */
+INLINE void dequantize_group(const struct format *f, const struct panel *o, float *out)
+{
+    for (int half = 0; half < 2; half++, out += 16) {
+        const int8_t *code = o->code + 16 * half;
+        float d = o->d[0] * (float)(f->has_halves ? o->scale[half][0] : 1);
+        float m = f->has_min ? o->m[0] * (float)(f->has_halves ? o->min[half][0] : 1) : 0;
+        for (int j = 0; j < 16; j++) out[j] = d * (float)(code[j] - f->bias);
+        for (int j = 0; f->has_min && j < 16; j++) out[j] += m;
+    }
+}
+
+INLINE void dequantize_lanes(const struct matrix *w, int r, float *out)
+{
+    const struct format *f = w->format;
     const uint8_t *p = w->data + r * w->row_bytes;
-    struct block o;
-    switch (w->format->type) {
-    case F32:
+    uint8_t buffer[210];
+    struct panel o;
+    if (f->type == F32)
         for (int j = 0; j < w->cols; j++) out[j] = float_of(load_u32_le(p + 4 * (size_t)j));
-        return;
-    case F16:
+    if (f->type == F16)
         for (int j = 0; j < w->cols; j++) out[j] = f16_to_f32(load_u16_le(p + 2 * (size_t)j));
-        return;
-    case BF16:
+    if (f->type == BF16)
         for (int j = 0; j < w->cols; j++) out[j] = bf16_to_f32(load_u16_le(p + 2 * (size_t)j));
-        return;
-    }
-    for (int b = 0; b < w->cols / 32; b++, out += 32) {
-        unpack_block(w, r, b, &o);
-        for (int k = 0; k < 2; k++) {
-            float scale = o.d * (float)o.scale[k], min = o.m * (float)o.min[k];
-            for (int j = 16 * k; j < 16 * k + 16; j++) out[j] = scale * (float)o.code[j];
-            for (int j = 16 * k; w->format->has_min && j < 16 * k + 16; j++) out[j] += min;
+    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
+        const uint8_t *block = block_of_row(w, r, k, buffer);
+        for (int g = 0; g < f->elements / 32; g++, out += 32) {
+            unpack(f->type, block, 1, g, &o);
+            dequantize_group(f, &o, out);
         }
     }
 }
@@ -642,8 +703,10 @@ static void dequantize_row(const struct matrix *w, int r, float *out)
  * rule 1), so that the dot product inside a block is exact in int32 and any order gives it. */
 struct xblock {
     float d;               /* value of element j: d * code[j] */
-    int32_t sum[2];        /* of the codes in each half, for formats with a minimum */
-    int32_t minus_8_sums;  /* -8 times the sum: what unsigned Q4_0 nibbles are too large by */
+    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
+    int32_t sum[2];        /* of the codes in each half */
+    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
+    int32_t unused[3];     /* 64 bytes: a cache line */
     int8_t code[32];
 };
 
@@ -667,6 +730,7 @@ INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
         out->sum[0] = sum[0];
         out->sum[1] = sum[1];
         out->minus_8_sums = -8 * (sum[0] + sum[1]);
+        out->d_sum = (float)(sum[0] + sum[1]) * out->d;
     }
 }
 
@@ -677,14 +741,15 @@ INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
  * one for attention's weighted sum. Every twin in section 5 has the signature of its definition here
  * and the same numbered steps; tests compare them with memcmp. */
 
-/* Q4_0: rows in tiles. */
+enum { Q4_0_TILE = TILE_ROWS * 18 }; /* bytes of 16 rows x 32 columns */
+
 typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
                       int n, float (*acc)[TILE_ROWS]);
 
 static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblock *x,
                             size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES)
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
         for (int i = 0; i < n; i++)
             for (int r = 0; r < TILE_ROWS; r++) {
                 const struct xblock *xb = x + i * x_stride + b;
@@ -698,15 +763,8 @@ static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblo
             }
 }
 
-/* Every other integer format: a panel holds one block of each of 16 rows, unpacked, four bytes of a
- * row together as in a Q4_0 tile. */
-struct panel {
-    int8_t code[8][TILE_ROWS][4];
-    int32_t scale[2][TILE_ROWS], min[2][TILE_ROWS];
-    float d[TILE_ROWS], m[TILE_ROWS];
-};
-
-enum { PANELS = 8 }; /* unpacked at a time, 256 columns */
+/* Every other integer format: panels. */
+enum { PANELS = 8 }; /* unpacked at a time: 256 columns */
 
 typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
                        const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
@@ -721,26 +779,14 @@ static void mul_panel_scalar(const struct panel *p, int n_blocks, const struct f
                 const struct xblock *xb = x + i * x_stride + b;
                 int32_t half[2] = {0, 0};
                 for (int j = 0; j < 32; j++)                           /* 1. exact integer dots */
-                    half[j / 16] += p->code[j / 4][r][j % 4] * xb->code[j];
-                int32_t isum = half[0] * p->scale[0][r] + half[1] * p->scale[1][r]; /* 2. halves */
+                    half[j / 16] += (p->code[(j / 4 * TILE_ROWS + r) * 4 + j % 4] - f->bias) * xb->code[j];
+                int32_t isum = half[0] + half[1], msum = xb->sum[0] + xb->sum[1];
+                if (f->has_halves) isum = half[0] * p->scale[0][r] + half[1] * p->scale[1][r]; /* 2. */
                 acc[i][r] = fma_of(HARD_FMA, (float)isum, p->d[r] * xb->d, acc[i][r]); /* 3. scale */
                 if (!f->has_min) continue;
-                int32_t msum = xb->sum[0] * p->min[0][r] + xb->sum[1] * p->min[1][r];
+                if (f->has_halves) msum = xb->sum[0] * p->min[0][r] + xb->sum[1] * p->min[1][r];
                 acc[i][r] = fma_of(HARD_FMA, p->m[r], (float)msum * xb->d, acc[i][r]); /* 4. minimum */
             }
-}
-
-static void unpack_panel(const struct matrix *w, int first_row, int b, struct panel *p)
-{
-    struct block o;
-    for (int r = 0; r < TILE_ROWS; r++) {
-        if (first_row + r < w->rows) unpack_block(w, first_row + r, b, &o);
-        else memset(&o, 0, sizeof o);
-        for (int g = 0; g < 8; g++) memcpy(p->code[g][r], o.code + 4 * g, 4);
-        for (int k = 0; k < 2; k++) p->scale[k][r] = o.scale[k], p->min[k][r] = o.min[k];
-        p->d[r] = o.d;
-        p->m[r] = o.m;
-    }
 }
 
 /* Element j of a row of floats as a file or the KV cache stores them. */
@@ -832,7 +878,7 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
     __m256 sum[6][2];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = _mm256_loadu_ps(acc[i] + 8 * (h0 + h));
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES, x++) {
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
         __m256i dot[6][2];
         UNROLL for (int i = 0; i < NT; i++)
             UNROLL for (int h = 0; h < NH; h++) dot[i][h] = _mm256_setzero_si256();
@@ -875,49 +921,85 @@ AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct x
     if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 2);
 }
 
-/* maddubs wants one unsigned side: |code| * (x with code's sign). 2 * 128 * 127 fits int16. */
-INLINE_AVX2 __m256i dot4_avx2(__m256i isum, __m256i code, __m256i x)
+/* Steps 3 and 4 for 8 rows; with halves the sums stay below 2^24, where float products are exact. */
+INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct xblock *x,
+                                     const __m256i half[2], __m256 sum, int h, int HALVES)
 {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
-    return _mm256_add_epi32(isum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __m256 isum, msum, xd = _mm256_set1_ps(x->d);
+    if (HALVES) {                                                      /* 2. halves */
+        __m256 s0 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->scale[0] + 8 * h)));
+        __m256 s1 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->scale[1] + 8 * h)));
+        isum = _mm256_fmadd_ps(s1, _mm256_cvtepi32_ps(half[1]), _mm256_mul_ps(s0, _mm256_cvtepi32_ps(half[0])));
+    } else isum = _mm256_cvtepi32_ps(half[0]);
+    sum = _mm256_fmadd_ps(isum, _mm256_mul_ps(_mm256_loadu_ps(p->d + 8 * h), xd), sum); /* 3. scale */
+    if (!f->has_min) return sum;                                       /* 4. minimum */
+    msum = _mm256_set1_ps(x->d_sum);
+    if (HALVES) {
+        __m256 m0 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->min[0] + 8 * h)));
+        __m256 m1 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->min[1] + 8 * h)));
+        msum = _mm256_mul_ps(_mm256_set1_ps((float)x->sum[0]), m0);
+        msum = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps((float)x->sum[1]), m1, msum), xd);
+    }
+    return _mm256_fmadd_ps(_mm256_loadu_ps(p->m + 8 * h), msum, sum);
 }
 
-INLINE_AVX2 void mul_panel_avx2_h(const struct panel *p, int n_blocks, const struct format *f,
-                                  const struct xblock *x, float *acc, int h)
+/* maddubs wants one unsigned side. Codes of 0 .. 63 are unsigned, and two of their pairs fit int16:
+ * 4 * 63 * 127. A wide code goes as |code| * (x with code's sign): 2 * 128 * 127 just fits. */
+INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const struct format *f,
+                                   const struct xblock *x, size_t x_stride, float (*acc)[TILE_ROWS],
+                                   int h, int NT, int HALVES, int WIDE)
 {
-    __m256 sum = _mm256_loadu_ps(acc + 8 * h);
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 sum[4];
+    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm256_loadu_ps(acc[i] + 8 * h);
     for (int b = 0; b < n_blocks; b++, p++, x++) {
-        __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        UNROLL for (int g = 0; g < 8; g++)                             /* 1. exact integer dots */
-            half[g / 4] = dot4_avx2(half[g / 4],
-                                    _mm256_loadu_si256((const __m256i *)p->code[g][8 * h]),
-                                    _mm256_set1_epi32(load_4_bytes(x->code + 4 * g)));
-        if (f->has_halves)                                             /* 2. halves */
-            for (int k = 0; k < 2; k++)
-                half[k] = _mm256_mullo_epi32(
-                    half[k], _mm256_loadu_si256((const __m256i *)(p->scale[k] + 8 * h)));
-        __m256 isum = _mm256_cvtepi32_ps(_mm256_add_epi32(half[0], half[1]));
-        __m256 xd = _mm256_set1_ps(x->d);                              /* 3. scale */
-        sum = _mm256_fmadd_ps(isum, _mm256_mul_ps(_mm256_loadu_ps(p->d + 8 * h), xd), sum);
-        if (!f->has_min) continue;                                     /* 4. minimum */
-        __m256i msum = _mm256_setzero_si256();
-        for (int k = 0; k < 2; k++)
-            msum = _mm256_add_epi32(
-                msum, _mm256_mullo_epi32(_mm256_set1_epi32(x->sum[k]),
-                                         _mm256_loadu_si256((const __m256i *)(p->min[k] + 8 * h))));
-        sum = _mm256_fmadd_ps(_mm256_loadu_ps(p->m + 8 * h),
-                              _mm256_mul_ps(_mm256_cvtepi32_ps(msum), xd), sum);
+        __m256i half[4][2];
+        UNROLL for (int i = 0; i < NT; i++) {
+            const struct xblock *xb = x + i * x_stride;
+            half[i][0] = _mm256_set1_epi32(-f->bias * (HALVES ? xb->sum[0] : xb->sum[0] + xb->sum[1]));
+            half[i][1] = _mm256_set1_epi32(-f->bias * xb->sum[1]);
+        }
+        UNROLL for (int g = 0; g < 8; g += 2) {                        /* 1. exact integer dots */
+            __m256i w0 = _mm256_loadu_si256((const __m256i *)(p->code + 64 * g + 32 * h));
+            __m256i w1 = _mm256_loadu_si256((const __m256i *)(p->code + 64 * g + 64 + 32 * h));
+            UNROLL for (int i = 0; i < NT; i++) {
+                const int8_t *c = x[i * x_stride].code + 4 * g;
+                __m256i x0 = _mm256_set1_epi32(load_4_bytes(c)), x1 = _mm256_set1_epi32(load_4_bytes(c + 4));
+                __m256i *to = &half[i][HALVES ? g / 4 : 0];
+                if (WIDE) {
+                    x0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x0, w0));
+                    x1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
+                    *to = _mm256_add_epi32(*to, _mm256_add_epi32(_mm256_madd_epi16(x0, ones),
+                                                                 _mm256_madd_epi16(x1, ones)));
+                } else {
+                    x0 = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+                    *to = _mm256_add_epi32(*to, _mm256_madd_epi16(x0, ones));
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < NT; i++)
+            sum[i] = finish_panel_avx2(p, f, x + i * x_stride, half[i], sum[i], h, HALVES);
     }
-    _mm256_storeu_ps(acc + 8 * h, sum);
+    UNROLL for (int i = 0; i < NT; i++) _mm256_storeu_ps(acc[i] + 8 * h, sum[i]);
+}
+
+INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const struct format *f,
+                                   const struct xblock *x, size_t x_stride, int n,
+                                   float (*acc)[TILE_ROWS], int HALVES, int WIDE)
+{
+    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
+        for (int h = 0; h < 2; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 4, HALVES, WIDE);
+    for (; n >= 1; n--, x += x_stride, acc++)
+        for (int h = 0; h < 2; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 1, HALVES, WIDE);
 }
 
 AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
                                 const struct xblock *x, size_t x_stride, int n,
                                 float (*acc)[TILE_ROWS])
 {
-    for (int i = 0; i < n; i++)
-        for (int h = 0; h < 2; h++)
-            mul_panel_avx2_h(p, n_blocks, f, x + i * x_stride, acc[i], h);
+    if (f->is_wide) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);
+    else if (f->has_halves) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 1, 0);
+    else mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 0);
 }
 
 INLINE_AVX2 __m256 load_8_avx2(int type, const uint8_t *row, size_t j)
@@ -1049,20 +1131,13 @@ AVX2 static void mix_values_avx2(const struct mix *m)
 
 /* ---- AVX-512: one register holds all 16 rows ---- */
 
-/* 4 products of nibbles and x added to each row; without VNNI in int16 steps as in AVX2 */
-INLINE_AVX512 __m512i dot4_avx512(__m512i isum, __m512i u, __m512i x)
-{
-    __m512i pairs = _mm512_maddubs_epi16(u, x);
-    return _mm512_add_epi32(isum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-
 INLINE_AVX512 void mul_q4_0_avx512_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
                                       size_t x_stride, float (*acc)[TILE_ROWS], int NT)
 {
     const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi16(1);
     __m512 sum[8];
     UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES, x++) {
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
         __m512i dot[8];
         UNROLL for (int i = 0; i < NT; i++) dot[i] = _mm512_setzero_si512();
         UNROLL for (int g = 0; g < 4; g++) {                           /* 2. exact integer dot */
@@ -1104,7 +1179,7 @@ INLINE_VNNI void mul_q4_0_vnni_nt(const uint8_t *tile, int n_blocks, const struc
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 sum[12];
     UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES, x++) {
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
         __m512i isum[12];
         UNROLL for (int i = 0; i < NT; i++)
             isum[i] = _mm512_set1_epi32(x[i * x_stride].minus_8_sums); /* 1. nibbles are code + 8 */
@@ -1137,79 +1212,91 @@ VNNI static void mul_q4_0_avx512vnni(const uint8_t *tile, int n_blocks, const st
         mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 1);
 }
 
-/* Steps 2 to 4 of the panel kernel, the same with and without VNNI. */
+/* Steps 2 to 4 of the panel kernel, as in AVX2. */
 INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
-                                         const struct xblock *x, __m512i half[2], __m512 sum)
+                                         const struct xblock *x, const __m512i half[2], __m512 sum,
+                                         int HALVES)
 {
-    if (f->has_halves)                                                 /* 2. halves */
-        for (int k = 0; k < 2; k++)
-            half[k] = _mm512_mullo_epi32(half[k], _mm512_loadu_si512(p->scale[k]));
-    __m512 isum = _mm512_cvtepi32_ps(_mm512_add_epi32(half[0], half[1]));
-    __m512 xd = _mm512_set1_ps(x->d);                                  /* 3. scale */
-    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d), xd), sum);
+    __m512 isum, msum, xd = _mm512_set1_ps(x->d);
+    if (HALVES) {                                                      /* 2. halves */
+        __m512 s0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[0]));
+        __m512 s1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[1]));
+        isum = _mm512_fmadd_ps(s1, _mm512_cvtepi32_ps(half[1]), _mm512_mul_ps(s0, _mm512_cvtepi32_ps(half[0])));
+    } else isum = _mm512_cvtepi32_ps(half[0]);
+    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d), xd), sum); /* 3. scale */
     if (!f->has_min) return sum;                                       /* 4. minimum */
-    __m512i msum = _mm512_add_epi32(
-        _mm512_mullo_epi32(_mm512_set1_epi32(x->sum[0]), _mm512_loadu_si512(p->min[0])),
-        _mm512_mullo_epi32(_mm512_set1_epi32(x->sum[1]), _mm512_loadu_si512(p->min[1])));
-    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m), _mm512_mul_ps(_mm512_cvtepi32_ps(msum), xd), sum);
-}
-
-AVX512 static void mul_panel_avx512(const struct panel *panel, int n_blocks, const struct format *f,
-                                    const struct xblock *x, size_t x_stride, int n,
-                                    float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n; i++) {
-        __m512 sum = _mm512_loadu_ps(acc[i]);
-        for (int b = 0; b < n_blocks; b++) {
-            const struct panel *p = panel + b;
-            const struct xblock *xb = x + i * x_stride + b;
-            __m512i half[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            UNROLL for (int g = 0; g < 8; g++) {                       /* 1. exact integer dots */
-                __m512i w = _mm512_loadu_si512(p->code[g]);
-                __m512i c = _mm512_set1_epi32(load_4_bytes(xb->code + 4 * g));
-                __m512i signed_c = _mm512_mask_sub_epi8(c, _mm512_movepi8_mask(w),
-                                                        _mm512_setzero_si512(), c);
-                half[g / 4] = dot4_avx512(half[g / 4], _mm512_abs_epi8(w), signed_c);
-            }
-            sum = finish_panel_avx512(p, f, xb, half, sum);
-        }
-        _mm512_storeu_ps(acc[i], sum);
+    msum = _mm512_set1_ps(x->d_sum);
+    if (HALVES) {
+        msum = _mm512_mul_ps(_mm512_set1_ps((float)x->sum[0]), _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[0])));
+        msum = _mm512_fmadd_ps(_mm512_set1_ps((float)x->sum[1]), _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[1])), msum);
+        msum = _mm512_mul_ps(msum, xd);
     }
+    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m), msum, sum);
 }
 
-/* VNNI multiplies unsigned by signed: code + 128 is unsigned, and 128 * sum is taken off. */
-INLINE_VNNI void mul_panel_vnni_nt(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, float (*acc)[TILE_ROWS],
-                                   int NT)
+/* VNNI multiplies unsigned by signed in one step. Without it: two steps through int16, where codes of
+ * 0 .. 63 fit; a wide code goes as |code| * (x with code's sign). */
+INLINE_VNNI __m512i dot4_vnni(__m512i isum, __m512i u, __m512i x) { return _mm512_dpbusd_epi32(isum, u, x); }
+INLINE_AVX512 __m512i dot4_avx512(__m512i isum, __m512i u, __m512i x)
 {
-    __m512 sum[4];
-    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
-    for (int b = 0; b < n_blocks; b++, p++, x++) {
-        __m512i half[4][2];
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int k = 0; k < 2; k++)
-                half[i][k] = _mm512_set1_epi32(-128 * x[i * x_stride].sum[k]);
-        UNROLL for (int g = 0; g < 8; g++) {                           /* 1. exact integer dots */
-            __m512i u = _mm512_xor_si512(_mm512_loadu_si512(p->code[g]), _mm512_set1_epi8(-128));
-            UNROLL for (int i = 0; i < NT; i++)
-                half[i][g / 4] = _mm512_dpbusd_epi32(
-                    half[i][g / 4], u,
-                    _mm512_set1_epi32(load_4_bytes(x[i * x_stride].code + 4 * g)));
-        }
-        UNROLL for (int i = 0; i < NT; i++)
-            sum[i] = finish_panel_avx512(p, f, x + i * x_stride, half[i], sum[i]);
+    __m512i pairs = _mm512_maddubs_epi16(u, x);
+    return _mm512_add_epi32(isum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
+{
+    __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+    return dot4_avx512(isum, _mm512_abs_epi8(w), signed_x);
+}
+
+/* The panel kernel for one way DOT of multiplying; wide codes of value c come as c + FLIP. */
+#define MUL_PANEL_512(target, suffix, DOT, DOT_WIDE, FLIP)                                          \
+    static inline target __attribute__((always_inline)) void mul_panel_##suffix##_nt(              \
+        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
+        size_t x_stride, float (*acc)[TILE_ROWS], int NT, int HALVES, int WIDE)                    \
+    {                                                                                              \
+        const int bias = WIDE ? FLIP : f->bias;                                                    \
+        __m512 sum[8];                                                                             \
+        UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);                      \
+        for (int b = 0; b < n_blocks; b++, p++, x++) {                                             \
+            __m512i half[8][2];                                                                    \
+            UNROLL for (int i = 0; i < NT; i++) {                                                  \
+                const int32_t *s = x[i * x_stride].sum;                                            \
+                half[i][0] = _mm512_set1_epi32(-bias * (HALVES ? s[0] : s[0] + s[1]));             \
+                half[i][1] = _mm512_set1_epi32(-bias * s[1]);                                      \
+            }                                                                                      \
+            UNROLL for (int g = 0; g < 8; g++) {                       /* 1. exact integer dots */ \
+                __m512i w = _mm512_loadu_si512(p->code + 64 * g);                                  \
+                if (WIDE && FLIP) w = _mm512_xor_si512(w, _mm512_set1_epi8((char)FLIP));           \
+                UNROLL for (int i = 0; i < NT; i++) {                                              \
+                    __m512i *to = &half[i][HALVES ? g / 4 : 0];                                    \
+                    __m512i c = _mm512_set1_epi32(load_4_bytes(x[i * x_stride].code + 4 * g));     \
+                    *to = WIDE ? DOT_WIDE(*to, w, c) : DOT(*to, w, c);                             \
+                }                                                                                  \
+            }                                                                                      \
+            UNROLL for (int i = 0; i < NT; i++)                                                    \
+                sum[i] = finish_panel_avx512(p, f, x + i * x_stride, half[i], sum[i], HALVES);     \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);                      \
+    }                                                                                              \
+    static inline target __attribute__((always_inline)) void mul_panel_##suffix##_of(              \
+        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
+        size_t x_stride, int n, float (*acc)[TILE_ROWS], int HALVES, int WIDE)                     \
+    {                                                                                              \
+        for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)                                        \
+            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 8, HALVES, WIDE);            \
+        for (; n >= 1; n--, x += x_stride, acc++)                                                  \
+            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 1, HALVES, WIDE);            \
+    }                                                                                              \
+    target static void mul_panel_##suffix(const struct panel *p, int n_blocks,                     \
+                                          const struct format *f, const struct xblock *x,          \
+                                          size_t x_stride, int n, float (*acc)[TILE_ROWS])         \
+    {                                                                                              \
+        if (f->is_wide) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);        \
+        else if (f->has_halves) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 1, 0); \
+        else mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 0);                   \
     }
-    UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);
-}
-
-VNNI static void mul_panel_avx512vnni(const struct panel *p, int n_blocks, const struct format *f,
-                                      const struct xblock *x, size_t x_stride, int n,
-                                      float (*acc)[TILE_ROWS])
-{
-    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
-        mul_panel_vnni_nt(p, n_blocks, f, x, x_stride, acc, 4);
-    for (; n >= 1; n--, x += x_stride, acc++) mul_panel_vnni_nt(p, n_blocks, f, x, x_stride, acc, 1);
-}
+MUL_PANEL_512(AVX512, avx512, dot4_avx512, dot4_wide_avx512, 0)
+MUL_PANEL_512(VNNI, avx512vnni, dot4_vnni, dot4_vnni, 128)
 
 INLINE_AVX512 __m512 load_16_avx512(int type, const uint8_t *row, size_t j)
 {
@@ -1301,7 +1388,7 @@ INLINE float32x4_t load_4_f16(const uint8_t *p)
 static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
                           int n, float (*acc)[TILE_ROWS])
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES)
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
@@ -1322,16 +1409,25 @@ static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock
 INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct xblock *x,
                               const int32x4_t half[2], float *acc, int q)
 {
-    int32x4_t isum = vmulq_s32(half[0], vld1q_s32(p->scale[0] + 4 * q));           /* 2. halves */
-    isum = vmlaq_s32(isum, half[1], vld1q_s32(p->scale[1] + 4 * q));
+    int32x4_t isum = vaddq_s32(half[0], half[1]), msum = vdupq_n_s32(x->sum[0] + x->sum[1]);
+    if (f->has_halves) {                                                           /* 2. halves */
+        isum = vmulq_s32(half[0], vld1q_s32(p->scale[0] + 4 * q));
+        isum = vmlaq_s32(isum, half[1], vld1q_s32(p->scale[1] + 4 * q));
+    }
     float32x4_t sum = vld1q_f32(acc + 4 * q), d = vmulq_n_f32(vld1q_f32(p->d + 4 * q), x->d);
     sum = vfmaq_f32(sum, vcvtq_f32_s32(isum), d);                                  /* 3. scale */
-    if (f->has_min) {                                                              /* 4. minimum */
-        int32x4_t msum = vmulq_n_s32(vld1q_s32(p->min[0] + 4 * q), x->sum[0]);
+    if (f->has_min && f->has_halves) {                                             /* 4. minimum */
+        msum = vmulq_n_s32(vld1q_s32(p->min[0] + 4 * q), x->sum[0]);
         msum = vmlaq_n_s32(msum, vld1q_s32(p->min[1] + 4 * q), x->sum[1]);
-        sum = vfmaq_f32(sum, vld1q_f32(p->m + 4 * q), vmulq_n_f32(vcvtq_f32_s32(msum), x->d));
     }
+    if (f->has_min)
+        sum = vfmaq_f32(sum, vld1q_f32(p->m + 4 * q), vmulq_n_f32(vcvtq_f32_s32(msum), x->d));
     vst1q_f32(acc + 4 * q, sum);
+}
+
+INLINE void start_panel_neon(const struct format *f, const struct xblock *x, int32x4_t half[2])
+{
+    for (int k = 0; k < 2; k++) half[k] = vdupq_n_s32(-f->bias * x->sum[k]);
 }
 
 static void mul_panel_neon(const struct panel *p, int n_blocks, const struct format *f,
@@ -1341,9 +1437,10 @@ static void mul_panel_neon(const struct panel *p, int n_blocks, const struct for
         for (int i = 0; i < n; i++)
             for (int q = 0; q < 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
-                int32x4_t half[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+                int32x4_t half[2];
+                start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code[g][4 * q]),
+                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code + 64 * g + 16 * q),
                                             repeat_4_bytes(xb->code + 4 * g));
                 finish_panel_neon(p, f, xb, half, acc[i], q);
             }
@@ -1402,7 +1499,7 @@ static void mix_values_neon(const struct mix *m)
 DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct xblock *x,
                                      size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_TILE_BYTES)
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
         for (int q = 0; q < 4; q++) {
             int8x16_t low[4], high[4];
             for (int g = 0; g < 4; g++) {
@@ -1437,9 +1534,10 @@ DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const
         for (int i = 0; i < n; i++)
             for (int q = 0; q < 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
-                int32x4_t half[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+                int32x4_t half[2];
+                start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code[g][4 * q]),
+                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code + 64 * g + 16 * q),
                                             repeat_4_bytes(xb->code + 4 * g));
                 finish_panel_neon(p, f, xb, half, acc[i], q);
             }
@@ -1477,7 +1575,7 @@ I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct x
     for (int b = 0; b < n_blocks; b++)
         for (int i = 0; i < even; i += 2)
             for (int q = 0; q < 4; q++)
-                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_TILE_BYTES, x + i * x_stride + b,
+                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_0_TILE, x + i * x_stride + b,
                                    x + (i + 1) * x_stride + b, acc[i] + 4 * q, acc[i + 1] + 4 * q, q);
     if (n > even) mul_q4_0_dotprod(tile, n_blocks, x + even * x_stride, x_stride, 1, acc + even);
 }
@@ -1554,6 +1652,8 @@ struct kernels {
     mul_panel *mul_panel;
     mul_floats *mul_floats;
     mix_values *mix_values;
+    void (*unpack)(int type, const uint8_t *tile, int g, struct panel *out); /* 16 rows */
+    void (*dequantize)(const struct matrix *w, int r, float *out);           /* one row */
     void (*quantize)(struct xblock *out, const float *x, int n);
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
     void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
@@ -1563,6 +1663,10 @@ struct kernels {
 
 /* The element-wise pieces, compiled for one target. */
 #define LANES(target, suffix, hard)                                                                \
+    target static void unpack_##suffix(int type, const uint8_t *tile, int g, struct panel *out)    \
+    { unpack(type, tile, TILE_ROWS, g, out); }                                                     \
+    target static void dequantize_##suffix(const struct matrix *w, int r, float *out)              \
+    { dequantize_lanes(w, r, out); }                                                               \
     target static void quantize_##suffix(struct xblock *out, const float *x, int n)                \
     { quantize_lanes(out, x, n); }                                                                 \
     target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
@@ -1580,7 +1684,8 @@ LANES(PLAIN, scalar, HARD_FMA)
 LANES(AVX2, avx2, 1)
 #endif
 
-#define LANE_NAMES(suffix) quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix, softmax_##suffix
+#define LANE_NAMES(suffix)                                                                         \
+    unpack_##suffix, dequantize_##suffix, quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix, softmax_##suffix
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels all_kernels[] = {
@@ -1670,6 +1775,12 @@ struct gemma3_model {
     size_t mapping_bytes;
 };
 
+/* A worker's room for the weights it is multiplying. */
+struct unpacked {
+    struct panel panel[PANELS];
+    uint8_t tile[PANELS * TILE_ROWS * 34];      /* interleaved on the fly: no_repack */
+};
+
 /* One conversation: the KV cache, and scratch for one tile of tokens. */
 struct gemma3_state {
     const gemma3_model *m;
@@ -1694,7 +1805,7 @@ struct gemma3_state {
     float *score;                     /* the same, then [n_score] positions */
     size_t n_score;
     struct xblock *xq;                /* [tile][widest input / 32] */
-    struct panel *panels;             /* [n_threads][PANELS], unpacked weights */
+    struct unpacked *unpacked;        /* [n_threads] */
     float *rows;                      /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
     char error[256];
 };
@@ -1740,7 +1851,7 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 {
     const gemma3_state *s = job->s;
     const struct kernels *k = s->m->kernels;
-    if (!w->format->unpack) {
+    if (is_float(w->format)) {
         k->mul_floats(w->format->type, w->data + row * w->row_bytes, w->row_bytes, n_rows, job->x,
                       w->cols, job->n, w->cols, acc);
         return;
@@ -1749,38 +1860,48 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
     float (*part)[TILE_ROWS] = acc;
     for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
         int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
-        for (int a = 0; a < take; a++) dequantize_row(w, row + r + a, rows + (size_t)a * w->cols);
+        for (int a = 0; a < take; a++) k->dequantize(w, row + r + a, rows + (size_t)a * w->cols);
         part = (float (*)[TILE_ROWS])(acc[0] + r);
         k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
                       w->cols, part);
     }
 }
 
-/* Integer formats that are not tiled: unpacked a panel at a time, once for all tokens. */
-static void mul_tile_panels(const struct matmul *job, const struct matrix *w, int row, int worker,
-                            float (*acc)[TILE_ROWS])
+/* Int8 activations: Q4_0 straight from its tile, the others through panels, unpacked once for all
+ * tokens. A matrix that was not repacked is interleaved here, a few blocks at a time. */
+static void mul_tile_integers(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                              int worker, float (*acc)[TILE_ROWS])
 {
-    const gemma3_state *s = job->s;
-    struct panel *panels = s->panels + (size_t)worker * PANELS;
-    for (int b = 0, blocks = w->cols / 32; b < blocks; b += PANELS) {
-        int take = blocks - b < PANELS ? blocks - b : PANELS;
-        for (int a = 0; a < take; a++) unpack_panel(w, row, b + a, panels + a);
-        s->m->kernels->mul_panel(panels, take, w->format, s->xq + b, job->blocks, job->n, acc);
+    const struct kernels *k = job->s->m->kernels;
+    const struct format *f = w->format;
+    struct unpacked *u = &job->s->unpacked[worker];
+    int blocks = w->cols / 32, groups = f->elements / 32, at_once = w->tiled && f->type == Q4_0 ? blocks : PANELS;
+    for (int b = 0; b < blocks; b += at_once) {
+        int take = blocks - b < at_once ? blocks - b : at_once;
+        const uint8_t *tile = w->data + (row * (w->row_bytes / f->bytes) + TILE_ROWS * (b / groups)) * f->bytes;
+        if (!w->tiled) {
+            make_tile(u->tile, w->data + row * w->row_bytes + (size_t)(b / groups) * f->bytes, w->row_bytes,
+                      n_rows, take / groups, f);
+            tile = u->tile;
+        }
+        if (f->type == Q4_0) {
+            k->mul_q4_0(tile, take, job->s->xq + b, job->blocks, job->n, acc);
+            continue;
+        }
+        for (int a = 0; a < take; a++)
+            k->unpack(f->type, tile + (size_t)(a / groups) * TILE_ROWS * f->bytes, a % groups, u->panel + a);
+        k->mul_panel(u->panel, take, f, job->s->xq + b, job->blocks, job->n, acc);
     }
 }
 
 static void mul_tile(const struct matmul *job, int product, int tile, int worker)
 {
-    const gemma3_state *s = job->s;
     const struct matrix *w = job->w[product];
     float acc[GEMMA3_TILE][TILE_ROWS];
     int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
     memset(acc, 0, job->n * sizeof *acc);
-    if (s->m->exact || !w->format->unpack) mul_tile_floats(job, w, row, n_rows, worker, acc);
-    else if (w->tiled)
-        s->m->kernels->mul_q4_0(w->data + tile * job->blocks * Q4_TILE_BYTES, (int)job->blocks, s->xq,
-                                job->blocks, job->n, acc);
-    else mul_tile_panels(job, w, row, worker, acc);
+    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker, acc);
+    else mul_tile_integers(job, w, row, n_rows, worker, acc);
     for (int i = 0; i < job->n; i++)
         memcpy(job->y[product] + (size_t)i * w->rows + row, acc[i], n_rows * sizeof(float));
 }
@@ -1814,7 +1935,7 @@ static void matmul(struct matmul *job)
     job->total_tiles = 0;
     for (int k = 0; k < job->n_products; k++) {
         job->total_tiles += n_tiles(job->w[k]);
-        integers |= job->w[k]->format->unpack != NULL;
+        integers |= !is_float(job->w[k]->format);
     }
     if (integers && !s->m->exact) run_parallel(s, job->n, quantize_task, job);
     job->n_tasks = s->p.n_threads == 1 ? 1 : s->p.n_threads * TASKS_PER_THREAD;
@@ -2092,7 +2213,7 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     const gemma3_config *c = &s->m->config;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
-        dequantize_row(&s->m->token_embd, ids[i], x);
+        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
         for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
     }
 }
@@ -2564,9 +2685,9 @@ static int bind_norm(struct opening *o, const char *name, int n, const float **o
 {
     struct matrix w;
     if (bind(o, name, 1, n, &w)) return -1;
-    if (w.format->unpack)
+    if (!is_float(w.format))
         return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    dequantize_row(&w, 0, o->norms);
+    o->m->kernels->dequantize(&w, 0, o->norms);
     *out = o->norms;
     o->norms += n;
     return 0;
@@ -2751,7 +2872,7 @@ static int bind_weights(struct opening *o)
     return 0;
 }
 
-/* ---- Q4_0 into tiles ---- */
+/* ---- Integer formats into tiles ---- */
 
 struct repack {
     struct matrix *w;
@@ -2763,18 +2884,19 @@ static void repack_task(void *arg, int index, int worker)
 {
     const struct repack *job = arg;
     const struct matrix *w = job->w;
-    int tile, end, blocks = w->cols / 32;
+    const struct format *f = w->format;
+    int tile, end, blocks = w->cols / f->elements;
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
     for (; tile < end; tile++) {
         int row = tile * TILE_ROWS, n = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
-        tile_q4_0(job->to + (size_t)tile * blocks * Q4_TILE_BYTES, w->data + row * w->row_bytes, w->row_bytes, n, blocks);
+        make_tile(job->to + (size_t)row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n, blocks, f);
     }
 }
 
 static size_t tiled_bytes(const struct matrix *w)
 {
-    return w->format->type == Q4_0 ? (size_t)n_tiles(w) * (w->cols / 32) * Q4_TILE_BYTES : 0;
+    return is_float(w->format) ? 0 : (size_t)n_tiles(w) * TILE_ROWS * w->row_bytes;
 }
 
 static void give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
@@ -2949,7 +3071,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->score = piece(a, group_q * s->n_score, sizeof(float));
     s->xq = piece(a, s->m->exact ? 0 : tile * blocks, sizeof *s->xq);
-    s->panels = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads * PANELS, sizeof *s->panels);
+    s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
     s->rows = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
 }
 
