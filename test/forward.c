@@ -478,9 +478,21 @@ int main(void)
 {
     fixture tiny = fixture_load("tiny"), deep = fixture_load("tiny-62"),
             mixed = fixture_load("tiny-mixed");
-    static const char *const tiny_hash[4] = { "", "", "", "" };
-    static const char *const deep_hash[4] = { "", "", "", "" };
-    static const char *const mixed_hash[4] = { "", "", "", "" };
+    static const char *const tiny_hash[4] = {
+        "39f39df698d4d1de4b008d00b3ceb1db7b0056ade305b4a4d58cd40e91921eaf",
+        "ca4322491cfdc5fcd93711096cce72cb61bd0d1a0322161b1f1a0b39e9ba1882",
+        "d89fc98f9e77d5def61b5d4df53bde956b066b80fd354e2d756837f58b206645",
+        "e3f2b7a10f37de6bab905d62dd88d734b81246a88b37cedef78c55c27b3b8a74" };
+    static const char *const deep_hash[4] = {
+        "74d6d2d141b97f4b40f2b158e7bd59e283450aa57fddafa685d31494a031e24c",
+        "8ee137fc42011140cd22cf45c6583a8bac2a36de8abefbf9b1468e31f326e6f9",
+        "fe85d1f39907f67ed2fc69a4b9dbfdc761c7f8cbed7ab406c6cd1224f3e2a791",
+        "cfe2cfb1038ccb2edf541d66ae2485e10a15f673df313edcce691828a78ed9c9" };
+    static const char *const mixed_hash[4] = {
+        "13e3d6bb17ccbbd0a5a5898eb39017f7c8b451f61f3f2e26015847beb9d3a591",
+        "fbaa353c02b55ea390c54f23885ce366cd7293d3b1b8bfa7bb313ebe8628f30f",
+        "216ee0d7404f1e21c7546ad74a6f8903a77fa9d41d4ea8200b6708f13d1ccd09",
+        "8487b7a93c6546d8fc565237c92f26d0914a119dac5584f59c49be3e173676c5" };
 
     diag("kernels of this CPU:");
     for (int i = 0; gemma3_isa_name(i); i++) diag("  %s", gemma3_isa_name(i));
