@@ -2390,6 +2390,7 @@ struct gguf {
     const char *name;            /* of the file */
     const uint8_t *data;         /* tensors */
     size_t data_bytes;
+    uint64_t alignment;          /* of every tensor in data */
     struct kv *kv;               /* sorted by key */
     struct tensor *tensor;       /* sorted by name */
     size_t n_kv, n_tensors;
@@ -2435,7 +2436,10 @@ static int read_kv(struct gguf *g, struct cursor *c, struct kv *kv)
     }
     kv->value = *c;
     if (c->failed) return 0;
-    if (kv->element >= KV_TYPES || kv->element == KV_ARRAY)
+    if (kv->element == KV_ARRAY)
+        return fail(g->err, "%s: key %s is an array of arrays, which is not supported", g->name,
+                    shown(kv->key, text)), -1;
+    if (kv->element >= KV_TYPES)
         return fail(g->err, "%s: key %s has value type %u, which is not one of GGUF's", g->name,
                     shown(kv->key, text), (unsigned)kv->element), -1;
     if (kv->element == KV_STRING)
@@ -2521,6 +2525,7 @@ static int read_gguf(struct gguf *g, const void *data, size_t size)
     if ((a && a->type != KV_U32) || alignment == 0 || (alignment & (alignment - 1)))
         return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name), -1;
     uint64_t start = (size - c.left + alignment - 1) & ~(alignment - 1);
+    g->alignment = alignment;
     g->data = (const uint8_t *)data + (start < size ? start : size);
     g->data_bytes = start < size ? (size_t)(size - start) : 0;
     return 0;
@@ -2561,8 +2566,8 @@ static int get_int(const struct gguf *g, const char *name, int low, int high, in
     if (!kv) return 0;
     if (!read_number(g, kv, &x)) return -1;
     if (!(x >= low && x <= high) || x != (int)x)
-        return fail(g->err, "%s: key %s is %g, expected an integer from %d to %d", g->name, key, x, low,
-                    high), -1;
+        return fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, key, x,
+                    low, high), -1;
     *out = (int)x;
     return 0;
 }
@@ -2624,13 +2629,16 @@ static int refuse_others(const struct opening *o)
     const struct gguf *g = &o->g;
     char text[80];
     double count = 0;
-    struct string arch = get_string(g, "general.architecture");
-    if (!string_is(arch, "gemma3"))
-        return fail(g->err, "%s: general.architecture is \"%s\", expected \"gemma3\"", g->name, shown(arch, text)), -1;
-    const struct kv *split = find_kv(g, "split.count");
+    const struct kv *split = find_kv(g, "split.count"); /* only the first part has the model's keys */
     if (split && read_number(g, split, &count) && count > 1)
         return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
                     g->name, count), -1;
+    if (!find_kv(g, "general.architecture"))
+        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
+    struct string arch = get_string(g, "general.architecture");
+    if (!string_is(arch, "gemma3"))
+        return fail(g->err, "%s: general.architecture is \"%s\", expected \"gemma3\"", g->name,
+                    shown(arch, text)), -1;
     for (size_t k = 0; k < g->n_tensors; k++) {
         struct string name = g->tensor[k].name;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
@@ -2653,10 +2661,12 @@ static int bind(struct opening *o, const char *name, int rows, int cols, struct 
     if (!w->format)
         return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)",
                     g->name, name, (unsigned)t->type), -1;
+    char want[32] = "any number of tokens";
+    if (rows) snprintf(want, sizeof want, "%d", rows);
     if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
         t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is [%llu][%llu], expected [%d][%d]", g->name, name,
-                    (unsigned long long)t->ne[1], (unsigned long long)t->ne[0], rows, cols), -1;
+        return fail(g->err, "%s: tensor %s is [%llu][%llu], expected [%s][%d]", g->name, name,
+                    (unsigned long long)t->ne[1], (unsigned long long)t->ne[0], want, cols), -1;
     if (cols % w->format->elements)
         return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
                     cols, w->format->name, w->format->elements), -1;
@@ -2665,6 +2675,9 @@ static int bind(struct opening *o, const char *name, int rows, int cols, struct 
     w->tiled = 0;
     w->row_bytes = (size_t)(cols / w->format->elements) * w->format->bytes;
     uint64_t bytes = (uint64_t)w->row_bytes * w->rows;
+    if (t->offset % g->alignment)
+        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, name,
+                    (unsigned long long)t->offset, (unsigned long long)g->alignment), -1;
     if (t->offset > g->data_bytes || bytes > g->data_bytes - t->offset)
         return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, name,
                     (unsigned long long)(t->offset + bytes - g->data_bytes)), -1;
@@ -2817,7 +2830,7 @@ static int special_id(const struct opening *o, const char *key, int32_t *id)
     double x = -1;
     if (kv && !read_number(&o->g, kv, &x)) return -1;
     if (kv && !(x >= 0 && x < o->m->vocab.n_vocab))
-        return fail(o->g.err, "%s: key %s is %g, outside the vocabulary of %d", o->g.name, key, x, o->m->vocab.n_vocab), -1;
+        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, o->m->vocab.n_vocab), -1;
     *id = (int32_t)x;
     return 0;
 }

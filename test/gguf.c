@@ -1,0 +1,731 @@
+/* gguf.c - reading model files: those that lie are refused in one sentence that names the key or
+ * tensor, what was found and what was expected; the quirks of published ones are understood.
+ *
+ * Every file here is test/data/tiny.gguf taken apart, changed in one place and put together again.
+ * Each lies in exactly as much memory as it has bytes, so that the sanitizers see a read behind it.
+ */
+#define GEMMA3_NO_MAIN
+#include "../gemma3.c"
+
+#include "fixture.h"
+
+enum { MAX_KEYS = 64, MAX_TENSORS = 256 };
+
+/* ---- Files taken apart ----------------------------------------------------------------------- */
+
+typedef struct bytes {
+    unsigned char *p;
+    size_t n;
+} bytes;
+
+typedef struct info {
+    char name[80];
+    uint32_t n_dims, type;
+    uint64_t ne[8], offset;
+} info;
+
+typedef struct image {
+    bytes original;
+    uint32_t version;
+    int n_keys, n_tensors;
+    bytes key[MAX_KEYS];     /* a whole pair: key, type, value */
+    info tensor[MAX_TENSORS];
+    size_t data, n_data;     /* where the original's tensors lie */
+} image;
+
+static void push(bytes *b, const void *p, size_t n)
+{
+    b->p = realloc(b->p, b->n + n + 1);
+    if (n) memcpy(b->p + b->n, p, n);
+    b->n += n;
+}
+
+static void push_int(bytes *b, uint64_t x, int n)
+{
+    for (int i = 0; i < n; i++, x >>= 8) push(b, &(unsigned char){ (unsigned char)x }, 1);
+}
+
+static void push_string(bytes *b, const char *s)
+{
+    push_int(b, strlen(s), 8);
+    push(b, s, strlen(s));
+}
+
+static uint64_t get(const image *f, size_t *at, int n)
+{
+    uint64_t x = 0;
+    for (int i = 0; i < n; i++) x |= (uint64_t)f->original.p[*at + i] << 8 * i;
+    *at += n;
+    return x;
+}
+
+static void skip_value(const image *f, size_t *at, uint32_t type)
+{
+    static const int size[] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
+    uint64_t n = 1;
+    if (type == KV_ARRAY) type = (uint32_t)get(f, at, 4), n = get(f, at, 8);
+    for (uint64_t i = 0; i < n; i++)
+        *at += type == KV_STRING ? get(f, at, 8) : (uint64_t)size[type];
+}
+
+/* tiny.gguf, anew. */
+static image take_apart(void)
+{
+    static bytes original;
+    image f = { .version = 3 };
+    if (!original.p) original.p = (unsigned char *)read_file("test/data/tiny.gguf", &original.n);
+    f.original = original;
+    size_t at = 8;
+    f.n_tensors = (int)get(&f, &at, 8);
+    f.n_keys = (int)get(&f, &at, 8);
+    for (int i = 0; i < f.n_keys; i++) {
+        size_t begin = at;
+        at += get(&f, &at, 8);
+        uint32_t type = (uint32_t)get(&f, &at, 4);
+        skip_value(&f, &at, type);
+        push(&f.key[i], original.p + begin, at - begin);
+    }
+    for (int i = 0; i < f.n_tensors; i++) {
+        info *t = &f.tensor[i];
+        size_t n = get(&f, &at, 8);
+        memcpy(t->name, original.p + at, n);
+        at += n;
+        t->n_dims = (uint32_t)get(&f, &at, 4);
+        for (uint32_t k = 0; k < t->n_dims; k++) t->ne[k] = get(&f, &at, 8);
+        t->type = (uint32_t)get(&f, &at, 4);
+        t->offset = get(&f, &at, 8);
+    }
+    f.data = (at + 31) / 32 * 32;
+    f.n_data = original.n - f.data;
+    return f;
+}
+
+static void throw_away(image *f)
+{
+    for (int i = 0; i < f->n_keys; i++) free(f->key[i].p);
+}
+
+static bytes put_together(const image *f)
+{
+    bytes b = { NULL, 0 };
+    push(&b, "GGUF", 4);
+    push_int(&b, f->version, 4);
+    push_int(&b, f->n_tensors, 8);
+    push_int(&b, f->n_keys, 8);
+    for (int i = 0; i < f->n_keys; i++) push(&b, f->key[i].p, f->key[i].n);
+    for (int i = 0; i < f->n_tensors; i++) {
+        const info *t = &f->tensor[i];
+        push_string(&b, t->name);
+        push_int(&b, t->n_dims, 4);
+        for (uint32_t k = 0; k < t->n_dims; k++) push_int(&b, t->ne[k], 8);
+        push_int(&b, t->type, 4);
+        push_int(&b, t->offset, 8);
+    }
+    while (b.n % 32) push_int(&b, 0, 1);
+    push(&b, f->original.p + f->data, f->n_data);
+    return b;
+}
+
+/* ---- Changing them --------------------------------------------------------------------------- */
+
+static int key_index(const image *f, const char *key)
+{
+    for (int i = 0; i < f->n_keys; i++)
+        if (f->key[i].p[0] == strlen(key) && !memcmp(f->key[i].p + 8, key, strlen(key))) return i;
+    return -1;
+}
+
+static void drop_key(image *f, const char *key)
+{
+    int i = key_index(f, key);
+    if (i < 0) return;
+    free(f->key[i].p);
+    f->key[i] = f->key[--f->n_keys];
+}
+
+/* The bytes of a new key up to its value; the caller pushes that. */
+static bytes *add_key(image *f, const char *key, int type)
+{
+    bytes *b = &f->key[f->n_keys++];
+    *b = (bytes){ NULL, 0 };
+    push_string(b, key);
+    push_int(b, type, 4);
+    return b;
+}
+
+static void set_u32(image *f, const char *key, uint32_t x)
+{
+    drop_key(f, key);
+    push_int(add_key(f, key, KV_U32), x, 4);
+}
+
+static void set_float(image *f, const char *key, float x)
+{
+    drop_key(f, key);
+    push_int(add_key(f, key, KV_F32), bits_of(x), 4);
+}
+
+static void set_string(image *f, const char *key, const char *x)
+{
+    drop_key(f, key);
+    push_string(add_key(f, key, KV_STRING), x);
+}
+
+static bytes *set_array(image *f, const char *key, int element, uint64_t n)
+{
+    drop_key(f, key);
+    bytes *b = add_key(f, key, KV_ARRAY);
+    push_int(b, element, 4);
+    push_int(b, n, 8);
+    return b;
+}
+
+static info *tensor_of(image *f, const char *name)
+{
+    for (int i = 0; i < f->n_tensors; i++)
+        if (!strcmp(f->tensor[i].name, name)) return &f->tensor[i];
+    return NULL;
+}
+
+static void drop_tensor(image *f, const char *name)
+{
+    *tensor_of(f, name) = f->tensor[f->n_tensors - 1];
+    f->n_tensors--;
+}
+
+static info *add_tensor(image *f, const char *name, uint32_t type, uint64_t n)
+{
+    info *t = &f->tensor[f->n_tensors++];
+    *t = (info){ .n_dims = 1, .type = type, .ne = { n } };
+    snprintf(t->name, sizeof t->name, "%s", name);
+    return t;
+}
+
+/* ---- Opening them ---------------------------------------------------------------------------- */
+
+/* The file must stay while the model is used: it is freed with the image's next one. */
+static gemma3_model *open_image(image *f, gemma3_error *err)
+{
+    static bytes last;
+    free(last.p);
+    last = put_together(f);
+    last.p = realloc(last.p, last.n); /* not a byte more */
+    throw_away(f);
+    err->text[0] = 0;
+    return gemma3_open_memory(last.p, last.n, "x.gguf", NULL, err);
+}
+
+/* Refused with exactly this sentence. */
+static void refused(image f, const char *what, const char *sentence)
+{
+    gemma3_error err;
+    gemma3_model *m = open_image(&f, &err);
+    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) {
+        diag("  got  %s", m ? "a model" : err.text);
+        diag("  want %s", sentence);
+    }
+    gemma3_close(m);
+}
+
+static gemma3_model *accepted(image f, const char *what)
+{
+    gemma3_error err;
+    gemma3_model *m = open_image(&f, &err);
+    if (!ok(m != NULL, "%s is accepted", what)) diag("  %s", err.text);
+    return m;
+}
+
+/* Logits after the second of two ids, in default mode. */
+static int compute(const gemma3_model *m, float *logits)
+{
+    gemma3_params p = gemma3_default_params(m);
+    int n_vocab = gemma3_model_config(m)->n_vocab, row = 1;
+    const int32_t ids[2] = { 3 % n_vocab, n_vocab - 1 };
+    p.n_ctx = 16;
+    gemma3_state *s = gemma3_state_new(m, &p, NULL);
+    int failed = !s || gemma3_forward(s, ids, 2, &row, 1, logits);
+    gemma3_state_free(s);
+    return failed;
+}
+
+/* Opens and computes what tiny.gguf itself does. */
+static void same_as_tiny(image f, const char *what)
+{
+    static float want[443], got[443];
+    if (want[0] == 0) {
+        gemma3_model *m = accepted(take_apart(), "the unchanged file");
+        ok(m && !compute(m, want), "and computes");
+        gemma3_close(m);
+    }
+    gemma3_model *m = accepted(f, what);
+    memset(got, 0, sizeof got);
+    if (m && !compute(m, got)) is_bits(got, want, sizeof got, "and computes the same");
+    gemma3_close(m);
+}
+
+/* ---- Headers --------------------------------------------------------------------------------- */
+
+static void every_truncation_is_noticed(void)
+{
+    image f = take_apart();
+    size_t wrong = 0, n_tried = 0;
+    for (size_t n = 0; n < f.original.n; n += n < f.data + 64 ? 1 : 397) {
+        unsigned char *p = malloc(n ? n : 1);
+        gemma3_error err = { "" };
+        memcpy(p, f.original.p, n);
+        gemma3_model *m = gemma3_open_memory(p, n, "x.gguf", NULL, &err);
+        const char *want = n < 4 ? "x.gguf is not a GGUF file" : "x.gguf is truncated: ";
+        if (m || strncmp(err.text, want, strlen(want))) {
+            if (!wrong++) diag("cut to %zu bytes: %s", n, m ? "opens" : err.text);
+        }
+        gemma3_close(m);
+        free(p);
+        n_tried++;
+    }
+    is_int(wrong, 0, "a file cut short at any of %zu places is refused as truncated", n_tried);
+    throw_away(&f);
+}
+
+static void refused_bytes(const char *p, size_t n, const char *what, const char *sentence)
+{
+    gemma3_error err = { "" };
+    char *exact = malloc(n);
+    memcpy(exact, p, n);
+    gemma3_model *m = gemma3_open_memory(exact, n, "x.gguf", NULL, &err);
+    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) diag("  got %s", err.text);
+    gemma3_close(m);
+    free(exact);
+}
+
+static void headers(void)
+{
+    image f;
+    refused_bytes("GGML\3\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 24, "another magic",
+                  "x.gguf is not a GGUF file: it does not begin with \"GGUF\"");
+    refused_bytes("GGUF\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 24, "version 1",
+                  "x.gguf: GGUF version 1, expected 2 or 3");
+    refused_bytes("GGUF\0\0\0\3\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 24, "a big-endian file",
+                  "x.gguf: GGUF version 50331648 (a big-endian file), expected 2 or 3");
+    refused_bytes("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 24, "a file of nothing",
+                  "x.gguf: general.architecture is missing, expected \"gemma3\"");
+    refused_bytes("GGUF\3\0\0\0\377\377\377\377\377\377\377\377\0\0\0\0\0\0\0\0", 24,
+                  "a header with 2^64-1 tensors",
+                  "x.gguf is truncated: its header promises 0 keys and 18446744073709551615 "
+                  "tensors");
+    refused_bytes("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\377\377\377\377\377\377\377\177", 24,
+                  "a header with 2^63-1 keys",
+                  "x.gguf is truncated: its header promises 9223372036854775807 keys and 0 "
+                  "tensors");
+
+    f = take_apart();
+    f.version = 2;
+    same_as_tiny(f, "version 2");
+    f = take_apart();
+    set_u32(&f, "general.alignment", 24);
+    refused(f, "an alignment of 24", "x.gguf: general.alignment must be a u32 power of two");
+    f = take_apart();
+    set_string(&f, "general.alignment", "32");
+    refused(f, "an alignment in words", "x.gguf: general.alignment must be a u32 power of two");
+    f = take_apart();
+    push_int(add_key(&f, "gemma3.block_count", KV_U32), 8, 4);
+    refused(f, "a key that occurs twice", "x.gguf: key gemma3.block_count occurs twice");
+    f = take_apart();
+    f.tensor[f.n_tensors++] = *tensor_of(&f, "blk.3.ffn_up.weight");
+    refused(f, "a tensor that occurs twice", "x.gguf: tensor blk.3.ffn_up.weight occurs twice");
+}
+
+/* Counts and lengths that point behind the file. */
+static void lying_lengths(void)
+{
+    const uint64_t lies[] = { 1000000, 1ull << 32, 1ull << 61, 1ull << 62, 1ull << 63, UINT64_MAX };
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
+        for (int element = 0; element <= 12; element++) {
+            if (element == KV_ARRAY) continue;
+            image f = take_apart();
+            set_array(&f, "some.array", element, lies[i]);
+            gemma3_error err;
+            gemma3_model *m = open_image(&f, &err);
+            if (m || strcmp(err.text, "x.gguf is truncated: it ends inside its header"))
+                ok(0, "an array of %llu elements of type %d: %s", (unsigned long long)lies[i],
+                   element, m ? "opens" : err.text);
+            gemma3_close(m);
+        }
+    ok(1, "arrays longer than the file are tried");
+    image f = take_apart();
+    push_int(add_key(&f, "some.text", KV_STRING), UINT64_MAX - 3, 8);
+    refused(f, "a string longer than the file", "x.gguf is truncated: it ends inside its header");
+    f = take_apart();
+    push_int(add_key(&f, "some.thing", 13), 0, 8);
+    refused(f, "an unknown type of value",
+            "x.gguf: key some.thing has value type 13, which is not one of GGUF's");
+    f = take_apart();
+    set_array(&f, "some.arrays", KV_ARRAY, 0);
+    refused(f, "an array of arrays",
+            "x.gguf: key some.arrays is an array of arrays, which is not supported");
+}
+
+/* ---- Other models ---------------------------------------------------------------------------- */
+
+static void other_models(void)
+{
+    image f = take_apart();
+    set_string(&f, "general.architecture", "llama");
+    refused(f, "another architecture",
+            "x.gguf: general.architecture is \"llama\", expected \"gemma3\"");
+    f = take_apart();
+    set_string(&f, "general.architecture", "gemma3n");
+    refused(f, "a near relative",
+            "x.gguf: general.architecture is \"gemma3n\", expected \"gemma3\"");
+    f = take_apart();
+    set_u32(&f, "split.count", 3);
+    refused(f, "the first part of a split model",
+            "x.gguf is one of 3 parts of a split model: merge them first (llama-gguf-split "
+            "--merge)");
+    f = take_apart();
+    drop_key(&f, "general.architecture"); /* later parts have no keys of the model's */
+    set_u32(&f, "split.count", 3);
+    refused(f, "a later part of a split model",
+            "x.gguf is one of 3 parts of a split model: merge them first (llama-gguf-split "
+            "--merge)");
+    f = take_apart();
+    set_u32(&f, "split.count", 1);
+    same_as_tiny(f, "a split of one part");
+    f = take_apart();
+    add_tensor(&f, "dense.0.weight", 0, 64);
+    refused(f, "EmbeddingGemma as Ollama has it", "x.gguf: tensor dense.0.weight belongs to an "
+            "embedding model (EmbeddingGemma), not to a Gemma 3 text model");
+    f = take_apart();
+    add_tensor(&f, "dense_2.weight", 0, 64);
+    refused(f, "EmbeddingGemma as llama.cpp has it", "x.gguf: tensor dense_2.weight belongs to an "
+            "embedding model (EmbeddingGemma), not to a Gemma 3 text model");
+    f = take_apart();
+    add_tensor(&f, "blk.0.attn_qkv.weight", 0, 64);
+    refused(f, "a fused projection", "x.gguf: tensor blk.0.attn_qkv.weight is a fused projection, "
+            "expected attn_q, attn_k and attn_v");
+    f = take_apart();
+    set_string(&f, "gemma3.rope.scaling.type", "yarn");
+    refused(f, "another scaling of RoPE",
+            "x.gguf: gemma3.rope.scaling.type is \"yarn\", expected \"linear\"");
+}
+
+/* ---- Keys ------------------------------------------------------------------------------------ */
+
+static void without_key(const char *key, const char *sentence)
+{
+    image f = take_apart();
+    drop_key(&f, key);
+    refused(f, key, sentence);
+}
+
+static void with_key(const char *key, uint32_t value, const char *sentence)
+{
+    image f = take_apart();
+    set_u32(&f, key, value);
+    refused(f, key, sentence);
+}
+
+static void keys(void)
+{
+    without_key("gemma3.block_count", "x.gguf: key gemma3.block_count is missing");
+    without_key("gemma3.embedding_length", "x.gguf: key gemma3.embedding_length is missing");
+    without_key("gemma3.feed_forward_length", "x.gguf: key gemma3.feed_forward_length is missing");
+    without_key("gemma3.attention.head_count",
+                "x.gguf: key gemma3.attention.head_count is missing");
+    without_key("tokenizer.ggml.tokens",
+                "x.gguf: key tokenizer.ggml.tokens is missing or no array of strings");
+    without_key("tokenizer.ggml.scores",
+                "x.gguf: key tokenizer.ggml.scores must be an array of 443 f32");
+    with_key("gemma3.block_count", 129,
+             "x.gguf: key gemma3.block_count is 129, expected an integer from 1 to 128");
+    with_key("gemma3.embedding_length", 0,
+             "x.gguf: key gemma3.embedding_length is 0, expected an integer from 1 to 65536");
+    with_key("gemma3.attention.head_count", UINT32_MAX,
+             "x.gguf: key gemma3.attention.head_count is 4294967295, expected an integer from 1 to "
+             "1024");
+    with_key("gemma3.attention.head_count_kv", 3,
+             "x.gguf: 4 query heads do not divide into 3 key-value heads");
+    with_key("gemma3.attention.key_length", 31,
+             "x.gguf: heads of 31 elements, expected an even number");
+    with_key("gemma3.attention.value_length", 16,
+             "x.gguf: gemma3.attention.value_length is 16, expected key_length's 32");
+    with_key("gemma3.block_count", 9, "x.gguf: tensor blk.8.attn_norm.weight is missing");
+    with_key("gemma3.feed_forward_length", 128,
+             "x.gguf: tensor blk.0.ffn_gate.weight is [96][64], expected [128][64]");
+    with_key("tokenizer.ggml.eos_token_id", 443,
+             "x.gguf: key tokenizer.ggml.eos_token_id is 443, outside the vocabulary of 443");
+
+    image f = take_apart();
+    set_string(&f, "gemma3.block_count", "8");
+    refused(f, "a number in words",
+            "x.gguf: key gemma3.block_count is a string, expected a number");
+    f = take_apart();
+    set_float(&f, "gemma3.block_count", 7.5f);
+    refused(f, "half a layer",
+            "x.gguf: key gemma3.block_count is 7.5, expected an integer from 1 to 128");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.freq_base", -1);
+    refused(f, "a negative RoPE base",
+            "x.gguf: key gemma3.rope.freq_base is -1, expected a positive number");
+    f = take_apart();
+    set_float(&f, "gemma3.attention.layer_norm_rms_epsilon", float_of(0x7f800000));
+    refused(f, "an infinite epsilon", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is inf, "
+            "expected a positive number");
+    f = take_apart();
+    push_int(set_array(&f, "gemma3.attention.sliding_window_pattern", KV_BOOL, 7), 0, 7);
+    refused(f, "a pattern of 7 layers for 8",
+            "x.gguf: gemma3.attention.sliding_window_pattern must have one bool for each of 8 "
+            "layers");
+    f = take_apart();
+    push_int(set_array(&f, "tokenizer.ggml.scores", KV_F32, 1), 0, 4);
+    refused(f, "one score for all tokens",
+            "x.gguf: key tokenizer.ggml.scores must be an array of 443 f32");
+    f = take_apart();
+    push_int(set_array(&f, "tokenizer.ggml.token_type", KV_I32, 1), 0, 4);
+    refused(f, "one type for all tokens",
+            "x.gguf: key tokenizer.ggml.token_type must be an array of 443 i32");
+}
+
+/* ---- Tensors --------------------------------------------------------------------------------- */
+
+static void tensors(void)
+{
+    image f = take_apart();
+    drop_tensor(&f, "blk.7.attn_q_norm.weight");
+    refused(f, "a missing norm", "x.gguf: tensor blk.7.attn_q_norm.weight is missing");
+    f = take_apart();
+    drop_tensor(&f, "token_embd.weight");
+    refused(f, "no embedding", "x.gguf: tensor token_embd.weight is missing");
+    f = take_apart();
+    tensor_of(&f, "blk.2.attn_v.weight")->type = 23;
+    refused(f, "IQ4_XS", "x.gguf: tensor blk.2.attn_v.weight has type 23, which is not supported "
+            "(F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
+    f = take_apart();
+    tensor_of(&f, "blk.2.attn_v.weight")->type = UINT32_MAX;
+    refused(f, "type 2^32-1",
+            "x.gguf: tensor blk.2.attn_v.weight has type 4294967295, which is not supported (F32 "
+            "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
+    f = take_apart();
+    tensor_of(&f, "blk.2.attn_v.weight")->type = 12;
+    refused(f, "a K type with short rows", "x.gguf: tensor blk.2.attn_v.weight has rows of 64, "
+            "expected a multiple of Q4_K's block of 256");
+    f = take_apart();
+    tensor_of(&f, "blk.0.attn_norm.weight")->type = 8;
+    refused(f, "an integer norm",
+            "x.gguf: tensor blk.0.attn_norm.weight has type Q8_0, expected F32");
+    f = take_apart();
+    tensor_of(&f, "blk.1.ffn_down.weight")->ne[0] = 64;
+    refused(f, "a wrong shape",
+            "x.gguf: tensor blk.1.ffn_down.weight is [64][64], expected [64][96]");
+    f = take_apart();
+    tensor_of(&f, "token_embd.weight")->ne[0] = 32;
+    refused(f, "an embedding of another width",
+            "x.gguf: tensor token_embd.weight is [443][32], expected [any number of tokens][64]");
+    f = take_apart();
+    tensor_of(&f, "token_embd.weight")->ne[1] = 1ull << 60;
+    refused(f, "an embedding of 2^60 tokens", "x.gguf: tensor token_embd.weight is "
+            "[1152921504606846976][64], expected [any number of tokens][64]");
+    f = take_apart();
+    tensor_of(&f, "output_norm.weight")->n_dims = 5;
+    refused(f, "five dimensions",
+            "x.gguf: tensor output_norm.weight has 5 dimensions, expected 1 to 4");
+    f = take_apart();
+    tensor_of(&f, "output_norm.weight")->n_dims = 3;
+    tensor_of(&f, "output_norm.weight")->ne[1] = 1;
+    tensor_of(&f, "output_norm.weight")->ne[2] = 1;
+    same_as_tiny(f, "a vector in three dimensions");
+    f = take_apart();
+    tensor_of(&f, "blk.0.attn_norm.weight")->offset += 4;
+    refused(f, "an offset between the lines",
+            "x.gguf: tensor blk.0.attn_norm.weight is at offset 30148, expected a multiple of 32");
+    f = take_apart();
+    tensor_of(&f, "output_norm.weight")->offset = f.n_data / 32 * 32;
+    refused(f, "an offset at the end of the file", "x.gguf is truncated: tensor output_norm.weight "
+            "ends 256 bytes past the end of the file");
+    f = take_apart();
+    tensor_of(&f, "output_norm.weight")->offset = UINT64_MAX - 31;
+    gemma3_error err;
+    gemma3_model *m = open_image(&f, &err);
+    ok(!m && strstr(err.text, "output_norm.weight"), "an offset of nearly 2^64 is refused");
+    gemma3_close(m);
+    f = take_apart();
+    tensor_of(&f, "blk.1.ffn_up.weight")->offset = tensor_of(&f, "blk.1.ffn_gate.weight")->offset;
+    gemma3_close(accepted(f, "a file whose tensors share their bytes"));
+}
+
+/* ---- What published files do ----------------------------------------------------------------- */
+
+static void quirks(void)
+{
+    image f = take_apart();
+    drop_key(&f, "gemma3.attention.layer_norm_rms_epsilon");
+    same_as_tiny(f, "a file without epsilon (1e-6)");
+    f = take_apart();
+    drop_key(&f, "gemma3.attention.head_count_kv");
+    drop_key(&f, "gemma3.attention.key_length");
+    drop_key(&f, "gemma3.attention.value_length");
+    same_as_tiny(f, "a file whose heads are known by shapes alone");
+    f = take_apart();
+    drop_key(&f, "gemma3.rope.freq_base");
+    drop_key(&f, "gemma3.rope.freq_base_swa");
+    same_as_tiny(f, "a file without RoPE bases (1e6, 1e4)");
+    f = take_apart();
+    drop_key(&f, "gemma3.rope.scaling.type");
+    drop_key(&f, "gemma3.rope.scaling.factor");
+    set_float(&f, "gemma3.rope.scale_linear", 8);
+    same_as_tiny(f, "the old name of the factor");
+    f = take_apart();
+    drop_key(&f, "gemma3.rope.freq_base");
+    drop_key(&f, "gemma3.rope.freq_base_swa");
+    set_float(&f, "gemma3.rope.global.freq_base", 1e6f);
+    set_float(&f, "gemma3.rope.local.freq_base", 1e4f);
+    same_as_tiny(f, "Ollama's names of the bases");
+    f = take_apart();
+    push(set_array(&f, "gemma3.attention.sliding_window_pattern", KV_BOOL, 8),
+         "\1\1\1\1\1\0\1\1", 8);
+    same_as_tiny(f, "Ollama's pattern, a bool for each layer");
+    f = take_apart();
+    set_u32(&f, "gemma3.attention.sliding_window_pattern", 6);
+    same_as_tiny(f, "a pattern that is a number");
+    f = take_apart();
+    f.tensor[0].ne[f.tensor[0].n_dims++] = 1;
+    same_as_tiny(f, "an embedding with a third dimension of 1");
+    f = take_apart();
+    set_string(&f, "tokenizer.ggml.model", "llama");
+    drop_key(&f, "tokenizer.ggml.token_type");
+    same_as_tiny(f, "a file without token types");
+    f = take_apart();
+    add_tensor(&f, "v.patch_embd.weight", 99, 12345)->offset = 1ull << 40;
+    add_tensor(&f, "mm.input_projection.weight", 1, 64)->ne[0] = 7;
+    set_u32(&f, "gemma3.vision.block_count", 27);
+    same_as_tiny(f, "a file with an image tower, which is not looked at,");
+    f = take_apart();
+    add_tensor(&f, "rope_freqs.weight", 0, 64);
+    same_as_tiny(f, "a tensor that nobody asks for");
+    f = take_apart();
+    for (int i = 0, n = f.n_tensors; i < n / 2; i++) {
+        info t = f.tensor[i];
+        f.tensor[i] = f.tensor[n - 1 - i], f.tensor[n - 1 - i] = t;
+    }
+    same_as_tiny(f, "a file with its tensors in another order");
+}
+
+static void quirks_of_config(void)
+{
+    image f = take_apart();
+    drop_key(&f, "gemma3.attention.sliding_window");
+    gemma3_model *m = accepted(f, "a file of 8 layers without window");
+    int n_local = 0;
+    for (int l = 0; m && l < 8; l++) n_local += gemma3_model_config(m)->is_local[l];
+    is_int(n_local, 0, "all its layers are global");
+    gemma3_close(m);
+    f = take_apart();
+    set_u32(&f, "gemma3.attention.sliding_window_pattern", 2);
+    m = accepted(f, "a pattern of 2");
+    const uint8_t pattern[8] = { 1, 0, 1, 0, 1, 0, 1, 0 };
+    if (m) is_bits(gemma3_model_config(m)->is_local, pattern, 8, "every second layer is global");
+    gemma3_close(m);
+    f = take_apart();
+    set_string(&f, "gemma3.rope.scaling.type", "none");
+    m = accepted(f, "scaling \"none\"");
+    ok(m && gemma3_model_config(m)->rope_factor == 1, "has factor 1 whatever the other key says");
+    gemma3_close(m);
+    f = take_apart();
+    drop_key(&f, "gemma3.context_length");
+    m = accepted(f, "a file without context length");
+    if (m) is_int(gemma3_model_config(m)->n_ctx_train, 32768, "has 32,768 tokens");
+    gemma3_close(m);
+}
+
+/* Token types are forced by text: here all of them are NORMAL, as in Google's own files. */
+static void quirks_of_vocabulary(void)
+{
+    image f = take_apart();
+    bytes *b = set_array(&f, "tokenizer.ggml.token_type", KV_I32, 443);
+    for (int i = 0; i < 443; i++) push_int(b, 1, 4);
+    drop_key(&f, "tokenizer.ggml.eos_token_id");
+    drop_key(&f, "tokenizer.ggml.add_bos_token");
+    gemma3_model *m = accepted(f, "a file with every token NORMAL and no eos_token_id");
+    if (!m) return;
+    const gemma3_tokenizer *t = gemma3_model_tokenizer(m);
+    const char turn[] = "<end_of_turn>\xff";
+    int32_t ids[32];
+    int n = gemma3_encode(t, turn, 14, GEMMA3_BOS | GEMMA3_SPECIAL, ids, 32);
+    ok(n == 3 && ids[0] == 3 && ids[1] == 261 && ids[2] == 4 + 255,
+       "<bos>, <end_of_turn> and bytes are what their texts say");
+    ok(gemma3_is_stop(t, 0) && gemma3_is_stop(t, 261) && !gemma3_is_stop(t, 260),
+       "an answer ends with <eos> and <end_of_turn>");
+    gemma3_close(m);
+
+    f = take_apart();
+    set_u32(&f, "tokenizer.ggml.eos_token_id", 300);
+    m = accepted(f, "a file with another eos_token_id");
+    t = m ? gemma3_model_tokenizer(m) : NULL;
+    ok(t && gemma3_is_stop(t, 0) && gemma3_is_stop(t, 261) && gemma3_is_stop(t, 300),
+       "an answer ends with that too");
+    gemma3_close(m);
+
+    f = take_apart();
+    tensor_of(&f, "token_embd.weight")->ne[1] = 440;
+    m = accepted(f, "a file with more tokens than rows of the embedding");
+    if (m) is_int(gemma3_model_config(m)->n_vocab, 440, "has the smaller number of them");
+    gemma3_close(m);
+}
+
+/* ---- Random damage --------------------------------------------------------------------------- */
+
+/* Whatever opens must compute, and its tokenizer must work. */
+static void use(const gemma3_model *m)
+{
+    const gemma3_tokenizer *t = gemma3_model_tokenizer(m);
+    int n_vocab = gemma3_model_config(m)->n_vocab;
+    float *logits = malloc((size_t)n_vocab * sizeof *logits);
+    int32_t ids[64];
+    char piece[GEMMA3_PIECE_MAX];
+    compute(m, logits);
+    gemma3_encode(t, "the cat<eos>\xff", 13, GEMMA3_BOS | GEMMA3_SPECIAL, ids, 64);
+    for (int32_t id = 0; id < n_vocab; id++) gemma3_decode(t, id, GEMMA3_SPECIAL, piece);
+    free(logits);
+}
+
+static void random_damage(void)
+{
+    image f = take_apart();
+    uint64_t random = 1;
+    int n_opened = 0, n_silent = 0;
+    enum { TRIES = 4000 };
+    for (int i = 0; i < TRIES; i++) {
+        unsigned char *p = malloc(f.original.n);
+        gemma3_error err = { "" };
+        memcpy(p, f.original.p, f.original.n);
+        for (int k = 0; k <= i % 4; k++) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            size_t range = i % 8 < 6 ? f.data : f.original.n; /* mostly in the header */
+            p[(random >> 33) % range] = (unsigned char)(i % 3 ? random >> 20 : 255 * (i & 1));
+        }
+        gemma3_options o = { .exact = i & 1, .no_repack = i >> 1 & 1 };
+        gemma3_model *m = gemma3_open_memory(p, f.original.n, "x.gguf", &o, &err);
+        if (m) use(m);
+        n_opened += m != NULL;
+        n_silent += !m && strncmp(err.text, "x.gguf", 6);
+        gemma3_close(m);
+        free(p);
+    }
+    is_int(n_silent, 0, "%d damaged files: each that is refused is named", TRIES);
+    ok(n_opened > 0 && n_opened < TRIES, "%d of them open and compute", n_opened);
+    throw_away(&f);
+}
+
+int main(void)
+{
+    every_truncation_is_noticed();
+    headers();
+    lying_lengths();
+    other_models();
+    keys();
+    tensors();
+    quirks();
+    quirks_of_config();
+    quirks_of_vocabulary();
+    random_damage();
+    return done_testing();
+}
