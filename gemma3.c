@@ -3214,10 +3214,12 @@ static void penalize(const gemma3_sampler *s, gemma3_candidate *c, int n_vocab)
 {
     int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
     for (int k = 0; k < n && s->repeat_penalty != 1; k++) {
-        int seen = s->last[k] < 0 || s->last[k] >= n_vocab;
-        for (int j = 0; j < k; j++) seen |= s->last[j] == s->last[k];
-        float l = c[s->last[k]].logit;
-        if (!seen) c[s->last[k]].logit = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+        int32_t id = s->last[k];
+        int skip = id < 0 || id >= n_vocab;
+        for (int j = 0; j < k; j++) skip |= s->last[j] == id;
+        if (skip) continue;
+        float l = c[id].logit;
+        c[id].logit = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
     }
 }
 
