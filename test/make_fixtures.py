@@ -5,6 +5,7 @@ tests read what it made. Everything random is seeded.
     make_fixtures.py models           tiny.gguf, tiny-62.gguf, tiny-mixed.gguf, and for each its
                                       .ids and .logits: what transformers computes, float32
     make_fixtures.py formats          formats.vec: blocks of every tensor type, dequantised by gguf
+    make_fixtures.py arithmetic       arithmetic.vec: fma with fractions, functions by mpmath
     make_fixtures.py sampler          sampler.vec: choices of an independent simulation
     make_fixtures.py golden MODEL.gguf TEXTS
                                       golden-270m.vec: what transformers computes with the real
@@ -486,6 +487,83 @@ def make_sampler():
             f.write(" ".join(map(str, ids)) + "\n")
 
 
+# ---- Arithmetic -----------------------------------------------------------------------------------
+
+def fma_cases(rng):
+    """Ties, cancellation, subnormal and overflowing results, then anything."""
+    f = float.fromhex
+    cases = [(f("0x1.000002p0"), f("0x1.000002p0"), f("0x1p-48")),
+             (f("0x1.000002p0"), f("0x1.fffffep-1"), -1), (f("0x1p-100"), f("0x1p-49"), f("0x1p-126")),
+             (f("0x1p-75"), f("0x1p-75"), 0), (f("0x1.8p-75"), f("0x1p-75"), 0),
+             (f("-0x1p-75"), f("0x1p-75"), 0), (f("0x1.fffffep127"), 2, f("-0x1.fffffep127")),
+             (f("0x1.fffffep127"), 1, f("0x1p103")), (f("0x1.fffffep127"), 1, f("0x1.fffffep102")),
+             (f("0x1p64"), f("0x1p64"), f("-0x1p127")), (f("0x1.fffffep127"), f("0x1.fffffep127"), 1)]
+    for _ in range(300):
+        a, b = (np.ldexp(F(1 + rng.integers(0, 2 ** 23) / 2 ** 23), int(rng.integers(-40, 40)))
+                for _ in range(2))
+        product = Fraction(float(a)) * Fraction(float(b))
+        near = float(nearest(product))
+        for c in (-near, near, near * f("0x1p24"), near * f("-0x1p24"), near * f("0x1p-25"),
+                  near * f("0x1.8p-24"), near * f("-0x1p-30")):
+            cases.append((float(a), float(b), float(F(c))))
+        # c + a*b lies on a tie of c's last place, or next to it by less than a double shows
+        half = f("0x1p-24")
+        for tiny in (0, f("0x1p-90"), f("-0x1p-90")):
+            cases.append((half, 1, 1 + 2 * half * int(rng.integers(0, 2 ** 20))) if not tiny else
+                         (f("0x1.000002p0"), half * (1 - 2 * half), 1 + tiny))
+    for _ in range(300):  # results among the subnormal numbers
+        e = int(rng.integers(-90, -50))
+        a, b = rng.integers(1, 2 ** 24, 2)
+        cases.append((float(a) * 2.0 ** (e - 23), float(b) * 2.0 ** (-149 - e),
+                      float(rng.integers(-2 ** 20, 2 ** 20)) * 2.0 ** -149))
+    return [tuple(F(x) for x in c) for c in cases]
+
+
+def double_bits(x):
+    return "%016x" % int(np.float64(x).view(np.uint64))
+
+
+def make_arithmetic():
+    """Lines: fma a b c result; exp x bits-of-the-contract true(double); dexp, dlog x true (double);
+    angle x cos sin; freq base exponent result (1 / base^exponent, the power rounded to float)."""
+    import mpmath
+    mpmath.mp.prec = 300
+    rng = np.random.default_rng(6)
+    # mpmath's numbers to double, then to float: 300 bits decide every case here
+    d = lambda x: float(x)
+    with open(os.path.join(DATA, "arithmetic.vec"), "w") as out, np.errstate(all="ignore"):
+        out.write("# exact fractions and mpmath, 300 bits; made by test/make_fixtures.py arithmetic\n")
+        out.write("# fma a b c result | exp x contract true | dexp, dlog x true | angle x cos sin | "
+                  "freq base exponent result; floats in 8 digits, doubles in 16\n")
+        for a, b, c in fma_cases(rng):
+            out.write("fma " + bits([a, b, c, fma(a, b, c)]) + "\n")
+        xs = list(np.linspace(-87, 88.7, 400)) + list(rng.standard_normal(200)) + \
+            [0, -0.0, 1, -1, 1e-30, -1e-8, 0.34657359, -0.34657359, 0.3465736, -87, 88.7]
+        for x in map(F, xs):
+            if x <= F(88.7):
+                out.write(f"exp {bits([x, exp32(x)])} {double_bits(d(mpmath.exp(mpmath.mpf(float(x)))))}\n")
+        for x in list(np.linspace(-700, 700, 150)) + list(10 * rng.standard_normal(150)) + [0, 1, -744, 709.7]:
+            out.write(f"dexp {double_bits(x)} {double_bits(d(mpmath.exp(mpmath.mpf(float(x)))))}\n")
+        for x in list(10.0 ** rng.uniform(-300, 300, 100)) + list(rng.uniform(0.5, 2, 200)) + \
+                [1, 2, 0.5, 10000, 1e6, 5e-324, 1.7e308, 1 + 2.0 ** -52, 1 - 2.0 ** -53]:
+            out.write(f"dlog {double_bits(x)} {double_bits(d(mpmath.log(mpmath.mpf(float(x)))))}\n")
+        angles = list(range(0, 60, 3)) + list(rng.uniform(0, 10, 100)) + list(rng.uniform(0, 131072, 200)) + \
+            [131071, 1e-6, 2.0 ** -140] + [float(k * mpmath.pi / 4) for k in (1, 2, 3, 4, 5, 8, 100, 4001)]
+        for x in map(F, angles):
+            m = mpmath.mpf(float(x))
+            out.write(f"angle {bits([x, nearest(exact(mpmath.cos(m))), nearest(exact(mpmath.sin(m)))])}\n")
+        for base in (1e4, 1e6):
+            for j in range(128):
+                p = nearest(exact(mpmath.power(mpmath.mpf(base), mpmath.mpf(2 * j) / 256)))
+                out.write(f"freq {double_bits(base)} {double_bits(2 * j / 256)} {bits([F(1) / p])}\n")
+
+
+def exact(x):
+    """An mpmath number as a Fraction."""
+    sign, mantissa, exponent, _ = x._mpf_
+    return Fraction((-1) ** sign * int(mantissa)) * Fraction(2) ** exponent
+
+
 # ---- The real 270M --------------------------------------------------------------------------------
 
 def make_golden(path, texts):
@@ -520,8 +598,8 @@ def make_golden(path, texts):
 
 
 if __name__ == "__main__":
-    job = {"models": make_models, "formats": make_formats, "sampler": make_sampler,
-           "golden": make_golden}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    job = {"models": make_models, "formats": make_formats, "arithmetic": make_arithmetic,
+           "sampler": make_sampler, "golden": make_golden}.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if not job:
         sys.exit(__doc__)
     os.makedirs(DATA, exist_ok=True)
