@@ -277,21 +277,66 @@ static void two_states_share_a_model(const fixture *f)
     free(want);
 }
 
-/* The caller may have left another rounding mode; it is neither used nor lost. */
-static void the_callers_rounding_is_not_used(const fixture *f)
+/* Flush-to-zero and denormals-are-zero of this thread; -1 asks. Returns what it was, -1: no such bits. */
+static int flush_to_zero(int on)
+{
+#if defined(HAVE_X86)
+    unsigned bits = 0x8040, old = _mm_getcsr();
+    if (on >= 0) _mm_setcsr(on ? old | bits : old & ~bits);
+    return (old & bits) == bits;
+#elif defined(__aarch64__)
+    uint64_t bits = 1 << 24, old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    if (on >= 0) __asm__ volatile("msr fpcr, %0" : : "r"(on ? old | bits : old & ~bits));
+    return (old & bits) != 0;
+#else
+    (void)on;
+    return -1;
+#endif
+}
+
+/* The caller may have left another rounding mode, or subnormal numbers off; that is neither used, by
+ * this thread or by those of a pool, nor lost. */
+static void the_callers_arithmetic_is_not_used(const fixture *f)
 {
     for (int mode = DEFAULT; mode <= EXACT; mode++) {
         float *want = run(f, (setting){ .mode = mode }), *got = new_logits(f);
-        gemma3_model *m = open_model(f, (setting){ .mode = mode });
+        setting s = { .mode = mode, .n_threads = 2 };
         fesetround(FE_UPWARD);
-        int failed = run_model(m, f, (setting){ .mode = mode, .n_threads = 2 }, got);
-        int round = fegetround();
+        gemma3_model *m = open_model(f, s);
+        int failed = !m || run_model(m, f, s, got), round = fegetround();
         fesetround(FE_TONEAREST);
         ok(!failed && round == FE_UPWARD, "%s: the rounding mode is restored", f->name);
         is_bits(got, want, logits_bytes(f), "%s: and was not used", f->name);
+        memset(got, 0, logits_bytes(f));
+        if (flush_to_zero(-1) < 0) skip(2, "no flush-to-zero known on this CPU");
+        else {
+            flush_to_zero(1);
+            failed = run_model(m, f, s, got);
+            int flushed = flush_to_zero(0);
+            ok(!failed && flushed == 1, "%s: flush-to-zero is restored", f->name);
+            is_bits(got, want, logits_bytes(f), "%s: and was not used", f->name);
+        }
         gemma3_close(m);
         free(want), free(got);
     }
+}
+
+static void a_file_in_memory_is_a_file(const fixture *f)
+{
+    setting s = { .mode = DEFAULT };
+    float *want = run(f, s), *got = new_logits(f);
+    size_t size;
+    char *data = read_file(f->path, &size);
+    gemma3_error err = { "" };
+    for (int no_repack = 0; no_repack <= 1; no_repack++) {
+        gemma3_options o = { .no_repack = no_repack };
+        gemma3_model *m = gemma3_open_memory(data, size, f->path, &o, &err);
+        if (!ok(m != NULL && run_model(m, f, s, got) == 0, "%s: opens from memory", f->name)) diag("%s", err.text);
+        is_bits(got, want, logits_bytes(f), "%s: the same from memory%s", f->name, no_repack ? ", not repacked" : "");
+        gemma3_close(m);
+    }
+    free(data), free(want), free(got);
 }
 
 /* ---- Memory ----------------------------------------------------------------------------------- */
@@ -414,46 +459,66 @@ static void a_local_layer_forgets_what_left_the_window(const fixture *f)
 
 /* ---- Looking inside --------------------------------------------------------------------------- */
 
+static const char *const labels[] = { "inp_scaled", "attn_norm", "Qcur", "Kcur", "Vcur", "kqv_out",
+                                      "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm",
+                                      "l_out", "result_norm", "result_output" };
+enum { N_LABELS = sizeof labels / sizeof *labels };
+
 typedef struct seen {
-    int l_out, attn_norm, other, wrong_shape;
-    int d_model, n_rows_l_out;
+    int rows[N_LABELS];      /* of each label, over all layers */
+    int unknown, misplaced, pos, wrong_shape;
+    const gemma3_config *c;
+    float *logits;           /* [positions][n_vocab] */
 } seen;
 
-static void look(void *user, const char *name, int layer, int pos, int n, int width,
-                 const float *data)
+static int width_of(const gemma3_config *c, const char *name)
+{
+    if (!strcmp(name, "Qcur") || !strcmp(name, "kqv_out")) return c->n_heads * c->head_dim;
+    if (!strcmp(name, "Kcur") || !strcmp(name, "Vcur")) return c->n_kv_heads * c->head_dim;
+    return !strcmp(name, "result_output") ? c->n_vocab : c->d_model;
+}
+
+static void look(void *user, const char *name, int layer, int pos, int n, int width, const float *data)
 {
     seen *s = user;
-    (void)pos, (void)data;
-    if (strcmp(name, "l_out") == 0) {
-        s->l_out |= 1 << layer;
-        s->n_rows_l_out += n;
-        s->wrong_shape += width != s->d_model;
-    } else if (strcmp(name, "attn_norm") == 0) {
-        s->attn_norm |= 1 << layer;
-    } else {
-        s->other++;
+    int k = 0;
+    while (k < N_LABELS && strcmp(labels[k], name)) k++;
+    if (k == N_LABELS) { s->unknown++; return; }
+    int outside = !strcmp(name, "inp_scaled") || !strncmp(name, "result", 6);
+    s->misplaced += outside ? layer != -1 : layer < 0 || layer >= s->c->n_layers;
+    s->misplaced += pos != s->pos;
+    s->wrong_shape += width != width_of(s->c, name);
+    s->rows[k] += n;
+    if (!strcmp(name, "result_output")) {
+        memcpy(s->logits + (size_t)pos * width, data, (size_t)n * width * sizeof *data);
+        s->pos += n;
     }
 }
 
 static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
 {
     setting s = { .mode = DEFAULT };
-    float *want = run(f, s), *got = new_logits(f);
+    float *want = run(f, s), *got = new_logits(f), *traced = new_logits(f);
     gemma3_model *m = open_model(f, s);
-    seen look_at = { .d_model = gemma3_model_config(m)->d_model };
+    const gemma3_config *c = gemma3_model_config(m);
+    seen sight = { .c = c, .logits = traced };
     gemma3_params p = params_of(f, m, s);
-    p.trace = look, p.trace_user = &look_at;
+    p.trace = look, p.trace_user = &sight;
     gemma3_state *st = gemma3_state_new(m, &p, NULL);
     ok(run_state(st, f, 7, got) == 0, "%s: runs with a trace", f->name);
     is_bits(got, want, logits_bytes(f), "%s: it changes nothing", f->name);
-    int layers = gemma3_model_config(m)->n_layers;
-    is_int(look_at.l_out, (1 << layers) - 1, "%s: l_out of every layer", f->name);
-    is_int(look_at.attn_norm, (1 << layers) - 1, "%s: attn_norm of every layer", f->name);
-    is_int(look_at.n_rows_l_out, layers * f->n, "%s: one row for each token", f->name);
-    is_int(look_at.wrong_shape, 0, "%s: of d_model values", f->name);
+    is_bits(traced, want, logits_bytes(f), "%s: result_output is the logits", f->name);
+    for (int k = 0; k < N_LABELS; k++) {
+        int outside = !strcmp(labels[k], "inp_scaled") || !strncmp(labels[k], "result", 6);
+        is_int(sight.rows[k], f->n * (outside ? 1 : c->n_layers), "%s: %s of every token%s", f->name, labels[k],
+               outside ? "" : " and layer");
+    }
+    is_int(sight.unknown, 0, "%s: no other names", f->name);
+    is_int(sight.misplaced, 0, "%s: at its layer and position", f->name);
+    is_int(sight.wrong_shape, 0, "%s: of its width", f->name);
     gemma3_state_free(st);
     gemma3_close(m);
-    free(want), free(got);
+    free(want), free(got), free(traced);
 }
 
 /* ---- The configuration ------------------------------------------------------------------------ */
@@ -472,6 +537,44 @@ static void missing_keys_have_their_defaults(const fixture *mixed)
     ok(c->is_local[0] && !c->is_local[1] && c->is_local[2] && !c->is_local[3],
        "the pattern of layers may be a list");
     gemma3_close(m);
+}
+
+typedef struct mistake {
+    const char *what;
+    void (*make)(gemma3_config *c);
+} mistake;
+
+static void wider_window(gemma3_config *c) { c->window++; }
+static void other_factor(gemma3_config *c) { c->rope_factor = 1; }
+static void other_global_base(gemma3_config *c) { c->rope_base_global = 1e4f; }
+static void other_local_base(gemma3_config *c) { c->rope_base_local = 1e6f; }
+static void other_query_scale(gemma3_config *c) { c->query_scale *= 2; }
+static void other_eps(gemma3_config *c) { c->rms_eps = 1e-2f; }
+static void other_embedding_scale(gemma3_config *c) { c->embedding_scale = 1; }
+static void softcap(gemma3_config *c) { c->final_softcap = 5; }
+static void first_layer_global(gemma3_config *c) { c->is_local[0] = 0; }
+static void all_layers_local(gemma3_config *c) { memset(c->is_local, 1, sizeof c->is_local); }
+
+/* A test that could not see these would prove little: each is far outside what exact mode allows. */
+static void every_number_of_the_configuration_counts(const fixture *f)
+{
+    static const mistake mistakes[] = {
+        { "a window wider by one", wider_window }, { "no RoPE factor", other_factor },
+        { "the local base in global layers", other_global_base },
+        { "the global base in local layers", other_local_base }, { "another query scale", other_query_scale },
+        { "another eps", other_eps }, { "no embedding scale", other_embedding_scale },
+        { "a softcap", softcap }, { "a first layer that is global", first_layer_global },
+        { "no global layer", all_layers_local } };
+    for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
+        float *got = new_logits(f);
+        gemma3_model *m = open_model(f, (setting){ .mode = EXACT });
+        mistakes[i].make((gemma3_config *)(uintptr_t)gemma3_model_config(m));
+        int failed = run_model(m, f, (setting){ .mode = EXACT }, got);
+        agreement a = agree(f->want, got, f->n, f->n_vocab);
+        ok(!failed && a.mean_kl > 1e-8, "%s: %s would be seen, mean KL %.2g", f->name, mistakes[i].what, a.mean_kl);
+        gemma3_close(m);
+        free(got);
+    }
 }
 
 int main(void)
@@ -517,12 +620,15 @@ int main(void)
     rows_asked_for_are_rows_of_all(&mixed);
     a_reset_state_is_a_new_one(&tiny);
     two_states_share_a_model(&tiny);
-    the_callers_rounding_is_not_used(&tiny);
+    the_callers_arithmetic_is_not_used(&tiny);
+    a_file_in_memory_is_a_file(&tiny);
+    a_file_in_memory_is_a_file(&mixed);
     a_state_lives_in_the_callers_memory(&tiny);
     the_caches_size_follows_the_window(&tiny);
     what_cannot_be_done_is_refused(&tiny);
     a_local_layer_forgets_what_left_the_window(&tiny);
     a_trace_shows_every_layer_and_changes_nothing(&tiny);
+    every_number_of_the_configuration_counts(&tiny);
     free(tiny.want), free(deep.want), free(mixed.want);
     return done_testing();
 }
