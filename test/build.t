@@ -1,0 +1,349 @@
+#!/usr/bin/env perl
+# build.t - the sources build everywhere without a warning, and every build computes the same bits.
+#
+# Compilers and optimisation levels here; aarch64 under qemu; AVX-512 through SIMDe's portable
+# intrinsics where the CPU lacks it (TEST_SIMDE=1: anywhere). What a machine has no tool for is skipped
+# by name.
+use strict;
+use warnings;
+use Cwd qw(getcwd);
+use File::Temp qw(tempdir);
+use Test::More;
+
+my $dir   = tempdir(CLEANUP => 1);
+my $top   = getcwd();
+my @rules = qw(-Wall -Wextra -Wpedantic);
+my @libs  = qw(-lm -lpthread);
+
+# The bits of contract 1: the model, --exact or not, the SHA-256 of the logits of all its ids.
+my %contract = (
+    "tiny"               => "39f39df698d4d1de4b008d00b3ceb1db7b0056ade305b4a4d58cd40e91921eaf",
+    "tiny --exact"       => "e3f2b7a10f37de6bab905d62dd88d734b81246a88b37cedef78c55c27b3b8a74",
+    "tiny-62"            => "74d6d2d141b97f4b40f2b158e7bd59e283450aa57fddafa685d31494a031e24c",
+    "tiny-62 --exact"    => "cfe2cfb1038ccb2edf541d66ae2485e10a15f673df313edcce691828a78ed9c9",
+    "tiny-mixed"         => "13e3d6bb17ccbbd0a5a5898eb39017f7c8b451f61f3f2e26015847beb9d3a591",
+    "tiny-mixed --exact" => "8487b7a93c6546d8fc565237c92f26d0914a119dac5584f59c49be3e173676c5",
+);
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+sub tool {
+    my ($name) = @_;
+    for (split /:/, $ENV{PATH}) { return 1 if -x "$_/$name" && !-d _ }
+    return 0;
+}
+
+# What a command prints on both streams, and its exit status.
+sub run {
+    my (@command) = @_;
+    my $pid = open(my $out, "-|") // die "fork: $!";
+    if (!$pid) {
+        open STDERR, ">&", \*STDOUT;
+        exec @command or exit 127;
+    }
+    local $/;
+    my $text = <$out> // "";
+    close $out;
+    return ($text, $? >> 8 || $? & 127);
+}
+
+# Runs several builds, two at a time, because compiling is most of this test. Each is [name, command];
+# returns name => [what it printed, status].
+sub run_all {
+    my (@jobs) = @_;
+    my (%running, $n);
+    my $wait = sub { delete $running{ +wait } };
+    for my $job (@jobs) {
+        $wait->() if keys %running >= 2;
+        my $log = "$dir/log-" . $n++;
+        my ($name, @command) = @$job;
+        my $pid = fork // die "fork: $!";
+        if (!$pid) {
+            open STDOUT, ">", $log;
+            open STDERR, ">&", \*STDOUT;
+            exec "sh", "-c", '"$@"; echo "status $?"', "sh", @command;
+        }
+        $running{$pid} = 1;
+        push @$job, $log;
+    }
+    $wait->() while keys %running;
+    my %result;
+    for my $job (@jobs) {
+        open my $f, "<", $job->[-1] or die "$job->[-1]: $!";
+        my $text = do { local $/; <$f> };
+        my ($status) = $text =~ s/status (\d+)\n\z// ? $1 : 1;
+        $result{ $job->[0] } = [$text, $status];
+    }
+    return %result;
+}
+
+sub hash_of {
+    my ($program, $case, @more) = @_;
+    my ($model, @mode) = split / /, $case;
+    my ($text) = run(@$program, "-m", "test/data/$model.gguf", "--ids", "test/data/$model.ids", "--hash",
+        "-t", "2", @mode, @more);
+    return $text =~ /^contract 1 .*sha256 ([0-9a-f]{64})$/m ? $1 : $text;
+}
+
+sub computes_the_contract {
+    my ($name, $program, @more) = @_;
+    my %wrong;
+    for my $case (sort keys %contract) {
+        my $got = hash_of($program, $case, @more);
+        $wrong{$case} = $got if $got ne $contract{$case};
+    }
+    ok(!%wrong, "$name: the bits of the contract");
+    diag("$_: $wrong{$_}") for sort keys %wrong;
+}
+
+sub spew {
+    my ($name, $text) = @_;
+    open my $f, ">", "$dir/$name" or die "$dir/$name: $!";
+    print $f $text;
+    close $f;
+    return "$dir/$name";
+}
+
+my @compilers = grep { tool($_) } qw(gcc clang);
+@compilers = ($ENV{CC} // "cc") if !@compilers;
+my $cc = tool("cc") ? "cc" : $compilers[0];
+
+# ---- Compilers and optimisation levels -----------------------------------------------------------
+
+my @builds = ([$cc, "-O2"]);
+for my $compiler (@compilers) {
+    push @builds, [$compiler, "-std=gnu17", "-O0"], [$compiler, "-std=c11", "-O2"],
+        [$compiler, "-std=gnu17", "-O3"], [$compiler, "-std=c11", "-O3", "-march=native", "-ffp-contract=on"];
+}
+my ($i, @jobs) = (0);
+for my $build (@builds) {
+    my @warn = @$build == 2 ? () : @rules;
+    push @jobs, ["@$build", @$build, @warn, "-o", "$dir/gemma3-" . $i++, "gemma3.c", "tokenizer.c", @libs];
+}
+my %built = run_all(@jobs);
+for my $k (0 .. $#builds) {
+    my $name = "@{$builds[$k]}";
+    my ($text, $status) = @{ $built{$name} };
+    SKIP: {
+        skip "$name: this compiler does not know its CPU", 2 if $status && $text =~ /native/;
+        is($text, "", "$name: builds without a word");
+        skip "$name was not built", 1 if $status;
+        computes_the_contract($name, ["$dir/gemma3-$k"]);
+    }
+}
+
+for my $isa (split /\n/, (run("$dir/gemma3-0", "--isa", "list"))[0]) {
+    computes_the_contract("--isa $isa", ["$dir/gemma3-0"], "--isa", $isa);
+}
+
+for my $compiler (@compilers) {
+    my ($text, $status) = run($compiler, "-ffast-math", "-fsyntax-only", "gemma3.c");
+    ok($status && $text =~ /without -ffast-math/, "$compiler -ffast-math is refused");
+}
+
+# ---- The library: no globals, no main, no files, C++ ---------------------------------------------
+
+# Names of the writable variables of an object file. Position-dependent code, so that constant tables
+# of pointers count as constants.
+sub globals {
+    my ($object) = @_;
+    my ($text) = run("nm", $object);
+    return join " ", sort map { /^\S* +[bBdDCsSgG] (\S+)$/ ? $1 : () } split /\n/, $text;
+}
+
+@jobs = ();
+for my $compiler (@compilers) {
+    for my $source (qw(gemma3 tokenizer)) {
+        push @jobs, ["$compiler $source.c", $compiler, "-std=gnu17", "-O1", "-fno-pic", @rules, "-c", "-o",
+            "$dir/$compiler-$source.o", "$source.c"];
+    }
+    push @jobs, ["$compiler -DGEMMA3_NO_MAIN", $compiler, "-std=c11", "-O1", "-fno-pic", @rules,
+        "-DGEMMA3_NO_MAIN", "-c", "-o", "$dir/$compiler-library.o", "gemma3.c"];
+    push @jobs, ["$compiler -DGEMMA3_NO_MAIN -DGEMMA3_NO_FILE", $compiler, "-std=c11", "-O1", "-fno-pic", @rules,
+        "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-c", "-o", "$dir/$compiler-board.o", "gemma3.c"];
+}
+my %objects = run_all(@jobs);
+is("@{$objects{$_}}", " 0", "$_: compiles without a word") for sort keys %objects;
+
+SKIP: {
+    skip "no nm", 4 * @compilers if !tool("nm");
+    for my $compiler (@compilers) {
+        is(globals("$dir/$compiler-gemma3.o"), "interrupted",
+            "$compiler: the program's one global is what Ctrl-C sets");
+        is(globals("$dir/$compiler-$_.o"), "", "$compiler: no globals in the $_") for qw(library board tokenizer);
+    }
+}
+
+# A host program: opens a file's bytes in memory and prints the hash of its logits.
+my $host = spew("host.c", <<'END');
+#include "gemma3.h"
+#include <stdio.h>
+#include <stdlib.h>
+
+static unsigned char file[1 << 20];
+static int32_t ids[128];
+static int rows[128];
+
+int main(int argc, char **argv)
+{
+    FILE *f = fopen(argv[1], "rb"), *g = fopen(argv[2], "r");
+    int n = 0;
+    if (argc != 3 || !f || !g) return 2;
+    size_t size = fread(file, 1, sizeof file, f);
+    while (n < 128 && fscanf(g, "%d", (int *)&ids[n]) == 1) rows[n] = n, n++;
+    gemma3_error err;
+    gemma3_model *m = gemma3_open_memory(file, size, argv[1], NULL, &err);
+    if (!m) { puts(err.text); return 1; }
+    gemma3_params p = gemma3_default_params(m);
+    gemma3_state *s = gemma3_state_new(m, &p, &err);
+    if (!s) { puts(err.text); return 1; }
+    size_t n_logits = (size_t)n * gemma3_model_config(m)->n_vocab;
+    float *logits = (float *)malloc(n_logits * sizeof *logits);
+    if (gemma3_forward(s, ids, n, rows, n, logits)) { puts(gemma3_state_error(s)); return 1; }
+    gemma3_sha256 c;
+    char hex[65];
+    gemma3_sha256_init(&c);
+    gemma3_sha256_add_floats(&c, logits, n_logits);
+    gemma3_sha256_end(&c, hex);
+    puts(hex);
+    free(logits);
+    gemma3_state_free(s);
+    gemma3_close(m);
+    fclose(f), fclose(g);
+    return 0;
+}
+END
+
+sub host_computes_the_contract {
+    my ($name, @command) = @_;
+    my ($text, $status) = run(@command);
+    is($text, "", "$name: builds and links without a word");
+    SKIP: {
+        skip "not built", 1 if $status;
+        my ($got) = run("$dir/host", "test/data/tiny.gguf", "test/data/tiny.ids");
+        is($got, "$contract{tiny}\n", "$name: computes the bits of the contract");
+    }
+}
+
+host_computes_the_contract("without files and threads, linked to nothing but libm",
+    $cc, "-std=c11", "-O1", @rules, "-I.", "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-o", "$dir/host", $host,
+    "gemma3.c", "tokenizer.c", "-lm");
+
+SKIP: {
+    my ($cxx) = grep { tool($_) } qw(c++ g++ clang++);
+    skip "no C++ compiler", 3 if !$cxx;
+    my ($text) = run($cxx, "-std=c++11", @rules, "-x", "c++", "-I.", "-c", "-o", "$dir/host.o", $host);
+    is($text, "", "$cxx: gemma3.h is C++ too");
+    host_computes_the_contract("a C++ program", $cc, "-no-pie", "-o", "$dir/host", "$dir/host.o",
+        "$dir/$compilers[0]-library.o", "$dir/$compilers[0]-tokenizer.o", @libs);
+}
+
+# ---- aarch64 -------------------------------------------------------------------------------------
+
+SKIP: {
+    my $cross = "aarch64-linux-gnu-gcc";
+    skip "no $cross", 12 if !tool($cross);
+    my @options = ("-std=c11", "-O2", "-static", @rules);
+    my %arm = run_all(["gemma3", $cross, @options, "-o", "$dir/arm-gemma3", "gemma3.c", "tokenizer.c", @libs],
+        ["kernels", $cross, @options, "-o", "$dir/arm-kernels", "test/kernels.c", "tokenizer.c", @libs]);
+    is("@{$arm{$_}}", " 0", "aarch64: $_ builds without a word") for qw(gemma3 kernels);
+    skip "no qemu-aarch64", 10 if !tool("qemu-aarch64");
+
+    my @max = ("qemu-aarch64", "-cpu", "max");
+    my ($list) = run(@max, "$dir/arm-gemma3", "--isa", "list");
+    is($list, "i8mm\ndotprod\nneon\nscalar\n", "aarch64: a CPU with everything has all kernels");
+    computes_the_contract("aarch64 --isa $_", [@max, "$dir/arm-gemma3"], "--isa", $_)
+        for qw(i8mm dotprod neon scalar);
+    my ($text, $status) = run(@max, "$dir/arm-kernels");
+    is($status, 0, "aarch64: every kernel is its definition");
+    diag(grep { /^not ok|^#/ } map { "$_\n" } split /\n/, $text) if $status;
+
+    my @old = ("qemu-aarch64", "-cpu", "cortex-a53");
+    ($list) = run(@old, "$dir/arm-gemma3", "--isa", "list");
+    is($list, "neon\nscalar\n", "aarch64: an old CPU has neon alone");
+    computes_the_contract("aarch64, an old CPU", [@old, "$dir/arm-gemma3"]);
+    ($text, $status) = run(@old, "$dir/arm-gemma3", "-m", "test/data/tiny.gguf", "-p", "a", "-n", "1",
+        "--isa", "i8mm");
+    ok($status && $text =~ /i8mm/, "aarch64: and refuses kernels it lacks by name");
+    ok($text !~ /illegal instruction/i, "aarch64: without trying them");
+}
+
+# ---- AVX-512 without AVX-512 ---------------------------------------------------------------------
+
+sub simde_header {
+    return <<'END';
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/fma.h>
+#include <simde/x86/f16c.h>
+#include <string.h>
+
+/* What some versions of SIMDe lack or misspell, as two halves of AVX2. */
+struct halves { __m256 ps[2]; };
+static inline __m512 simde_join(struct halves h) { __m512 x; memcpy(&x, &h, 64); return x; }
+static inline __m512 simde_int_to_float(__m512i a)
+{
+    __m256i i[2];
+    memcpy(i, &a, 64);
+    return simde_join((struct halves){ { _mm256_cvtepi32_ps(i[0]), _mm256_cvtepi32_ps(i[1]) } });
+}
+static inline __m512 simde_half_to_float(__m256i a)
+{
+    return simde_join((struct halves){ { _mm256_cvtph_ps(_mm256_castsi256_si128(a)),
+                                         _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)) } });
+}
+static inline __m512i simde_u16_to_int(__m256i a)
+{
+    __m256i i[2] = { _mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
+                     _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)) };
+    __m512i x;
+    memcpy(&x, i, 64);
+    return x;
+}
+static inline __m256 simde_half_of(__m512 a, int half)
+{
+    struct halves h;
+    memcpy(&h, &a, 64);
+    return h.ps[half];
+}
+#undef _mm512_madd_epi16
+#undef _mm512_extractf32x8_ps
+#undef _mm512_cvtepi32_ps
+#undef _mm512_cvtph_ps
+#undef _mm512_cvtepu16_epi32
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+#define _mm512_cvtepi32_ps(a) simde_int_to_float(a)
+#define _mm512_cvtph_ps(a) simde_half_to_float(a)
+#define _mm512_cvtepu16_epi32(a) simde_u16_to_int(a)
+#define _mm512_extractf32x8_ps(a, half) simde_half_of(a, half)
+END
+}
+
+# A copy of the sources whose intrinsics are SIMDe's functions, built for AVX2 and FMA alone (without
+# FMA, SIMDe's fmadd would round twice).
+SKIP: {
+    my ($list) = run("$dir/gemma3-0", "--isa", "list");
+    skip "AVX-512 through SIMDe: this CPU has AVX-512 and its kernels were tested themselves", 2
+        if $list =~ /avx512vnni/ && !$ENV{TEST_SIMDE};
+    skip "AVX-512 through SIMDe: this CPU has no AVX2", 2 if $list !~ /avx2/;
+    skip "AVX-512 through SIMDe: no libsimde-dev", 2 if !-e "/usr/include/simde/x86/avx512.h";
+    mkdir "$dir/test";
+    symlink "$top/test/data", "$dir/test/data";
+    symlink "$top/$_", "$dir/$_" for qw(gemma3.h tokenizer.c test/kernels.c test/tap.h test/fixture.h);
+    open my $f, "<", "gemma3.c" or die "gemma3.c: $!";
+    my $source = do { local $/; <$f> };
+    $source =~ s/,avx512\w+//g;
+    $source =~ s/__builtin_cpu_supports\("avx512\w*"\)/1/g;
+    $source =~ s/#include <immintrin.h>/#include "simde.h"/;
+    spew("simde.h", simde_header());
+    spew("gemma3.c", $source);
+    my ($text, $status) = run($cc, "-std=gnu17", "-O1", "-w", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c", "-o", "$dir/simde-kernels",
+        "$dir/test/kernels.c", "tokenizer.c", @libs);
+    is($text, "", "AVX-512 through SIMDe: builds");
+    skip "not built", 1 if $status;
+    ($text, $status) = run("$dir/simde-kernels");
+    is($status, 0, "AVX-512 through SIMDe: every kernel is its definition");
+    diag(grep { /^not ok|^#/ } map { "$_\n" } split /\n/, $text) if $status;
+}
+
+done_testing();
