@@ -1,0 +1,459 @@
+#!/usr/bin/env perl
+# cli.t - the command line: every option, exit codes, and what goes to which stream.
+use strict;
+use warnings;
+use Digest::SHA qw(sha256_hex);
+use File::Temp qw(tempdir);
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $gemma3 = "./gemma3";
+my $tiny   = "test/data/tiny.gguf";       # 443 tokens, <bos> is 3, context 512
+my $base   = "test/data/tiny-62.gguf";    # no chat template
+my $real   = "weights/gemma-3-270m-q4_k_m.gguf";
+my $dir    = tempdir(CLEANUP => 1);
+my ($n_vocab, $out, $err, $code) = (443);
+
+plan skip_all => "no ./gemma3: make" if !-x $gemma3;
+
+# ---- Running it ----------------------------------------------------------------------------------
+
+sub slurp {
+    my ($path) = @_;
+    open my $f, "<:raw", $path or die "$path: $!";
+    local $/;
+    return scalar(<$f>) // "";
+}
+
+sub spew {
+    my ($name, $text) = @_;
+    my $path = "$dir/$name";
+    open my $f, ">:raw", $path or die "$path: $!";
+    print $f $text;
+    close $f;
+    return $path;
+}
+
+# Starts gemma3 with stdin from one file, stdout to another (undef: closed).
+sub start {
+    my ($in, $to, @args) = @_;
+    my $pid = fork // die "fork: $!";
+    return $pid if $pid;
+    open STDIN,  "<", $in           or die;
+    open STDERR, ">", "$dir/stderr" or die;
+    if (defined $to) { open STDOUT, ">", $to or die } else { close STDOUT }
+    exec $gemma3, @args;
+    die "exec: $!";
+}
+
+# Runs it to its end; sets $out, $err and $code. A first argument that is a reference is the stdin.
+sub run {
+    my $in = ref $_[0] ? spew("stdin", ${ +shift }) : "/dev/null";
+    waitpid start($in, "$dir/stdout", @_), 0;
+    $code = $? & 127 ? "signal " . ($? & 127) : $? >> 8;
+    ($out, $err) = (slurp("$dir/stdout"), slurp("$dir/stderr"));
+    return $out;
+}
+
+sub tiny { return run(ref $_[0] ? shift : (), "-m", $tiny, @_) }
+
+# Wrong in the given way: nothing on stdout, one line on stderr.
+sub refuses {
+    my ($want_code, $like, $what, @args) = @_;
+    run(@args);
+    is($code, $want_code, "$what: exit code $want_code");
+    like($err, $like, "$what: says so");
+    is($out, "", "$what: nothing on stdout");
+    is($err =~ tr/\n//, 1, "$what: one line") or diag($err);
+}
+
+# Rows of logits as lists.
+sub rows {
+    my @x = unpack "f<*", $_[0];
+    return map { [splice @x, 0, $n_vocab] } 1 .. @x / $n_vocab;
+}
+
+sub argmax {
+    my ($row) = @_;
+    my $best = 0;
+    $row->[$_] > $row->[$best] and $best = $_ for 0 .. $#$row;
+    return $best;
+}
+
+sub nll {
+    my ($row, $id) = @_;
+    my ($max, $sum) = ($row->[argmax($row)], 0);
+    $sum += exp($_ - $max) for @$row;
+    return $max - $row->[$id] + log $sum;
+}
+
+sub near { return abs($_[0] - $_[1]) <= $_[2] * (1 + abs $_[1]) }
+
+# ---- About ---------------------------------------------------------------------------------------
+
+run("--version");
+is($code, 0, "--version");
+like($out, qr/^gemma3\.c \d+\.\d+\.\d+, numeric contract 1\n$/, "names the version and the contract's");
+is($err, "", "and nothing on stderr");
+
+run("--help");
+is($code, 0, "--help");
+for my $option (qw(-m -p -f --ids -i -n -c -t -b --temp --top-k --top-p --min-p --repeat-penalty
+    --seed --out-ids --exact --isa --kv --system --stop --logits --positions --hash --top --nll
+    --perplexity --tokenize --no-bos --detokenize --special --trace --trace-dir --info --version
+    --help)) {
+    like($out, qr/^  \Q$option\E /m, "--help has $option");
+}
+ok(!(grep { length > 100 } split /\n/, $out), "its lines have 100 columns at most");
+
+run("--isa", "list");
+my @isas = split /\n/, $out;
+is($code, 0, "--isa list");
+is($isas[-1], "scalar", "ends with what every CPU has");
+ok(!(grep { !/^(scalar|avx2|avx512|avx512vnni|neon|dotprod|i8mm)$/ } @isas), "and names kernels");
+
+tiny("--info");
+is($code, 0, "--info");
+my %info = (n_layers => 8, d_model => 64, d_ff => 96, n_heads => 4, n_kv_heads => 2,
+    head_dim => 32, n_vocab => 443, n_ctx_train => 512, window => 8, rope_base_global => 1000000,
+    rope_base_local => 10000, rope_factor => 8, embedding_scale => 8, contract => 1,
+    mode => "default", rms_eps => "9.99999997e-07", "global layers" => 5);
+like($out, qr/^$_ +\Q$info{$_}\E\b/m, "$_ is $info{$_}") for sort keys %info;
+# one global layer of 512 slots, seven rings of 8 + 64 - 1; K and V, 2 heads of 32, 2 bytes
+my $kv_bytes = (512 + 7 * 71) * 2 * 2 * 32 * 2;
+like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f16$/m, "the cache's bytes");
+like($out, qr/^weights +\d+ bytes/m, "the weights'");
+like($out, qr/^scratch and tables +\d+ bytes for -c 512 -b 512$/m, "the scratch's");
+tiny("--info", "-b", 1, "--exact");
+$kv_bytes = (512 + 7 * 8) * 2 * 2 * 32 * 4;
+like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f32$/m, "a batch of 1 needs less of it");
+
+# ---- Wrong command lines -------------------------------------------------------------------------
+
+refuses(2, qr/nothing to do/, "no prompt", "-m", $tiny);
+refuses(2, qr/unknown option --frobnicate/, "an unknown option", "-m", $tiny, "--frobnicate");
+refuses(2, qr/unexpected argument "hello"/, "a stray word", "-m", $tiny, "hello");
+refuses(2, qr/-p needs a value/, "-p without text", "-m", $tiny, "-p");
+refuses(2, qr/contradictory/, "two prompts", "-m", $tiny, "-p", "a", "-f", "b");
+refuses(2, qr/contradictory/, "two jobs", "-m", $tiny, "-p", "a", "--info");
+refuses(2, qr/--exact takes no value/, "a value for a flag", "-m", $tiny, "-p", "a", "--exact=1");
+for my $bad (["-n", "x"], ["-n", "1.5"], ["-n", "-3"], ["-c", "0"], ["-t", "0"], ["-t", "1000"],
+    ["-b", "0"], ["--temp", "-1"], ["--temp", "warm"], ["--temp", "nan"], ["--top-k", "-1"],
+    ["--top-p", "1.5"], ["--min-p", "2"], ["--seed", "-1"], ["--seed", "1e9"], ["--top", "0"],
+    ["-n", "99999999999999999999"], ["-n", ""], ["--repeat-penalty", "0"]) {
+    refuses(2, qr/^gemma3: $bad->[0] .*expected a (whole )?number from/, "@$bad", "-m", $tiny,
+        "-p", "a", @$bad);
+}
+refuses(2, qr/--kv f8: expected f16 or f32/, "--kv f8", "-m", $tiny, "-p", "a", "--kv", "f8");
+refuses(2, qr/--isa sse9: this CPU can run .*scalar/, "--isa sse9", "-m", $tiny, "-p", "a",
+    "--isa", "sse9");
+refuses(2, qr/--positions "0,x": expected whole numbers/, "--positions 0,x", "-m", $tiny, "-p",
+    "a", "--hash", "--positions", "0,x");
+refuses(2, qr/--positions needs/, "--positions alone", "-m", $tiny, "-p", "a", "--positions", "0");
+refuses(2, qr/--trace-dir needs --trace/, "--trace-dir alone", "-m", $tiny, "-p", "a",
+    "--trace-dir", $dir);
+refuses(2, qr/--system needs -i/, "--system without -i", "-m", $tiny, "-p", "a", "--system", "b");
+refuses(2, qr/need -p, -f or --ids/, "--hash of a chat", "-m", $tiny, "-i", "--hash");
+
+# ---- Jobs that fail ------------------------------------------------------------------------------
+
+my $ids = "test/data/tiny.ids";
+refuses(1, qr/no such model\.gguf cannot be opened: No such file/, "a missing model", "-m",
+    "no such model.gguf", "-p", "a");
+refuses(1, qr/test is not a regular file/, "a folder", "-m", "test", "-p", "a");
+refuses(1, qr/cli\.t is not a GGUF file/, "another file", "-m", "test/cli.t", "-p", "a");
+refuses(1, qr/empty has 0 bytes/, "an empty file", "-m", spew("empty", ""), "-p", "a");
+refuses(1, qr/cut\.gguf is truncated/, "half a model", "-m",
+    spew("cut.gguf", substr slurp($tiny), 0, 100000), "-p", "a");
+refuses(1, qr/no such text: No such file/, "a missing text", "-m", $tiny, "-f", "no such text");
+refuses(1, qr/\.ids: id 443 is outside the vocabulary, 0 to 442/, "an id too many", "-m", $tiny,
+    "--ids", spew("bad.ids", "3 443"), "--hash");
+refuses(1, qr/id -1 is outside/, "a negative id", "-m", $tiny, "--ids", spew("bad.ids", "3 -1"));
+refuses(1, qr/expected ids .* found "cat/, "words for ids", "-m", $tiny, "--ids",
+    spew("bad.ids", "3 cat"));
+refuses(1, qr/no tokens/, "no ids", "-m", $tiny, "--ids", spew("bad.ids", " \n"));
+refuses(1, qr/prompt has 72 tokens and the context room for 71/, "a prompt that is too long",
+    "-m", $tiny, "--ids", $ids, "-c", 71);
+refuses(1, qr/--positions 72: the prompt has 72/, "a position too far", "-m", $tiny, "--ids", $ids,
+    "--hash", "--positions", "0,72");
+refuses(1, qr/no tensor "l_in"/, "--trace of nothing", "-m", $tiny, "--ids", $ids, "--trace", "l_in");
+refuses(1, qr/outside the vocabulary/, "--detokenize 443", "-m", $tiny, "--detokenize", "443");
+refuses(1, qr/needs two chunks/, "--perplexity of a word", "-m", $tiny, "--perplexity",
+    spew("word.txt", "girl"));
+refuses(1, qr/out of memory/, "a context beyond all memory", "-m", $tiny, "-p", "a", "-c", 16777216,
+    "--kv", "f32") if 0;
+
+SKIP: {
+    skip "no /dev/full here", 6 if !-c "/dev/full";
+    refuses(1, qr{/dev/full: No space left}, "--logits on a full disk", "-m", $tiny, "--ids", $ids,
+        "--logits", "/dev/full");
+    waitpid start("/dev/null", "/dev/full", "-m", $tiny, "-p", "a", "-n", 5), 0;
+    is($? >> 8, 1, "text on a full disk: exit code 1");
+    like(slurp("$dir/stderr"), qr/standard output: No space left/, "and says why");
+}
+waitpid start("/dev/null", undef, "-m", $tiny, "-p", "a", "-n", 5), 0;
+is($? >> 8, 1, "stdout closed: exit code 1");
+like(slurp("$dir/stderr"), qr/standard output: /, "and says so");
+{
+    pipe my $read, my $write;
+    my $pid = fork // die;
+    if (!$pid) {
+        open STDOUT, ">&", $write;
+        open STDERR, ">", "$dir/stderr";
+        close $_ for $read, $write;
+        exec $gemma3, "-m", $tiny, "--ids", $ids, "--logits", "-";
+    }
+    close $_ for $read, $write;
+    waitpid $pid, 0;
+    is($?, 256, "a reader that goes away: exit code 1, no signal");
+}
+
+# ---- Tokens --------------------------------------------------------------------------------------
+
+sub ids_of { return split " ", tiny("--tokenize", @_) }
+
+is(tiny("--tokenize", "the cat"), join(" ", 3, ids_of("the cat", "--no-bos")) . "\n",
+    "--tokenize: <bos> and ids on one line");
+is($code, 0, "exit code 0");
+is($err, "", "nothing on stderr");
+tiny("--detokenize", join " ", ids_of("the girl\n\n went  home\xe2\x82\xac"));
+is($out, "the girl\n\n went  home\xe2\x82\xac", "--detokenize gives the bytes back");
+is(tiny("--detokenize", "3,3"), "", "<bos> is no text");
+is(tiny("--detokenize", "3 261", "--special"), "<bos><end_of_turn>", "unless --special");
+is(join(" ", ids_of("<end_of_turn>", "--special")), "3 261", "--special reads control tokens");
+ok(ids_of("<end_of_turn>") > 2, "which are plain text otherwise");
+my $poem = spew("a poem.txt", "the dog\nand the cat\n");
+is(tiny("--tokenize", "-f", $poem), tiny("--tokenize", "the dog\nand the cat\n"),
+    "--tokenize -f of a path with a space");
+my $piped = tiny(\"the dog\nand the cat\n", "--tokenize", "-f", "-");
+is($piped, tiny("--tokenize", "-f", $poem), "and of stdin");
+is(tiny("--tokenize="), "3\n", "no text is <bos>");
+
+# ---- Logits --------------------------------------------------------------------------------------
+
+my @ids = split " ", slurp($ids);
+my $all = tiny("--ids", $ids, "--logits", "-");
+is($code, 0, "--logits -");
+is(length $all, 72 * 443 * 4, "has a row for every id, none added");
+is($err, "", "and nothing is generated");
+my @rows = rows($all);
+tiny("--ids", $ids, "--hash");
+is($out, "contract 1 mode default kv f16 sha256 " . sha256_hex($all) . "\n",
+    "--hash is the SHA-256 of the same bytes");
+my $hash = $out;
+
+for my $options (["-t", 1], ["-t", 2], ["-t", 3], ["-t", 8], ["-b", 1], ["-b", 7], ["-b", 64],
+    ["-c", 72], ["-c", 500], ["--no-repack"], ["--kv", "f16"], map { ["--isa", $_] } @isas) {
+    is(tiny("--ids", $ids, "--hash", @$options), $hash, "the same with @$options");
+}
+tiny(\slurp($ids), "--ids", "-", "--hash");
+is($out, $hash, "ids from stdin");
+my %other = (hash_of($hash) => "default f16");
+for my $how (["--exact"], ["--kv", "f32"], ["--exact", "--kv", "f16"]) {
+    tiny("--ids", $ids, "--hash", @$how);
+    my ($mode, $kv) = ("@$how" =~ /exact/ ? "exact" : "default",
+        "@$how" eq "--exact" || "@$how" eq "--kv f32" ? "f32" : "f16");
+    like($out, qr/^contract 1 mode $mode kv $kv sha256 /, "@$how is mode $mode, cache $kv");
+    ok(!$other{ hash_of($out) }++, "and other bits");
+}
+sub hash_of { return $_[0] =~ /sha256 (\w{64})$/ ? $1 : "none" }
+
+tiny("--ids", $ids, "--exact", "--logits", "$dir/exact logits");
+is($out, "", "--logits FILE: nothing on stdout");
+my ($worst, @want) = (0, unpack "f<*", slurp("test/data/tiny.logits"));
+my @got = unpack "f<*", slurp("$dir/exact logits");
+for (0 .. $#want) { my $d = abs($got[$_] - $want[$_]); $worst = $d if $d > $worst }
+ok(@got == @want && $worst < 2e-4, "--exact: transformers' logits within 2e-4");
+
+my $row_bytes = $n_vocab * 4;
+my $picked = tiny("--ids", $ids, "--positions", "5,0,-1,5", "--logits", "-");
+ok($picked eq join("", map { substr $all, $_ * $row_bytes, $row_bytes } 5, 0, 71, 5),
+    "--positions: rows in the order asked for");
+tiny("--ids", $ids, "--positions", "0 3 -2", "--hash");
+is(hash_of($out), sha256_hex(map { substr $all, $_ * $row_bytes, $row_bytes } 0, 3, 70),
+    "--positions also picks what is hashed");
+tiny("--ids", $ids, "--logits", "-", "--hash", "--nll");
+ok($out eq $all, "--logits -: nothing else goes to stdout");
+like($err, qr/^1 $ids[1] .*\n71 $ids[71] .*\ncontract 1 /s, "the rest goes to stderr");
+ok(tiny("-p", "the cat", "--logits", "-") eq tiny(\join(" ", ids_of("the cat")), "--ids", "-",
+    "--logits", "-"), "-p is completed as it stands, after <bos>");
+ok(tiny("-p", "the cat", "--no-bos", "--logits", "-") eq
+    tiny(\join(" ", ids_of("the cat", "--no-bos")), "--ids", "-", "--logits", "-"), "--no-bos");
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+tiny("--ids", $ids, "--nll");
+my @lines = split /\n/, $out;
+is(scalar @lines, 71, "--nll: a line for each id but the first");
+like($lines[0], qr/^1 $ids[1] \d/, "the first is position 1");
+my $n_good = grep { $lines[$_] =~ /^(\d+) (\d+) (\S+)$/ && $1 == $_ + 1 && $2 == $ids[$_ + 1]
+    && near($3, nll($rows[$_], $2), 1e-8) } 0 .. 70;
+is($n_good, 71, "each is pos, id, nll of the id given those before");
+
+tiny("--ids", $ids, "--top", 443);
+@lines = split /\n/, $out;
+is(scalar @lines, 443, "--top 443");
+my ($sum, $n_right, $last) = (0, 0, 9e9);
+for (@lines) {
+    my ($id, $text, $logit, $p) = split /\t/;
+    $n_right++ if near($logit, $rows[71][$id], 1e-8) && $logit <= $last && $text =~ /^".*"$/
+        && near($p, exp(-nll($rows[71], $id)), 1e-8);
+    ($sum, $last) = ($sum + $p, $logit);
+}
+is($n_right, 443, "id, text, logit, probability, the likeliest first");
+ok(near($sum, 1, 1e-8), "the probabilities add up to 1");
+is(scalar(split /\n/, tiny("--ids", $ids, "--top", 3)), 3, "--top 3");
+
+my $tale = "once upon a time there was a little girl who lived in a house near the forest. " x 4;
+my $file = spew("tale.txt", $tale);
+tiny("--perplexity", $file, "-c", 32);
+is($code, 0, "--perplexity");
+my @text = ids_of($tale);
+my ($n, $total, $squares, @running) = (0, 0, 0);
+for my $chunk (0 .. int(@text / 32) - 1) {
+    my @part = (3, @text[32 * $chunk + 1 .. 32 * $chunk + 31]);
+    my @r = rows(tiny(\"@part", "--ids", "-", "--logits", "-"));
+    for my $pos (16 .. 30) {
+        my $x = nll($r[$pos], $part[$pos + 1]);
+        ($n, $total, $squares) = ($n + 1, $total + $x, $squares + $x * $x);
+    }
+    push @running, sprintf "[%d]%.4f,", $chunk + 1, exp($total / $n);
+}
+my ($mean, $ppl) = ($total / $n, exp($total / $n));
+my $error = $ppl * sqrt(($squares / $n - $mean * $mean) / ($n - 1));
+tiny("--perplexity", $file, "-c", 32);
+is((split /\n/, $out)[0], join("", @running), "the running value, chunk by chunk");
+my ($got_ppl, $got_error) = $out =~ /^ppl (\S+) \+- (\S+)$/m;
+ok(near($got_ppl // 0, $ppl, 1e-6) && near($got_error // 0, $error, 1e-5),
+    "ppl +- error, as computed from the logits") or diag("$out want $ppl +- $error");
+
+# ---- Tensors inside ------------------------------------------------------------------------------
+
+tiny("--ids", $ids, "--trace", "l_out-7,attn_norm,result_norm");
+is($code, 0, "--trace");
+@lines = split /\n/, $out;
+is(scalar(grep { /^attn_norm-[0-7] \[72\]\[64\] first \S+ \S+ \S+ last .* sum \S+ min \S+ max \S+$/ }
+    @lines), 8, "a name without a layer is every layer's");
+is(scalar(grep { /^l_out-7 \[72\]\[64\] / } @lines), 1, "one with a layer is one");
+is(scalar @lines, 10, "nothing else is printed");
+my $folder = "$dir/inside it";
+tiny("--ids", $ids, "--trace", "l_out,result_output", "--trace-dir", $folder);
+is(scalar(() = glob "'$folder'/l_out-*.f32"), 8, "--trace-dir: a file for each tensor");
+is(-s "$folder/l_out-7.f32", 72 * 64 * 4, "raw float32");
+ok(slurp("$folder/result_output.f32") eq $all, "result_output is the logits");
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+my @prompt = ids_of("the little girl");
+my @chosen;
+for (1 .. 12) {
+    my @all = (@prompt, @chosen);
+    push @chosen, argmax(rows(tiny(\"@all", "--ids", "-", "--positions", "-1", "--logits", "-")));
+}
+is(tiny("-p", "the little girl", "--temp", 0, "-n", 12, "--out-ids"), "@chosen\n",
+    "greedy: the argmax of the logits again and again");
+like($err, qr{^prompt \d+ tokens, .* tokens/s; generated 12 tokens}, "the speed goes to stderr");
+my $text = tiny("-p", "the little girl", "--temp", 0, "-n", 12);
+is($code, 0, "exit code 0");
+tiny("--detokenize", "@chosen");
+(my $whole = $out) =~ s/[\x80-\xff]//g;
+(my $ascii = $text) =~ s/[\x80-\xff]//g;
+is($ascii, $whole, "the text is the ids' text");
+is(tiny("-p", "a", "-n", 0), "", "-n 0 is nothing");
+is($code, 0, "and no failure");
+
+my @sampling = ("-p", "the", "-n", 80);
+$text = tiny(@sampling);
+is(tiny(@sampling), $text, "a fixed seed by default");
+is(tiny(@sampling, qw(--temp 1 --top-k 64 --top-p 0.95 --min-p 0 --repeat-penalty 1 --seed 42 -b 512
+    -c 512)), $text, "the defaults are what --help says");
+isnt(tiny(@sampling, "--seed", 7), $text, "another seed is another text");
+isnt(tiny(@sampling, "--temp=0.01"), $text, "--temp=T is understood too");
+isnt(tiny(@sampling, "--top-k", 2), $text, "--top-k");
+isnt(tiny(@sampling, "--top-p", 0.1), $text, "--top-p");
+isnt(tiny(@sampling, "--min-p", 0.9), $text, "--min-p");
+isnt(tiny(@sampling, "--repeat-penalty", 3), $text, "--repeat-penalty");
+my $n_invalid = 0;
+for my $seed (1 .. 8) {
+    my $copy = tiny(@sampling, "--seed", $seed);
+    $n_invalid++ if !utf8::decode($copy);
+}
+is($n_invalid, 0, "text is whole UTF-8 characters");
+
+my ($stop) = $text =~ /^.{20,40}?([a-z ]{2,5})/s;
+tiny(@sampling, "--stop", "no such thing", "--stop", $stop);
+is($out, substr($text, 0, index $text, $stop), "--stop ends before its text");
+tiny(@sampling, "--hash");
+like($out, qr/^contract \S.*\n$/, "--hash generates nothing");
+tiny(@sampling[0, 1], "--hash", "-n", 3, "--out-ids");
+like($out, qr/^contract .*\n\d+ \d+ \d+\n$/, "unless -n is given");
+tiny("-p", "the", "-c", 12, "--seed", 3);
+is($code, 0, "without -n until the context is full");
+like($err, qr/the context of 12 tokens is full/, "which is said");
+tiny(\"the", "-f", "-", "-n", 80);
+is($out, $text, "-f - reads stdin");
+tiny("-p", "h\xc3\xa9 \xe4\xbd\xa0", "-n", 1, "--nll");
+is(scalar(split(/\n/, $out)) > 3, 1, "UTF-8 arguments");
+spew("my model.gguf", slurp($tiny));
+is(run("-m", "$dir/my model.gguf", "--ids", $ids, "--hash"), $hash, "a path with a space");
+
+# ---- Chat ----------------------------------------------------------------------------------------
+
+my @chat = ("-i", "--temp", 0, "-n", 10, "--out-ids");
+sub answer_to {    # what --ids gives for a text of turns
+    my @all = ids_of($_[0], "--special");
+    tiny(\"@all", "--ids", "-", "--temp", 0, "-n", 10, "--out-ids");
+    return $out;
+}
+sub text_of { (my $ids = $_[0]) =~ s/\n//; return tiny("--detokenize", $ids, "--special") }
+my $first = answer_to("<start_of_turn>user\nthe cat<end_of_turn>\n<start_of_turn>model\n");
+tiny(\"the cat\n", @chat);
+is($code, 0, "-i");
+is($out, $first, "the turn is what the template makes of it");
+is(() = $err =~ /not trained to chat/g, 0, "a model with a template was trained to chat");
+tiny(\" the cat \n/clear\n\nthe cat\n/quit\nthe dog\n", @chat);
+is($out, $first . $first, "/clear forgets, an empty line is nothing, /quit ends");
+tiny(\"the cat\n", @chat, "--system", "you are a dog");
+is($out, answer_to("<start_of_turn>user\nyou are a dog\n\nthe cat<end_of_turn>\n" .
+    "<start_of_turn>model\n"), "--system is put before the first turn");
+tiny(\"the cat\nthe dog\n", @chat);
+my @turns = split /\n/, $out;
+my @history = (ids_of("<start_of_turn>user\nthe cat<end_of_turn>\n<start_of_turn>model\n",
+    "--special"), split(" ", $first), ids_of("<end_of_turn>\n<start_of_turn>user\nthe dog" .
+    "<end_of_turn>\n<start_of_turn>model\n", "--special", "--no-bos"));
+is($turns[1], tiny(\"@history", "--ids", "-", "--temp", 0, "-n", 10, "--out-ids") =~ s/\n//r,
+    "the second turn comes after the first and its answer");
+run(\"a\nb\n", "-m", $base, "-i", "-n", 2);
+is(() = $err =~ /not trained to chat/g, 1, "a base model says once that it was not trained to chat");
+tiny(\"the cat\nthe dog\nthe girl\n", "-i", "-c", 40, "--temp", 0);
+is($code, 0, "a full context ends a chat cleanly");
+like($err, qr/the context of 40 tokens is full/, "and says so");
+
+# Ctrl-C: the model answers for minutes; then the next line is read.
+{
+    spew("stdin", "the cat\n/clear\nthe cat\n/quit\n");
+    my @long = ("-m", $tiny, "-i", "-c", 60000, "--seed", 5, "--top-k", 0, "--temp", 0);
+    my $pid = start("$dir/stdin", "$dir/stdout", @long);
+    my $n_sent = 0;
+    for (1 .. 200) {
+        sleep 0.05;
+        last if waitpid($pid, 1) == $pid && ($n_sent += 1000);
+        if ($_ % 6 == 0 && -s "$dir/stdout") { kill INT => $pid; $n_sent++ }
+    }
+    my $ended = $n_sent >= 1000;
+    if (!$ended) { kill KILL => $pid; waitpid $pid, 0 }
+    ok($ended && $? == 0, "Ctrl-C stops the answer, not the program") or diag("status $?");
+    cmp_ok($n_sent % 1000, ">=", 2, "once for each answer") if $ended;
+    like(slurp("$dir/stderr"), qr/^prompt \d+ tokens/m, "and the chat ends as usual");
+}
+
+# ---- The real one --------------------------------------------------------------------------------
+
+SKIP: {
+    skip "no $real: make $real fetches it", 2 if !-f $real;
+    run("-m", $real, "--exact", "-p", "The capital of France is", "--temp", 0, "-n", 8);
+    is($out, " the capital of the country of France.", "the real model goes on");
+    run("-m", $real, "--exact", "-p", "The capital of France is", "--temp", 0, "-n", 8, "--out-ids");
+    is($out, "506 5279 529 506 2891 529 7001 236761\n", "with transformers' ids");
+}
+done_testing();
