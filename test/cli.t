@@ -380,10 +380,10 @@ for my $seed (1 .. 8) {
 }
 is($n_invalid, 0, "text is whole UTF-8 characters");
 
-my ($stop) = $text =~ /^.{20,40}?([a-z ]{2,5})/s;
+my $stop = substr $text, 20, 4;
 tiny(@sampling, "--stop", "no such thing", "--stop", $stop);
 is($out, substr($text, 0, index $text, $stop), "--stop ends before its text");
-tiny(@sampling, "--hash");
+tiny(@sampling[0, 1], "--hash");
 like($out, qr/^contract \S.*\n$/, "--hash generates nothing");
 tiny(@sampling[0, 1], "--hash", "-n", 3, "--out-ids");
 like($out, qr/^contract .*\n\d+ \d+ \d+\n$/, "unless -n is given");
