@@ -351,14 +351,14 @@ INLINE void store_u32_le(uint8_t *p, uint32_t u)
     memcpy(p, &u, 4);
 }
 
-/* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0.
- * The trick: shifted into float's place the exponent is 112 too small; a multiplication by 2^112 is
- * exact and handles subnormals too. */
+/* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0:
+ * then it is m * 2^-24, made from the integer, because arithmetic on subnormal floats can be slow. */
 INLINE float f16_to_f32(uint16_t x)
 {
-    uint32_t sign = (uint32_t)(x & 0x8000) << 16, rest = (uint32_t)(x & 0x7fff) << 13;
-    float value = rest >= 0x0f800000 ? float_of(rest + 0x70000000) : float_of(rest) * 0x1p112f;
-    return float_of(bits_of(value) | sign);
+    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00, rest = (uint32_t)(x & 0x7fff) << 13;
+    uint32_t normal = rest + (exponent == 0x7c00 ? 0x70000000 : 0x38000000); /* exponent 15 -> 127, 31 -> 255 */
+    uint32_t subnormal = bits_of((float)(int32_t)(x & 0x3ff) * 0x1p-24f);
+    return float_of((exponent ? normal : subnormal) | sign);
 }
 
 /* To nearest, ties to even; too large becomes infinity, as IEEE says. */
@@ -382,7 +382,8 @@ enum { TILE_ROWS = 32 };
  *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
  * Formats without sub-scales leave scale and min alone: both count as 1. */
 struct panel {
-    int8_t code[32 * TILE_ROWS];      /* element 4g + k of row r at (g * R + r) * 4 + k */
+    const int8_t *code;               /* element 4g + k of row r at (g * R + r) * 4 + k */
+    uint8_t unpacked[32 * TILE_ROWS]; /* where code points, unless the file's bytes are the codes */
     int32_t scale[2][TILE_ROWS], min[2][TILE_ROWS];
     float d[TILE_ROWS], m[TILE_ROWS];
 };
@@ -392,11 +393,35 @@ INLINE void load_f16s(float *restrict out, const uint8_t *restrict p, int R)
     for (int r = 0; r < R; r++) out[r] = f16_to_f32(load_u16_le(p + 2 * r));
 }
 
+/* out[j] = (in[j] >> shift) & mask for n bytes, four at a time: what a shift moves from one byte into
+ * the next is masked away, in either byte order. mask is one byte's, shift at most 7. */
+INLINE void take_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask)
+{
+    for (int j = 0; j < n; j += 4) {
+        uint32_t four;
+        memcpy(&four, in + j, 4);
+        four = four >> shift & mask * 0x01010101;
+        memcpy(out + j, &four, 4);
+    }
+}
+
+/* out[j] |= ((in[j] >> shift) & mask) << up */
+INLINE void add_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask, int up)
+{
+    for (int j = 0; j < n; j += 4) {
+        uint32_t four, so_far;
+        memcpy(&four, in + j, 4);
+        memcpy(&so_far, out + j, 4);
+        so_far |= (four >> shift & mask * 0x01010101) << up;
+        memcpy(out + j, &so_far, 4);
+    }
+}
+
 /* 16 bytes of nibbles for each row: the low one element j, the high one element j + 16. */
 INLINE void unpack_nibbles(struct panel *restrict o, const uint8_t *restrict qs, int R)
 {
-    for (int j = 0; j < 16 * R; j++) o->code[j] = (int8_t)(qs[j] & 15);
-    for (int j = 0; j < 16 * R; j++) o->code[16 * R + j] = (int8_t)(qs[j] >> 4);
+    take_bits(o->unpacked, qs, 16 * R, 0, 15);
+    take_bits(o->unpacked + 16 * R, qs, 16 * R, 4, 15);
 }
 
 /* high: one u32 for each row; its bit j is the fifth bit of element j. The product copies bit k of
@@ -405,7 +430,7 @@ INLINE void add_fifth_bits(struct panel *restrict o, const uint8_t *restrict hig
 {
     for (int g = 0; g < 8; g++)
         for (int r = 0; r < R; r++) {
-            uint8_t *four = (uint8_t *)o->code + 4 * (g * R + r);
+            uint8_t *four = o->unpacked + 4 * (g * R + r);
             uint32_t bits = load_u32_le(high + 4 * r) >> 4 * g & 15;
             store_u32_le(four, load_u32_le(four) | (bits * 0x00204081 & 0x01010101) << 4);
         }
@@ -451,7 +476,7 @@ INLINE void unpack_q5_1(const uint8_t *restrict p, int R, struct panel *restrict
 INLINE void unpack_q8_0(const uint8_t *restrict p, int R, struct panel *restrict o)
 {
     load_f16s(o->d, p, R);
-    memcpy(o->code, p + 2 * R, 32 * R);
+    o->code = (const int8_t *)p + 2 * R;
 }
 
 /* IQ4_NL, 18 bytes for 32, laid out as Q4_0; a nibble is an index into 16 unevenly spaced levels. */
@@ -460,7 +485,7 @@ INLINE void unpack_iq4_nl(const uint8_t *restrict p, int R, struct panel *restri
     static const int8_t level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                      1,    13,   25,  38,  53,  69,  89,  113};
     unpack_q4_0(p, R, o);
-    for (int j = 0; j < 32 * R; j++) o->code[j] = level[o->code[j]];
+    for (int j = 0; j < 32 * R; j++) o->unpacked[j] = (uint8_t)level[o->unpacked[j]];
 }
 
 /* The K formats: blocks of 256 elements = 8 groups of 32 with sub-scales; g is the group wanted.
@@ -472,7 +497,7 @@ INLINE void unpack_iq4_nl(const uint8_t *restrict p, int R, struct panel *restri
 INLINE void unpack_q2_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
     const uint8_t *qs = p + (16 + 32 * (g / 4)) * R, *scales = p + 2 * g * R;
-    for (int j = 0; j < 32 * R; j++) o->code[j] = (int8_t)(qs[j] >> 2 * (g % 4) & 3);
+    take_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3);
     for (int k = 0; k < 2; k++)
         for (int r = 0; r < R; r++) {
             o->scale[k][r] = scales[k * R + r] & 15;
@@ -491,8 +516,8 @@ INLINE void unpack_q2_k(const uint8_t *restrict p, int R, int g, struct panel *r
 INLINE void unpack_q3_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
     const uint8_t *qs = p + (32 + 32 * (g / 4)) * R, *scales = p + 96 * R;
-    for (int j = 0; j < 32 * R; j++)
-        o->code[j] = (int8_t)((qs[j] >> 2 * (g % 4) & 3) | (p[j] >> g & 1) << 2);
+    take_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3);
+    add_bits(o->unpacked, p, 32 * R, g, 1, 2);
     for (int i = 2 * g; i < 2 * g + 2; i++)
         for (int r = 0; r < R; r++) {
             int low = scales[i % 8 * R + r] >> 4 * (i / 8) & 15;
@@ -526,7 +551,7 @@ INLINE void unpack_k_scales(const uint8_t *restrict p, int R, int g, struct pane
 INLINE void unpack_q4_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
     const uint8_t *qs = p + (16 + 32 * (g / 2)) * R;
-    for (int j = 0; j < 32 * R; j++) o->code[j] = (int8_t)(qs[j] >> 4 * (g % 2) & 15);
+    take_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15);
     unpack_k_scales(p, R, g, o);
 }
 
@@ -535,8 +560,8 @@ INLINE void unpack_q4_k(const uint8_t *restrict p, int R, int g, struct panel *r
 INLINE void unpack_q5_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
     const uint8_t *qs = p + (48 + 32 * (g / 2)) * R, *qh = p + 16 * R;
-    for (int j = 0; j < 32 * R; j++)
-        o->code[j] = (int8_t)((qs[j] >> 4 * (g % 2) & 15) | (qh[j] >> g & 1) << 4);
+    take_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15);
+    add_bits(o->unpacked, qh, 32 * R, g, 1, 4);
     unpack_k_scales(p, R, g, o);
 }
 
@@ -549,8 +574,8 @@ INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *r
     int half = g / 4, k = g % 4;
     const uint8_t *ql = p + (64 * half + 32 * (k % 2)) * R, *qh = p + (128 + 32 * half) * R;
     const uint8_t *scales = p + (192 + 2 * g) * R;
-    for (int j = 0; j < 32 * R; j++)
-        o->code[j] = (int8_t)((ql[j] >> 4 * (k / 2) & 15) | (qh[j] >> 2 * k & 3) << 4);
+    take_bits(o->unpacked, ql, 32 * R, 4 * (k / 2), 15);
+    add_bits(o->unpacked, qh, 32 * R, 2 * k, 3, 4);
     for (int h = 0; h < 2; h++)
         for (int r = 0; r < R; r++) o->scale[h][r] = (int8_t)scales[h * R + r];
     load_f16s(o->d, p + 208 * R, R);
@@ -563,6 +588,7 @@ enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K 
 /* Group g of the block at p in R interleaved rows. R is a constant in every call. */
 INLINE void unpack(int type, const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
+    o->code = (const int8_t *)o->unpacked;
     switch (type) {
     case Q4_0: unpack_q4_0(p, R, o); break;
     case Q4_1: unpack_q4_1(p, R, o); break;
@@ -745,10 +771,12 @@ enum {
     Q4_0_GROUP = TILE_ROWS * 4,
 };
 
-/* Asks for memory of the tile after this one while this one is multiplied: left to themselves, machines
- * notice too late where a tile ends (prompt x1.2). A little for each block, because a burst stalls. Not
- * for single tokens, which only stream. */
-enum { FETCH_FROM = 4 };
+/* Asks for memory before it is needed, a little with each block, because a burst stalls. With several
+ * vectors a Q4_0 tile is multiplied many times, and meanwhile the next one comes: left to itself the
+ * machine notices too late where a tile ends (prompt x1.2). Panels are unpacked field by field, which
+ * no machine foresees: 8 KB ahead (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). One vector times Q4_0
+ * is a stream that needs no help. */
+enum { FETCH_FROM = 4, FETCH_AHEAD = 8192 };
 
 INLINE void fetch(const uint8_t *p, size_t n_bytes)
 {
@@ -2009,7 +2037,7 @@ static void mul_tile_integers(const struct matmul *job, const struct matrix *w, 
     const struct format *f = w->format;
     struct unpacked *u = &job->s->unpacked[worker];
     int blocks = w->cols / 32, groups = f->elements / 32, at_once = w->tiled && f->type == Q4_0 ? blocks : PANELS;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes, next_tile = TILE_ROWS * w->row_bytes;
+    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     for (int b = 0; b < blocks; b += at_once) {
         int take = blocks - b < at_once ? blocks - b : at_once;
         const uint8_t *tile = w->data + row * w->row_bytes + b / groups * block_bytes;
@@ -2024,7 +2052,7 @@ static void mul_tile_integers(const struct matmul *job, const struct matrix *w, 
         }
         for (int a = 0; a < take; a++) {
             const uint8_t *block = tile + a / groups * block_bytes;
-            if (w->tiled && job->n >= FETCH_FROM) fetch(block + next_tile + a % groups * (block_bytes / groups), block_bytes / groups);
+            if (w->tiled) fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
             k->unpack(f->type, block, a % groups, u->panel + a);
         }
         k->mul_panel(u->panel, take, f, job->s->xq + b, job->blocks, job->n, acc);
