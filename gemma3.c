@@ -776,7 +776,7 @@ enum {
  * machine notices too late where a tile ends (prompt x1.2). Panels are unpacked field by field, which
  * no machine foresees: 8 KB ahead (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). One vector times Q4_0
  * is a stream that needs no help. */
-enum { FETCH_FROM = 4, FETCH_AHEAD = 8192 };
+enum { FETCH_FROM = 4, FETCH_AHEAD = 8192, FETCH_STREAM = 2048 };
 
 INLINE void fetch(const uint8_t *p, size_t n_bytes)
 {
@@ -1140,6 +1140,7 @@ INLINE_AVX2 void mix_avx2_nt(const struct mix *m, int type, int i0, int NT)
         UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_loadu_ps(out + i * m->out_stride + 8 * k);
     for (int p = 0; p < m->n_pos; p++) {
         __m256 v[4];
+        __builtin_prefetch(m->v + p * m->v_bytes + FETCH_STREAM);
         UNROLL for (int k = 0; k < 4; k++) v[k] = load_8_avx2(type, m->v + p * m->v_bytes, 8 * k);
         UNROLL for (int i = 0; i < NT; i++) {
             __m256 ep = _mm256_set1_ps(e[i * m->e_stride + p]);
@@ -1404,16 +1405,19 @@ INLINE_AVX512 void mul_floats_avx512_of(int type, const uint8_t *rows, size_t ro
                                         const float *x, size_t x_stride, int n, int cols,
                                         float (*acc)[TILE_ROWS])
 {
-    for (; n > 0;) {
-        int r = 0, nt = n >= 4 ? 4 : 1;
-        for (; r + 4 <= n_rows && nt == 4; r += 4)
+    for (int first = 1; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, first = 0) {
+        int r = 0;
+        for (; r + 4 <= n_rows; r += 4) {
+            if (first) fetch(rows + (r + 8) * row_bytes, 4 * row_bytes); /* four streams are too short */
             mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 4, 4);
-        for (; r < n_rows && nt == 4; r++)
-            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 4);
-        for (; r < n_rows; r++) /* in one stream: four at once read 24 GB/s where this reads 32 */
-            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 1);
-        n -= nt, x += nt * x_stride, acc += nt;
+        }
+        for (; r < n_rows; r++)
+            for (int i = 0; i < 4; i++)
+                mul_floats_avx512_nt(type, rows, row_bytes, x + i * x_stride, x_stride, cols, acc + i, r, 1, 1);
     }
+    for (; n > 0; n--, x += x_stride, acc++) /* in one stream: four at once read 24 GB/s where this reads 32 */
+        for (int r = 0; r < n_rows; r++)
+            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 1);
 }
 
 AVX512 static void mul_floats_avx512(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
@@ -1436,6 +1440,7 @@ INLINE_AVX512 void mix_avx512_nt(const struct mix *m, int type, int i0, int NT)
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int k = 0; k < 2; k++) sum[i][k] = _mm512_loadu_ps(out + i * m->out_stride + 16 * k);
     for (int p = 0; p < m->n_pos; p++) {
+        __builtin_prefetch(m->v + p * m->v_bytes + FETCH_STREAM);
         __m512 v0 = load_16_avx512(type, m->v + p * m->v_bytes, 0);
         __m512 v1 = load_16_avx512(type, m->v + p * m->v_bytes, 16);
         UNROLL for (int i = 0; i < NT; i++) {
