@@ -306,6 +306,32 @@ static inline __m256 simde_half_of(__m512 a, int half)
     memcpy(&h, &a, 64);
     return h.ps[half];
 }
+static inline __m512 simde_mask3_fmadd(__m512 a, __m512 b, __m512 c, unsigned mask)
+{
+    float x[16], y[16], z[16];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int j = 0; j < 16; j++)
+        if (mask >> j & 1) z[j] = __builtin_fmaf(x[j], y[j], z[j]);
+    memcpy(&c, z, 64);
+    return c;
+}
+static inline __m512 simde_maskz_loadu(unsigned mask, const float *p)
+{
+    __m512 a;
+    float x[16] = { 0 };
+    for (int j = 0; j < 16; j++)
+        if (mask >> j & 1) x[j] = p[j];
+    memcpy(&a, x, 64);
+    return a;
+}
+#undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_ps
+#undef _mm512_mask3_fmadd_ps
+#undef _mm512_maskz_loadu_ps
+#define _mm512_shuffle_f32x4(a, b, c) simde_mm512_shuffle_f32x4(a, b, c)
+#define _mm512_shuffle_ps(a, b, c) simde_mm512_shuffle_ps(a, b, c)
+#define _mm512_mask3_fmadd_ps(a, b, c, k) simde_mask3_fmadd(a, b, c, k)
+#define _mm512_maskz_loadu_ps(k, p) simde_maskz_loadu(k, p)
 #undef _mm512_madd_epi16
 #undef _mm512_extractf32x8_ps
 #undef _mm512_cvtepi32_ps
