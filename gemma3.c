@@ -240,13 +240,22 @@ static double power(double base, double exponent) /* base > 0 */
     return gemma3_exp(exponent * gemma3_log(base));
 }
 
-/* cos and sin of a rotary angle, 0 <= angle < 2^20: less k quarter turns in three steps (pi/2 cut
- * into parts of 33 bits, so that k times a part is exact), then Taylor's series on [-pi/4, pi/4]. */
+/* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then Taylor's
+ * series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits and the rest, so
+ * that all products with the first two parts are exact. A model is refused whose angles could reach
+ * 2^31 (configure_rope); NaN for them here, because casts of such numbers differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
+    if (!(angle >= 0 && angle < 0x1p31f)) {
+        *c = *s = float_of(0x7fc00000);
+        return;
+    }
     double x = angle;
     double k = (x * 0x1.45f306dc9c883p-1 + 0x1.8p52) - 0x1.8p52; /* 2/pi */
-    double r = ((x - k * 0x1.921fb54400000p+0) - k * 0x1.0b4611a600000p-34) - k * 0x1.3198a2e037073p-69;
+    double low = (double)((uint32_t)k & 0xfffff), high = k - low;
+    double r = (x - high * 0x1.921fb54400000p+0) - low * 0x1.921fb54400000p+0;
+    r = (r - high * 0x1.0b4611a600000p-34) - low * 0x1.0b4611a600000p-34;
+    r -= k * 0x1.3198a2e037073p-69;
     static const double even_term[9] = {1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800,
                                         1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
     static const double odd_term[9] = {1, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880,
@@ -258,7 +267,7 @@ static void cos_sin(float angle, float *c, float *s)
         odd = odd_term[j] + odd * r2;
     }
     odd *= r;
-    int quarter = (int)((int64_t)k & 3);
+    int quarter = (int)((uint32_t)k & 3);
     double cosine = quarter & 1 ? odd : even, sine = quarter & 1 ? even : odd;
     *c = (float)(quarter == 1 || quarter == 2 ? -cosine : cosine);
     *s = (float)(quarter >= 2 ? -sine : sine);
@@ -2744,8 +2753,9 @@ static int get_int(const struct gguf *g, const char *name, int low, int high, in
     return 0;
 }
 
-/* The same for a positive float; other: an older spelling of the key, or NULL. */
-static int get_float(const struct gguf *g, const char *name, const char *other, float fallback, float *out)
+/* The same for a float of at least `least`; other: an older spelling of the key, or NULL. */
+static int get_float(const struct gguf *g, const char *name, const char *other, float least, float fallback,
+                     float *out)
 {
     char key[96];
     double x;
@@ -2758,7 +2768,8 @@ static int get_float(const struct gguf *g, const char *name, const char *other, 
     *out = fallback;
     if (!kv) return 0;
     if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= 0 && x <= 1e30)) return fail(g->err, "%s: key %s is %g, expected a positive number", g->name, key, x), -1;
+    if (!(x >= least && x <= 1e30))
+        return fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, key, x, (double)least), -1;
     *out = (float)x;
     return 0;
 }
@@ -2939,13 +2950,15 @@ static int configure_rope(struct opening *o)
     struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
     if (type.n && !string_is(type, "linear") && !string_is(type, "none"))
         return fail(o->g.err, "%s: gemma3.rope.scaling.type is \"%s\", expected \"linear\"", o->g.name, shown(type, text)), -1;
-    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1e6f, &c->rope_base_global) ||
-        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1e4f, &c->rope_base_local) ||
-        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", large ? 8 : 1, &c->rope_factor))
+    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
+        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
+        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
         return -1;
     if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
-    if (!(c->rope_base_global > 0 && c->rope_base_local > 0))
-        return fail(o->g.err, "%s: gemma3.rope.freq_base must be positive", o->g.name), -1;
+    /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
+    if (c->rope_factor < 0x1p-7f)
+        return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
+                    o->g.name, (double)c->rope_factor), -1;
     return 0;
 }
 
@@ -2957,8 +2970,8 @@ static int configure(struct opening *o)
         get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
         get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
         get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
-        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 1e-6f, &c->rms_eps) ||
-        get_float(g, "final_logit_softcapping", NULL, 0, &c->final_softcap))
+        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 0, 1e-6f, &c->rms_eps) ||
+        get_float(g, "final_logit_softcapping", NULL, 0, 0, &c->final_softcap))
         return -1;
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */

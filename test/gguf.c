@@ -465,11 +465,22 @@ static void keys(void)
     f = take_apart();
     set_float(&f, "gemma3.rope.freq_base", -1);
     refused(f, "a negative RoPE base",
-            "x.gguf: key gemma3.rope.freq_base is -1, expected a positive number");
+            "x.gguf: key gemma3.rope.freq_base is -1, expected a number from 1 to 1e30");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.freq_base_swa", 1e-38f);
+    refused(f, "a RoPE base whose angles grow beyond all bounds",
+            "x.gguf: key gemma3.rope.freq_base_swa is 1e-38, expected a number from 1 to 1e30");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.scaling.factor", 1e-30f);
+    refused(f, "a RoPE factor that does the same", "x.gguf: gemma3.rope.scaling.factor is 1e-30, "
+            "expected at least 1/128 (angles must stay below 2^31)");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.scaling.factor", 0x1p-7f);
+    gemma3_close(accepted(f, "a RoPE factor of 1/128"));
     f = take_apart();
     set_float(&f, "gemma3.attention.layer_norm_rms_epsilon", float_of(0x7f800000));
     refused(f, "an infinite epsilon", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is inf, "
-            "expected a positive number");
+            "expected a number from 0 to 1e30");
     f = take_apart();
     push_int(set_array(&f, "gemma3.attention.sliding_window_pattern", KV_BOOL, 7), 0, 7);
     refused(f, "a pattern of 7 layers for 8",
