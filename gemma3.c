@@ -1899,6 +1899,7 @@ struct gemma3_model {
     const struct kernels *kernels;
     struct matrix token_embd;         /* [n_vocab][d_model] */
     struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
+    int tied;                         /* there is no output.weight */
     const float *output_norm;         /* [d_model] */
     struct layer layer[GEMMA3_MAX_LAYERS];
 
@@ -3054,7 +3055,8 @@ static int bind_weights(struct opening *o)
         bind_norm(o, "output_norm.weight", d, &m->output_norm))
         return -1;
     m->output = m->token_embd;
-    if (find_tensor(&o->g, "output.weight") && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
+    m->tied = !find_tensor(&o->g, "output.weight");
+    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
     for (int l = 0; l < c->n_layers; l++) {
         struct layer *w = &m->layer[l];
         if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
@@ -3125,10 +3127,10 @@ static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
 static int repack(struct opening *o)
 {
     gemma3_model *m = o->m;
-    int tied = m->output.data == m->token_embd.data, n = 0, n_layers = m->config.n_layers;
+    int n = 0, n_layers = m->config.n_layers;
     struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
     all[n++] = &m->token_embd;
-    if (!tied) all[n++] = &m->output;
+    if (!m->tied) all[n++] = &m->output;
     for (int l = 0; l < n_layers; l++) {
         struct layer *w = &m->layer[l];
         struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output, &w->ffn_gate, &w->ffn_up, &w->ffn_down};
@@ -3145,7 +3147,7 @@ static int repack(struct opening *o)
         repack_one(o, all[k], &to);
         if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
     }
-    if (tied) m->output = m->token_embd;
+    if (m->tied) m->output = m->token_embd;
     return 0;
 }
 
@@ -3216,8 +3218,7 @@ size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
 {
-    int tied = m->output.data == m->token_embd.data;
-    return m->weight_bytes - (tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
+    return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
 }
 
 /* ==== 13. Sizes and states ====================================================================== */

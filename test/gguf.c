@@ -682,6 +682,29 @@ static void quirks_of_vocabulary(void)
     gemma3_close(m);
 }
 
+/* A head whose bytes are the embedding's, read as another type, is a matrix of its own. */
+static void a_head_that_shares_bytes(void)
+{
+    float got[2][443];
+    for (int no_repack = 0; no_repack <= 1; no_repack++) {
+        image f = take_apart();
+        info *e = tensor_of(&f, "token_embd.weight"), *t = add_tensor(&f, "output.weight", 0, 64);
+        e->type = Q8_0, t->type = Q4_0; /* each fits into what the file has */
+        t->n_dims = 2, t->ne[1] = 443, t->offset = e->offset;
+        bytes b = put_together(&f);
+        gemma3_options o = { .no_repack = no_repack };
+        gemma3_error err = { "" };
+        gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
+        if (!ok(m && !compute(m, got[no_repack]), "a head at the embedding's place in the file opens")) diag("  %s", err.text);
+        ok(m && m->output.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
+        if (m) is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34, "a token reads all but the embedding");
+        gemma3_close(m);
+        free(b.p);
+        throw_away(&f);
+    }
+    is_bits(got[0], got[1], sizeof got[0], "repacked or not");
+}
+
 /* ---- Random damage --------------------------------------------------------------------------- */
 
 /* Whatever opens must compute, and its tokenizer must work. */
@@ -737,6 +760,7 @@ int main(void)
     quirks();
     quirks_of_config();
     quirks_of_vocabulary();
+    a_head_that_shares_bytes();
     random_damage();
     return done_testing();
 }
