@@ -3436,48 +3436,68 @@ static int before(gemma3_candidate a, gemma3_candidate b)
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-static int compare_candidates(const void *a, const void *b)
-{
-    return before(*(const gemma3_candidate *)a, *(const gemma3_candidate *)b) ? -1 : 1;
-}
-
 static int compare_ids(const void *a, const void *b)
 {
     return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
 }
 
-/* Moves the k first in order to c[0 .. k-1], as a heap whose root is the last of them. */
-static void keep_best(gemma3_candidate *c, int n, int k)
+/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
+ * last_on_top, last. */
+static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
 {
-    for (int i = 0; i < n; i++) {
-        gemma3_candidate new = c[i];
-        int hole = i;
-        if (i >= k) {
-            if (!before(new, c[0])) continue;
-            hole = 0;
-            for (int child; (child = 2 * hole + 1) < k; hole = child) {
-                if (child + 1 < k && before(c[child], c[child + 1])) child++;
-                if (!before(new, c[child])) break;
-                c[hole] = c[child];
-            }
-        } else
-            for (; hole && before(c[(hole - 1) / 2], new); hole = (hole - 1) / 2) c[hole] = c[(hole - 1) / 2];
-        c[hole] = new;
+    gemma3_candidate new = c[root];
+    for (int child; (child = 2 * root + 1) < n; root = child) {
+        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
+        if (before(new, c[child]) != last_on_top) break;
+        c[root] = c[child];
     }
+    c[root] = new;
 }
 
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float total)
+static void make_heap(gemma3_candidate *c, int n, int last_on_top)
+{
+    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
+}
+
+/* Moves the k first in order to c[0 .. k-1]. */
+static void keep_best(gemma3_candidate *c, int n, int k)
+{
+    make_heap(c, k, 1);
+    for (int i = k; i < n; i++)
+        if (before(c[i], c[0])) {
+            c[0] = c[i];
+            sink(c, k, 0, 1);
+        }
+}
+
+static float weight(const gemma3_sampler *s, float logit, float top)
+{
+    return exp_of(HARD_FMA, (logit - top) / s->temperature);
+}
+
+/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
+ * behind it, the first one last, with their weight in place of their logit. */
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
 {
     float sum = 0, kept = 0, limit = s->top_p * total;
-    int k = 0;
-    while (k < n && (k == 0 || sum < limit)) sum += c[k++].logit;
-    while (k > 1 && c[k - 1].logit < s->min_p) k--;
-    for (int j = 0; j < k; j++) kept += c[j].logit;
+    int left = n;
+    make_heap(c, n, 0);
+    while (left > 0 && (left == n || sum < limit)) {
+        gemma3_candidate first = c[0];
+        c[0] = c[--left];
+        sink(c, left, 0, 0);
+        first.logit = weight(s, first.logit, top);
+        sum += first.logit;
+        c[left] = first;
+    }
+    for (int j = n - 1; j >= left; j--)
+        if (c[j].logit >= s->min_p) kept += c[j].logit;
     float u = next_uniform(s) * kept;
+    int32_t chosen = c[n - 1].id;
     sum = 0;
-    for (int j = 0; j < k; j++)
-        if ((sum += c[j].logit) > u) return c[j].id;
-    return c[k - 1].id;
+    for (int j = n - 1; j >= left && !(sum > u); j--)
+        if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
+    return chosen;
 }
 
 int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c)
@@ -3500,12 +3520,8 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
             n = s->top_k;
             qsort(c, n, sizeof *c, compare_ids);
         }
-        for (int j = 0; j < n; j++) {
-            c[j].logit = exp_of(HARD_FMA, (c[j].logit - top) / s->temperature);
-            lane[c[j].id % 16] += c[j].logit;
-        }
-        qsort(c, n, sizeof *c, compare_candidates);
-        chosen = draw(s, c, n, join_lanes(lane));
+        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
+        chosen = draw(s, c, n, top, join_lanes(lane));
     }
     fp_leave(fp);
     return chosen;
