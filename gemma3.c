@@ -3705,6 +3705,7 @@ struct gemma3_pool {
     _Atomic int done, sleepers, stop;
     gemma3_task *_Atomic task;
     void *_Atomic job;
+    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 };
@@ -3768,6 +3769,7 @@ static void *worker_main(void *arg)
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
+    pthread_mutex_lock(&pool->round);
     uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
     atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
     atomic_store(&pool->job, job);
@@ -3780,6 +3782,7 @@ void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
     }
     work(pool, 0);
     for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
+    pthread_mutex_unlock(&pool->round);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -3789,6 +3792,7 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads);
     }
+    pthread_mutex_init(&pool->round, NULL);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
@@ -3814,6 +3818,7 @@ void gemma3_pool_free(gemma3_pool *pool)
     for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->round);
     free(pool->thread);
     free(pool);
 }

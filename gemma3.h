@@ -174,7 +174,8 @@ const char *gemma3_state_error(const gemma3_state *s);
 int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
                    float *logits);
 
-/* Threads of the host, for parallel_for: they spin briefly, then sleep. */
+/* Threads of the host, for parallel_for: they spin briefly, then sleep. One pool may serve several
+ * states on several threads: their calls of gemma3_pool_run take turns (a task must not call it). */
 typedef struct gemma3_pool gemma3_pool;
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err);
 void gemma3_pool_free(gemma3_pool *pool);
@@ -192,7 +193,7 @@ double gemma3_exp(double x);
 double gemma3_log(double x);
 
 typedef struct gemma3_candidate {
-    float logit;             /* then exp((logit - largest) / temperature) */
+    float logit;             /* while sampling: of some, exp((logit - largest) / temperature) */
     int32_t id;
 } gemma3_candidate;
 
