@@ -2790,6 +2790,19 @@ static int string_is(struct string s, const char *text)
     return s.n == strlen(text) && !memcmp(s.text, text, s.n);
 }
 
+/* 0 when a key is absent or one of two strings, of which the first is the usual one. */
+static int check_string(const struct gguf *g, const char *key, const char *usual, const char *other)
+{
+    char text[80];
+    const struct kv *kv = find_kv(g, key);
+    if (!kv) return 0;
+    if (kv->type != KV_STRING)
+        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv->type]), -1;
+    struct string s = get_string(g, key);
+    if (string_is(s, usual) || string_is(s, other)) return 0;
+    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual), -1;
+}
+
 /* ==== 12. Opening a model ======================================================================= */
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
@@ -2824,10 +2837,7 @@ static int refuse_others(const struct opening *o)
                     g->name, count), -1;
     if (!find_kv(g, "general.architecture"))
         return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
-    struct string arch = get_string(g, "general.architecture");
-    if (!string_is(arch, "gemma3"))
-        return fail(g->err, "%s: general.architecture is \"%s\", expected \"gemma3\"", g->name,
-                    shown(arch, text)), -1;
+    if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
     for (size_t k = 0; k < g->n_tensors; k++) {
         struct string name = g->tensor[k].name;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
@@ -2947,10 +2957,8 @@ static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
     int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
-    char text[80];
+    if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
     struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
-    if (type.n && !string_is(type, "linear") && !string_is(type, "none"))
-        return fail(o->g.err, "%s: gemma3.rope.scaling.type is \"%s\", expected \"linear\"", o->g.name, shown(type, text)), -1;
     if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
         get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
         get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
@@ -3015,14 +3023,19 @@ static int read_vocab(struct opening *o)
     return 0;
 }
 
-static int special_id(const struct opening *o, const char *key, int32_t *id)
+/* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
+static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
 {
     const struct kv *kv = find_kv(&o->g, key);
+    const gemma3_vocab *v = &o->m->vocab;
     double x = -1;
     if (kv && !read_number(&o->g, kv, &x)) return -1;
-    if (kv && !(x >= 0 && x < o->m->vocab.n_vocab))
-        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, o->m->vocab.n_vocab), -1;
+    if (kv && !(x >= 0 && x < v->n_vocab))
+        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, v->n_vocab), -1;
     *id = (int32_t)x;
+    if (*id != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x), -1;
+    for (int32_t k = 0; !kv && *id < 0 && k < v->n_vocab; k++)
+        if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
     return 0;
 }
 
@@ -3031,9 +3044,10 @@ static int open_tokenizer(struct opening *o)
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     double add_bos = 1;
-    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", &v->bos) ||
-        special_id(o, "tokenizer.ggml.eos_token_id", &v->eos) ||
-        special_id(o, "tokenizer.ggml.unknown_token_id", &v->unknown))
+    if (check_string(&o->g, "tokenizer.ggml.model", "llama", "llama") || read_vocab(o) ||
+        special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
+        special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos) ||
+        special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
     const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
     if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
@@ -3196,6 +3210,7 @@ gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name
                                  gemma3_error *err)
 {
     gemma3_model *m = calloc(1, sizeof *m);
+    if (!name) name = "a model in memory";
     if (!m) return fail(err, "%s: out of memory", name);
     return open_bytes(data, size, name, options, err, m);
 }
@@ -3652,7 +3667,8 @@ static void host_unmap(const gemma3_model *m)
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     struct stat st;
-    int fd = open(path, O_RDONLY);
+    if (!path) return fail(err, "no path of a model was given");
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
     if (fd < 0) return fail(err, "%s cannot be opened: %s", path, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         close(fd);

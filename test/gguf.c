@@ -297,6 +297,16 @@ static void refused_bytes(const char *p, size_t n, const char *what, const char 
     free(exact);
 }
 
+static void no_file_at_all(void)
+{
+    gemma3_error err = { "" };
+    ok(!gemma3_open(NULL, NULL, &err) && !strcmp(err.text, "no path of a model was given"), "no path is refused");
+    ok(!gemma3_open_memory("GGML", 4, NULL, NULL, &err) && !strncmp(err.text, "a model in memory is not", 24),
+       "a file in memory needs no name");
+    ok(!gemma3_open_memory(NULL, 0, "x.gguf", NULL, &err) && !strncmp(err.text, "x.gguf is not a GGUF file", 25),
+       "nothing in memory is refused");
+}
+
 static void headers(void)
 {
     image f;
@@ -455,6 +465,15 @@ static void keys(void)
              "x.gguf: key tokenizer.ggml.eos_token_id is 443, outside the vocabulary of 443");
 
     image f = take_apart();
+    set_float(&f, "tokenizer.ggml.bos_token_id", 2.5f);
+    refused(f, "half an id", "x.gguf: key tokenizer.ggml.bos_token_id is 2.5, expected an integer");
+    f = take_apart();
+    set_string(&f, "tokenizer.ggml.model", "gpt2");
+    refused(f, "another kind of tokenizer", "x.gguf: tokenizer.ggml.model is \"gpt2\", expected \"llama\"");
+    f = take_apart();
+    set_u32(&f, "tokenizer.ggml.model", 1);
+    refused(f, "a kind of tokenizer that is a number", "x.gguf: key tokenizer.ggml.model is a u32, expected a string");
+    f = take_apart();
     set_string(&f, "gemma3.block_count", "8");
     refused(f, "a number in words",
             "x.gguf: key gemma3.block_count is a string, expected a number");
@@ -668,6 +687,13 @@ static void quirks_of_vocabulary(void)
     gemma3_close(m);
 
     f = take_apart();
+    drop_key(&f, "tokenizer.ggml.bos_token_id");
+    drop_key(&f, "tokenizer.ggml.model");
+    m = accepted(f, "a file without bos_token_id and without tokenizer.ggml.model");
+    if (m) is_int(gemma3_tokenizer_vocab(gemma3_model_tokenizer(m))->bos, 3, "has <bos> by its text");
+    gemma3_close(m);
+
+    f = take_apart();
     set_u32(&f, "tokenizer.ggml.eos_token_id", 300);
     m = accepted(f, "a file with another eos_token_id");
     t = m ? gemma3_model_tokenizer(m) : NULL;
@@ -752,6 +778,7 @@ static void random_damage(void)
 int main(void)
 {
     every_truncation_is_noticed();
+    no_file_at_all();
     headers();
     lying_lengths();
     other_models();
