@@ -2447,6 +2447,19 @@ static void forward_tile(gemma3_state *s, const int32_t *ids, int n)
     }
 }
 
+/* Labels of the trace as they come; from the second to the third from the end each layer has them. */
+static const char *const trace_labels[] = {
+    "inp_scaled", "attn_norm", "Qcur", "Kcur", "Vcur", "kqv_out", "attn_post_norm", "sa_out", "ffn_norm",
+    "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
+
+const char *gemma3_trace_label(int index, int *in_layers)
+{
+    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
+    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
+    return trace_labels[index];
+}
+
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     int n_vocab = s->m->config.n_vocab;
@@ -4433,30 +4446,55 @@ static void see_tensor(void *user, const char *name, int layer, int pos, int n, 
     t->width = width;
 }
 
-/* A name of the list that no tensor had. */
-static int check_watched(const struct watch *w)
+/* Whether a name of n bytes is a label, or, as l_out-7, one with a layer. */
+static int is_label(const char *name, size_t n, int n_layers)
 {
-    if (w->trouble[0])
-        return complain("%s", w->trouble);
-    for (const char *p = w->names; *p; p += *p == ',') {
-        size_t n = strcspn(p, ",");
-        int found = 0;
-        for (int i = 0; i < w->n_seen && !found; i++) {
-            char plain[64];
-            snprintf(plain, sizeof plain, "%s", w->seen[i].name);
-            plain[strcspn(plain, "-")] = 0;
-            found = asks_for(p, n, plain, w->seen[i].name);
+    const char *label;
+    int in_layers;
+    for (int i = 0; (label = gemma3_trace_label(i, &in_layers)); i++) {
+        if (asks_for(name, n, label, label))
+            return 1;
+        for (int l = 0; in_layers && l < n_layers; l++) {
+            char with_layer[64];
+            snprintf(with_layer, sizeof with_layer, "%s-%d", label, l);
+            if (asks_for(name, n, label, with_layer))
+                return 1;
         }
-        if (!found)
+    }
+    return 0;
+}
+
+/* Before anything is computed: are all names of the list known? */
+static int check_names(const char *names, int n_layers)
+{
+    for (const char *p = names;; p++) {
+        size_t n = strcspn(p, ",");
+        if (!is_label(p, n, n_layers))
             return complain("--trace: the model has no tensor \"%.*s\" (names are llama.cpp's: "
                             "attn_norm, Qcur, l_out-0, result_norm ...)", (int)n, p);
         p += n;
+        if (!*p)
+            return 0;
     }
+}
+
+/* Makes the folder unless it is there. */
+static int make_folder(const char *path)
+{
+    struct stat st;
+    if (mkdir(path, 0777) == 0)
+        return 0;
+    if (errno == EEXIST && stat(path, &st) == 0 && !S_ISDIR(st.st_mode))
+        errno = ENOTDIR;
+    if (errno != EEXIST || access(path, W_OK | X_OK))
+        return complain("%s: %s", path, strerror(errno));
     return 0;
 }
 
 static int print_watched(const struct watch *w, FILE *out)
 {
+    if (w->trouble[0])
+        return complain("%s", w->trouble);
     for (int i = 0; i < w->n_seen; i++) {
         const struct tensor_seen *t = &w->seen[i];
         fprintf(out, "%s [%zu][%d]", t->name, t->n_rows, t->width);
@@ -4467,7 +4505,7 @@ static int print_watched(const struct watch *w, FILE *out)
                     t->first[0], t->first[1], t->first[2], t->last[0], t->last[1], t->last[2],
                     t->sum, t->least, t->most);
     }
-    return check_watched(w);
+    return 0;
 }
 
 /* ---- Command line: a session ---- */
@@ -4571,8 +4609,10 @@ static int open_state(struct session *s)
         s->params.trace = see_tensor;
         s->params.trace_user = &s->watch;
     }
-    if (a->trace_dir && mkdir(a->trace_dir, 0777) && errno != EEXIST)
-        return complain("%s: %s", a->trace_dir, strerror(errno));
+    if (a->trace && check_names(a->trace, s->config->n_layers))
+        return 1;
+    if (a->trace_dir && make_folder(a->trace_dir))
+        return 1;
     s->state = gemma3_state_new(s->model, &s->params, &err);
     if (!s->state)
         return complain("%s", err.text);
@@ -4954,6 +4994,8 @@ static int score_prompt(struct session *s, struct rows_out *o)
         n_rows = rows_needed(s, o, i, n, rows);
         if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
             return complain("%s", gemma3_state_error(s->state));
+        if (s->watch.trouble[0])
+            return complain("%s", s->watch.trouble);
         for (int r = 0; r < n_rows && !code; r++)
             code = score_row(s, o, i + rows[r], s->logits + (size_t)r * n_vocab);
         if (!code && s->out == stdout)

@@ -138,6 +138,9 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
                           const float *data);
 
+/* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
+const char *gemma3_trace_label(int index, int *in_layers);
+
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
     int n_batch;             /* tokens taken at once; scratch follows min(n_batch, GEMMA3_TILE) */

@@ -544,6 +544,14 @@ static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
                outside ? "" : " and layer");
     }
     is_int(sight.unknown, 0, "%s: no other names", f->name);
+    int n_named = 0, in_layers;
+    const char *label;
+    for (; (label = gemma3_trace_label(n_named, &in_layers)); n_named++) {
+        int k = 0;
+        while (k < N_LABELS && strcmp(labels[k], label)) k++;
+        ok(k < N_LABELS && in_layers == (sight.rows[k] > f->n), "%s: %s is announced", f->name, label);
+    }
+    is_int(n_named, N_LABELS, "%s: and no other", f->name);
     is_int(sight.misplaced, 0, "%s: at its layer and position", f->name);
     is_int(sight.wrong_shape, 0, "%s: of its width", f->name);
     gemma3_state_free(st);
