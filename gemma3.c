@@ -3870,6 +3870,7 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
  * why in one sentence. */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -4523,6 +4524,7 @@ struct printer {
 struct session {
     const struct args *args;
     gemma3_pool *pool;
+    const char *model_path;
     gemma3_model *model;
     const gemma3_config *config;
     const gemma3_tokenizer *tokenizer;
@@ -4569,6 +4571,7 @@ static int open_model(struct session *s, const char *path, int computes)
     const struct args *a = s->args;
     gemma3_error err;
     int n_threads = computes ? a->n_threads : 1;
+    s->model_path = path;
     s->pool = gemma3_pool_new(n_threads, &err);
     if (!s->pool)
         return complain("%s", err.text);
@@ -4777,14 +4780,15 @@ static void print_byte(struct session *s, char byte)
         return;
     p->held[p->n_held++] = byte;
     size_t n = n_free_bytes(p, stop), n_gone = n;
-    for (int i = 0; i < stop->n && !p->stopped; i++) {
+    for (int i = 0; i < stop->n; i++) {
         size_t length = strlen(stop->text[i]);
-        if (length <= p->n_held &&
-            memcmp(stop->text[i], p->held + p->n_held - length, length) == 0) {
-            p->stopped = 1;
+        if (length > p->n_held ||
+            memcmp(stop->text[i], p->held + p->n_held - length, length) != 0)
+            continue;
+        if (!p->stopped || n > p->n_held - length) /* of several the longest */
             n = p->n_held - length;
-            n_gone = p->n_held;
-        }
+        n_gone = p->n_held;
+        p->stopped = 1;
     }
     if (!s->args->out_ids)
         fwrite(p->held, 1, n, s->out);
@@ -4863,7 +4867,8 @@ struct rows_out {
     int n, n_done;
     float *kept;             /* [n][n_vocab] when that order is not the model's, else NULL */
     FILE *file;
-    const char *path;
+    const char *path;        /* --logits */
+    char *target, *unready;  /* owned: the file meant, and its name until it is whole; or NULL */
     gemma3_sha256 hash;
 };
 
@@ -4901,15 +4906,50 @@ static int begin_rows(struct session *s, struct rows_out *o)
     return o->kept ? 0 : out_of_memory(n_values * sizeof *o->kept, "--positions out of order");
 }
 
+static int is_same_file(const char *path, const struct stat *other)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
+}
+
+/* A file is written under another name beside its own, which it gets when it is whole: a job that
+ * fails leaves what was there. Devices and pipes are written as they are. */
+static int open_file(struct rows_out *o, const char *model)
+{
+    struct stat st;
+    int is_there = stat(o->path, &st) == 0;
+    if (is_there && is_same_file(model, &st))
+        return complain("--logits %s: this is the model, which would be overwritten", o->path);
+    if (is_there && !S_ISREG(st.st_mode)) {
+        o->file = fopen(o->path, "wb");
+        return o->file ? 0 : complain("%s: %s", o->path, strerror(errno));
+    }
+    if (is_there && access(o->path, W_OK))
+        return complain("%s: %s", o->path, strerror(errno));
+    o->target = is_there ? realpath(o->path, NULL) : strdup(o->path); /* what a link leads to */
+    size_t size = o->target ? strlen(o->target) + 32 : 0;
+    o->unready = size ? malloc(size) : NULL;
+    if (!o->unready)
+        return out_of_memory(strlen(o->path) + 32, "--logits");
+    snprintf(o->unready, size, "%s.%ld.tmp", o->target, (long)getpid());
+    o->file = fopen(o->unready, "wbx");
+    if (!o->file)
+        return complain("%s: %s", o->unready, strerror(errno));
+    if (is_there && fchmod(fileno(o->file), st.st_mode & 0777))
+        return complain("%s: %s", o->unready, strerror(errno));
+    return 0;
+}
+
 static int open_rows(struct session *s, struct rows_out *o)
 {
-    const char *path = s->args->logits;
     int code = begin_rows(s, o);
-    if (code || !path)
+    o->path = s->args->logits;
+    if (code || !o->path)
         return code;
-    o->path = path;
-    o->file = strcmp(path, "-") == 0 ? stdout : fopen(path, "wb");
-    return o->file ? 0 : complain("%s: %s", path, strerror(errno));
+    if (strcmp(o->path, "-") != 0)
+        return open_file(o, s->model_path);
+    o->file = stdout;
+    return 0;
 }
 
 /* How often a row is wanted. */
@@ -4937,7 +4977,6 @@ static int take_row(struct session *s, struct rows_out *o, int position, const f
     return code;
 }
 
-/* A file that could not be written whole is taken away again; a device or a pipe is not ours. */
 static int close_rows(struct session *s, struct rows_out *o, int code)
 {
     for (int i = 0; o->kept && i < o->n && !code; i++)
@@ -4948,12 +4987,14 @@ static int close_rows(struct session *s, struct rows_out *o, int code)
         int failed = flush_stdout();
         return code ? code : failed;
     }
-    struct stat st;
-    int is_regular = o->file && fstat(fileno(o->file), &st) == 0 && S_ISREG(st.st_mode);
     if (o->file && fclose(o->file) && !code)
         code = complain("%s: %s", o->path, strerror(errno));
-    if (code && is_regular)
-        remove(o->path);
+    if (o->file && o->unready && !code && rename(o->unready, o->target))
+        code = complain("%s: %s", o->path, strerror(errno));
+    if (o->file && o->unready && code)
+        remove(o->unready);
+    free(o->target);
+    free(o->unready);
     return code;
 }
 
@@ -5216,8 +5257,10 @@ static void print_memory(const struct session *s)
                p.kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
     }
     p = s->params;
+    p.n_threads = s->args->n_threads;
     size_t n_scratch = gemma3_state_size(s->model, &p) - gemma3_kv_bytes(s->config, &p);
-    printf("scratch and tables     %zu bytes for -c %d -b %d\n", n_scratch, p.n_ctx, p.n_batch);
+    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p.n_ctx, p.n_batch,
+           p.n_threads);
 }
 
 static int info(struct session *s)
@@ -5310,26 +5353,27 @@ static int answer(struct session *s, const char *text, int *full)
     return code;
 }
 
-/* A line of the user's without its end. 0: there is none any more. */
+/* A line of the user's without its end. 0: there is none any more. Ctrl-C drops what there is of it. */
 static int read_line(char **line, size_t *size)
 {
     int asks = isatty(STDIN_FILENO);
     for (int n_interrupts = 0; n_interrupts < 2; n_interrupts++) {
         interrupted = 0;
+        clearerr(stdin);
         if (asks)
             fputs("> ", stderr);
         catch_interrupts(0);
         ssize_t n = getline(line, size, stdin);
         catch_interrupts(SA_RESTART);
-        if (n >= 0) {
-            (*line)[strcspn(*line, "\r\n")] = 0;
+        int is_whole = n > 0 && (!interrupted || (*line)[n - 1] == '\n');
+        while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
+            (*line)[--n] = 0;
+        if (is_whole)
             return 1;
-        }
         if (asks)
             fputc('\n', stderr);
         if (!interrupted)
             return 0;
-        clearerr(stdin);
         if (asks && n_interrupts == 0)
             fputs("Ctrl-C again or /quit ends the chat\n", stderr);
     }
@@ -5343,7 +5387,8 @@ static int chat(struct session *s)
     size_t size = 0;
     int full = 0, code = open_state(s);
     if (!code && !gemma3_model_can_chat(s->model))
-        fputs("gemma3: this is a base model: it was not trained to chat\n", stderr);
+        fputs("gemma3: no chat template in the file: this may be a base model, not trained to chat\n",
+              stderr);
     while (!code && (!full || isatty(STDIN_FILENO)) && read_line(&line, &size)) {
         interrupted = 0;
         if (strcmp(line, "/quit") == 0)
@@ -5362,6 +5407,15 @@ static int chat(struct session *s)
 }
 
 /* ---- Command line: main ---- */
+
+/* No file that we open may get the number of a stream that the caller has closed. What stands in for
+ * it can be neither read nor written, so that using it is an error. */
+static void fill_streams(void)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0)
+            return;
+}
 
 static int print_isas(void)
 {
@@ -5395,7 +5449,11 @@ int main(int argc, char **argv)
         .top_k = 64, .top_p = 0.95, .repeat_penalty = 1, .seed = 42,
     };
     enum job job = CONTINUE;
+    fill_streams();
     signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
+#if defined(SIGXFSZ)
+    signal(SIGXFSZ, SIG_IGN); /* and so is a file that grows beyond its limit */
+#endif
     int code = parse_args(&a, argc, argv);
     if (code == 0 && a.help)
         code = print_help();

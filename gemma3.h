@@ -109,7 +109,8 @@ typedef struct gemma3_options {
 /* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err);
 
-/* The same for a file's bytes in memory, which must outlive the model. name is used in errors. */
+/* The same for a file's bytes in memory, which must outlive the model. name is used in errors and may
+ * be NULL. */
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err);
 void gemma3_close(gemma3_model *m);
