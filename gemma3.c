@@ -240,13 +240,22 @@ static double power(double base, double exponent) /* base > 0 */
     return gemma3_exp(exponent * gemma3_log(base));
 }
 
-/* cos and sin of a rotary angle, 0 <= angle < 2^20: less k quarter turns in three steps (pi/2 cut
- * into parts of 33 bits, so that k times a part is exact), then Taylor's series on [-pi/4, pi/4]. */
+/* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then Taylor's
+ * series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits and the rest, so
+ * that all products with the first two parts are exact. A model is refused whose angles could reach
+ * 2^31 (configure_rope); NaN for them here, because casts of such numbers differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
+    if (!(angle >= 0 && angle < 0x1p31f)) {
+        *c = *s = float_of(0x7fc00000);
+        return;
+    }
     double x = angle;
     double k = (x * 0x1.45f306dc9c883p-1 + 0x1.8p52) - 0x1.8p52; /* 2/pi */
-    double r = ((x - k * 0x1.921fb54400000p+0) - k * 0x1.0b4611a600000p-34) - k * 0x1.3198a2e037073p-69;
+    double low = (double)((uint32_t)k & 0xfffff), high = k - low;
+    double r = (x - high * 0x1.921fb54400000p+0) - low * 0x1.921fb54400000p+0;
+    r = (r - high * 0x1.0b4611a600000p-34) - low * 0x1.0b4611a600000p-34;
+    r -= k * 0x1.3198a2e037073p-69;
     static const double even_term[9] = {1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800,
                                         1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
     static const double odd_term[9] = {1, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880,
@@ -258,7 +267,7 @@ static void cos_sin(float angle, float *c, float *s)
         odd = odd_term[j] + odd * r2;
     }
     odd *= r;
-    int quarter = (int)((int64_t)k & 3);
+    int quarter = (int)((uint32_t)k & 3);
     double cosine = quarter & 1 ? odd : even, sine = quarter & 1 ? even : odd;
     *c = (float)(quarter == 1 || quarter == 2 ? -cosine : cosine);
     *s = (float)(quarter >= 2 ? -sine : sine);
@@ -1895,6 +1904,7 @@ struct gemma3_model {
     const struct kernels *kernels;
     struct matrix token_embd;         /* [n_vocab][d_model] */
     struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
+    int tied;                         /* there is no output.weight */
     const float *output_norm;         /* [d_model] */
     struct layer layer[GEMMA3_MAX_LAYERS];
 
@@ -2442,6 +2452,19 @@ static void forward_tile(gemma3_state *s, const int32_t *ids, int n)
     }
 }
 
+/* Labels of the trace as they come; from the second to the third from the end each layer has them. */
+static const char *const trace_labels[] = {
+    "inp_scaled", "attn_norm", "Qcur", "Kcur", "Vcur", "kqv_out", "attn_post_norm", "sa_out", "ffn_norm",
+    "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
+
+const char *gemma3_trace_label(int index, int *in_layers)
+{
+    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
+    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
+    return trace_labels[index];
+}
+
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     int n_vocab = s->m->config.n_vocab;
@@ -2749,8 +2772,9 @@ static int get_int(const struct gguf *g, const char *name, int low, int high, in
     return 0;
 }
 
-/* The same for a positive float; other: an older spelling of the key, or NULL. */
-static int get_float(const struct gguf *g, const char *name, const char *other, float fallback, float *out)
+/* The same for a float of at least `least`; other: an older spelling of the key, or NULL. */
+static int get_float(const struct gguf *g, const char *name, const char *other, float least, float fallback,
+                     float *out)
 {
     char key[96];
     double x;
@@ -2763,7 +2787,8 @@ static int get_float(const struct gguf *g, const char *name, const char *other, 
     *out = fallback;
     if (!kv) return 0;
     if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= 0 && x <= 1e30)) return fail(g->err, "%s: key %s is %g, expected a positive number", g->name, key, x), -1;
+    if (!(x >= least && x <= 1e30))
+        return fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, key, x, (double)least), -1;
     *out = (float)x;
     return 0;
 }
@@ -2781,6 +2806,19 @@ static struct string get_string(const struct gguf *g, const char *key)
 static int string_is(struct string s, const char *text)
 {
     return s.n == strlen(text) && !memcmp(s.text, text, s.n);
+}
+
+/* 0 when a key is absent or one of two strings, of which the first is the usual one. */
+static int check_string(const struct gguf *g, const char *key, const char *usual, const char *other)
+{
+    char text[80];
+    const struct kv *kv = find_kv(g, key);
+    if (!kv) return 0;
+    if (kv->type != KV_STRING)
+        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv->type]), -1;
+    struct string s = get_string(g, key);
+    if (string_is(s, usual) || string_is(s, other)) return 0;
+    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual), -1;
 }
 
 /* ==== 12. Opening a model ======================================================================= */
@@ -2817,10 +2855,7 @@ static int refuse_others(const struct opening *o)
                     g->name, count), -1;
     if (!find_kv(g, "general.architecture"))
         return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
-    struct string arch = get_string(g, "general.architecture");
-    if (!string_is(arch, "gemma3"))
-        return fail(g->err, "%s: general.architecture is \"%s\", expected \"gemma3\"", g->name,
-                    shown(arch, text)), -1;
+    if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
     for (size_t k = 0; k < g->n_tensors; k++) {
         struct string name = g->tensor[k].name;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
@@ -2940,17 +2975,17 @@ static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
     int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
-    char text[80];
+    if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
     struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
-    if (type.n && !string_is(type, "linear") && !string_is(type, "none"))
-        return fail(o->g.err, "%s: gemma3.rope.scaling.type is \"%s\", expected \"linear\"", o->g.name, shown(type, text)), -1;
-    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1e6f, &c->rope_base_global) ||
-        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1e4f, &c->rope_base_local) ||
-        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", large ? 8 : 1, &c->rope_factor))
+    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
+        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
+        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
         return -1;
     if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
-    if (!(c->rope_base_global > 0 && c->rope_base_local > 0))
-        return fail(o->g.err, "%s: gemma3.rope.freq_base must be positive", o->g.name), -1;
+    /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
+    if (c->rope_factor < 0x1p-7f)
+        return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
+                    o->g.name, (double)c->rope_factor), -1;
     return 0;
 }
 
@@ -2962,8 +2997,8 @@ static int configure(struct opening *o)
         get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
         get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
         get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
-        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 1e-6f, &c->rms_eps) ||
-        get_float(g, "final_logit_softcapping", NULL, 0, &c->final_softcap))
+        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 0, 1e-6f, &c->rms_eps) ||
+        get_float(g, "final_logit_softcapping", NULL, 0, 0, &c->final_softcap))
         return -1;
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
@@ -3006,14 +3041,19 @@ static int read_vocab(struct opening *o)
     return 0;
 }
 
-static int special_id(const struct opening *o, const char *key, int32_t *id)
+/* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
+static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
 {
     const struct kv *kv = find_kv(&o->g, key);
+    const gemma3_vocab *v = &o->m->vocab;
     double x = -1;
     if (kv && !read_number(&o->g, kv, &x)) return -1;
-    if (kv && !(x >= 0 && x < o->m->vocab.n_vocab))
-        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, o->m->vocab.n_vocab), -1;
+    if (kv && !(x >= 0 && x < v->n_vocab))
+        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, v->n_vocab), -1;
     *id = (int32_t)x;
+    if (*id != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x), -1;
+    for (int32_t k = 0; !kv && *id < 0 && k < v->n_vocab; k++)
+        if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
     return 0;
 }
 
@@ -3022,9 +3062,10 @@ static int open_tokenizer(struct opening *o)
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     double add_bos = 1;
-    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", &v->bos) ||
-        special_id(o, "tokenizer.ggml.eos_token_id", &v->eos) ||
-        special_id(o, "tokenizer.ggml.unknown_token_id", &v->unknown))
+    if (check_string(&o->g, "tokenizer.ggml.model", "llama", "llama") || read_vocab(o) ||
+        special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
+        special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos) ||
+        special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
     const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
     if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
@@ -3046,7 +3087,8 @@ static int bind_weights(struct opening *o)
         bind_norm(o, "output_norm.weight", d, &m->output_norm))
         return -1;
     m->output = m->token_embd;
-    if (find_tensor(&o->g, "output.weight") && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
+    m->tied = !find_tensor(&o->g, "output.weight");
+    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
     for (int l = 0; l < c->n_layers; l++) {
         struct layer *w = &m->layer[l];
         if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
@@ -3117,10 +3159,10 @@ static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
 static int repack(struct opening *o)
 {
     gemma3_model *m = o->m;
-    int tied = m->output.data == m->token_embd.data, n = 0, n_layers = m->config.n_layers;
+    int n = 0, n_layers = m->config.n_layers;
     struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
     all[n++] = &m->token_embd;
-    if (!tied) all[n++] = &m->output;
+    if (!m->tied) all[n++] = &m->output;
     for (int l = 0; l < n_layers; l++) {
         struct layer *w = &m->layer[l];
         struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output, &w->ffn_gate, &w->ffn_up, &w->ffn_down};
@@ -3137,7 +3179,7 @@ static int repack(struct opening *o)
         repack_one(o, all[k], &to);
         if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
     }
-    if (tied) m->output = m->token_embd;
+    if (m->tied) m->output = m->token_embd;
     return 0;
 }
 
@@ -3186,6 +3228,7 @@ gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name
                                  gemma3_error *err)
 {
     gemma3_model *m = calloc(1, sizeof *m);
+    if (!name) name = "a model in memory";
     if (!m) return fail(err, "%s: out of memory", name);
     return open_bytes(data, size, name, options, err, m);
 }
@@ -3208,8 +3251,7 @@ size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
 {
-    int tied = m->output.data == m->token_embd.data;
-    return m->weight_bytes - (tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
+    return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
 }
 
 /* ==== 13. Sizes and states ====================================================================== */
@@ -3427,48 +3469,68 @@ static int before(gemma3_candidate a, gemma3_candidate b)
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-static int compare_candidates(const void *a, const void *b)
-{
-    return before(*(const gemma3_candidate *)a, *(const gemma3_candidate *)b) ? -1 : 1;
-}
-
 static int compare_ids(const void *a, const void *b)
 {
     return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
 }
 
-/* Moves the k first in order to c[0 .. k-1], as a heap whose root is the last of them. */
-static void keep_best(gemma3_candidate *c, int n, int k)
+/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
+ * last_on_top, last. */
+static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
 {
-    for (int i = 0; i < n; i++) {
-        gemma3_candidate new = c[i];
-        int hole = i;
-        if (i >= k) {
-            if (!before(new, c[0])) continue;
-            hole = 0;
-            for (int child; (child = 2 * hole + 1) < k; hole = child) {
-                if (child + 1 < k && before(c[child], c[child + 1])) child++;
-                if (!before(new, c[child])) break;
-                c[hole] = c[child];
-            }
-        } else
-            for (; hole && before(c[(hole - 1) / 2], new); hole = (hole - 1) / 2) c[hole] = c[(hole - 1) / 2];
-        c[hole] = new;
+    gemma3_candidate new = c[root];
+    for (int child; (child = 2 * root + 1) < n; root = child) {
+        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
+        if (before(new, c[child]) != last_on_top) break;
+        c[root] = c[child];
     }
+    c[root] = new;
 }
 
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float total)
+static void make_heap(gemma3_candidate *c, int n, int last_on_top)
+{
+    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
+}
+
+/* Moves the k first in order to c[0 .. k-1]. */
+static void keep_best(gemma3_candidate *c, int n, int k)
+{
+    make_heap(c, k, 1);
+    for (int i = k; i < n; i++)
+        if (before(c[i], c[0])) {
+            c[0] = c[i];
+            sink(c, k, 0, 1);
+        }
+}
+
+static float weight(const gemma3_sampler *s, float logit, float top)
+{
+    return exp_of(HARD_FMA, (logit - top) / s->temperature);
+}
+
+/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
+ * behind it, the first one last, with their weight in place of their logit. */
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
 {
     float sum = 0, kept = 0, limit = s->top_p * total;
-    int k = 0;
-    while (k < n && (k == 0 || sum < limit)) sum += c[k++].logit;
-    while (k > 1 && c[k - 1].logit < s->min_p) k--;
-    for (int j = 0; j < k; j++) kept += c[j].logit;
+    int left = n;
+    make_heap(c, n, 0);
+    while (left > 0 && (left == n || sum < limit)) {
+        gemma3_candidate first = c[0];
+        c[0] = c[--left];
+        sink(c, left, 0, 0);
+        first.logit = weight(s, first.logit, top);
+        sum += first.logit;
+        c[left] = first;
+    }
+    for (int j = n - 1; j >= left; j--)
+        if (c[j].logit >= s->min_p) kept += c[j].logit;
     float u = next_uniform(s) * kept;
+    int32_t chosen = c[n - 1].id;
     sum = 0;
-    for (int j = 0; j < k; j++)
-        if ((sum += c[j].logit) > u) return c[j].id;
-    return c[k - 1].id;
+    for (int j = n - 1; j >= left && !(sum > u); j--)
+        if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
+    return chosen;
 }
 
 int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c)
@@ -3491,12 +3553,8 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
             n = s->top_k;
             qsort(c, n, sizeof *c, compare_ids);
         }
-        for (int j = 0; j < n; j++) {
-            c[j].logit = exp_of(HARD_FMA, (c[j].logit - top) / s->temperature);
-            lane[c[j].id % 16] += c[j].logit;
-        }
-        qsort(c, n, sizeof *c, compare_candidates);
-        chosen = draw(s, c, n, join_lanes(lane));
+        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
+        chosen = draw(s, c, n, top, join_lanes(lane));
     }
     fp_leave(fp);
     return chosen;
@@ -3627,7 +3685,8 @@ static void host_unmap(const gemma3_model *m)
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     struct stat st;
-    int fd = open(path, O_RDONLY);
+    if (!path) return fail(err, "no path of a model was given");
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
     if (fd < 0) return fail(err, "%s cannot be opened: %s", path, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         close(fd);
@@ -3680,6 +3739,7 @@ struct gemma3_pool {
     _Atomic int done, sleepers, stop;
     gemma3_task *_Atomic task;
     void *_Atomic job;
+    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 };
@@ -3743,6 +3803,7 @@ static void *worker_main(void *arg)
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
+    pthread_mutex_lock(&pool->round);
     uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
     atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
     atomic_store(&pool->job, job);
@@ -3755,6 +3816,7 @@ void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
     }
     work(pool, 0);
     for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
+    pthread_mutex_unlock(&pool->round);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -3764,6 +3826,7 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads);
     }
+    pthread_mutex_init(&pool->round, NULL);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
@@ -3789,6 +3852,7 @@ void gemma3_pool_free(gemma3_pool *pool)
     for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->round);
     free(pool->thread);
     free(pool);
 }
@@ -3811,6 +3875,7 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
  * why in one sentence. */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -4387,30 +4452,55 @@ static void see_tensor(void *user, const char *name, int layer, int pos, int n, 
     t->width = width;
 }
 
-/* A name of the list that no tensor had. */
-static int check_watched(const struct watch *w)
+/* Whether a name of n bytes is a label, or, as l_out-7, one with a layer. */
+static int is_label(const char *name, size_t n, int n_layers)
 {
-    if (w->trouble[0])
-        return complain("%s", w->trouble);
-    for (const char *p = w->names; *p; p += *p == ',') {
-        size_t n = strcspn(p, ",");
-        int found = 0;
-        for (int i = 0; i < w->n_seen && !found; i++) {
-            char plain[64];
-            snprintf(plain, sizeof plain, "%s", w->seen[i].name);
-            plain[strcspn(plain, "-")] = 0;
-            found = asks_for(p, n, plain, w->seen[i].name);
+    const char *label;
+    int in_layers;
+    for (int i = 0; (label = gemma3_trace_label(i, &in_layers)); i++) {
+        if (asks_for(name, n, label, label))
+            return 1;
+        for (int l = 0; in_layers && l < n_layers; l++) {
+            char with_layer[64];
+            snprintf(with_layer, sizeof with_layer, "%s-%d", label, l);
+            if (asks_for(name, n, label, with_layer))
+                return 1;
         }
-        if (!found)
+    }
+    return 0;
+}
+
+/* Before anything is computed: are all names of the list known? */
+static int check_names(const char *names, int n_layers)
+{
+    for (const char *p = names;; p++) {
+        size_t n = strcspn(p, ",");
+        if (!is_label(p, n, n_layers))
             return complain("--trace: the model has no tensor \"%.*s\" (names are llama.cpp's: "
                             "attn_norm, Qcur, l_out-0, result_norm ...)", (int)n, p);
         p += n;
+        if (!*p)
+            return 0;
     }
+}
+
+/* Makes the folder unless it is there. */
+static int make_folder(const char *path)
+{
+    struct stat st;
+    if (mkdir(path, 0777) == 0)
+        return 0;
+    if (errno == EEXIST && stat(path, &st) == 0 && !S_ISDIR(st.st_mode))
+        errno = ENOTDIR;
+    if (errno != EEXIST || access(path, W_OK | X_OK))
+        return complain("%s: %s", path, strerror(errno));
     return 0;
 }
 
 static int print_watched(const struct watch *w, FILE *out)
 {
+    if (w->trouble[0])
+        return complain("%s", w->trouble);
     for (int i = 0; i < w->n_seen; i++) {
         const struct tensor_seen *t = &w->seen[i];
         fprintf(out, "%s [%zu][%d]", t->name, t->n_rows, t->width);
@@ -4421,7 +4511,7 @@ static int print_watched(const struct watch *w, FILE *out)
                     t->first[0], t->first[1], t->first[2], t->last[0], t->last[1], t->last[2],
                     t->sum, t->least, t->most);
     }
-    return check_watched(w);
+    return 0;
 }
 
 /* ---- Command line: a session ---- */
@@ -4439,6 +4529,7 @@ struct printer {
 struct session {
     const struct args *args;
     gemma3_pool *pool;
+    const char *model_path;
     gemma3_model *model;
     const gemma3_config *config;
     const gemma3_tokenizer *tokenizer;
@@ -4485,6 +4576,7 @@ static int open_model(struct session *s, const char *path, int computes)
     const struct args *a = s->args;
     gemma3_error err;
     int n_threads = computes ? a->n_threads : 1;
+    s->model_path = path;
     s->pool = gemma3_pool_new(n_threads, &err);
     if (!s->pool)
         return complain("%s", err.text);
@@ -4525,8 +4617,10 @@ static int open_state(struct session *s)
         s->params.trace = see_tensor;
         s->params.trace_user = &s->watch;
     }
-    if (a->trace_dir && mkdir(a->trace_dir, 0777) && errno != EEXIST)
-        return complain("%s: %s", a->trace_dir, strerror(errno));
+    if (a->trace && check_names(a->trace, s->config->n_layers))
+        return 1;
+    if (a->trace_dir && make_folder(a->trace_dir))
+        return 1;
     s->state = gemma3_state_new(s->model, &s->params, &err);
     if (!s->state)
         return complain("%s", err.text);
@@ -4691,14 +4785,15 @@ static void print_byte(struct session *s, char byte)
         return;
     p->held[p->n_held++] = byte;
     size_t n = n_free_bytes(p, stop), n_gone = n;
-    for (int i = 0; i < stop->n && !p->stopped; i++) {
+    for (int i = 0; i < stop->n; i++) {
         size_t length = strlen(stop->text[i]);
-        if (length <= p->n_held &&
-            memcmp(stop->text[i], p->held + p->n_held - length, length) == 0) {
-            p->stopped = 1;
+        if (length > p->n_held ||
+            memcmp(stop->text[i], p->held + p->n_held - length, length) != 0)
+            continue;
+        if (!p->stopped || n > p->n_held - length) /* of several the longest */
             n = p->n_held - length;
-            n_gone = p->n_held;
-        }
+        n_gone = p->n_held;
+        p->stopped = 1;
     }
     if (!s->args->out_ids)
         fwrite(p->held, 1, n, s->out);
@@ -4777,7 +4872,8 @@ struct rows_out {
     int n, n_done;
     float *kept;             /* [n][n_vocab] when that order is not the model's, else NULL */
     FILE *file;
-    const char *path;
+    const char *path;        /* --logits */
+    char *target, *unready;  /* owned: the file meant, and its name until it is whole; or NULL */
     gemma3_sha256 hash;
 };
 
@@ -4815,15 +4911,50 @@ static int begin_rows(struct session *s, struct rows_out *o)
     return o->kept ? 0 : out_of_memory(n_values * sizeof *o->kept, "--positions out of order");
 }
 
+static int is_same_file(const char *path, const struct stat *other)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
+}
+
+/* A file is written under another name beside its own, which it gets when it is whole: a job that
+ * fails leaves what was there. Devices and pipes are written as they are. */
+static int open_file(struct rows_out *o, const char *model)
+{
+    struct stat st;
+    int is_there = stat(o->path, &st) == 0;
+    if (is_there && is_same_file(model, &st))
+        return complain("--logits %s: this is the model, which would be overwritten", o->path);
+    if (is_there && !S_ISREG(st.st_mode)) {
+        o->file = fopen(o->path, "wb");
+        return o->file ? 0 : complain("%s: %s", o->path, strerror(errno));
+    }
+    if (is_there && access(o->path, W_OK))
+        return complain("%s: %s", o->path, strerror(errno));
+    o->target = is_there ? realpath(o->path, NULL) : strdup(o->path); /* what a link leads to */
+    size_t size = o->target ? strlen(o->target) + 32 : 0;
+    o->unready = size ? malloc(size) : NULL;
+    if (!o->unready)
+        return out_of_memory(strlen(o->path) + 32, "--logits");
+    snprintf(o->unready, size, "%s.%ld.tmp", o->target, (long)getpid());
+    o->file = fopen(o->unready, "wbx");
+    if (!o->file)
+        return complain("%s: %s", o->unready, strerror(errno));
+    if (is_there && fchmod(fileno(o->file), st.st_mode & 0777))
+        return complain("%s: %s", o->unready, strerror(errno));
+    return 0;
+}
+
 static int open_rows(struct session *s, struct rows_out *o)
 {
-    const char *path = s->args->logits;
     int code = begin_rows(s, o);
-    if (code || !path)
+    o->path = s->args->logits;
+    if (code || !o->path)
         return code;
-    o->path = path;
-    o->file = strcmp(path, "-") == 0 ? stdout : fopen(path, "wb");
-    return o->file ? 0 : complain("%s: %s", path, strerror(errno));
+    if (strcmp(o->path, "-") != 0)
+        return open_file(o, s->model_path);
+    o->file = stdout;
+    return 0;
 }
 
 /* How often a row is wanted. */
@@ -4851,7 +4982,6 @@ static int take_row(struct session *s, struct rows_out *o, int position, const f
     return code;
 }
 
-/* A file that could not be written whole is taken away again; a device or a pipe is not ours. */
 static int close_rows(struct session *s, struct rows_out *o, int code)
 {
     for (int i = 0; o->kept && i < o->n && !code; i++)
@@ -4862,12 +4992,14 @@ static int close_rows(struct session *s, struct rows_out *o, int code)
         int failed = flush_stdout();
         return code ? code : failed;
     }
-    struct stat st;
-    int is_regular = o->file && fstat(fileno(o->file), &st) == 0 && S_ISREG(st.st_mode);
     if (o->file && fclose(o->file) && !code)
         code = complain("%s: %s", o->path, strerror(errno));
-    if (code && is_regular)
-        remove(o->path);
+    if (o->file && o->unready && !code && rename(o->unready, o->target))
+        code = complain("%s: %s", o->path, strerror(errno));
+    if (o->file && o->unready && code)
+        remove(o->unready);
+    free(o->target);
+    free(o->unready);
     return code;
 }
 
@@ -4908,6 +5040,8 @@ static int score_prompt(struct session *s, struct rows_out *o)
         n_rows = rows_needed(s, o, i, n, rows);
         if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
             return complain("%s", gemma3_state_error(s->state));
+        if (s->watch.trouble[0])
+            return complain("%s", s->watch.trouble);
         for (int r = 0; r < n_rows && !code; r++)
             code = score_row(s, o, i + rows[r], s->logits + (size_t)r * n_vocab);
         if (!code && s->out == stdout)
@@ -5128,8 +5262,10 @@ static void print_memory(const struct session *s)
                p.kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
     }
     p = s->params;
+    p.n_threads = s->args->n_threads;
     size_t n_scratch = gemma3_state_size(s->model, &p) - gemma3_kv_bytes(s->config, &p);
-    printf("scratch and tables     %zu bytes for -c %d -b %d\n", n_scratch, p.n_ctx, p.n_batch);
+    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p.n_ctx, p.n_batch,
+           p.n_threads);
 }
 
 static int info(struct session *s)
@@ -5222,26 +5358,27 @@ static int answer(struct session *s, const char *text, int *full)
     return code;
 }
 
-/* A line of the user's without its end. 0: there is none any more. */
+/* A line of the user's without its end. 0: there is none any more. Ctrl-C drops what there is of it. */
 static int read_line(char **line, size_t *size)
 {
     int asks = isatty(STDIN_FILENO);
     for (int n_interrupts = 0; n_interrupts < 2; n_interrupts++) {
         interrupted = 0;
+        clearerr(stdin);
         if (asks)
             fputs("> ", stderr);
         catch_interrupts(0);
         ssize_t n = getline(line, size, stdin);
         catch_interrupts(SA_RESTART);
-        if (n >= 0) {
-            (*line)[strcspn(*line, "\r\n")] = 0;
+        int is_whole = n > 0 && (!interrupted || (*line)[n - 1] == '\n');
+        while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
+            (*line)[--n] = 0;
+        if (is_whole)
             return 1;
-        }
         if (asks)
             fputc('\n', stderr);
         if (!interrupted)
             return 0;
-        clearerr(stdin);
         if (asks && n_interrupts == 0)
             fputs("Ctrl-C again or /quit ends the chat\n", stderr);
     }
@@ -5255,7 +5392,8 @@ static int chat(struct session *s)
     size_t size = 0;
     int full = 0, code = open_state(s);
     if (!code && !gemma3_model_can_chat(s->model))
-        fputs("gemma3: this is a base model: it was not trained to chat\n", stderr);
+        fputs("gemma3: no chat template in the file: this may be a base model, not trained to chat\n",
+              stderr);
     while (!code && (!full || isatty(STDIN_FILENO)) && read_line(&line, &size)) {
         interrupted = 0;
         if (strcmp(line, "/quit") == 0)
@@ -5274,6 +5412,15 @@ static int chat(struct session *s)
 }
 
 /* ---- Command line: main ---- */
+
+/* No file that we open may get the number of a stream that the caller has closed. What stands in for
+ * it can be neither read nor written, so that using it is an error. */
+static void fill_streams(void)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0)
+            return;
+}
 
 static int print_isas(void)
 {
@@ -5307,7 +5454,11 @@ int main(int argc, char **argv)
         .top_k = 64, .top_p = 0.95, .repeat_penalty = 1, .seed = 42,
     };
     enum job job = CONTINUE;
+    fill_streams();
     signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
+#if defined(SIGXFSZ)
+    signal(SIGXFSZ, SIG_IGN); /* and so is a file that grows beyond its limit */
+#endif
     int code = parse_args(&a, argc, argv);
     if (code == 0 && a.help)
         code = print_help();

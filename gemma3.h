@@ -109,7 +109,8 @@ typedef struct gemma3_options {
 /* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err);
 
-/* The same for a file's bytes in memory, which must outlive the model. name is used in errors. */
+/* The same for a file's bytes in memory, which must outlive the model. name is used in errors and may
+ * be NULL. */
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err);
 void gemma3_close(gemma3_model *m);
@@ -137,6 +138,9 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
  * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
                           const float *data);
+
+/* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
+const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
@@ -174,7 +178,8 @@ const char *gemma3_state_error(const gemma3_state *s);
 int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
                    float *logits);
 
-/* Threads of the host, for parallel_for: they spin briefly, then sleep. */
+/* Threads of the host, for parallel_for: they spin briefly, then sleep. One pool may serve several
+ * states on several threads: their calls of gemma3_pool_run take turns (a task must not call it). */
 typedef struct gemma3_pool gemma3_pool;
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err);
 void gemma3_pool_free(gemma3_pool *pool);
@@ -192,7 +197,7 @@ double gemma3_exp(double x);
 double gemma3_log(double x);
 
 typedef struct gemma3_candidate {
-    float logit;             /* then exp((logit - largest) / temperature) */
+    float logit;             /* while sampling: of some, exp((logit - largest) / temperature) */
     int32_t id;
 } gemma3_candidate;
 

@@ -4,6 +4,7 @@ use strict;
 use warnings;
 use Digest::SHA qw(sha256_hex);
 use File::Temp qw(tempdir);
+use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep time);
 
@@ -53,6 +54,26 @@ sub run {
     $code = $? & 127 ? "signal " . ($? & 127) : $? >> 8;
     ($out, $err) = (slurp("$dir/stdout"), slurp("$dir/stderr"));
     return $out;
+}
+
+# Ends a process that should have ended by itself. Returns its status, -1 when it had to be killed.
+sub status_of {
+    my ($pid, $seconds) = @_;
+    for (1 .. $seconds * 20) {
+        return $? if waitpid($pid, POSIX::WNOHANG()) == $pid;
+        sleep 0.05;
+    }
+    kill KILL => $pid;
+    waitpid $pid, 0;
+    return -1;
+}
+
+# The same through a shell, whose redirections perl's open has not.
+sub sh {
+    my ($redirections, @args) = @_;
+    my $line = join " ", map { "'$_'" } $gemma3, "-m", $tiny, @args;
+    $code = system("$line $redirections") >> 8;
+    return $code;
 }
 
 sub tiny { return run(ref $_[0] ? shift : (), "-m", $tiny, @_) }
@@ -123,7 +144,11 @@ like($out, qr/^$_ +\Q$info{$_}\E\b/m, "$_ is $info{$_}") for sort keys %info;
 my $kv_bytes = (512 + 7 * 71) * 2 * 2 * 32 * 2;
 like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f16$/m, "the cache's bytes");
 like($out, qr/^weights +\d+ bytes/m, "the weights'");
-like($out, qr/^scratch and tables +\d+ bytes for -c 512 -b 512$/m, "the scratch's");
+tiny("--info", "-t", 1);
+my ($one) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 512 -t 1$/m;
+tiny("--info", "-t", 4);
+my ($four) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 512 -t 4$/m;
+ok($one && $four && $four > $one, "the scratch's, which grows with threads");
 tiny("--info", "-b", 1, "--exact");
 $kv_bytes = (512 + 7 * 8) * 2 * 2 * 32 * 4;
 like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f32$/m, "a batch of 1 needs less of it");
@@ -176,7 +201,14 @@ refuses(1, qr/prompt has 72 tokens and the context room for 71/, "a prompt that 
     "-m", $tiny, "--ids", $ids, "-c", 71);
 refuses(1, qr/--positions 72: the prompt has 72/, "a position too far", "-m", $tiny, "--ids", $ids,
     "--hash", "--positions", "0,72");
-refuses(1, qr/no tensor "l_in"/, "--trace of nothing", "-m", $tiny, "--ids", $ids, "--trace", "l_in");
+for my $name ("l_in", "l_out-8", "l_out-", "l_out-07", "inp_scaled-0", "attn_norm,,l_out", "l_out,", "") {
+    my ($wrong) = $name =~ /^(l_in|.*\d|l_out-)$/;
+    $wrong //= "";
+    refuses(1, qr/no tensor "\Q$wrong\E"/, "--trace '$name'", "-m", $tiny, "--ids", $ids, "--nll", "--trace",
+        $name);
+}
+refuses(1, qr{a file/inside: Not a directory|a file: Not a directory}, "--trace-dir of a file", "-m", $tiny,
+    "--ids", $ids, "--nll", "--trace", "l_out", "--trace-dir", spew("a file", ""));
 refuses(1, qr/outside the vocabulary/, "--detokenize 443", "-m", $tiny, "--detokenize", "443");
 refuses(1, qr/needs two chunks/, "--perplexity of a word", "-m", $tiny, "--perplexity",
     spew("word.txt", "girl"));
@@ -207,6 +239,58 @@ like(slurp("$dir/stderr"), qr/standard output: /, "and says so");
     waitpid $pid, 0;
     is($?, 256, "a reader that goes away: exit code 1, no signal");
 }
+
+# ---- Files that are there already ----------------------------------------------------------------
+
+POSIX::mkfifo("$dir/fifo", 0600);
+is(status_of(start("/dev/null", "$dir/stdout", "-m", "$dir/fifo", "-p", "a"), 10) >> 8, 1,
+    "a FIFO is no model, and is not waited for");
+like(slurp("$dir/stderr"), qr/fifo is not a regular file/, "which is said");
+
+my $copy = spew("the model.gguf", slurp($tiny));
+link $copy, "$dir/its other name";
+for my $name ($copy, "$dir/its other name") {
+    refuses(1, qr/is the model/, "--logits onto the model", "-m", $copy, "--ids", $ids, "--logits", $name);
+    ok(slurp($copy) eq slurp($tiny), "which stays as it was");
+}
+my $keep = spew("keep.bin", "old");
+refuses(1, qr/--positions 72/, "a job that fails", "-m", $tiny, "--ids", $ids, "--logits", $keep, "--positions", 72);
+is(slurp($keep), "old", "leaves the old output alone");
+sh("2>$dir/stderr >/dev/full", "--ids", $ids, "--logits", $keep, "--nll");
+is($code, 1, "so does one that fails half way");
+is(slurp($keep), "old", "the old output is there");
+$code = system("ulimit -f 10; $gemma3 -m $tiny --ids $ids --logits '$keep' 2>'$dir/stderr'") >> 8;
+is($code, 1, "and one whose file grows beyond its limit");
+like(slurp("$dir/stderr"), qr/^gemma3: \Q$keep\E: File too large\n$/, "which is said");
+is(slurp($keep), "old", "the old output is there");
+chmod 0640, $keep;
+tiny("--ids", $ids, "--logits", $keep, "--positions", "-1");
+is(-s $keep, $n_vocab * 4, "a job that succeeds replaces it");
+is((stat $keep)[2] & 0777, 0640, "with its permissions");
+symlink $keep, "$dir/link";
+tiny("--ids", $ids, "--logits", "$dir/link", "--positions", "0,1");
+ok(-l "$dir/link" && -s $keep == 2 * $n_vocab * 4, "through a symbolic link too");
+is(scalar(grep { /\.tmp$/ } glob "'$dir'/*"), 0, "and nothing else is left");
+{
+    my $pid = start("/dev/null", "$dir/stdout", "-m", $tiny, "--ids", $ids, "--logits", "$dir/fifo");
+    open my $f, "<:raw", "$dir/fifo";
+    local $/;
+    my $bytes = <$f>;
+    is(status_of($pid, 10), 0, "--logits into a FIFO");
+    is(length $bytes, 72 * $n_vocab * 4, "writes into it");
+    ok(-p "$dir/fifo", "which stays one");
+}
+
+# Streams that are closed: nothing may get their numbers.
+sh(">&- 2>$dir/stderr", "--ids", $ids, "--logits", "$dir/closed.bin", "--nll");
+is($code, 1, "stdout closed and something to say: exit code 1");
+like(slurp("$dir/stderr"), qr/^gemma3: standard output: [^\n]*\n$/, "which is said");
+ok(!-e "$dir/closed.bin", "no output is left");
+sh(">&- 2>&- <&-", "--ids", $ids, "--logits", "$dir/closed.bin");
+is($code, 0, "all streams closed and nothing to say");
+is(-s "$dir/closed.bin", 72 * $n_vocab * 4, "the logits are whole");
+sh("<&- >$dir/stdout 2>$dir/stderr", "-f", "-");
+is($code, 1, "stdin closed and to be read: exit code 1");
 
 # ---- Tokens --------------------------------------------------------------------------------------
 
@@ -385,6 +469,11 @@ tiny(@sampling, "--stop", "no such thing", "--stop", $stop);
 is($out, substr($text, 0, index $text, $stop), "--stop ends before its text");
 tiny(@sampling[0, 1], "--hash");
 like($out, qr/^contract \S.*\n$/, "--hash generates nothing");
+my ($short, $long) = (substr($text, 24, 4), substr($text, 20, 8));
+for my $order ([$short, $long], [$long, $short]) {
+    tiny(@sampling, map { ("--stop", $_) } @$order);
+    is($out, substr($text, 0, index $text, $long), "of texts that end together the longer one stops");
+}
 tiny(@sampling[0, 1], "--hash", "-n", 3, "--out-ids");
 like($out, qr/^contract .*\n\d+ \d+ \d+\n$/, "unless -n is given");
 tiny("-p", "the", "-c", 12, "--seed", 3);
@@ -413,6 +502,11 @@ is($out, $first, "the turn is what the template makes of it");
 is(() = $err =~ /not trained to chat/g, 0, "a model with a template was trained to chat");
 tiny(\" the cat \n/clear\n\nthe cat\n/quit\nthe dog\n", @chat);
 is($out, $first . $first, "/clear forgets, an empty line is nothing, /quit ends");
+tiny(\"the cat\r\n", @chat);
+is($out, $first, "a line may end as on Windows");
+tiny(\"the\rcat\n", @chat);
+is($out, answer_to("<start_of_turn>user\nthe\rcat<end_of_turn>\n<start_of_turn>model\n"),
+    "within it a carriage return is a character");
 tiny(\"the cat\n", @chat, "--system", "you are a dog");
 is($out, answer_to("<start_of_turn>user\nyou are a dog\n\nthe cat<end_of_turn>\n" .
     "<start_of_turn>model\n"), "--system is put before the first turn");
@@ -424,7 +518,8 @@ my @history = (ids_of("<start_of_turn>user\nthe cat<end_of_turn>\n<start_of_turn
 is($turns[1], tiny(\"@history", "--ids", "-", "--temp", 0, "-n", 10, "--out-ids") =~ s/\n//r,
     "the second turn comes after the first and its answer");
 run(\"a\nb\n", "-m", $base, "-i", "-n", 2);
-is(() = $err =~ /not trained to chat/g, 1, "a base model says once that it was not trained to chat");
+is(() = $err =~ /no chat template in the file: this may be a base model, not trained to chat/g, 1,
+    "a file without template says once that the model may not have been trained to chat");
 tiny(\"the cat\nthe dog\nthe girl\n", "-i", "-c", 40, "--temp", 0);
 is($code, 0, "a full context ends a chat cleanly");
 like($err, qr/the context of 40 tokens is full/, "and says so");
@@ -445,6 +540,28 @@ like($err, qr/the context of 40 tokens is full/, "and says so");
     ok($ended && $? == 0, "Ctrl-C stops the answer, not the program") or diag("status $?");
     cmp_ok($n_sent % 1000, ">=", 2, "once for each answer") if $ended;
     like(slurp("$dir/stderr"), qr/^prompt \d+ tokens/m, "and the chat ends as usual");
+}
+
+# Ctrl-C in a line that comes from a pipe: what there is of it is dropped, the chat goes on.
+{
+    pipe my $read, my $write;
+    my $pid = fork // die;
+    if (!$pid) {
+        open STDIN, "<&", $read;
+        open STDOUT, ">", "$dir/stdout";
+        open STDERR, ">", "$dir/stderr";
+        close $_ for $read, $write;
+        exec $gemma3, "-m", $tiny, @chat;
+    }
+    close $read;
+    syswrite $write, "once upon";
+    sleep 0.7;
+    kill INT => $pid;
+    sleep 0.3;
+    syswrite $write, "the cat\n";
+    close $write;
+    is(status_of($pid, 20), 0, "Ctrl-C in half a line from a pipe");
+    is(slurp("$dir/stdout"), $first, "the next line is answered");
 }
 
 # ---- The real one --------------------------------------------------------------------------------

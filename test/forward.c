@@ -250,6 +250,7 @@ typedef struct talk {
     const fixture *f;
     int chunk, failed;
     float *out;
+    gemma3_pool *pool;       /* shared, or NULL: none */
 } talk;
 
 static void *talk_main(void *arg)
@@ -264,7 +265,7 @@ static void two_states_share_a_model(const fixture *f)
 {
     float *want = run(f, (setting){ .mode = DEFAULT });
     gemma3_model *m = open_model(f, (setting){ .mode = DEFAULT });
-    talk t[2] = { { m, f, 1, 0, new_logits(f) }, { m, f, 9, 0, new_logits(f) } };
+    talk t[2] = { { m, f, 1, 0, new_logits(f), NULL }, { m, f, 9, 0, new_logits(f), NULL } };
     pthread_t thread[2];
     for (int i = 0; i < 2; i++) pthread_create(&thread[i], NULL, talk_main, &t[i]);
     for (int i = 0; i < 2; i++) pthread_join(thread[i], NULL);
@@ -273,6 +274,35 @@ static void two_states_share_a_model(const fixture *f)
         is_bits(t[i].out, want, logits_bytes(f), "%s: two states at once, thread %d", f->name, i);
         free(t[i].out);
     }
+    gemma3_close(m);
+    free(want);
+}
+
+static void *pooled_talk_main(void *arg)
+{
+    talk *t = arg;
+    gemma3_params p = params_of(t->f, t->m, (setting){ .chunk = t->chunk });
+    p.pool = t->pool, p.parallel_for = gemma3_pool_run, p.n_threads = 3;
+    gemma3_state *st = gemma3_state_new(t->m, &p, NULL);
+    for (int i = 0; i < 20 && !t->failed; i++, gemma3_state_reset(st)) t->failed = run_state(st, t->f, t->chunk, t->out);
+    gemma3_state_free(st);
+    return NULL;
+}
+
+static void two_states_share_a_pool(const fixture *f)
+{
+    float *want = run(f, (setting){ .mode = DEFAULT });
+    gemma3_model *m = open_model(f, (setting){ .mode = DEFAULT });
+    gemma3_pool *pool = gemma3_pool_new(3, NULL);
+    talk t[2] = { { m, f, 8, 0, new_logits(f), pool }, { m, f, 9, 0, new_logits(f), pool } };
+    pthread_t thread[2];
+    for (int i = 0; i < 2; i++) pthread_create(&thread[i], NULL, pooled_talk_main, &t[i]);
+    for (int i = 0; i < 2; i++) pthread_join(thread[i], NULL);
+    for (int i = 0; i < 2; i++) {
+        is_bits(t[i].out, want, logits_bytes(f), "%s: one pool for two threads, thread %d", f->name, i);
+        free(t[i].out);
+    }
+    gemma3_pool_free(pool);
     gemma3_close(m);
     free(want);
 }
@@ -514,6 +544,14 @@ static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
                outside ? "" : " and layer");
     }
     is_int(sight.unknown, 0, "%s: no other names", f->name);
+    int n_named = 0, in_layers;
+    const char *label;
+    for (; (label = gemma3_trace_label(n_named, &in_layers)); n_named++) {
+        int k = 0;
+        while (k < N_LABELS && strcmp(labels[k], label)) k++;
+        ok(k < N_LABELS && in_layers == (sight.rows[k] > f->n), "%s: %s is announced", f->name, label);
+    }
+    is_int(n_named, N_LABELS, "%s: and no other", f->name);
     is_int(sight.misplaced, 0, "%s: at its layer and position", f->name);
     is_int(sight.wrong_shape, 0, "%s: of its width", f->name);
     gemma3_state_free(st);
@@ -620,6 +658,7 @@ int main(void)
     rows_asked_for_are_rows_of_all(&mixed);
     a_reset_state_is_a_new_one(&tiny);
     two_states_share_a_model(&tiny);
+    two_states_share_a_pool(&tiny);
     the_callers_arithmetic_is_not_used(&tiny);
     a_file_in_memory_is_a_file(&tiny);
     a_file_in_memory_is_a_file(&mixed);

@@ -297,6 +297,16 @@ static void refused_bytes(const char *p, size_t n, const char *what, const char 
     free(exact);
 }
 
+static void no_file_at_all(void)
+{
+    gemma3_error err = { "" };
+    ok(!gemma3_open(NULL, NULL, &err) && !strcmp(err.text, "no path of a model was given"), "no path is refused");
+    ok(!gemma3_open_memory("GGML", 4, NULL, NULL, &err) && !strncmp(err.text, "a model in memory is not", 24),
+       "a file in memory needs no name");
+    ok(!gemma3_open_memory(NULL, 0, "x.gguf", NULL, &err) && !strncmp(err.text, "x.gguf is not a GGUF file", 25),
+       "nothing in memory is refused");
+}
+
 static void headers(void)
 {
     image f;
@@ -455,6 +465,15 @@ static void keys(void)
              "x.gguf: key tokenizer.ggml.eos_token_id is 443, outside the vocabulary of 443");
 
     image f = take_apart();
+    set_float(&f, "tokenizer.ggml.bos_token_id", 2.5f);
+    refused(f, "half an id", "x.gguf: key tokenizer.ggml.bos_token_id is 2.5, expected an integer");
+    f = take_apart();
+    set_string(&f, "tokenizer.ggml.model", "gpt2");
+    refused(f, "another kind of tokenizer", "x.gguf: tokenizer.ggml.model is \"gpt2\", expected \"llama\"");
+    f = take_apart();
+    set_u32(&f, "tokenizer.ggml.model", 1);
+    refused(f, "a kind of tokenizer that is a number", "x.gguf: key tokenizer.ggml.model is a u32, expected a string");
+    f = take_apart();
     set_string(&f, "gemma3.block_count", "8");
     refused(f, "a number in words",
             "x.gguf: key gemma3.block_count is a string, expected a number");
@@ -465,11 +484,22 @@ static void keys(void)
     f = take_apart();
     set_float(&f, "gemma3.rope.freq_base", -1);
     refused(f, "a negative RoPE base",
-            "x.gguf: key gemma3.rope.freq_base is -1, expected a positive number");
+            "x.gguf: key gemma3.rope.freq_base is -1, expected a number from 1 to 1e30");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.freq_base_swa", 1e-38f);
+    refused(f, "a RoPE base whose angles grow beyond all bounds",
+            "x.gguf: key gemma3.rope.freq_base_swa is 1e-38, expected a number from 1 to 1e30");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.scaling.factor", 1e-30f);
+    refused(f, "a RoPE factor that does the same", "x.gguf: gemma3.rope.scaling.factor is 1e-30, "
+            "expected at least 1/128 (angles must stay below 2^31)");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.scaling.factor", 0x1p-7f);
+    gemma3_close(accepted(f, "a RoPE factor of 1/128"));
     f = take_apart();
     set_float(&f, "gemma3.attention.layer_norm_rms_epsilon", float_of(0x7f800000));
     refused(f, "an infinite epsilon", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is inf, "
-            "expected a positive number");
+            "expected a number from 0 to 1e30");
     f = take_apart();
     push_int(set_array(&f, "gemma3.attention.sliding_window_pattern", KV_BOOL, 7), 0, 7);
     refused(f, "a pattern of 7 layers for 8",
@@ -657,6 +687,13 @@ static void quirks_of_vocabulary(void)
     gemma3_close(m);
 
     f = take_apart();
+    drop_key(&f, "tokenizer.ggml.bos_token_id");
+    drop_key(&f, "tokenizer.ggml.model");
+    m = accepted(f, "a file without bos_token_id and without tokenizer.ggml.model");
+    if (m) is_int(gemma3_tokenizer_vocab(gemma3_model_tokenizer(m))->bos, 3, "has <bos> by its text");
+    gemma3_close(m);
+
+    f = take_apart();
     set_u32(&f, "tokenizer.ggml.eos_token_id", 300);
     m = accepted(f, "a file with another eos_token_id");
     t = m ? gemma3_model_tokenizer(m) : NULL;
@@ -669,6 +706,29 @@ static void quirks_of_vocabulary(void)
     m = accepted(f, "a file with more tokens than rows of the embedding");
     if (m) is_int(gemma3_model_config(m)->n_vocab, 440, "has the smaller number of them");
     gemma3_close(m);
+}
+
+/* A head whose bytes are the embedding's, read as another type, is a matrix of its own. */
+static void a_head_that_shares_bytes(void)
+{
+    float got[2][443];
+    for (int no_repack = 0; no_repack <= 1; no_repack++) {
+        image f = take_apart();
+        info *e = tensor_of(&f, "token_embd.weight"), *t = add_tensor(&f, "output.weight", 0, 64);
+        e->type = Q8_0, t->type = Q4_0; /* each fits into what the file has */
+        t->n_dims = 2, t->ne[1] = 443, t->offset = e->offset;
+        bytes b = put_together(&f);
+        gemma3_options o = { .no_repack = no_repack };
+        gemma3_error err = { "" };
+        gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
+        if (!ok(m && !compute(m, got[no_repack]), "a head at the embedding's place in the file opens")) diag("  %s", err.text);
+        ok(m && m->output.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
+        if (m) is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34, "a token reads all but the embedding");
+        gemma3_close(m);
+        free(b.p);
+        throw_away(&f);
+    }
+    is_bits(got[0], got[1], sizeof got[0], "repacked or not");
 }
 
 /* ---- Random damage --------------------------------------------------------------------------- */
@@ -718,6 +778,7 @@ static void random_damage(void)
 int main(void)
 {
     every_truncation_is_noticed();
+    no_file_at_all();
     headers();
     lying_lengths();
     other_models();
@@ -726,6 +787,7 @@ int main(void)
     quirks();
     quirks_of_config();
     quirks_of_vocabulary();
+    a_head_that_shares_bytes();
     random_damage();
     return done_testing();
 }

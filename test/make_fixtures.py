@@ -548,7 +548,9 @@ def make_arithmetic():
                 [1, 2, 0.5, 10000, 1e6, 5e-324, 1.7e308, 1 + 2.0 ** -52, 1 - 2.0 ** -53]:
             out.write(f"dlog {double_bits(x)} {double_bits(d(mpmath.log(mpmath.mpf(float(x)))))}\n")
         angles = list(range(0, 60, 3)) + list(rng.uniform(0, 10, 100)) + list(rng.uniform(0, 131072, 200)) + \
-            [131071, 1e-6, 2.0 ** -140] + [float(k * mpmath.pi / 4) for k in (1, 2, 3, 4, 5, 8, 100, 4001)]
+            [131071, 1e-6, 2.0 ** -140] + [float(k * mpmath.pi / 4) for k in (1, 2, 3, 4, 5, 8, 100, 4001)] + \
+            list(2.0 ** rng.uniform(17, 31, 300)) + [2.0 ** k for k in range(17, 31)] + \
+            [float(k * mpmath.pi / 2) for k in rng.integers(2 ** 16, 2 ** 30, 80)] + [2.0 ** 31 - 128]
         for x in map(F, angles):
             m = mpmath.mpf(float(x))
             out.write(f"angle {bits([x, nearest(exact(mpmath.cos(m))), nearest(exact(mpmath.sin(m)))])}\n")

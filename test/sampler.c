@@ -191,6 +191,80 @@ static void many_tokens(void)
     }
 }
 
+/* At a high temperature neighbouring logits have equal weights; their order is still the logits'. */
+static void order_is_by_logit(void)
+{
+    const float near[] = { 1, 1.00000012f }, penalized[] = { 1, 2 };
+    int n_first = 0, n_low = 0;
+    for (int seed = 0; seed < 200; seed++) {
+        gemma3_sampler s = plain(seed), copy = s;
+        float u = next_uniform(&copy);
+        s.temperature = 100;
+        int32_t id = next(&s, near, 2);
+        if (u < 0.5f) n_low++, n_first += id == 1;
+    }
+    ok(n_low > 50 && n_first == n_low, "of equal weights the one with the larger logit comes first");
+    gemma3_sampler s = plain(1);
+    s.temperature = 100, s.top_p = 0, s.repeat_penalty = 2;
+    gemma3_sampler_accept(&s, 1);
+    is_int(next(&s, penalized, 2), 0, "of equal logits, after the penalty, the lower id");
+    s = plain(1);
+    s.temperature = 1000, s.top_p = 0.2f;
+    const float five[] = { 5, 5.00000048f, 5.00000095f, 5.00000143f, 5.00000191f };
+    is_int(drawn(s, five, 5), 0x10, "top-p keeps the larger logit of equal weights");
+}
+
+/* Rule 8 in its plainest form: everything sorted, then summed. */
+static int by_order(const void *a, const void *b)
+{
+    const gemma3_candidate *x = a, *y = b;
+    return before(*y, *x) - before(*x, *y);
+}
+
+static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
+{
+    static gemma3_candidate c[MAX_VOCAB];
+    static float e[MAX_VOCAB];
+    float lane[16] = { 0 }, sum = 0, kept = 0;
+    for (int i = 0; i < n; i++) c[i] = (gemma3_candidate){ logits[i], i };
+    qsort(c, n, sizeof *c, by_order);
+    int n_left = s->top_k && s->top_k < n ? s->top_k : n, k = 0;
+    for (int i = 0; i < n; i++) e[i] = 0;
+    for (int i = 0; i < n_left; i++) e[c[i].id] = exp_of(HARD_FMA, (c[i].logit - c[0].logit) / s->temperature);
+    for (int i = 0; i < n; i++) lane[i % 16] += e[i];
+    float limit = s->top_p * join_lanes(lane);
+    while (k < n_left && (k == 0 || sum < limit)) sum += e[c[k++].id];
+    for (int i = 0; i < k; i++) kept += e[c[i].id] >= s->min_p ? e[c[i].id] : 0;
+    float u = next_uniform(s) * kept;
+    int32_t id = -1;
+    sum = 0;
+    for (int i = 0; i < k && !(sum > u); i++)
+        if (e[c[i].id] >= s->min_p) sum += e[c[i].id], id = c[i].id;
+    return id;
+}
+
+static void as_the_plainest_form(void)
+{
+    static float logits[MAX_VOCAB];
+    uint32_t random = 7;
+    int n_same = 0, n = 0;
+    for (int i = 0; i < 600; i++, n++) {
+        int n_vocab = i % 3 ? 5 + i : MAX_VOCAB;
+        for (int j = 0; j < n_vocab; j++) {
+            random = random * 1664525 + 1013904223;
+            logits[j] = i % 2 ? (float)(random >> 24) / 16 : float_of(0x40400000 + (random >> 26)); /* neighbours */
+        }
+        gemma3_sampler s = plain(i);
+        s.temperature = i % 5 ? 1.5f : 40;
+        s.top_k = i % 7 ? 0 : 20;
+        s.top_p = i % 4 ? 0.9f : 1;
+        s.min_p = i % 6 ? 0 : 0.1f;
+        gemma3_sampler t = s;
+        for (int k = 0; k < 3; k++) n_same += next(&s, logits, n_vocab) == plainly(&t, logits, n_vocab);
+    }
+    is_int(n_same, 3 * n, "choices are those of sorting everything");
+}
+
 /* ---- Figures --------------------------------------------------------------------------------- */
 
 static void figures(void)
@@ -295,6 +369,8 @@ int main(void)
     probabilities();
     repeat_penalty();
     many_tokens();
+    order_is_by_logit();
+    as_the_plainest_form();
     figures();
     rounding_of_the_caller();
     sha256();
