@@ -3402,12 +3402,34 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
+/* Logits are looked at SCAN at a time: only where the largest of them could matter, one by one. */
+enum { SCAN = 256 };
+
+#define MINUS_INFINITY float_of(0xff800000)
+
+/* The largest of n <= SCAN logits; -infinity when all are NaN. */
+static float largest_of(const float *logits, int n)
+{
+    float lane[16];
+    int j = 0;
+    for (int k = 0; k < 16; k++) lane[k] = MINUS_INFINITY;
+    for (; j + 16 <= n; j += 16)
+        for (int k = 0; k < 16; k++) lane[k] = logits[j + k] > lane[k] ? logits[j + k] : lane[k];
+    for (; j < n; j++) lane[0] = logits[j] > lane[0] ? logits[j] : lane[0];
+    for (int k = 1; k < 16; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    return lane[0];
+}
+
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
     int32_t best = 0;
-    float top = float_of(0xff800000);
-    for (int32_t id = 0; id < n_vocab; id++)
-        if (logits[id] > top) top = logits[id], best = id;
+    float top = MINUS_INFINITY;
+    for (int32_t first = 0, n; first < n_vocab; first += n) {
+        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
+        if (!(largest_of(logits + first, n) > top)) continue;
+        for (int32_t id = first; id < first + n; id++)
+            if (logits[id] > top) top = logits[id], best = id;
+    }
     return best;
 }
 
@@ -3449,18 +3471,20 @@ static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
     return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
 }
 
-/* Each distinct id of the last 64, once. */
-static void penalize(const gemma3_sampler *s, gemma3_candidate *c, int n_vocab)
+/* Whether the repeat penalty changes this token, and its logit then. */
+static int is_penalized(const gemma3_sampler *s, int32_t id)
 {
     int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int k = 0; k < n && s->repeat_penalty != 1; k++) {
-        int32_t id = s->last[k];
-        int skip = id < 0 || id >= n_vocab;
-        for (int j = 0; j < k; j++) skip |= s->last[j] == id;
-        if (skip) continue;
-        float l = c[id].logit;
-        c[id].logit = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-    }
+    for (int k = 0; k < n && s->repeat_penalty != 1; k++)
+        if (s->last[k] == id) return 1;
+    return 0;
+}
+
+static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
+{
+    float l = logits[id] == logits[id] ? logits[id] : MINUS_INFINITY; /* NaN never wins */
+    if (is_penalized(s, id)) l = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
+    return (gemma3_candidate){l, id};
 }
 
 /* 1 when a comes before b: logit down, id up. */
@@ -3492,15 +3516,36 @@ static void make_heap(gemma3_candidate *c, int n, int last_on_top)
     for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
 }
 
-/* Moves the k first in order to c[0 .. k-1]. */
-static void keep_best(gemma3_candidate *c, int n, int k)
+/* Puts one more into a heap of the k that come first, the last of them on top. */
+static int offer(gemma3_candidate *c, int n, int k, gemma3_candidate new)
 {
-    make_heap(c, k, 1);
-    for (int i = k; i < n; i++)
-        if (before(c[i], c[0])) {
-            c[0] = c[i];
-            sink(c, k, 0, 1);
-        }
+    if (n < k) {
+        c[n++] = new;
+        if (n == k) make_heap(c, k, 1);
+    } else if (before(new, c[0])) {
+        c[0] = new;
+        sink(c, k, 0, 1);
+    }
+    return n;
+}
+
+/* Puts the k <= n_vocab candidates that come first into c[0 .. k-1], by selection. Penalised tokens are
+ * offered ahead of the others: then a run of logits below the last one kept can be passed over. */
+static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c, int k)
+{
+    int kept = 0, n_last = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
+    for (int a = 0; a < n_last && s->repeat_penalty != 1; a++) {
+        int again = s->last[a] < 0 || s->last[a] >= n_vocab;
+        for (int b = 0; b < a; b++) again |= s->last[b] == s->last[a];
+        if (!again) kept = offer(c, kept, k, candidate(s, logits, s->last[a]));
+    }
+    for (int32_t first = 0, n; first < n_vocab; first += n) {
+        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
+        if (kept == k && largest_of(logits + first, n) < c[0].logit) continue;
+        for (int32_t id = first; id < first + n; id++)
+            if ((kept < k || !(logits[id] < c[0].logit)) && !is_penalized(s, id))
+                kept = offer(c, kept, k, candidate(s, logits, id));
+    }
 }
 
 static float weight(const gemma3_sampler *s, float logit, float top)
@@ -3537,22 +3582,18 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 {
     fp_state fp = fp_enter();
     float lane[16] = {0};
-    int n = n_vocab, best = 0;
-    for (int32_t id = 0; id < n_vocab; id++) { /* NaN never wins */
-        c[id].logit = logits[id] == logits[id] ? logits[id] : float_of(0xff800000);
-        c[id].id = id;
-    }
-    penalize(s, c, n_vocab);
+    int n = s->temperature > 0 ? n_vocab : 1, best = 0;
+    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
+    if (n < n_vocab) {
+        keep_best(s, logits, n_vocab, c, n);
+        qsort(c, n, sizeof *c, compare_ids);
+    } else
+        for (int32_t id = 0; id < n_vocab; id++) c[id] = candidate(s, logits, id);
     for (int j = 1; j < n; j++)
         if (c[j].logit > c[best].logit) best = j;
-    int32_t chosen = best;
+    int32_t chosen = c[best].id;
     float top = c[best].logit;
-    if (s->temperature > 0 && top - top == 0) {
-        if (s->top_k > 0 && s->top_k < n) {
-            keep_best(c, n, s->top_k);
-            n = s->top_k;
-            qsort(c, n, sizeof *c, compare_ids);
-        }
+    if (n > 1 && top - top == 0) {
         for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
         chosen = draw(s, c, n, top, join_lanes(lane));
     }
