@@ -2343,6 +2343,19 @@ static void attend(struct attention *a)
     for_each(s, c->n_kv_heads * ((D + MIX_WIDTH - 1) / MIX_WIDTH), mix_task, a);
 }
 
+/* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
+static void trace_normed(const gemma3_state *s, const struct layer *w, int l, int n)
+{
+    const gemma3_config *c = &s->m->config;
+    int D = c->head_dim;
+    for (int h = 0; h < n * c->n_heads; h++)
+        s->m->kernels->rmsnorm(s->attended + (size_t)h * D, s->q + (size_t)h * D, w->attn_q_norm, D, c->rms_eps);
+    trace(s, "Qcur_normed", l, s->attended, n, c->n_heads * D);
+    for (int g = 0; g < n * c->n_kv_heads; g++)
+        s->m->kernels->rmsnorm(s->attended + (size_t)g * D, s->k + (size_t)g * D, w->attn_k_norm, D, c->rms_eps);
+    trace(s, "Kcur_normed", l, s->attended, n, c->n_kv_heads * D);
+}
+
 /* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
@@ -2352,6 +2365,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
                          .n_products = 3, .n = n, .x = s->h};
     matmul(&qkv);
+    if (s->p.trace) trace_normed(s, w, l, n);
     for_each(s, n, prepare_token, &a);
     trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
     trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
@@ -2400,6 +2414,12 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     }
 }
 
+/* Rows that were asked for begin somewhere in the tile. */
+static void trace_rows(const gemma3_state *s, const char *name, const int *rows, const float *x, int n, int width)
+{
+    if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
+}
+
 /* Logits of n_rows tokens of the tile, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
@@ -2408,7 +2428,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
     rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    trace(s, "result_norm", -1, s->h, n_rows, c->d_model);
+    trace_rows(s, "result_norm", rows, s->h, n_rows, c->d_model);
     matmul_one(s, logits, &s->m->output, s->h, n_rows);
     for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
         float t = logits[j] / c->final_softcap;
@@ -2416,7 +2436,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
         float tanh = (1.0f - e) / (1.0f + e);
         logits[j] = c->final_softcap * float_of(bits_of(tanh) | (bits_of(t) & 0x80000000));
     }
-    trace(s, "result_output", -1, logits, n_rows, c->n_vocab);
+    trace_rows(s, "result_output", rows, logits, n_rows, c->n_vocab);
 }
 
 /* n <= tile tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
@@ -2449,8 +2469,8 @@ static void forward_tile(gemma3_state *s, const int32_t *ids, int n)
 
 /* Labels of the trace as they come; from the second to the third from the end each layer has them. */
 static const char *const trace_labels[] = {
-    "inp_scaled", "attn_norm", "Qcur", "Kcur", "Vcur", "kqv_out", "attn_post_norm", "sa_out", "ffn_norm",
-    "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+    "inp_scaled", "attn_norm", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur", "Vcur", "kqv_out",
+    "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
 enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
 
 const char *gemma3_trace_label(int index, int *in_layers)

@@ -135,7 +135,9 @@ int gemma3_default_threads(void);
 typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_type;
 
 /* Called with every intermediate tensor, under llama.cpp's labels ("attn_norm", "Qcur", "l_out",
- * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos. */
+ * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos,
+ * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
+ * pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
                           const float *data);
 
