@@ -3277,10 +3277,15 @@ struct arena {
     size_t used;
 };
 
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
 static void *piece(struct arena *a, size_t count, size_t bytes)
 {
     void *p = a->base ? a->base + a->used : NULL;
-    a->used += (count * bytes + 63) & ~(size_t)63;
+    size_t size = times(count, bytes);
+    a->used = plus(a->used, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
     return p;
 }
 
@@ -3299,8 +3304,8 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
     gemma3_state s;
     size_t slots = 0;
     size_state(&s, c, p);
-    for (int l = 0; l < c->n_layers; l++) slots += c->is_local[l] ? s.ring : p->n_ctx;
-    return slots * 2 * c->n_kv_heads * c->head_dim * kv_element(&s);
+    for (int l = 0; l < c->n_layers; l++) slots = plus(slots, c->is_local[l] ? s.ring : p->n_ctx);
+    return times(times(slots, times(c->n_kv_heads, c->head_dim)), 2 * kv_element(&s));
 }
 
 static int widest_input(const gemma3_config *c)
@@ -3313,11 +3318,11 @@ static int widest_input(const gemma3_config *c)
 static void lay_out(gemma3_state *s, struct arena *a)
 {
     const gemma3_config *c = &s->m->config;
-    size_t D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D, tile = s->tile;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), tile = s->tile;
     size_t group_q = (size_t)s->group * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
     for (int l = 0; l < c->n_layers; l++) {
-        s->k_cache[l] = piece(a, slots_of(s, l) * kv, kv_element(s));
-        s->v_cache[l] = piece(a, slots_of(s, l) * kv, kv_element(s));
+        s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
+        s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
     }
     for (int local = 0; local < 2; local++) {
         s->inv_freq[local] = piece(a, D / 2, sizeof(float));
@@ -3328,15 +3333,15 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->h = piece(a, tile * c->d_model, sizeof(float));
     s->q = piece(a, tile * q, sizeof(float));
     s->attended = piece(a, tile * q, sizeof(float));
-    s->k = piece(a, tile * kv, sizeof(float));
-    s->v = piece(a, tile * kv, sizeof(float));
+    s->k = piece(a, times(tile, kv), sizeof(float));
+    s->v = piece(a, times(tile, kv), sizeof(float));
     s->gate = piece(a, tile * c->d_ff, sizeof(float));
     s->up = piece(a, tile * c->d_ff, sizeof(float));
     s->group_q = piece(a, group_q * D, sizeof(float));
     s->group_out = piece(a, group_q * D, sizeof(float));
     s->score_sum = piece(a, group_q, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, group_q * s->n_score, sizeof(float));
+    s->score = piece(a, times(group_q, s->n_score), sizeof(float));
     s->xq = piece(a, s->m->exact ? 0 : tile * blocks, sizeof *s->xq);
     s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
@@ -3356,23 +3361,25 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
     struct arena a = {NULL, 0};
     size_state(&s, &m->config, p);
     lay_out(&s, &a);
-    return a.used + sizeof s + 128; /* to align any memory to 64 */
+    return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
 }
 
-static void *params_fault(const gemma3_params *p, gemma3_error *err)
+static void *params_fault(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24) return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
     if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
         return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
     if (p->n_threads > 1 && !p->parallel_for) return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    if (gemma3_state_size(m, p) == SIZE_MAX)
+        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx);
     return (void *)(uintptr_t)1;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size, gemma3_error *err)
 {
     const gemma3_config *c = &m->config;
-    if (!params_fault(p, err)) return NULL;
+    if (!params_fault(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
     if (size < need)
         return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
@@ -3395,7 +3402,7 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
 
 gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (!params_fault(p, err)) return NULL;
+    if (!params_fault(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
     if (!mem) return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);

@@ -158,7 +158,8 @@ typedef struct gemma3_params {
 /* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
 gemma3_params gemma3_default_params(const gemma3_model *m);
 
-/* Bytes of a state before anything is allocated: the cache, and the rest (scratch and tables). */
+/* Bytes of a state's cache, and of all of it, before anything is allocated. SIZE_MAX when they are more
+ * than can be addressed. */
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p);
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p);
 

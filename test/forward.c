@@ -10,6 +10,7 @@
 #include "fixture.h"
 
 #include <fenv.h>
+#include <limits.h>
 #include <pthread.h>
 
 enum { DEFAULT, EXACT };
@@ -450,6 +451,16 @@ static void what_cannot_be_done_is_refused(const fixture *f)
     gemma3_state_free(st);
 
     gemma3_error err = { "" };
+    gemma3_config *c = (gemma3_config *)(uintptr_t)gemma3_model_config(m), own = *c;
+    gemma3_params large = p;
+    c->n_kv_heads = INT_MAX, large.n_ctx = 1 << 24;
+    memset(c->is_local, 0, sizeof c->is_local);
+    ok(gemma3_kv_bytes(c, &large) == SIZE_MAX && gemma3_state_size(m, &large) == SIZE_MAX,
+       "%s: a size beyond all addresses does not wrap", f->name);
+    ok(!gemma3_state_new(m, &large, &err) && strstr(err.text, "more memory than"), "%s: and is refused", f->name);
+    ok(!gemma3_state_init(m, &large, got, SIZE_MAX, &err) && strstr(err.text, "more memory than"),
+       "%s: whatever memory is given", f->name);
+    *c = own;
     p.n_ctx = 0;
     ok(!gemma3_state_new(m, &p, &err) && err.text[0], "%s: no context: %s", f->name, err.text);
     gemma3_options o = { .isa = "abacus" };
