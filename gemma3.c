@@ -5190,8 +5190,8 @@ static int score_chunk(struct session *s, const int32_t *ids, int n, struct scor
         int rows[GEMMA3_TILE], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
         int32_t tile[GEMMA3_TILE];
         memcpy(tile, ids + i, (size_t)count * sizeof *tile);
-        if (i == 0 && bos >= 0 && !s->args->no_bos)
-            tile[0] = bos;
+        if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
+            tile[0] = v->bos;
         for (int k = 0; k < count; k++)
             if (i + k >= n / 2)
                 rows[n_rows++] = k;
