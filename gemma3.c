@@ -2483,7 +2483,11 @@ const char *gemma3_trace_label(int index, int *in_layers)
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     int n_vocab = s->m->config.n_vocab;
-    if (n < 0 || n > s->p.n_ctx - s->pos) {
+    if (n < 0) {
+        snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
+        return -1;
+    }
+    if (n > s->p.n_ctx - s->pos) {
         snprintf(s->error, sizeof s->error, "the context is full: it holds %d tokens, %d are in it and %d more were given",
                  s->p.n_ctx, s->pos, n);
         return -1;
@@ -2536,6 +2540,18 @@ static void *fail(gemma3_error *err, const char *format, ...)
     if (err) vsnprintf(err->text, sizeof err->text, format, args);
     va_end(args);
     return NULL;
+}
+
+/* A path for an error message, whose reason comes after it: the end of a long one. */
+enum { SHORT_PATH = 240 };
+static const char *short_path(const char *path, char out[SHORT_PATH])
+{
+    size_t n = strlen(path);
+    if (n < SHORT_PATH) return path;
+    path += n - (SHORT_PATH - 4);
+    while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
+    snprintf(out, SHORT_PATH, "...%s", path);
+    return out;
 }
 
 struct cursor {
@@ -2883,6 +2899,15 @@ static int refuse_others(const struct opening *o)
     return 0;
 }
 
+/* [ne1][ne0], and what is not 1 before them. */
+static const char *shape_of(const struct tensor *t, char out[96])
+{
+    int n = 0;
+    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--)
+        n += snprintf(out + n, 96 - n, "[%llu]", (unsigned long long)t->ne[k]);
+    return out;
+}
+
 /* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
 static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
 {
@@ -2893,12 +2918,12 @@ static int bind(struct opening *o, const char *name, int rows, int cols, struct 
     if (!w->format)
         return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)",
                     g->name, name, (unsigned)t->type), -1;
-    char want[32] = "any number of tokens";
+    char shape[96], want[32] = "any number of tokens";
     if (rows) snprintf(want, sizeof want, "%d", rows);
     if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
         t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is [%llu][%llu], expected [%s][%d]", g->name, name,
-                    (unsigned long long)t->ne[1], (unsigned long long)t->ne[0], want, cols), -1;
+        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, name, shape_of(t, shape), want,
+                    cols), -1;
     if (cols % w->format->elements)
         return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
                     cols, w->format->name, w->format->elements), -1;
@@ -3047,8 +3072,11 @@ static int read_vocab(struct opening *o)
     struct cursor c = tokens->value;
     for (int k = 0; k < n; k++) {
         struct string s = take_string(&c);
+        if (s.n > GEMMA3_PIECE_MAX)
+            return fail(g->err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d", g->name,
+                        k, (unsigned long long)s.n, GEMMA3_PIECE_MAX), -1;
         text[k] = s.text;
-        length[k] = s.n < UINT32_MAX ? (uint32_t)s.n : UINT32_MAX;
+        length[k] = (uint32_t)s.n;
         score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
         type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
     }
@@ -3227,7 +3255,8 @@ static int open_steps(struct opening *o, const void *data, size_t size)
 static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
                                 gemma3_error *err, gemma3_model *m)
 {
-    struct opening o = {.g = {.name = name, .err = err}, .m = m};
+    char shortened[SHORT_PATH];
+    struct opening o = {.g = {.name = short_path(name, shortened), .err = err}, .m = m};
     fp_state fp = fp_enter();
     if (options) o.options = *options;
     m->exact = o.options.exact;
@@ -3244,7 +3273,7 @@ gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name
 {
     gemma3_model *m = calloc(1, sizeof *m);
     if (!name) name = "a model in memory";
-    if (!m) return fail(err, "%s: out of memory", name);
+    if (!m) return fail(err, "out of memory for a model");
     return open_bytes(data, size, name, options, err, m);
 }
 
@@ -3707,26 +3736,28 @@ static void host_unmap(const gemma3_model *m)
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     struct stat st;
+    char shortened[SHORT_PATH];
     if (!path) return fail(err, "no path of a model was given");
+    const char *name = short_path(path, shortened);
     int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", path, strerror(errno));
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         close(fd);
-        return fail(err, "%s is not a regular file", path);
+        return fail(err, "%s is not a regular file", name);
     }
     if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
         close(fd);
-        return fail(err, "%s has %lld bytes: %s", path, (long long)st.st_size,
+        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
                     st.st_size ? "more than this machine can address" : "it is empty");
     }
     void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     int map_error = errno;
     close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", path, strerror(map_error));
+    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
     gemma3_model *m = calloc(1, sizeof *m);
     if (!m) {
         munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", path);
+        return fail(err, "%s: out of memory", name);
     }
     m->mapping = data;
     m->mapping_bytes = (size_t)st.st_size;
@@ -3911,7 +3942,7 @@ static const char default_model[] = "gemma3-folktales-q4_0.gguf";
 enum {
     MAX_STOPS = 32,          /* --stop texts */
     MAX_STOP_BYTES = 1000,   /* of one of them */
-    MAX_FILE_BYTES = 1 << 30,
+    MAX_FILE_BYTES = 1 << 29, /* of a text: the tokenizer takes no more */
     DEFAULT_CHUNK = 512,     /* tokens of --perplexity's pieces, as in llama-perplexity */
 };
 
@@ -4308,20 +4339,38 @@ static int check_args(const struct args *a, enum job *job)
 
 /* ---- Command line: files ---- */
 
+/* The beginning of a text for a message: nothing in it can do anything to a terminal. */
+static const char *printable(const char *text, char out[24])
+{
+    size_t n = 0;
+    for (; text[n] && n < 20; n++)
+        out[n] = text[n] >= 32 && text[n] < 127 ? text[n] : '?';
+    out[n] = 0;
+    return out;
+}
+
+/* Bytes of a regular file, 0 of anything else. */
+static long long size_of_file(FILE *f)
+{
+    struct stat st;
+    return fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (long long)st.st_size : 0;
+}
+
 /* All bytes of a file, "-" being stdin, and a NUL after them. */
 static int read_whole(const char *path, char **data, size_t *n)
 {
     FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     size_t room = 1 << 16, got = 0;
-    char *bytes = f ? malloc(room) : NULL;
     if (!f)
         return complain("%s: %s", path, strerror(errno));
+    long long size = size_of_file(f);
+    char *bytes = size <= MAX_FILE_BYTES ? malloc(room + 1) : NULL;
     errno = 0;
-    while (bytes && room <= MAX_FILE_BYTES) {
-        got += fread(bytes + got, 1, room - got - 1, f);
-        if (got < room - 1)
+    while (bytes) {
+        got += fread(bytes + got, 1, room - got, f);
+        if (got < room || room > MAX_FILE_BYTES)
             break;
-        char *larger = realloc(bytes, room *= 2);
+        char *larger = realloc(bytes, (room *= 2) + 1);
         if (!larger)
             free(bytes);
         bytes = larger;
@@ -4329,14 +4378,16 @@ static int read_whole(const char *path, char **data, size_t *n)
     int failed = ferror(f), reason = errno;
     if (f != stdin)
         fclose(f);
+    if (size > MAX_FILE_BYTES)
+        return complain("%s: %lld bytes, expected at most %d", path, size, MAX_FILE_BYTES);
     if (!bytes)
         return out_of_memory(room, path);
     bytes[got] = 0;
     *data = bytes, *n = got;
     if (failed)
         return complain("%s: %s", path, strerror(reason));
-    if (room > MAX_FILE_BYTES)
-        return complain("%s: longer than %d bytes", path, MAX_FILE_BYTES);
+    if (got > MAX_FILE_BYTES)
+        return complain("%s: expected at most %d bytes", path, MAX_FILE_BYTES);
     return 0;
 }
 
@@ -4358,13 +4409,17 @@ static int write_floats(FILE *f, const float *x, size_t n)
     return 0;
 }
 
-/* What is in stdout's buffer gets out, or we say why not. A reader that has gone away knows. */
+/* Something could not be written, errno says why. A reader that has gone away knows. */
+static int write_failed(const char *what)
+{
+    return errno == EPIPE ? 1 : complain("%s: %s", what, strerror(errno ? errno : EIO));
+}
+
+/* What is in stdout's buffer gets out, or we say why not: errno is that of the write that failed, now
+ * or, with nothing left in the buffer, before. */
 static int flush_stdout(void)
 {
-    errno = 0;
-    if (fflush(stdout) == 0 && !ferror(stdout))
-        return 0;
-    return errno == EPIPE ? 1 : complain("standard output: %s", strerror(errno ? errno : EIO));
+    return fflush(stdout) == 0 && !ferror(stdout) ? 0 : write_failed("standard output");
 }
 
 /* ---- Command line: tracing ---- */
@@ -4717,14 +4772,15 @@ static int read_ids(struct session *s, const char *path)
     size_t n_bytes = 0;
     struct numbers ids = {NULL, 0};
     const char *bad = NULL;
+    char shown_bad[24];
     int code = read_whole(path, &text, &n_bytes);
     if (!code) {
         int n = parse_numbers(text, " \t\r\n\v\f", &ids, &bad);
         if (n == -2)
             code = out_of_memory(n_bytes * 2, path);
         else if (n == -1 || strlen(text) < n_bytes)
-            code = complain("%s: expected ids parted by spaces or line ends, found \"%.20s\"", path,
-                            n == -1 ? bad : "a zero byte");
+            code = complain("%s: expected ids parted by spaces or line ends, found \"%s\"", path,
+                            n == -1 ? printable(bad, shown_bad) : "a zero byte");
         else
             code = check_ids(s, &ids, path);
     }
@@ -4904,7 +4960,7 @@ static int write_row(struct rows_out *o, const float *row, int n_vocab)
     gemma3_sha256_add_floats(&o->hash, row, (size_t)n_vocab);
     if (!o->file || write_floats(o->file, row, (size_t)n_vocab) == 0)
         return 0;
-    return errno == EPIPE ? 1 : complain("%s: %s", o->path, strerror(errno));
+    return write_failed(o->file == stdout ? "standard output" : o->path);
 }
 
 /* Turns --positions into indices, and finds out whether rows can be written as they come. */
@@ -5010,10 +5066,8 @@ static int close_rows(struct session *s, struct rows_out *o, int code)
         code = write_row(o, o->kept + (size_t)i * (size_t)s->config->n_vocab, s->config->n_vocab);
     free(o->position);
     free(o->kept);
-    if (o->file == stdout) {
-        int failed = flush_stdout();
-        return code ? code : failed;
-    }
+    if (o->file == stdout)
+        return code ? code : flush_stdout();
     if (o->file && fclose(o->file) && !code)
         code = complain("%s: %s", o->path, strerror(errno));
     if (o->file && o->unready && !code && rename(o->unready, o->target))
@@ -5183,7 +5237,7 @@ struct scored {
  * second half. Position i gives the probability of token i + 1. */
 static int score_chunk(struct session *s, const int32_t *ids, int n, struct scored *sum)
 {
-    int32_t bos = gemma3_tokenizer_vocab(s->tokenizer)->bos;
+    const gemma3_vocab *v = gemma3_tokenizer_vocab(s->tokenizer);
     size_t n_vocab = (size_t)s->config->n_vocab;
     gemma3_state_reset(s->state);
     for (int i = 0; i < n - 1;) {
@@ -5290,10 +5344,27 @@ static void print_memory(const struct session *s)
            p.n_threads);
 }
 
+/* A text out of the file: whole characters, and no control characters (U+0000 to 1F, 7F to 9F). */
+static void print_name(const char *name)
+{
+    gemma3_utf8 whole = {.n = 0};
+    char c[8];
+    for (; *name; name++) { /* n is 0 within a character */
+        int n = gemma3_utf8_push(&whole, (unsigned char)*name, c);
+        if (n == 1 ? c[0] < 32 || c[0] == 127 : n == 2 && memcmp(c, "\xC2\xA0", 2) < 0)
+            putchar('?');
+        else
+            fwrite(c, 1, (size_t)n, stdout);
+    }
+    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), stdout);
+    putchar('\n');
+}
+
 static int info(struct session *s)
 {
     const gemma3_config *c = s->config;
-    printf("name                   %s\n", gemma3_model_name(s->model));
+    printf("name                   ");
+    print_name(gemma3_model_name(s->model));
     printf("chat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
     printf("contract               %d\n", GEMMA3_CONTRACT);
     printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");

@@ -442,6 +442,9 @@ static void what_cannot_be_done_is_refused(const fixture *f)
     ok(gemma3_state_error(st)[0], "%s: it says: %s", f->name, gemma3_state_error(st));
     bad[1] = -1;
     is_int(gemma3_forward(st, bad, 3, NULL, 0, NULL), -1, "%s: a negative id", f->name);
+    is_int(gemma3_forward(st, f->ids, -1, NULL, 0, NULL), -1, "%s: minus one token", f->name);
+    ok(!strcmp(gemma3_state_error(st), "-1 tokens were given, expected 0 or more"),
+       "%s: has its own sentence", f->name);
     is_int(gemma3_state_pos(st), 0, "%s: nothing was appended", f->name);
     ok(run_state(st, f, 0, got) == 0, "%s: the state is still good", f->name);
     is_int(gemma3_forward(st, f->ids, 1, NULL, 0, NULL), -1, "%s: a full context", f->name);
