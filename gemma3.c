@@ -2348,6 +2348,19 @@ static void attend(struct attention *a)
     for_each(s, c->n_kv_heads * ((D + MIX_WIDTH - 1) / MIX_WIDTH), mix_task, a);
 }
 
+/* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
+static void trace_normed(const gemma3_state *s, const struct layer *w, int l, int n)
+{
+    const gemma3_config *c = &s->m->config;
+    int D = c->head_dim;
+    for (int h = 0; h < n * c->n_heads; h++)
+        s->m->kernels->rmsnorm(s->attended + (size_t)h * D, s->q + (size_t)h * D, w->attn_q_norm, D, c->rms_eps);
+    trace(s, "Qcur_normed", l, s->attended, n, c->n_heads * D);
+    for (int g = 0; g < n * c->n_kv_heads; g++)
+        s->m->kernels->rmsnorm(s->attended + (size_t)g * D, s->k + (size_t)g * D, w->attn_k_norm, D, c->rms_eps);
+    trace(s, "Kcur_normed", l, s->attended, n, c->n_kv_heads * D);
+}
+
 /* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
@@ -2357,6 +2370,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
                          .n_products = 3, .n = n, .x = s->h};
     matmul(&qkv);
+    if (s->p.trace) trace_normed(s, w, l, n);
     for_each(s, n, prepare_token, &a);
     trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
     trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
@@ -2405,6 +2419,12 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     }
 }
 
+/* Rows that were asked for begin somewhere in the tile. */
+static void trace_rows(const gemma3_state *s, const char *name, const int *rows, const float *x, int n, int width)
+{
+    if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
+}
+
 /* Logits of n_rows tokens of the tile, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
@@ -2413,7 +2433,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
     rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    trace(s, "result_norm", -1, s->h, n_rows, c->d_model);
+    trace_rows(s, "result_norm", rows, s->h, n_rows, c->d_model);
     matmul_one(s, logits, &s->m->output, s->h, n_rows);
     for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
         float t = logits[j] / c->final_softcap;
@@ -2421,7 +2441,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
         float tanh = (1.0f - e) / (1.0f + e);
         logits[j] = c->final_softcap * float_of(bits_of(tanh) | (bits_of(t) & 0x80000000));
     }
-    trace(s, "result_output", -1, logits, n_rows, c->n_vocab);
+    trace_rows(s, "result_output", rows, logits, n_rows, c->n_vocab);
 }
 
 /* n <= tile tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
@@ -2454,8 +2474,8 @@ static void forward_tile(gemma3_state *s, const int32_t *ids, int n)
 
 /* Labels of the trace as they come; from the second to the third from the end each layer has them. */
 static const char *const trace_labels[] = {
-    "inp_scaled", "attn_norm", "Qcur", "Kcur", "Vcur", "kqv_out", "attn_post_norm", "sa_out", "ffn_norm",
-    "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+    "inp_scaled", "attn_norm", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur", "Vcur", "kqv_out",
+    "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
 enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
 
 const char *gemma3_trace_label(int index, int *in_layers)
@@ -2468,7 +2488,11 @@ const char *gemma3_trace_label(int index, int *in_layers)
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     int n_vocab = s->m->config.n_vocab;
-    if (n < 0 || n > s->p.n_ctx - s->pos) {
+    if (n < 0) {
+        snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
+        return -1;
+    }
+    if (n > s->p.n_ctx - s->pos) {
         snprintf(s->error, sizeof s->error, "the context is full: it holds %d tokens, %d are in it and %d more were given",
                  s->p.n_ctx, s->pos, n);
         return -1;
@@ -2521,6 +2545,18 @@ static void *fail(gemma3_error *err, const char *format, ...)
     if (err) vsnprintf(err->text, sizeof err->text, format, args);
     va_end(args);
     return NULL;
+}
+
+/* A path for an error message, whose reason comes after it: the end of a long one. */
+enum { SHORT_PATH = 240 };
+static const char *short_path(const char *path, char out[SHORT_PATH])
+{
+    size_t n = strlen(path);
+    if (n < SHORT_PATH) return path;
+    path += n - (SHORT_PATH - 4);
+    while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
+    snprintf(out, SHORT_PATH, "...%s", path);
+    return out;
 }
 
 struct cursor {
@@ -2868,6 +2904,15 @@ static int refuse_others(const struct opening *o)
     return 0;
 }
 
+/* [ne1][ne0], and what is not 1 before them. */
+static const char *shape_of(const struct tensor *t, char out[96])
+{
+    int n = 0;
+    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--)
+        n += snprintf(out + n, 96 - n, "[%llu]", (unsigned long long)t->ne[k]);
+    return out;
+}
+
 /* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
 static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
 {
@@ -2878,12 +2923,12 @@ static int bind(struct opening *o, const char *name, int rows, int cols, struct 
     if (!w->format)
         return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)",
                     g->name, name, (unsigned)t->type), -1;
-    char want[32] = "any number of tokens";
+    char shape[96], want[32] = "any number of tokens";
     if (rows) snprintf(want, sizeof want, "%d", rows);
     if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
         t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is [%llu][%llu], expected [%s][%d]", g->name, name,
-                    (unsigned long long)t->ne[1], (unsigned long long)t->ne[0], want, cols), -1;
+        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, name, shape_of(t, shape), want,
+                    cols), -1;
     if (cols % w->format->elements)
         return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
                     cols, w->format->name, w->format->elements), -1;
@@ -3032,8 +3077,11 @@ static int read_vocab(struct opening *o)
     struct cursor c = tokens->value;
     for (int k = 0; k < n; k++) {
         struct string s = take_string(&c);
+        if (s.n > GEMMA3_PIECE_MAX)
+            return fail(g->err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d", g->name,
+                        k, (unsigned long long)s.n, GEMMA3_PIECE_MAX), -1;
         text[k] = s.text;
-        length[k] = s.n < UINT32_MAX ? (uint32_t)s.n : UINT32_MAX;
+        length[k] = (uint32_t)s.n;
         score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
         type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
     }
@@ -3212,7 +3260,8 @@ static int open_steps(struct opening *o, const void *data, size_t size)
 static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
                                 gemma3_error *err, gemma3_model *m)
 {
-    struct opening o = {.g = {.name = name, .err = err}, .m = m};
+    char shortened[SHORT_PATH];
+    struct opening o = {.g = {.name = short_path(name, shortened), .err = err}, .m = m};
     fp_state fp = fp_enter();
     if (options) o.options = *options;
     m->exact = o.options.exact;
@@ -3229,7 +3278,7 @@ gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name
 {
     gemma3_model *m = calloc(1, sizeof *m);
     if (!name) name = "a model in memory";
-    if (!m) return fail(err, "%s: out of memory", name);
+    if (!m) return fail(err, "out of memory for a model");
     return open_bytes(data, size, name, options, err, m);
 }
 
@@ -3262,10 +3311,15 @@ struct arena {
     size_t used;
 };
 
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
 static void *piece(struct arena *a, size_t count, size_t bytes)
 {
     void *p = a->base ? a->base + a->used : NULL;
-    a->used += (count * bytes + 63) & ~(size_t)63;
+    size_t size = times(count, bytes);
+    a->used = plus(a->used, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
     return p;
 }
 
@@ -3284,8 +3338,8 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
     gemma3_state s;
     size_t slots = 0;
     size_state(&s, c, p);
-    for (int l = 0; l < c->n_layers; l++) slots += c->is_local[l] ? s.ring : p->n_ctx;
-    return slots * 2 * c->n_kv_heads * c->head_dim * kv_element(&s);
+    for (int l = 0; l < c->n_layers; l++) slots = plus(slots, c->is_local[l] ? s.ring : p->n_ctx);
+    return times(times(slots, times(c->n_kv_heads, c->head_dim)), 2 * kv_element(&s));
 }
 
 static int widest_input(const gemma3_config *c)
@@ -3298,11 +3352,11 @@ static int widest_input(const gemma3_config *c)
 static void lay_out(gemma3_state *s, struct arena *a)
 {
     const gemma3_config *c = &s->m->config;
-    size_t D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D, tile = s->tile;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), tile = s->tile;
     size_t group_q = (size_t)s->group * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
     for (int l = 0; l < c->n_layers; l++) {
-        s->k_cache[l] = piece(a, slots_of(s, l) * kv, kv_element(s));
-        s->v_cache[l] = piece(a, slots_of(s, l) * kv, kv_element(s));
+        s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
+        s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
     }
     for (int local = 0; local < 2; local++) {
         s->inv_freq[local] = piece(a, D / 2, sizeof(float));
@@ -3313,15 +3367,15 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->h = piece(a, tile * c->d_model, sizeof(float));
     s->q = piece(a, tile * q, sizeof(float));
     s->attended = piece(a, tile * q, sizeof(float));
-    s->k = piece(a, tile * kv, sizeof(float));
-    s->v = piece(a, tile * kv, sizeof(float));
+    s->k = piece(a, times(tile, kv), sizeof(float));
+    s->v = piece(a, times(tile, kv), sizeof(float));
     s->gate = piece(a, tile * c->d_ff, sizeof(float));
     s->up = piece(a, tile * c->d_ff, sizeof(float));
     s->group_q = piece(a, group_q * D, sizeof(float));
     s->group_out = piece(a, group_q * D, sizeof(float));
     s->score_sum = piece(a, group_q, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, group_q * s->n_score, sizeof(float));
+    s->score = piece(a, times(group_q, s->n_score), sizeof(float));
     s->xq = piece(a, s->m->exact ? 0 : tile * blocks, sizeof *s->xq);
     s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
@@ -3341,23 +3395,25 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
     struct arena a = {NULL, 0};
     size_state(&s, &m->config, p);
     lay_out(&s, &a);
-    return a.used + sizeof s + 128; /* to align any memory to 64 */
+    return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
 }
 
-static void *params_fault(const gemma3_params *p, gemma3_error *err)
+static void *params_fault(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24) return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
     if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
         return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
     if (p->n_threads > 1 && !p->parallel_for) return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    if (gemma3_state_size(m, p) == SIZE_MAX)
+        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx);
     return (void *)(uintptr_t)1;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size, gemma3_error *err)
 {
     const gemma3_config *c = &m->config;
-    if (!params_fault(p, err)) return NULL;
+    if (!params_fault(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
     if (size < need)
         return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
@@ -3380,7 +3436,7 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
 
 gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (!params_fault(p, err)) return NULL;
+    if (!params_fault(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
     if (!mem) return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
@@ -3726,26 +3782,28 @@ static void host_unmap(const gemma3_model *m)
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     struct stat st;
+    char shortened[SHORT_PATH];
     if (!path) return fail(err, "no path of a model was given");
+    const char *name = short_path(path, shortened);
     int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", path, strerror(errno));
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         close(fd);
-        return fail(err, "%s is not a regular file", path);
+        return fail(err, "%s is not a regular file", name);
     }
     if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
         close(fd);
-        return fail(err, "%s has %lld bytes: %s", path, (long long)st.st_size,
+        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
                     st.st_size ? "more than this machine can address" : "it is empty");
     }
     void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     int map_error = errno;
     close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", path, strerror(map_error));
+    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
     gemma3_model *m = calloc(1, sizeof *m);
     if (!m) {
         munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", path);
+        return fail(err, "%s: out of memory", name);
     }
     m->mapping = data;
     m->mapping_bytes = (size_t)st.st_size;
@@ -3930,7 +3988,7 @@ static const char default_model[] = "gemma3-folktales-q4_0.gguf";
 enum {
     MAX_STOPS = 32,          /* --stop texts */
     MAX_STOP_BYTES = 1000,   /* of one of them */
-    MAX_FILE_BYTES = 1 << 30,
+    MAX_FILE_BYTES = 1 << 29, /* of a text: the tokenizer takes no more */
     DEFAULT_CHUNK = 512,     /* tokens of --perplexity's pieces, as in llama-perplexity */
 };
 
@@ -4327,20 +4385,38 @@ static int check_args(const struct args *a, enum job *job)
 
 /* ---- Command line: files ---- */
 
+/* The beginning of a text for a message: nothing in it can do anything to a terminal. */
+static const char *printable(const char *text, char out[24])
+{
+    size_t n = 0;
+    for (; text[n] && n < 20; n++)
+        out[n] = text[n] >= 32 && text[n] < 127 ? text[n] : '?';
+    out[n] = 0;
+    return out;
+}
+
+/* Bytes of a regular file, 0 of anything else. */
+static long long size_of_file(FILE *f)
+{
+    struct stat st;
+    return fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (long long)st.st_size : 0;
+}
+
 /* All bytes of a file, "-" being stdin, and a NUL after them. */
 static int read_whole(const char *path, char **data, size_t *n)
 {
     FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     size_t room = 1 << 16, got = 0;
-    char *bytes = f ? malloc(room) : NULL;
     if (!f)
         return complain("%s: %s", path, strerror(errno));
+    long long size = size_of_file(f);
+    char *bytes = size <= MAX_FILE_BYTES ? malloc(room + 1) : NULL;
     errno = 0;
-    while (bytes && room <= MAX_FILE_BYTES) {
-        got += fread(bytes + got, 1, room - got - 1, f);
-        if (got < room - 1)
+    while (bytes) {
+        got += fread(bytes + got, 1, room - got, f);
+        if (got < room || room > MAX_FILE_BYTES)
             break;
-        char *larger = realloc(bytes, room *= 2);
+        char *larger = realloc(bytes, (room *= 2) + 1);
         if (!larger)
             free(bytes);
         bytes = larger;
@@ -4348,14 +4424,16 @@ static int read_whole(const char *path, char **data, size_t *n)
     int failed = ferror(f), reason = errno;
     if (f != stdin)
         fclose(f);
+    if (size > MAX_FILE_BYTES)
+        return complain("%s: %lld bytes, expected at most %d", path, size, MAX_FILE_BYTES);
     if (!bytes)
         return out_of_memory(room, path);
     bytes[got] = 0;
     *data = bytes, *n = got;
     if (failed)
         return complain("%s: %s", path, strerror(reason));
-    if (room > MAX_FILE_BYTES)
-        return complain("%s: longer than %d bytes", path, MAX_FILE_BYTES);
+    if (got > MAX_FILE_BYTES)
+        return complain("%s: expected at most %d bytes", path, MAX_FILE_BYTES);
     return 0;
 }
 
@@ -4377,13 +4455,17 @@ static int write_floats(FILE *f, const float *x, size_t n)
     return 0;
 }
 
-/* What is in stdout's buffer gets out, or we say why not. A reader that has gone away knows. */
+/* Something could not be written, errno says why. A reader that has gone away knows. */
+static int write_failed(const char *what)
+{
+    return errno == EPIPE ? 1 : complain("%s: %s", what, strerror(errno ? errno : EIO));
+}
+
+/* What is in stdout's buffer gets out, or we say why not: errno is that of the write that failed, now
+ * or, with nothing left in the buffer, before. */
 static int flush_stdout(void)
 {
-    errno = 0;
-    if (fflush(stdout) == 0 && !ferror(stdout))
-        return 0;
-    return errno == EPIPE ? 1 : complain("standard output: %s", strerror(errno ? errno : EIO));
+    return fflush(stdout) == 0 && !ferror(stdout) ? 0 : write_failed("standard output");
 }
 
 /* ---- Command line: tracing ---- */
@@ -4736,14 +4818,15 @@ static int read_ids(struct session *s, const char *path)
     size_t n_bytes = 0;
     struct numbers ids = {NULL, 0};
     const char *bad = NULL;
+    char shown_bad[24];
     int code = read_whole(path, &text, &n_bytes);
     if (!code) {
         int n = parse_numbers(text, " \t\r\n\v\f", &ids, &bad);
         if (n == -2)
             code = out_of_memory(n_bytes * 2, path);
         else if (n == -1 || strlen(text) < n_bytes)
-            code = complain("%s: expected ids parted by spaces or line ends, found \"%.20s\"", path,
-                            n == -1 ? bad : "a zero byte");
+            code = complain("%s: expected ids parted by spaces or line ends, found \"%s\"", path,
+                            n == -1 ? printable(bad, shown_bad) : "a zero byte");
         else
             code = check_ids(s, &ids, path);
     }
@@ -4923,7 +5006,7 @@ static int write_row(struct rows_out *o, const float *row, int n_vocab)
     gemma3_sha256_add_floats(&o->hash, row, (size_t)n_vocab);
     if (!o->file || write_floats(o->file, row, (size_t)n_vocab) == 0)
         return 0;
-    return errno == EPIPE ? 1 : complain("%s: %s", o->path, strerror(errno));
+    return write_failed(o->file == stdout ? "standard output" : o->path);
 }
 
 /* Turns --positions into indices, and finds out whether rows can be written as they come. */
@@ -5029,10 +5112,8 @@ static int close_rows(struct session *s, struct rows_out *o, int code)
         code = write_row(o, o->kept + (size_t)i * (size_t)s->config->n_vocab, s->config->n_vocab);
     free(o->position);
     free(o->kept);
-    if (o->file == stdout) {
-        int failed = flush_stdout();
-        return code ? code : failed;
-    }
+    if (o->file == stdout)
+        return code ? code : flush_stdout();
     if (o->file && fclose(o->file) && !code)
         code = complain("%s: %s", o->path, strerror(errno));
     if (o->file && o->unready && !code && rename(o->unready, o->target))
@@ -5202,15 +5283,15 @@ struct scored {
  * second half. Position i gives the probability of token i + 1. */
 static int score_chunk(struct session *s, const int32_t *ids, int n, struct scored *sum)
 {
-    int32_t bos = gemma3_tokenizer_vocab(s->tokenizer)->bos;
+    const gemma3_vocab *v = gemma3_tokenizer_vocab(s->tokenizer);
     size_t n_vocab = (size_t)s->config->n_vocab;
     gemma3_state_reset(s->state);
     for (int i = 0; i < n - 1;) {
         int rows[GEMMA3_TILE], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
         int32_t tile[GEMMA3_TILE];
         memcpy(tile, ids + i, (size_t)count * sizeof *tile);
-        if (i == 0 && bos >= 0 && !s->args->no_bos)
-            tile[0] = bos;
+        if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
+            tile[0] = v->bos;
         for (int k = 0; k < count; k++)
             if (i + k >= n / 2)
                 rows[n_rows++] = k;
@@ -5309,10 +5390,27 @@ static void print_memory(const struct session *s)
            p.n_threads);
 }
 
+/* A text out of the file: whole characters, and no control characters (U+0000 to 1F, 7F to 9F). */
+static void print_name(const char *name)
+{
+    gemma3_utf8 whole = {.n = 0};
+    char c[8];
+    for (; *name; name++) { /* n is 0 within a character */
+        int n = gemma3_utf8_push(&whole, (unsigned char)*name, c);
+        if (n == 1 ? c[0] < 32 || c[0] == 127 : n == 2 && memcmp(c, "\xC2\xA0", 2) < 0)
+            putchar('?');
+        else
+            fwrite(c, 1, (size_t)n, stdout);
+    }
+    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), stdout);
+    putchar('\n');
+}
+
 static int info(struct session *s)
 {
     const gemma3_config *c = s->config;
-    printf("name                   %s\n", gemma3_model_name(s->model));
+    printf("name                   ");
+    print_name(gemma3_model_name(s->model));
     printf("chat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
     printf("contract               %d\n", GEMMA3_CONTRACT);
     printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");

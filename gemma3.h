@@ -99,8 +99,8 @@ typedef struct gemma3_options {
     int exact;               /* 1: weights in float32, the oracle's mode; 0: int8 activations */
     int no_repack;           /* 1: use the weights where they lie in the file; same bits */
     const char *isa;         /* force kernels: "scalar" "avx2" ...; NULL: the best this CPU has */
-    int n_threads;           /* threads for repacking while opening; 0: as pool or 1 */
-    gemma3_parallel_for *parallel_for; /* used while opening; NULL: one thread */
+    int n_threads;           /* workers that parallel_for has; 0 or 1: one thread */
+    gemma3_parallel_for *parallel_for; /* repacks weights while opening; NULL: one thread */
     void *pool;
     void (*progress)(void *user, double fraction); /* may be NULL */
     void *user;
@@ -135,7 +135,9 @@ int gemma3_default_threads(void);
 typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_type;
 
 /* Called with every intermediate tensor, under llama.cpp's labels ("attn_norm", "Qcur", "l_out",
- * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos. */
+ * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos,
+ * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
+ * pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
                           const float *data);
 
@@ -156,7 +158,8 @@ typedef struct gemma3_params {
 /* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
 gemma3_params gemma3_default_params(const gemma3_model *m);
 
-/* Bytes of a state before anything is allocated: the cache, and the rest (scratch and tables). */
+/* Bytes of a state's cache, and of all of it, before anything is allocated. SIZE_MAX when they are more
+ * than can be addressed. */
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p);
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p);
 
@@ -173,7 +176,8 @@ const char *gemma3_state_error(const gemma3_state *s);
 
 /* Takes n tokens through the model and appends them to the cache. For each of the n_rows ascending
  * indices rows[] into this call's tokens, writes n_vocab logits to logits [n_rows][n_vocab].
- * 0, or -1 when an id is outside the vocabulary or the context is full (nothing is appended then).
+ * 0, or -1 when an id is outside the vocabulary, the context is full or rows do not ascend within
+ * 0 .. n-1 (nothing is appended then).
  * transformers: Gemma3ForCausalLM.forward. */
 int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
                    float *logits);
@@ -245,7 +249,7 @@ typedef struct gemma3_vocab {
 } gemma3_vocab;
 
 enum {
-    GEMMA3_BOS = 1,          /* encode: put <bos> first */
+    GEMMA3_BOS = 1,          /* encode: put <bos> first, unless the file says add_bos_token false */
     GEMMA3_SPECIAL = 2,      /* encode: control tokens written in the text are those tokens;
                                 decode: control tokens become their text instead of nothing */
     GEMMA3_PIECE_MAX = 1024, /* bytes one token can decode to, at most; longer ones are refused */
@@ -279,7 +283,8 @@ int gemma3_is_stop(const gemma3_tokenizer *t, int32_t id);
 /* One turn of Gemma's chat template, as ids: the user's (system before it in the first one, or
  * NULL), then the opening of the model's answer. text is trimmed, and its control tokens are plain
  * text. first: 1 puts <bos> before it; 0 first closes the model's previous turn's line ("\n").
- * Returns as gemma3_encode does; n_text + n_system + 32 ids always suffice. */
+ * Returns as gemma3_encode does, or -3 when the vocabulary has no turn tokens; n_text + n_system + 32
+ * ids always suffice. */
 int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char *text, int first,
                        int32_t *ids, int max_ids);
 

@@ -697,7 +697,7 @@ int gemma3_encode_in(const gemma3_tokenizer *t, const char *text, size_t n, int 
 
     if (begin(&e, t, n, ids, max_ids, work, n_work))
         return -2;
-    if ((flags & GEMMA3_BOS) && t->vocab.bos >= 0)
+    if ((flags & GEMMA3_BOS) && t->vocab.bos >= 0 && t->vocab.add_bos)
         add_token(&e, t->vocab.bos);
     add_text(&e, text, n, flags);
     return e.too_many ? -1 : e.n_ids;

@@ -153,6 +153,12 @@ tiny("--info", "-b", 1, "--exact");
 $kv_bytes = (512 + 7 * 8) * 2 * 2 * 32 * 4;
 like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f32$/m, "a batch of 1 needs less of it");
 
+# a name that would clear the screen
+(my $named = slurp($tiny)) =~ s/(general\.name.{12})(.)(.)(.)/$1\e[\xff/s;
+run("-m", spew("named.gguf", $named), "--info");
+like($out, qr/^name +\?\[/m, "what the file's name is made of is printable");
+unlike($out, qr/[\x00-\x09\x0b-\x1f\x7f]/, "all of it");
+
 # ---- Wrong command lines -------------------------------------------------------------------------
 
 refuses(2, qr/nothing to do/, "no prompt", "-m", $tiny);
@@ -196,6 +202,14 @@ refuses(1, qr/\.ids: id 443 is outside the vocabulary, 0 to 442/, "an id too man
 refuses(1, qr/id -1 is outside/, "a negative id", "-m", $tiny, "--ids", spew("bad.ids", "3 -1"));
 refuses(1, qr/expected ids .* found "cat/, "words for ids", "-m", $tiny, "--ids",
     spew("bad.ids", "3 cat"));
+refuses(1, qr/found "\?\[2Jab\?\?cd"$/m, "what is shown of them is printable", "-m", $tiny, "--ids",
+    spew("bad.ids", "3 \e[2Jab\xc3\xa4cd"));
+open my $huge, ">", "$dir/huge.txt" or die;
+truncate $huge, 600 << 20;
+close $huge;
+refuses(1, qr/huge\.txt: 629145600 bytes, expected at most 536870912/, "a text of 600 MB", "-m", $tiny, "-f",
+    "$dir/huge.txt");
+unlink "$dir/huge.txt";
 refuses(1, qr/no tokens/, "no ids", "-m", $tiny, "--ids", spew("bad.ids", " \n"));
 refuses(1, qr/prompt has 72 tokens and the context room for 71/, "a prompt that is too long",
     "-m", $tiny, "--ids", $ids, "-c", 71);
@@ -216,9 +230,14 @@ refuses(1, qr/out of memory/, "a context beyond all memory", "-m", $tiny, "-p", 
     "--kv", "f32") if 0;
 
 SKIP: {
-    skip "no /dev/full here", 6 if !-c "/dev/full";
+    skip "no /dev/full here", 12 if !-c "/dev/full";
     refuses(1, qr{/dev/full: No space left}, "--logits on a full disk", "-m", $tiny, "--ids", $ids,
         "--logits", "/dev/full");
+    for my $job ([], ["--positions", "5,0"], ["--hash"]) {
+        waitpid start("/dev/null", "/dev/full", "-m", $tiny, "--ids", $ids, "--logits", "-", @$job), 0;
+        is($? >> 8, 1, "--logits - on a full disk, @$job: exit code 1");
+        is(slurp("$dir/stderr"), "gemma3: standard output: No space left on device\n", "and one sentence");
+    }
     waitpid start("/dev/null", "/dev/full", "-m", $tiny, "-p", "a", "-n", 5), 0;
     is($? >> 8, 1, "text on a full disk: exit code 1");
     like(slurp("$dir/stderr"), qr/standard output: No space left/, "and says why");
@@ -226,18 +245,20 @@ SKIP: {
 waitpid start("/dev/null", undef, "-m", $tiny, "-p", "a", "-n", 5), 0;
 is($? >> 8, 1, "stdout closed: exit code 1");
 like(slurp("$dir/stderr"), qr/standard output: /, "and says so");
-{
+for my $job (["--logits", "-"], ["--logits", "-", "--positions", "5,0"], ["--nll", "--top", 443],
+    ["--trace", "l_out"]) {
     pipe my $read, my $write;
     my $pid = fork // die;
     if (!$pid) {
         open STDOUT, ">&", $write;
         open STDERR, ">", "$dir/stderr";
         close $_ for $read, $write;
-        exec $gemma3, "-m", $tiny, "--ids", $ids, "--logits", "-";
+        exec $gemma3, "-m", $tiny, "--ids", $ids, @$job;
     }
     close $_ for $read, $write;
     waitpid $pid, 0;
-    is($?, 256, "a reader that goes away: exit code 1, no signal");
+    is($?, 256, "@$job, a reader that goes away: exit code 1, no signal");
+    is(slurp("$dir/stderr"), "", "and no word");
 }
 
 # ---- Files that are there already ----------------------------------------------------------------

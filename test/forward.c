@@ -10,6 +10,7 @@
 #include "fixture.h"
 
 #include <fenv.h>
+#include <limits.h>
 #include <pthread.h>
 
 enum { DEFAULT, EXACT };
@@ -441,6 +442,9 @@ static void what_cannot_be_done_is_refused(const fixture *f)
     ok(gemma3_state_error(st)[0], "%s: it says: %s", f->name, gemma3_state_error(st));
     bad[1] = -1;
     is_int(gemma3_forward(st, bad, 3, NULL, 0, NULL), -1, "%s: a negative id", f->name);
+    is_int(gemma3_forward(st, f->ids, -1, NULL, 0, NULL), -1, "%s: minus one token", f->name);
+    ok(!strcmp(gemma3_state_error(st), "-1 tokens were given, expected 0 or more"),
+       "%s: has its own sentence", f->name);
     is_int(gemma3_state_pos(st), 0, "%s: nothing was appended", f->name);
     ok(run_state(st, f, 0, got) == 0, "%s: the state is still good", f->name);
     is_int(gemma3_forward(st, f->ids, 1, NULL, 0, NULL), -1, "%s: a full context", f->name);
@@ -450,6 +454,16 @@ static void what_cannot_be_done_is_refused(const fixture *f)
     gemma3_state_free(st);
 
     gemma3_error err = { "" };
+    gemma3_config *c = (gemma3_config *)(uintptr_t)gemma3_model_config(m), own = *c;
+    gemma3_params large = p;
+    c->n_kv_heads = INT_MAX, large.n_ctx = 1 << 24;
+    memset(c->is_local, 0, sizeof c->is_local);
+    ok(gemma3_kv_bytes(c, &large) == SIZE_MAX && gemma3_state_size(m, &large) == SIZE_MAX,
+       "%s: a size beyond all addresses does not wrap", f->name);
+    ok(!gemma3_state_new(m, &large, &err) && strstr(err.text, "more memory than"), "%s: and is refused", f->name);
+    ok(!gemma3_state_init(m, &large, got, SIZE_MAX, &err) && strstr(err.text, "more memory than"),
+       "%s: whatever memory is given", f->name);
+    *c = own;
     p.n_ctx = 0;
     ok(!gemma3_state_new(m, &p, &err) && err.text[0], "%s: no context: %s", f->name, err.text);
     gemma3_options o = { .isa = "abacus" };
@@ -489,9 +503,9 @@ static void a_local_layer_forgets_what_left_the_window(const fixture *f)
 
 /* ---- Looking inside --------------------------------------------------------------------------- */
 
-static const char *const labels[] = { "inp_scaled", "attn_norm", "Qcur", "Kcur", "Vcur", "kqv_out",
-                                      "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm",
-                                      "l_out", "result_norm", "result_output" };
+static const char *const labels[] = { "inp_scaled", "attn_norm", "Qcur_normed", "Kcur_normed",
+                                      "Qcur", "Kcur", "Vcur", "kqv_out", "attn_post_norm", "sa_out",
+                                      "ffn_norm", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output" };
 enum { N_LABELS = sizeof labels / sizeof *labels };
 
 typedef struct seen {
@@ -503,8 +517,8 @@ typedef struct seen {
 
 static int width_of(const gemma3_config *c, const char *name)
 {
-    if (!strcmp(name, "Qcur") || !strcmp(name, "kqv_out")) return c->n_heads * c->head_dim;
-    if (!strcmp(name, "Kcur") || !strcmp(name, "Vcur")) return c->n_kv_heads * c->head_dim;
+    if (!strncmp(name, "Qcur", 4) || !strcmp(name, "kqv_out")) return c->n_heads * c->head_dim;
+    if (!strncmp(name, "Kcur", 4) || !strcmp(name, "Vcur")) return c->n_kv_heads * c->head_dim;
     return !strcmp(name, "result_output") ? c->n_vocab : c->d_model;
 }
 
@@ -557,6 +571,76 @@ static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
     gemma3_state_free(st);
     gemma3_close(m);
     free(want), free(got), free(traced);
+}
+
+/* The heads of layer 0's first token: position 0 turns nothing, so before and after rope is the same there
+ * and, at every other position, only the length of each pair. */
+typedef struct turned {
+    float normed[2][8 * 128]; /* Q and K */
+    int n_same, n_other, n_longer, half;
+} turned;
+
+static void look_at_heads(void *user, const char *name, int layer, int pos, int n, int width, const float *x)
+{
+    turned *t = user;
+    int k = name[0] == 'K';
+    if (layer != 0 || pos != 0 || n != 8 || (strncmp(name, "Qcur", 4) && strncmp(name, "Kcur", 4))) return;
+    size_t size = (size_t)n * width;
+    if (!strcmp(name + 4, "_normed")) {
+        memcpy(t->normed[k], x, size * sizeof *x);
+        return;
+    }
+    t->n_same += !memcmp(t->normed[k], x, width * sizeof *x);
+    t->n_other += memcmp(t->normed[k] + width, x + width, width * sizeof *x) != 0;
+    for (size_t i = 0; i < size; i++) {
+        size_t j = i % (2 * t->half) < (size_t)t->half ? i + t->half : i - t->half;
+        double before = hypot(t->normed[k][i], t->normed[k][j]), after = hypot(x[i], x[j]);
+        t->n_longer += !(fabs(before - after) <= 1e-6 * (1 + before));
+    }
+}
+
+static void normed_heads_are_those_before_rope(const fixture *f)
+{
+    gemma3_model *m = open_model(f, (setting){ .mode = DEFAULT });
+    gemma3_params p = params_of(f, m, (setting){ .mode = DEFAULT });
+    turned t = { .half = gemma3_model_config(m)->head_dim / 2 };
+    p.trace = look_at_heads, p.trace_user = &t;
+    gemma3_state *st = gemma3_state_new(m, &p, NULL);
+    ok(st && !gemma3_forward(st, f->ids, 8, NULL, 0, NULL), "%s: eight tokens", f->name);
+    is_int(t.n_same, 2, "%s: Qcur_normed and Kcur_normed at position 0 are Qcur and Kcur", f->name);
+    is_int(t.n_other, 2, "%s: not so at position 1", f->name);
+    is_int(t.n_longer, 0, "%s: where each pair has turned and kept its length", f->name);
+    gemma3_state_free(st);
+    gemma3_close(m);
+}
+
+typedef struct first_row {
+    int pos, n, calls;
+} first_row;
+
+static void look_at_rows(void *user, const char *name, int layer, int pos, int n, int width, const float *x)
+{
+    first_row *r = user;
+    (void)layer, (void)width, (void)x;
+    if (!strncmp(name, "result_", 7)) r->pos = pos, r->n = n, r->calls++;
+}
+
+static void results_are_of_the_rows_asked_for(const fixture *f)
+{
+    gemma3_model *m = open_model(f, (setting){ .mode = DEFAULT });
+    gemma3_params p = params_of(f, m, (setting){ .mode = DEFAULT });
+    first_row r = { 0, 0, 0 };
+    p.trace = look_at_rows, p.trace_user = &r;
+    gemma3_state *st = gemma3_state_new(m, &p, NULL);
+    float *some = new_logits(f);
+    const int rows[2] = { 2, 5 };
+    int failed = gemma3_forward(st, f->ids, 4, NULL, 0, NULL) || gemma3_forward(st, f->ids + 4, 8, rows, 2, some);
+    ok(!failed && r.calls == 2, "%s: result_norm and result_output come when rows are asked for", f->name);
+    is_int(r.n, 2, "%s: as many", f->name);
+    is_int(r.pos, 6, "%s: with the first one's position", f->name);
+    gemma3_state_free(st);
+    gemma3_close(m);
+    free(some);
 }
 
 /* ---- The configuration ------------------------------------------------------------------------ */
@@ -667,6 +751,8 @@ int main(void)
     what_cannot_be_done_is_refused(&tiny);
     a_local_layer_forgets_what_left_the_window(&tiny);
     a_trace_shows_every_layer_and_changes_nothing(&tiny);
+    normed_heads_are_those_before_rope(&tiny);
+    results_are_of_the_rows_asked_for(&tiny);
     every_number_of_the_configuration_counts(&tiny);
     free(tiny.want), free(deep.want), free(mixed.want);
     return done_testing();

@@ -307,6 +307,20 @@ static void no_file_at_all(void)
        "nothing in memory is refused");
 }
 
+/* The reason is at the end of the sentence: a long path must leave room for it. */
+static void long_paths(void)
+{
+    char path[3000];
+    gemma3_error err = { "" };
+    for (int i = 0; i < 1400; i++) memcpy(path + 2 * i, "\xc3\xa4", 2);
+    for (int shift = 0; shift < 2; shift++) {
+        strcpy(path + 2800, &"/my.gguf"[shift]);
+        ok(!gemma3_open_memory("GGML", 4, path, NULL, &err) && !strncmp(err.text, "...\xc3\xa4", 5) &&
+           strstr(err.text, "my.gguf is not a GGUF file: it does not begin with \"GGUF\""), "a long path is shortened");
+        ok(!gemma3_open(path, NULL, &err) && strstr(err.text, "my.gguf cannot be opened: "), "a longer one too");
+    }
+}
+
 static void headers(void)
 {
     image f;
@@ -387,6 +401,13 @@ static void other_models(void)
     refused(f, "a near relative",
             "x.gguf: general.architecture is \"gemma3n\", expected \"gemma3\"");
     f = take_apart();
+    set_u32(&f, "general.architecture", 3);
+    refused(f, "an architecture that is a number", "x.gguf: key general.architecture is a u32, expected a string");
+    f = take_apart();
+    set_float(&f, "gemma3.rope.scaling.type", 8);
+    refused(f, "a scaling of RoPE that is a number",
+            "x.gguf: key gemma3.rope.scaling.type is a f32, expected a string");
+    f = take_apart();
     set_u32(&f, "split.count", 3);
     refused(f, "the first part of a split model",
             "x.gguf is one of 3 parts of a split model: merge them first (llama-gguf-split "
@@ -465,6 +486,16 @@ static void keys(void)
              "x.gguf: key tokenizer.ggml.eos_token_id is 443, outside the vocabulary of 443");
 
     image f = take_apart();
+    bytes *b = set_array(&f, "tokenizer.ggml.tokens", KV_STRING, 443);
+    for (int i = 0; i < 443; i++) {
+        static char text[1026];
+        memset(text, 'a', 1025);
+        text[i == 7 ? 1025 : 1] = 0;
+        push_string(b, text);
+    }
+    refused(f, "a token of 1025 bytes",
+            "x.gguf: key tokenizer.ggml.tokens: token 7 has 1025 bytes, expected at most 1024");
+    f = take_apart();
     set_float(&f, "tokenizer.ggml.bos_token_id", 2.5f);
     refused(f, "half an id", "x.gguf: key tokenizer.ggml.bos_token_id is 2.5, expected an integer");
     f = take_apart();
@@ -554,6 +585,14 @@ static void tensors(void)
     tensor_of(&f, "token_embd.weight")->ne[1] = 1ull << 60;
     refused(f, "an embedding of 2^60 tokens", "x.gguf: tensor token_embd.weight is "
             "[1152921504606846976][64], expected [any number of tokens][64]");
+    f = take_apart();
+    info *wide = tensor_of(&f, "blk.1.ffn_down.weight");
+    wide->n_dims = 3, wide->ne[2] = 2;
+    refused(f, "a third dimension", "x.gguf: tensor blk.1.ffn_down.weight is [2][64][96], expected [64][96]");
+    f = take_apart();
+    wide = tensor_of(&f, "blk.1.ffn_down.weight");
+    wide->n_dims = 4, wide->ne[2] = 1, wide->ne[3] = 3;
+    refused(f, "a fourth dimension", "x.gguf: tensor blk.1.ffn_down.weight is [3][1][64][96], expected [64][96]");
     f = take_apart();
     tensor_of(&f, "output_norm.weight")->n_dims = 5;
     refused(f, "five dimensions",
@@ -779,6 +818,7 @@ int main(void)
 {
     every_truncation_is_noticed();
     no_file_at_all();
+    long_paths();
     headers();
     lying_lengths();
     other_models();

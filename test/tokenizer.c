@@ -304,6 +304,22 @@ static void whole_characters(void)
 
 /* ---- Stops, turns, errors -------------------------------------------------------------------- */
 
+static void no_bos(void)
+{
+    struct small *s = example();
+    int32_t ids[32];
+    is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 2, "<bos> and a word");
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0 && ids[0] == s->vocab.bos, 1,
+           "a first turn begins with <bos>");
+    free(s->mem);
+    s->vocab.add_bos = 0;
+    build_tokenizer(s);
+    is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 1, "no <bos> when the file wants none");
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0 && ids[0] == s->vocab.bos, 1,
+           "but in a turn, because the template writes it");
+    small_free(s);
+}
+
 static void stops(void)
 {
     struct small *s = example();
@@ -582,6 +598,7 @@ int main(void)
     long_texts();
     decoding();
     whole_characters();
+    no_bos();
     stops();
     turns();
     refused_vocabularies();
