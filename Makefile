@@ -23,7 +23,7 @@ run: gemma3 $(MODEL)
 	./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
 test: gemma3 $(C_TESTS)
-	prove --timer --failures --comments $(TESTS)
+	prove -j2 --timer --failures --comments $(TESTS)
 
 # Each test is the engine and its checks in one unit, so that it reaches static functions.
 $(C_TESTS): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.c

@@ -75,8 +75,8 @@
 #if !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
 #endif
-#if !defined(_DEFAULT_SOURCE)
-#define _DEFAULT_SOURCE 1       /* madvise */
+#if !defined(_GNU_SOURCE)
+#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
 #endif
 #include "gemma3.h"
 
@@ -3810,20 +3810,49 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     return open_bytes(data, m->mapping_bytes, path, options, err, m);
 }
 
-/* Physical cores: of the hardware threads that share a core, the first counts. */
+/* The first number in a file, or other. */
+static long number_in(const char *path, long other)
+{
+    long number;
+    FILE *f = fopen(path, "r");
+    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
+    if (f) fclose(f);
+    return number;
+}
+
+/* The cores this process may use: of the hardware threads that share a core one counts (two of them
+ * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
+ * to whoever is free. */
+static int usable_cores(void)
+{
+#if defined(__linux__)
+    enum { MAX_CPUS = 1024 };
+    cpu_set_t may_use;
+    uint8_t seen[MAX_CPUS] = {0};
+    int cores = 0;
+    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
+        char path[96];
+        if (!CPU_ISSET(cpu, &may_use)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        long core = number_in(path, cpu); /* named by the first of its threads */
+        if (core < 0 || core >= MAX_CPUS) core = cpu;
+        cores += !seen[core];
+        seen[core] = 1;
+    }
+    return cores;
+#else
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+}
+
+/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
+ * usually 100000, or "max". */
 int gemma3_default_threads(void)
 {
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    int cores = 0;
-    for (int cpu = 0; cpu < online; cpu++) {
-        char path[96];
-        int first = cpu;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        FILE *f = fopen(path, "r");
-        if (f && fscanf(f, "%d", &first) != 1) first = cpu;
-        if (f) fclose(f);
-        cores += first == cpu;
-    }
+    int cores = usable_cores();
+    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
+    if (n < cores) cores = (int)n;
     return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
 }
 
