@@ -7,9 +7,9 @@ tests read what it made. Everything random is seeded.
     make_fixtures.py formats          formats.vec: blocks of every tensor type, dequantised by gguf
     make_fixtures.py arithmetic       arithmetic.vec: fma with fractions, functions by mpmath
     make_fixtures.py sampler          sampler.vec: choices of an independent simulation
-    make_fixtures.py golden MODEL.gguf TEXTS
-                                      golden-270m.vec: what transformers computes with the real
-                                      Gemma 3 270M for the texts NAME.ids in the folder TEXTS
+    make_fixtures.py golden MODEL.gguf OUT.vec NAME.ids ...
+                                      golden-270m.vec, golden-folktales.vec: what transformers
+                                      computes with a trained model for texts given as ids
 """
 import os
 import re
@@ -566,37 +566,46 @@ def exact(x):
     return Fraction((-1) ** sign * int(mantissa)) * Fraction(2) ** exponent
 
 
-# ---- The real 270M --------------------------------------------------------------------------------
+# ---- Trained models --------------------------------------------------------------------------------
 
-def make_golden(path, texts):
-    """Everything of the short texts, samples of the long ones; a full row is every 1021st logit."""
+# Positions between top-16 lists, and between rows of samples.
+GOLDEN_EVERY = {"capital": (1, 1), "chat": (1, 4), "code": (1, 16), "languages": (2, 32), "story": (8, 64)}
+
+
+def write_golden(f, name, ids, logits):
+    """Everything of a short text, samples of a long one; of a row every 1021st logit, or every 61st."""
+    import torch
+    n, vocab = logits.shape
+    every_top, every_row = GOLDEN_EVERY.get(name, (4, 16))
+    step = 1021 if vocab > 1 << 16 else 61
+    lse = torch.logsumexp(logits.double(), -1)
+    nll = lse[:-1] - logits[torch.arange(n - 1), torch.tensor(ids[1:])].double()
+    top, top_id = logits.topk(16, -1)
+    f.write(f"text {name} {n}\n")
+    f.write("ids " + " ".join(map(str, ids)) + "\n")
+    f.write("nll " + " ".join("%.9g" % x for x in nll) + "\n")
+    f.write("lse " + " ".join("%.12g" % x for x in lse) + "\n")
+    for i in [i for i in range(n) if i % every_top == 0 or i == n - 1]:
+        f.write(f"top {i} " + " ".join(map(str, top_id[i].tolist())) + " " + bits(top[i].numpy()) + "\n")
+    for i in [i for i in range(n) if i % every_row == 0 or i == n - 1]:
+        x = logits[i, ::step].numpy()
+        f.write(f"row {i} {step} {len(x)} " + bits(x) + "\n")
+    print(f"{name}: {n} positions, mean nll {nll.mean():.6f}")
+
+
+def make_golden(path, out, *texts):
+    """The float32 logits of a trained model for texts given as files of ids, to DATA/out."""
     import torch
     model = load(path, torch.float32)
-    every = {"capital": (1, 1), "chat": (1, 4), "code": (1, 16), "languages": (2, 32),
-             "story": (8, 64)}  # positions between top-16 lists, between rows of samples
-    with open(os.path.join(DATA, "golden-270m.vec"), "w") as f:
+    with open(os.path.join(DATA, out), "w") as f:
         f.write(f"# {versions()}, CPU, float32, eager, weights dequantised by gguf; made by "
                 "test/make_fixtures.py golden\n# logits are float32 bit patterns; nll and lse (log of "
                 "the sum of exp) are decimal, natural log\n")
-        for name, (every_top, every_row) in every.items():
-            ids = [int(x) for x in open(os.path.join(texts, name + ".ids")).read().split()]
+        for text in texts:
+            ids = [int(x) for x in open(text).read().split()]
             with torch.inference_mode():
                 logits = model(torch.tensor([ids]), use_cache=False).logits[0]
-            n = len(ids)
-            lse = torch.logsumexp(logits.double(), -1)
-            nll = lse[:-1] - logits[torch.arange(n - 1), torch.tensor(ids[1:])].double()
-            top, top_id = logits.topk(16, -1)
-            f.write(f"text {name} {n}\n")
-            f.write("ids " + " ".join(map(str, ids)) + "\n")
-            f.write("nll " + " ".join("%.9g" % x for x in nll) + "\n")
-            f.write("lse " + " ".join("%.12g" % x for x in lse) + "\n")
-            for i in [i for i in range(n) if i % every_top == 0 or i == n - 1]:
-                f.write(f"top {i} " + " ".join(map(str, top_id[i].tolist())) + " " +
-                        bits(top[i].numpy()) + "\n")
-            for i in [i for i in range(n) if i % every_row == 0 or i == n - 1]:
-                x = logits[i, ::1021].numpy()
-                f.write(f"row {i} 1021 {len(x)} " + bits(x) + "\n")
-            print(f"{name}: {n} positions, mean nll {nll.mean():.6f}")
+            write_golden(f, os.path.basename(text)[:-4], ids, logits)
 
 
 if __name__ == "__main__":
