@@ -12,16 +12,20 @@
  *         h = rms(x) * attn_norm
  *         q, k, v = Wq h, Wk h, Wv h             n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm      each head for itself
- *         q, k = rope(q), rope(k)                turn pairs (j, j + head_dim/2) by pos * theta^(-2j/D)
- *         a = softmax(q . k / sqrt(head_dim)) v  over the past: all of it in every 6th layer (global),
- *                                                the last `window` tokens in the others (local)
+ *         q, k = rope(q), rope(k)                turn pairs (j, j + head_dim/2) by p * theta^(-2j/head_dim)
+ *         a = softmax(q . k * query_scale) v     over the past, itself included: all of it in every 6th
+ *                                                layer (global), the last `window` tokens in the others (local)
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = embedding . (rms(x) * output_norm)
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps). Source: Gemma 3 Technical Report (arXiv 2503.19786),
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
+ * element by element. query_scale is 1/sqrt(head_dim), in 27B 1/sqrt(168). Query head h uses key-value
+ * head h / (n_heads / n_kv_heads): several queries share one K and V (grouped-query attention). K and V
+ * of earlier tokens never change, so they are kept: the KV cache. A program repeats: ids -> logits after
+ * the last token -> choose an id -> append it. Source: Gemma 3 Technical Report (arXiv 2503.19786),
  * and transformers' modeling_gemma3.py, with which exact mode agrees to float32 rounding.
  *
  * Names. One vocabulary everywhere:
@@ -37,8 +41,10 @@
  *     ffn_gate, _up, _down  mlp.{gate,up,down}_proj  blk.N.ffn_{gate,up,down}.weight
  *     post_ffw_norm   post_feedforward_layernorm     blk.N.post_ffw_norm.weight
  *     output_norm     model.norm                     output_norm.weight
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
- * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call.
+ * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
+ * b block of 32 elements (256 in a file's K formats: a super-block), j element or lane. In formats and
+ * kernels g counts groups of elements and h registers of rows. n is the number of tokens in this call.
  *
  * Contents
  *      1  Arithmetic that is the same everywhere
@@ -49,7 +55,7 @@
  *      6  Element-wise pieces: norm, rope, gelu, softmax
  *      7  The model and the state
  *      8  Matrix times vectors
- *      9  Attention and the KV cache
+ *      9  Attention, the KV cache, feed-forward
  *     10  The forward pass
  *     11  Reading GGUF
  *     12  Opening a model
@@ -59,8 +65,9 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (it may fuse where we write fma). gcc
- * and clang each listen to one of these; open() tests that one of them was heard. */
+/* The contract forbids the compiler to fuse a*b+c on its own: we say fma where we mean it. gcc and clang
+ * each listen to one of these two lines; open() tests that it was heard. The lines after them change
+ * speed, never bits. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -132,12 +139,12 @@ INLINE float float_of(uint32_t u)
 }
 
 /* a*b+c rounded once, without the instruction: the product of two floats is exact in double; the
- * sum is rounded to odd (a double whose last bit says "there was more"), so that rounding it again,
- * to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums"). */
+ * sum and its error (Knuth's TwoSum) are rounded to odd (a double whose last bit says "there was more"),
+ * so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums"). */
 static float soft_fmaf(float a, float b, float c)
 {
     double product = (double)a * b, sum = product + c;
-    double c_part = sum - product, error = (product - (sum - c_part)) + (c - c_part);
+    double c_in_sum = sum - product, error = (product - (sum - c_in_sum)) + (c - c_in_sum);
     uint64_t u;
     memcpy(&u, &sum, 8);
     if (error != 0 && (u & 1) == 0 && sum - sum == 0) { /* inexact, even and finite */
@@ -195,10 +202,44 @@ INLINE float exp_of(int hard, float x)
     return x != x ? x : e;
 }
 
+/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
+ * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
+#if defined(HAVE_X86)
+typedef unsigned fp_state;
+static fp_state fp_enter(void)
+{
+    unsigned old = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return old;
+}
+static void fp_leave(fp_state old) { _mm_setcsr(old); }
+#elif defined(__aarch64__)
+typedef uint64_t fp_state;
+static fp_state fp_enter(void)
+{
+    uint64_t old;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return old;
+}
+static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#else
+#include <fenv.h>
+typedef int fp_state;
+static fp_state fp_enter(void)
+{
+    int old = fegetround();
+    fesetround(FE_TONEAREST);
+    return old;
+}
+static void fp_leave(fp_state old) { fesetround(old); }
+#endif
+
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
-double gemma3_exp(double x)
+/* The same three steps in double, to degree 13; a large n is applied in parts. */
+static double exp_double(double x)
 {
     if (x != x) return x;
     if (x < -745.2) return 0;
@@ -218,7 +259,7 @@ double gemma3_exp(double x)
     return e * scale;
 }
 
-double gemma3_log(double x)
+static double log_double(double x)
 {
     if (!(x > 0)) return x == 0 ? -(double)float_of(0x7f800000) : (double)float_of(0x7fc00000);
     if (x - x != 0) return x;
@@ -235,9 +276,25 @@ double gemma3_log(double x)
     return n * LN2_HIGH + (2 * s * sum + n * LN2_LOW);
 }
 
+double gemma3_exp(double x)
+{
+    fp_state fp = fp_enter();
+    double e = exp_double(x);
+    fp_leave(fp);
+    return e;
+}
+
+double gemma3_log(double x)
+{
+    fp_state fp = fp_enter();
+    double l = log_double(x);
+    fp_leave(fp);
+    return l;
+}
+
 static double power(double base, double exponent) /* base > 0 */
 {
-    return gemma3_exp(exponent * gemma3_log(base));
+    return exp_double(exponent * log_double(base));
 }
 
 /* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then Taylor's
@@ -273,39 +330,6 @@ static void cos_sin(float angle, float *c, float *s)
     *s = (float)(quarter >= 2 ? -sine : sine);
 }
 
-/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
- * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
-#if defined(HAVE_X86)
-typedef unsigned fp_state;
-static fp_state fp_enter(void)
-{
-    unsigned old = _mm_getcsr();
-    _mm_setcsr(0x1f80);
-    return old;
-}
-static void fp_leave(fp_state old) { _mm_setcsr(old); }
-#elif defined(__aarch64__)
-typedef uint64_t fp_state;
-static fp_state fp_enter(void)
-{
-    uint64_t old;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
-    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
-    return old;
-}
-static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
-#else
-#include <fenv.h>
-typedef int fp_state;
-static fp_state fp_enter(void)
-{
-    int old = fegetround();
-    fesetround(FE_TONEAREST);
-    return old;
-}
-static void fp_leave(fp_state old) { fesetround(old); }
-#endif
-
 /* Says whether this build on this machine computes as the contract needs it; run by every open. */
 static const char *arithmetic_fault(void)
 {
@@ -323,15 +347,19 @@ static const char *arithmetic_fault(void)
 
 /* ==== 2. Number formats =========================================================================
  *
- * Weights lie in blocks of 32 or 256 elements that share a scale. Each format has one function that
- * unpacks 32 elements to int8 codes and scales; dot products and exact mode's dequantisation both use
- * it, so it is the definition of the format. All numbers in a file are little-endian.
+ * Weights lie in blocks of 32 or 256 elements that share a scale. Each integer format has one function
+ * that unpacks 32 elements to int8 codes and scales: it is the definition of the format. Dequantisation
+ * and dot products use it; only Q4_0's dot products, the hottest, take the nibbles themselves. All
+ * numbers in a file are little-endian.
  *
  * The functions unpack R rows at once. R is 1 for a row as it lies in the file, or 32 for a tile: 32
- * rows whose bytes are interleaved, so that a vector register holds a byte of each row and no dot
- * product needs a sum across lanes. What lies at byte `at` of a block lies at R * at in the tile: codes
- * in units of 4 bytes (row 0 bytes 0-3, row 1 bytes 0-3, ..., row 0 bytes 4-7, ...), scales in units of
- * one number. With R = 1 both are the same, and the drawings below hold. */
+ * rows whose bytes are interleaved, so that each 32-bit lane of a vector register holds 4 bytes of one
+ * row: a lane's sum is that row's, and none is needed across lanes. What lies at byte `at` of a block
+ * lies at R * at in the tile: codes in units of 4 bytes, scales in units of one number. With R = 1 both
+ * are the same, and the drawings below hold. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
+ *
+ *     0                   64                                                 192            576
+ *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
 
 INLINE uint16_t load_u16_le(const uint8_t *p)
 {
@@ -387,9 +415,10 @@ INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
 enum { TILE_ROWS = 32 };
 
-/* 32 elements of each of R rows, unpacked. With half = j / 16 the value of element j of row r is
+/* A panel: 32 elements of each of R rows, made ready for the kernels; the one shape that all formats but
+ * Q4_0 take there. With half = j / 16 the value of element j of row r is
  *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
- * Formats without sub-scales leave scale and min alone: both count as 1. */
+ * Formats whose halves share a scale leave scale and min alone: both count as 1. */
 struct panel {
     const int8_t *code;               /* element 4g + k of row r at (g * R + r) * 4 + k */
     uint8_t unpacked[32 * TILE_ROWS]; /* where code points, unless the file's bytes are the codes */
@@ -624,6 +653,7 @@ struct format {
 };
 
 static const struct format formats[] = {
+    /* type, name, elements, bytes, bias, min, halves, wide, fields {at, bytes, unit} */
     {F32, "F32", 1, 4, 0, 0, 0, 0, {{0}}},
     {F16, "F16", 1, 2, 0, 0, 0, 0, {{0}}},
     {BF16, "BF16", 1, 2, 0, 0, 0, 0, {{0}}},
@@ -639,6 +669,8 @@ static const struct format formats[] = {
     {Q6_K, "Q6_K", 256, 210, 32, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
     {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
 };
+
+enum { MAX_BLOCK_BYTES = 210, MAX_BYTES_OF_32 = 34 }; /* Q6_K; Q8_0 */
 
 static const struct format *find_format(uint32_t type)
 {
@@ -695,6 +727,7 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
         for (int k = 0; k < 3 && f->field[k].unit; k++) {
             int at = f->field[k].at, unit = f->field[k].unit, n = f->field[k].bytes / unit;
             uint8_t *to = tile + TILE_ROWS * at;
+            /* the same thing thrice: with constants a memcpy is one instruction */
             if (unit == 4 && n_rows == TILE_ROWS) interleave_words(to, rows + at, row_bytes, n);
             else if (unit == 2) interleave(to, rows + at, row_bytes, n_rows, n, 2);
             else interleave(to, rows + at, row_bytes, n_rows, n, unit);
@@ -702,7 +735,7 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
 }
 
 /* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
-static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[210])
+static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[MAX_BLOCK_BYTES])
 {
     const struct format *f = w->format;
     if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
@@ -727,11 +760,11 @@ INLINE void dequantize_group(const struct format *f, const struct panel *o, floa
     }
 }
 
-INLINE void dequantize_lanes(const struct matrix *w, int r, float *out)
+INLINE void dequantize_plain(const struct matrix *w, int r, float *out)
 {
     const struct format *f = w->format;
     const uint8_t *p = w->data + r * w->row_bytes;
-    uint8_t buffer[210];
+    uint8_t buffer[MAX_BLOCK_BYTES];
     struct panel o;
     if (f->type == F32)
         for (int j = 0; j < w->cols; j++) out[j] = float_of(load_u32_le(p + 4 * (size_t)j));
@@ -750,7 +783,7 @@ INLINE void dequantize_lanes(const struct matrix *w, int r, float *out)
 
 /* ==== 3. Activations ============================================================================
  *
- * In the default mode a matrix meets its input as int8: blocks of 32 with one float scale (contract,
+ * In the default mode a matrix meets its input as int8: blocks of 32 with one float scale (README,
  * rule 1), so that the dot product inside a block is exact in int32 and any order gives it. */
 struct xblock {
     float d;               /* value of element j: d * code[j] */
@@ -761,7 +794,7 @@ struct xblock {
     int8_t code[32];
 };
 
-INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
+INLINE void quantize_plain(struct xblock *out, const float *x, int n)
 {
     for (; n > 0; n -= 32, x += 32, out++) {
         uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
@@ -769,13 +802,13 @@ INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
             uint32_t a = bits_of(x[j]) & 0x7fffffff;
             amax_bits = a > amax_bits ? a : amax_bits;
         }
-        float amax = float_of(amax_bits), scale = 127.0f / amax;
+        float amax = float_of(amax_bits), to_code = 127.0f / amax;
         out->d = amax / 127.0f;
         if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
-        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) scale = 0;
+        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
         if (amax < 0x1p-100f) out->d = 0;
-        int32_t code[32], sum[2] = {0, 0}, mask = scale == 0 ? 0 : -1;
-        for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * scale) & mask;
+        int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
+        for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
         for (int j = 0; j < 32; j++) out->code[j] = (int8_t)code[j];
         for (int j = 0; j < 16; j++) sum[0] += code[j], sum[1] += code[j + 16];
         out->sum[0] = sum[0];
@@ -787,22 +820,22 @@ INLINE void quantize_lanes(struct xblock *out, const float *x, int n)
 
 /* ==== 4. Dot products: the definition ===========================================================
  *
- * A kernel multiplies TILE_ROWS rows of a matrix by n vectors and adds to acc [n][TILE_ROWS]. There
- * are two for int8 activations (Q4_0 tiles, and panels for every other format), one for floats, and
- * one for attention's weighted sum. Every twin in section 5 has the signature of its definition here
+ * There are two kernels for int8 activations (Q4_0 tiles, and panels for every other format): they
+ * multiply TILE_ROWS rows by n vectors and add to acc [n][TILE_ROWS]. The one for floats takes at most
+ * as many rows and sets acc. The fourth is attention's weighted sum. Every twin in section 5 has the signature of its definition here
  * and the same numbered steps; tests compare them with memcmp. */
 
 enum {
-    Q4_0_TILE = TILE_ROWS * 18,   /* bytes of 32 rows x 32 columns: 9 cache lines */
+    Q4_0_TILE_BLOCK = TILE_ROWS * 18,   /* bytes of 32 rows x 32 columns: 9 cache lines */
     Q4_0_CODES = TILE_ROWS * 2,   /* where the nibbles begin: 4 groups of 4 bytes for each row */
-    Q4_0_GROUP = TILE_ROWS * 4,
+    Q4_0_QUAD = TILE_ROWS * 4,
 };
 
-/* Asks for memory before it is needed, a little with each block, because a burst stalls. With several
- * vectors a Q4_0 tile is multiplied many times, and meanwhile the next one comes: left to itself the
- * machine notices too late where a tile ends (prompt x1.2). Panels are unpacked field by field, which
- * no machine foresees: 8 KB ahead (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). One vector times Q4_0
- * is a stream that needs no help. */
+/* Asks for memory before it is needed, a little with each block, because a burst stalls. FETCH_FROM: with
+ * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
+ * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
+ * no help. FETCH_AHEAD: bytes ahead of panels, which are unpacked field by field, as no machine foresees
+ * (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). FETCH_STREAM: bytes ahead in attention's values. */
 enum { FETCH_FROM = 4, FETCH_AHEAD = 8192, FETCH_STREAM = 2048 };
 
 INLINE void fetch(const uint8_t *p, size_t n_bytes)
@@ -816,13 +849,13 @@ typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x,
 static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblock *x,
                             size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int i = 0; i < n; i++)
             for (int r = 0; r < TILE_ROWS; r++) {
                 const struct xblock *xb = x + i * x_stride + b;
                 int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
                 for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
-                    int byte = tile[Q4_0_CODES + Q4_0_GROUP * (j / 4) + 4 * r + j % 4];
+                    int byte = tile[Q4_0_CODES + Q4_0_QUAD * (j / 4) + 4 * r + j % 4];
                     isum += (byte & 15) * xb->code[j] + (byte >> 4) * xb->code[j + 16];
                 }
                 float d = f16_to_f32(load_u16_le(tile + 2 * r));       /* 3. scale, accumulate */
@@ -831,7 +864,7 @@ static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblo
 }
 
 /* Every other integer format: panels. */
-enum { PANELS = 8 }; /* unpacked at a time: 256 columns */
+enum { PANELS = 8 }; /* unpacked at a time: 256 columns, one super-block */
 
 typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
                        const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
@@ -864,8 +897,9 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
     return float_of(load_u32_le(row + 4 * j));
 }
 
-/* Floats (rule 4): element j goes to lane j mod 16 by fma, then the lanes join as a tree. Vectors are
- * one row of 16 lanes wide, so here it is the sum's order that follows the hardware. n_rows <= 32. */
+/* Floats (README, rule 4): element j goes to lane j mod 16 by fma, then the lanes join as a tree. A row of
+ * floats stays as it is, so a register holds 16 columns of one row here, not 16 rows: that is why the
+ * contract's order has 16 lanes. n_rows <= 32. */
 typedef void mul_floats(int type, const uint8_t *rows, size_t row_bytes, int n_rows, const float *x,
                         size_t x_stride, int n, int cols, float (*acc)[TILE_ROWS]);
 
@@ -921,8 +955,17 @@ static void mix_values_scalar(const struct mix *m)
 
 /* ==== 5. Dot products: AVX2, AVX-512, NEON ======================================================
  *
- * The twins. NT is the number of vectors taken at once (a constant in each call, so that sums stay
- * in registers); what is left over is taken one by one. */
+ * The twins: the same numbered steps (step 1 may come after step 2: integer sums have no order), and a
+ * reader may pass over this section, because each function computes what its namesake above does.
+ *
+ * A vector register holds 4, 8 or 16 numbers (lanes); one instruction does the same to all. On x86: set1
+ * copies a number to all lanes, loadu and storeu move memory, maddubs multiplies unsigned by signed bytes
+ * and adds neighbours to int16, madd adds int16 neighbours to int32, dpbusd (VNNI) does both at once, cvtph
+ * widens F16, fmadd is fma in each lane. On ARM: vdup, vld1, vst1, vmull and vpadal, vdot, vmmla.
+ *
+ * NT is the number of vectors taken at once: a constant in each call, so that INLINE makes a copy of the
+ * code for it and sums stay in registers; what is left over is taken one by one. Suffixes: _nt the inner
+ * kernel, _of the loop over vectors for one kind of format. */
 
 #if defined(HAVE_X86)
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -948,15 +991,15 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
     __m256 sum[8][4];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = _mm256_loadu_ps(acc[i] + 8 * (h0 + h));
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK, x++) {
         const uint8_t *codes = tile + Q4_0_CODES + 32 * h0;
-        if (ahead) fetch(tile + ahead, Q4_0_TILE);
+        if (ahead) fetch(tile + ahead, Q4_0_TILE_BLOCK);
         __m256i dot[8][4];
         UNROLL for (int i = 0; i < NT; i++)
             UNROLL for (int h = 0; h < NH; h++) dot[i][h] = _mm256_setzero_si256();
         UNROLL for (int g = 0; g < 4; g++)                             /* 2. exact integer dot: */
-            UNROLL for (int h = 0; h < NH; h++) {                      /* 8 products fit int16 */
-                __m256i w = _mm256_loadu_si256((const __m256i *)(codes + Q4_0_GROUP * g + 32 * h));
+            UNROLL for (int h = 0; h < NH; h++) {                      /* 16 * 15 * 127 fits int16 */
+                __m256i w = _mm256_loadu_si256((const __m256i *)(codes + Q4_0_QUAD * g + 32 * h));
                 __m256i low = _mm256_and_si256(w, nibble);
                 __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
                 UNROLL for (int i = 0; i < NT; i++) {
@@ -984,7 +1027,7 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
 AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct xblock *x,
                                size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
-    size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE : 0;
+    size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;
     for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)
         for (int h = 0; h < 4; h++, ahead = 0)
             mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 8, h, 1, ahead);
@@ -994,7 +1037,8 @@ AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct x
     if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 4, 0);
 }
 
-/* Steps 3 and 4 for 8 rows; with halves the sums stay below 2^24, where float products are exact. */
+/* Steps 2 to 4 for rows 8h .. 8h+7. A half's sum times its scale stays below 2^24 (Q6_K: 16 * 32 * 127 *
+ * 128, and the two together), so that their float products and sum are exact. */
 INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct xblock *x,
                                      const __m256i half[2], __m256 sum, int h, int HALVES)
 {
@@ -1194,7 +1238,8 @@ AVX2 static void mix_values_avx2(const struct mix *m)
 
 /* ---- AVX-512: a register holds 16 rows x 4 bytes, two of them the tile ---- */
 
-/* The kernel for one way of adding up products of nibbles: START with what step 1 adds or with nothing,
+/* Macros, because a function compiled for VNNI cannot be inlined into one compiled without it. This is
+ * the kernel for one way of adding up products of nibbles: START with what step 1 adds or with nothing,
  * ADD(dot, u, x), FINISH to int32. Six vectors times two registers of rows: each broadcast of four of
  * x's codes serves two products, and all sums stay in registers. */
 #define MUL_Q4_0_512(target, suffix, START, ADD, FINISH)                                            \
@@ -1206,14 +1251,14 @@ AVX2 static void mix_values_avx2(const struct mix *m)
         __m512 sum[6][2];                                                                          \
         UNROLL for (int i = 0; i < NT; i++)                                                        \
             UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
-        for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE, x++) {                               \
-            if (ahead) fetch(tile + ahead, Q4_0_TILE);                                             \
+        for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK, x++) {                               \
+            if (ahead) fetch(tile + ahead, Q4_0_TILE_BLOCK);                                             \
             __m512i dot[6][2];                                                                     \
             UNROLL for (int i = 0; i < NT; i++) dot[i][0] = dot[i][1] = START(x[i * x_stride].minus_8_sums); \
             UNROLL for (int g = 0; g < 4; g++) {                       /* 2. exact integer dot */  \
                 __m512i low[2], high[2];                                                           \
                 UNROLL for (int h = 0; h < 2; h++) {                                               \
-                    __m512i w = _mm512_loadu_si512(tile + Q4_0_CODES + Q4_0_GROUP * g + 64 * h);   \
+                    __m512i w = _mm512_loadu_si512(tile + Q4_0_CODES + Q4_0_QUAD * g + 64 * h);   \
                     low[h] = _mm512_and_si512(w, nibble);                                          \
                     high[h] = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);                   \
                 }                                                                                  \
@@ -1241,7 +1286,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
     target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct xblock *x, \
                                          size_t x_stride, int n, float (*acc)[TILE_ROWS])          \
     {                                                                                              \
-        size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE : 0;                         \
+        size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;                         \
         for (; n >= 6; n -= 6, x += 6 * x_stride, acc += 6, ahead = 0)                             \
             mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 6, ahead);                    \
         for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, ahead = 0)                             \
@@ -1254,7 +1299,7 @@ INLINE_VNNI __m512i dot4_vnni(__m512i isum, __m512i u, __m512i x) { return _mm51
 INLINE_VNNI __m512i start_vnni(int32_t minus_8_sums) { return _mm512_set1_epi32(minus_8_sums); }
 INLINE_VNNI __m512i finish_vnni(__m512i dot, int32_t minus_8_sums) { (void)minus_8_sums; return dot; }
 INLINE_AVX512 __m512i start_pairs(int32_t minus_8_sums) { (void)minus_8_sums; return _mm512_setzero_si512(); }
-INLINE_AVX512 __m512i add_pairs(__m512i dot, __m512i u, __m512i x) /* 8 products fit int16 */
+INLINE_AVX512 __m512i add_pairs(__m512i dot, __m512i u, __m512i x) /* 16 * 15 * 127 fits int16 */
 {
     return _mm512_add_epi16(dot, _mm512_maddubs_epi16(u, x));
 }
@@ -1435,7 +1480,7 @@ INLINE_AVX512 void mul_floats_avx512_of(int type, const uint8_t *rows, size_t ro
     for (int first = 1; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, first = 0) {
         int r = 0;
         for (; r + 4 <= n_rows; r += 4) {
-            if (first) fetch(rows + (r + 8) * row_bytes, 4 * row_bytes); /* four streams are too short */
+            if (first) fetch(rows + (r + 8) * row_bytes, 4 * row_bytes); /* four short rows end too soon */
             mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 4, 4);
         }
         for (; r < n_rows; r++)
@@ -1525,13 +1570,13 @@ INLINE float32x4_t load_4_f16(const uint8_t *p)
 static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
                           int n, float (*acc)[TILE_ROWS])
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
                 const struct xblock *xb = x + i * x_stride + b;
                 int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
                 for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
-                    uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * g + 16 * q);
+                    uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
                     int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
                     int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
                     isum = dot4_neon(isum, low, repeat_4_bytes(xb->code + 4 * g));
@@ -1647,11 +1692,11 @@ static void mix_values_neon(const struct mix *m)
 DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct xblock *x,
                                      size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE)
+    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int q = 0; q < TILE_ROWS / 4; q++) {
             int8x16_t low[4], high[4];
             for (int g = 0; g < 4; g++) {
-                uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * g + 16 * q);
+                uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
                 low[g] = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
                 high[g] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
             }
@@ -1698,8 +1743,8 @@ I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0
 {
     int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
     for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
-        uint8x16_t w0 = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * g + 16 * q);
-        uint8x16_t w1 = vld1q_u8(tile + Q4_0_CODES + Q4_0_GROUP * (g + 1) + 16 * q);
+        uint8x16_t w0 = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
+        uint8x16_t w1 = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * (g + 1) + 16 * q);
         for (int high = 0; high < 2; high++) {
             uint32x4_t a = vreinterpretq_u32_u8(high ? vshrq_n_u8(w0, 4) : vandq_u8(w0, vdupq_n_u8(15)));
             uint32x4_t z = vreinterpretq_u32_u8(high ? vshrq_n_u8(w1, 4) : vandq_u8(w1, vdupq_n_u8(15)));
@@ -1723,7 +1768,7 @@ I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct x
     for (int b = 0; b < n_blocks; b++)
         for (int i = 0; i < even; i += 2)
             for (int q = 0; q < TILE_ROWS / 4; q++)
-                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_0_TILE, x + i * x_stride + b,
+                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_0_TILE_BLOCK, x + i * x_stride + b,
                                    x + (i + 1) * x_stride + b, acc[i] + 4 * q, acc[i + 1] + 4 * q, q);
     if (n > even) mul_q4_0_dotprod(tile, n_blocks, x + even * x_stride, x_stride, 1, acc + even);
 }
@@ -1738,7 +1783,7 @@ I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct x
 
 /* y = x / sqrt(mean(x^2) + eps) * w (RMSNorm, arXiv 1910.07467). Gemma's formula has (1 + w): the
  * converters to GGUF have already added the 1. */
-INLINE void rmsnorm_lanes(int hard, float *y, const float *x, const float *w, int n, float eps)
+INLINE void rmsnorm_plain(int hard, float *y, const float *x, const float *w, int n, float eps)
 {
     float lane[16] = {0};
     int i = 0;
@@ -1751,7 +1796,7 @@ INLINE void rmsnorm_lanes(int hard, float *y, const float *x, const float *w, in
 
 /* Rotary position embedding (arXiv 2104.09864). The pairs are (j, j + D/2), as in GPT-NeoX and
  * transformers, not neighbours (2j, 2j+1) as in the paper. */
-INLINE void rope_lanes(int hard, float *v, const float *cosine, const float *sine, int head_dim)
+INLINE void rope_plain(int hard, float *v, const float *cosine, const float *sine, int head_dim)
 {
     int half = head_dim / 2;
     for (int j = 0; j < half; j++) {
@@ -1763,7 +1808,7 @@ INLINE void rope_lanes(int hard, float *v, const float *cosine, const float *sin
 
 /* gate = gelu(gate) * up, with the tanh form of GELU: tanh(y) = 2 / (1 + exp(-2y)) - 1, so
  * 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3). */
-INLINE void gelu_lanes(int hard, float *gate, const float *up, int n)
+INLINE void gelu_plain(int hard, float *gate, const float *up, int n)
 {
     const float c0 = float_of(0x3f4c422a), c1 = float_of(0x3d122279); /* sqrt(2/pi), 0.044715 c0 */
     for (int j = 0; j < n; j++) {
@@ -1773,7 +1818,7 @@ INLINE void gelu_lanes(int hard, float *gate, const float *up, int n)
 }
 
 /* Rounds n floats into the cache, little-endian like a file's tensors, so that one kernel reads both. */
-INLINE void store_lanes(uint8_t *restrict to, const float *restrict x, int n, int is_f16)
+INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int is_f16)
 {
     for (int j = 0; is_f16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
     for (int j = 0; !is_f16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
@@ -1781,7 +1826,7 @@ INLINE void store_lanes(uint8_t *restrict to, const float *restrict x, int n, in
 
 /* s[k] = exp(s[k] - max), for scores of positions first .. first+n-1; returns their sum, added up in
  * the lane of the absolute position, so that it does not matter where the window begins. */
-INLINE float softmax_lanes(int hard, float *s, int n, int first)
+INLINE float exp_scores_plain(int hard, float *s, int n, int first)
 {
     float top[16], lane[16] = {0};
     for (int j = 0; j < 16; j++) top[j] = s[0];
@@ -1814,57 +1859,57 @@ struct kernels {
     void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
     void (*gelu)(float *gate, const float *up, int n);
     void (*store)(uint8_t *to, const float *x, int n, int is_f16);
-    float (*softmax)(float *s, int n, int first);
+    float (*exp_scores)(float *s, int n, int first);                         /* the numerator of softmax */
 };
 
 /* The element-wise pieces, compiled for one target. */
-#define LANES(target, suffix, hard)                                                                \
+#define FOR_TARGET(target, suffix, hard)                                                                \
     target static void unpack_##suffix(int type, const uint8_t *tile, int g, struct panel *out)    \
     { unpack(type, tile, TILE_ROWS, g, out); }                                                     \
     target static void dequantize_##suffix(const struct matrix *w, int r, float *out)              \
-    { dequantize_lanes(w, r, out); }                                                               \
+    { dequantize_plain(w, r, out); }                                                               \
     target static void quantize_##suffix(struct xblock *out, const float *x, int n)                \
-    { quantize_lanes(out, x, n); }                                                                 \
+    { quantize_plain(out, x, n); }                                                                 \
     target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
-    { rmsnorm_lanes(hard, y, x, w, n, eps); }                                                      \
+    { rmsnorm_plain(hard, y, x, w, n, eps); }                                                      \
     target static void rope_##suffix(float *v, const float *cosine, const float *sine, int head_dim) \
-    { rope_lanes(hard, v, cosine, sine, head_dim); }                                               \
+    { rope_plain(hard, v, cosine, sine, head_dim); }                                               \
     target static void gelu_##suffix(float *gate, const float *up, int n)                          \
-    { gelu_lanes(hard, gate, up, n); }                                                             \
+    { gelu_plain(hard, gate, up, n); }                                                             \
     target static void store_##suffix(uint8_t *to, const float *x, int n, int is_f16)              \
-    { store_lanes(to, x, n, is_f16); }                                                             \
-    target static float softmax_##suffix(float *s, int n, int first)                               \
-    { return softmax_lanes(hard, s, n, first); }
+    { store_plain(to, x, n, is_f16); }                                                             \
+    target static float exp_scores_##suffix(float *s, int n, int first)                               \
+    { return exp_scores_plain(hard, s, n, first); }
 
 #define PLAIN
-LANES(PLAIN, scalar, HARD_FMA)
+FOR_TARGET(PLAIN, scalar, HARD_FMA)
 #if defined(HAVE_X86)
-LANES(AVX2, avx2, 1)
-LANES(AVX512, avx512, 1)
+FOR_TARGET(AVX2, avx2, 1)
+FOR_TARGET(AVX512, avx512, 1)
 #endif
 
-#define LANE_NAMES(suffix)                                                                         \
+#define PLAIN_NAMES(suffix)                                                                         \
     unpack_##suffix, dequantize_##suffix, quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix,        \
-    store_##suffix, softmax_##suffix
+    store_##suffix, exp_scores_##suffix
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels all_kernels[] = {
 #if defined(HAVE_X86)
     {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx512,
-     LANE_NAMES(avx512)},
+     PLAIN_NAMES(avx512)},
     {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx512,
-     LANE_NAMES(avx512)},
-    {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, LANE_NAMES(avx2)},
+     PLAIN_NAMES(avx512)},
+    {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, PLAIN_NAMES(avx2)},
 #endif
 #if defined(HAVE_NEON)
 #if defined(DOTPROD)
-    {"i8mm", mul_q4_0_i8mm, mul_panel_dotprod, mul_floats_neon, mix_values_neon, LANE_NAMES(scalar)},
-    {"dotprod", mul_q4_0_dotprod, mul_panel_dotprod, mul_floats_neon, mix_values_neon, LANE_NAMES(scalar)},
+    {"i8mm", mul_q4_0_i8mm, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
+    {"dotprod", mul_q4_0_dotprod, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
 #endif
-    {"neon", mul_q4_0_neon, mul_panel_neon, mul_floats_neon, mix_values_neon, LANE_NAMES(scalar)},
+    {"neon", mul_q4_0_neon, mul_panel_neon, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
 #endif
     {"scalar", mul_q4_0_scalar, mul_panel_scalar, mul_floats_scalar, mix_values_scalar,
-     LANE_NAMES(scalar)},
+     PLAIN_NAMES(scalar)},
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
@@ -1940,37 +1985,38 @@ struct gemma3_model {
 /* A worker's room for the weights it is multiplying. */
 struct unpacked {
     struct panel panel[PANELS];
-    uint8_t tile[PANELS * TILE_ROWS * 34];      /* interleaved on the fly: no_repack */
+    uint8_t interleaved[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* no_repack: on the fly */
 };
 
-/* One conversation: the KV cache, and scratch for one tile of tokens. */
+/* One conversation: the KV cache, and scratch for the chunk of tokens that is taken through the layers at
+ * once. The shapes are here, the room in lay_out (section 13). In attention a few tokens make a pack. */
 struct gemma3_state {
     const gemma3_model *m;
     gemma3_params p;
     void *allocated;                  /* by _new, else NULL */
     int pos;                          /* tokens in the cache */
-    int tile;                         /* tokens taken at once */
-    int group;                        /* tokens whose attention is computed together */
+    int chunk;                        /* tokens taken at once: min(n_batch, GEMMA3_CHUNK) */
+    int pack;                         /* tokens whose attention is computed together */
     int ring;                         /* slots of a local layer's cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 9 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
-    float *cosine[2], *sine[2];       /* [tile][head_dim/2] */
-    float *x;                         /* [tile][d_model]           residual stream */
-    float *h;                         /* [tile][d_model]           branch */
-    float *q, *attended;              /* [tile][n_heads][head_dim] */
-    float *k, *v;                     /* [tile][n_kv_heads][head_dim] */
-    float *gate, *up;                 /* [tile][d_ff] */
-    float *group_q;                   /* [n_kv_heads][group][heads per kv head][head_dim] */
-    float *group_out;                 /* likewise */
-    float *score_sum;                 /* [n_kv_heads][group][heads per kv head] */
-    float *score;                     /* the same, then [n_score] positions */
-    size_t n_score;
-    struct xblock *xq;                /* [tile][widest input / 32] */
+    float *cosine[2], *sine[2];       /* [chunk][head_dim/2] */
+    float *x;                         /* [chunk][d_model]           residual stream */
+    float *h;                         /* [chunk][d_model]           branch */
+    float *q, *attended;              /* [chunk][n_heads][head_dim] */
+    float *k, *v;                     /* [chunk][n_kv_heads][head_dim] */
+    float *gate, *up;                 /* [chunk][d_ff] */
+    float *pack_q;                    /* [n_kv_heads][pack][heads per kv head][head_dim] */
+    float *pack_out;                  /* [n_kv_heads][pack][heads per kv head][head_dim] */
+    float *score_sum;                 /* [n_kv_heads][pack][heads per kv head] */
+    float *score;                     /* [n_kv_heads][pack][heads per kv head][n_score] */
+    size_t n_score;                   /* n_ctx, rounded up to 16 */
+    struct xblock *xq;                /* [chunk][widest input / 32] */
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
-    float *rows;                      /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
     char error[256];
 };
 
@@ -1998,8 +2044,10 @@ enum { TASKS_PER_THREAD = 6 };
 static void items_task(void *arg, int index, int worker)
 {
     const struct items *w = arg;
+    fp_state fp = fp_enter(); /* the thread may be the caller's */
     int i, end;
     for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
+    fp_leave(fp);
 }
 
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
@@ -2018,8 +2066,8 @@ static void trace(const gemma3_state *s, const char *name, int l, const float *x
 
 /* ==== 8. Matrix times vectors ===================================================================
  *
- * The only place where rows are shared out to threads. Work is cut into tiles of 32 rows; which
- * thread takes which tile cannot change a bit, because a row's sum is never divided. */
+ * Weights' rows are shared out to threads here, in tiles of 32; which thread takes which tile cannot
+ * change a bit, because a row's sum is never divided. */
 
 /* n <= 32; nearly always 32, which the compiler then copies in line. */
 INLINE void copy_floats(float *to, const float *from, int n)
@@ -2050,12 +2098,11 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
                       w->cols, job->n, w->cols, acc);
         return;
     }
-    float *rows = s->rows + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
-    float (*part)[TILE_ROWS] = acc;
+    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
     for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
         int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
         for (int a = 0; a < take; a++) k->dequantize(w, row + r + a, rows + (size_t)a * w->cols);
-        part = (float (*)[TILE_ROWS])(acc[0] + r);
+        float (*part)[TILE_ROWS] = (float (*)[TILE_ROWS])(acc[0] + r); /* part[i][0] is acc[i][r] */
         k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
                       w->cols, part);
     }
@@ -2073,11 +2120,11 @@ static void mul_tile_integers(const struct matmul *job, const struct matrix *w, 
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     for (int b = 0; b < blocks; b += at_once) {
         int take = blocks - b < at_once ? blocks - b : at_once;
-        const uint8_t *tile = w->data + row * w->row_bytes + b / groups * block_bytes;
+        const uint8_t *tile = w->data + row * w->row_bytes + b / groups * block_bytes; /* as long as its rows */
         if (!w->tiled) {
-            make_tile(u->tile, w->data + row * w->row_bytes + (size_t)(b / groups) * f->bytes, w->row_bytes,
+            make_tile(u->interleaved, w->data + row * w->row_bytes + (size_t)(b / groups) * f->bytes, w->row_bytes,
                       n_rows, take / groups, f);
-            tile = u->tile;
+            tile = u->interleaved;
         }
         if (f->type == Q4_0) {
             k->mul_q4_0(tile, take, job->s->xq + b, job->blocks, job->n, acc);
@@ -2167,18 +2214,18 @@ static void add(float *x, const float *y, size_t n)
     for (size_t j = 0; j < n; j++) x[j] += y[j];
 }
 
-/* ==== 9. Attention and the KV cache =============================================================
+/* ==== 9. Attention, the KV cache, feed-forward ==================================================
  *
  * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
  * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
- * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + tile - 1
- * slots suffice for the oldest key that the first token of a tile sees to survive the tile's writes.
+ * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + chunk - 1
+ * slots suffice for the oldest key that the first token of a chunk sees to survive the chunk's writes.
  *
  * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
  *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
  * The cost of a token at position p is thus its bytes: the weights once, and for each layer the K and
- * V of min(p, window) or p positions, 2 * n_kv_heads * head_dim numbers each. test/bench.c compares
+ * V of min(p + 1, window) or p + 1 positions, 2 * n_kv_heads * head_dim numbers each. test/bench.c compares
  * this with the clock. */
 
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
@@ -2188,7 +2235,7 @@ static int slots_of(const gemma3_state *s, int l)
     return s->m->config.is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* cos and sin of every angle of this tile, for both bases; all layers share them. Linear scaling
+/* cos and sin of every angle of this chunk, for both bases; all layers share them. Linear scaling
  * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
 static void rope_tables(gemma3_state *s, int n)
 {
@@ -2200,15 +2247,26 @@ static void rope_tables(gemma3_state *s, int n)
                         s->sine[local] + i * half + j);
 }
 
+/* The attention of one pack of tokens in layer l. t counts its queries of one kv head: that of token
+ * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
     int l, slots;
-    int i0, n;                        /* the group: tokens i0 .. i0+n-1 of the tile */
-    int first;                        /* lowest position that any of them sees */
-    int heads;                        /* query heads of a kv head */
-    int n_tasks;
+    int i0, n;                        /* tokens i0 .. i0+n-1 of the chunk */
+    int first_pos;                    /* lowest position that any of them sees */
+    int heads_per_kv;
 };
+
+static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
+
+/* Number of a query among all of the pack: where its row of pack_q, score and pack_out lies. */
+static size_t query_at(const struct attention *a, int g, int t)
+{
+    return (size_t)g * a->s->pack * a->heads_per_kv + t;
+}
+
+static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 
 /* First position that the token at position p sees: q - k < window in a local layer. */
 static int first_seen(const struct attention *a, int p)
@@ -2217,30 +2275,30 @@ static int first_seen(const struct attention *a, int p)
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
-static int slice_width(int head_dim, int d) { return head_dim - d < MIX_WIDTH ? head_dim - d : MIX_WIDTH; }
+static int slice_width(int head_dim, int j0) { return head_dim - j0 < MIX_WIDTH ? head_dim - j0 : MIX_WIDTH; }
 
-/* Where K of kv head g at position p lies, and elements d .. d + slice_width - 1 of V. */
+/* Where K of kv head g at position p lies, and elements j0 .. j0 + slice_width - 1 of V. */
 static uint8_t *key_at(const struct attention *a, int g, int p)
 {
     size_t D = a->s->m->config.head_dim;
     return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
 }
 
-static uint8_t *value_at(const struct attention *a, int g, int d, int p)
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
 {
     int D = a->s->m->config.head_dim;
-    size_t before = ((size_t)g * D + d) * a->slots + (size_t)(p % a->slots) * slice_width(D, d);
+    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
     return a->s->v_cache[a->l] + before * kv_element(a->s);
 }
 
-/* Norm, rope and scale for one token; its K and V go into the cache. */
+/* Norm and rope for the queries and keys of token i; its K and V go into the cache. */
 static void prepare_token(void *arg, int i, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
     const gemma3_config *c = &s->m->config;
     const struct kernels *kernels = s->m->kernels;
-    int D = c->head_dim, local = c->is_local[a->l], width = c->n_kv_heads * D;
+    int D = c->head_dim, local = c->is_local[a->l], p = s->pos + i, is_f16 = cache_type(s) == F16;
     const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
     (void)worker;
     for (int h = 0; h < c->n_heads; h++) {
@@ -2249,15 +2307,12 @@ static void prepare_token(void *arg, int i, int worker)
         kernels->rope(q, cosine, sine, D);
     }
     for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = s->k + (size_t)i * width + g * D;
+        float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D, *v = s->v + ((size_t)i * c->n_kv_heads + g) * D;
         kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
         kernels->rope(k, cosine, sine, D);
-    }
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        const float *k = s->k + (size_t)i * width + g * D, *v = s->v + (size_t)i * width + g * D;
-        int p = s->pos + i, is_f16 = s->p.kv_type == GEMMA3_KV_F16;
         kernels->store(key_at(a, g, p), k, D, is_f16);
-        for (int d = 0; d < D; d += MIX_WIDTH) kernels->store(value_at(a, g, d, p), v + d, slice_width(D, d), is_f16);
+        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+            kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), is_f16);
     }
 }
 
@@ -2270,28 +2325,31 @@ static int run_of(const struct attention *a, int begin, int end)
 
 enum { SCORE_RUN = 64 };
 
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. */
+static int n_score_runs(const struct attention *a)
+{
+    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
+}
+
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
+ * them are positions that a query must not see, later ones and those before its window: softmax and mix
+ * pass over them, which is the causal mask. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    int D = c->head_dim, queries = s->group * a->heads, n_queries = a->n * a->heads;
-    int end = s->pos + a->i0 + a->n, per_head = (end - a->first + SCORE_RUN - 1) / SCORE_RUN;
-    int g = index / per_head, p = a->first + index % per_head * SCORE_RUN;
-    int type = s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32;
+    int D = s->m->config.head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
+    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
     float (*acc)[TILE_ROWS] = acc_of(s, worker);
     end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
     for (int run; p < end; p += run) {
         run = run_of(a, p, end);
         run = run < TILE_ROWS ? run : TILE_ROWS;
-        for (int t = 0; t < n_queries; t += s->n_acc) {
-            int take = n_queries - t < s->n_acc ? n_queries - t : s->n_acc;
-            size_t first_query = (size_t)g * queries + t;
-            s->m->kernels->mul_floats(type, key_at(a, g, p), D * kv_element(s), run,
-                                      s->group_q + first_query * D, D, take, D, acc);
-            for (int i = 0; i < take; i++)
-                copy_floats(s->score + (first_query + i) * s->n_score + (p - a->first), acc[i], run);
+        for (int t = 0, count; t < n_queries(a); t += count) {
+            count = n_queries(a) - t < s->n_acc ? n_queries(a) - t : s->n_acc;
+            s->m->kernels->mul_floats(cache_type(s), key_at(a, g, p), D * kv_element(s), run,
+                                      s->pack_q + query_at(a, g, t) * D, D, count, D, acc);
+            for (int k = 0; k < count; k++)
+                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos), acc[k], run);
         }
     }
 }
@@ -2301,69 +2359,84 @@ static void softmax_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int n_queries = a->n * a->heads, g = index / n_queries, t = index % n_queries;
-    int p = s->pos + a->i0 + t / a->heads, first = first_seen(a, p);
-    size_t query = (size_t)g * s->group * a->heads + t;
+    int g = index / n_queries(a), t = index % n_queries(a);
+    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
+    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
     (void)worker;
-    s->score_sum[query] = s->m->kernels->softmax(s->score + query * s->n_score + (first - a->first),
-                                                 p + 1 - first, first);
+    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
 }
 
-/* out = sum of e_p v_p over positions in order, for MIX_WIDTH elements of one kv head's queries.
- * Tokens of the group see different ranges: [first_seen(p), p]; both ends grow with the token, so
- * between two ends the tokens that see a position are one run [from, to). */
+/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
+static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
+{
+    gemma3_state *s = a->s;
+    const gemma3_config *c = &s->m->config;
+    int D = c->head_dim;
+    for (int t = 0; t < n_queries(a); t++) {
+        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
+        float *to = s->attended + ((size_t)i * c->n_heads + h) * D + j0, sum = s->score_sum[query_at(a, g, t)];
+        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
+    }
+}
+
+static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
+
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens of
+ * the pack see different ranges: [first_seen(p), p]. Both ends grow with the token, so the tokens that see
+ * a position are one run [from, to): those not before it whose window has begun. Positions are taken up
+ * to where either end of the run changes, or the ring wraps. */
 static void mix_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    int D = c->head_dim, per_head = (D + MIX_WIDTH - 1) / MIX_WIDTH, g = index / per_head;
-    int d = index % per_head * MIX_WIDTH, p0 = s->pos + a->i0, from = 0, to = 1;
-    size_t query = (size_t)g * s->group * a->heads;
-    float *out = s->group_out + query * D + d;
-    struct mix m = {.type = s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32,
-                    .v_bytes = slice_width(D, d) * kv_element(s), .e_stride = s->n_score, .out_stride = D,
-                    .width = slice_width(D, d)};
+    int D = s->m->config.head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
+    int p0 = s->pos + a->i0, from = 0, to = 1;
+    float *out = s->pack_out + query_at(a, g, 0) * D + j0;
+    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s), .e_stride = s->n_score,
+                    .out_stride = D, .width = slice_width(D, j0)};
     (void)worker;
-    for (int t = 0; t < a->n * a->heads; t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
-    for (int p = a->first, end; p < p0 + a->n; p = end) {
+    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
+    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
         while (p0 + from < p) from++;
         while (to < a->n && first_seen(a, p0 + to) <= p) to++;
         end = p0 + from + 1;
         if (to < a->n && first_seen(a, p0 + to) < end) end = first_seen(a, p0 + to);
         end = p + run_of(a, p, end);
-        m.v = value_at(a, g, d, p);
+        m.v = value_at(a, g, j0, p);
         m.n_pos = end - p;
-        m.n = (to - from) * a->heads;
-        m.e = s->score + (query + from * a->heads) * s->n_score + (p - a->first);
-        m.out = out + (size_t)from * a->heads * D;
+        m.n = (to - from) * a->heads_per_kv;
+        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
+        m.out = out + (size_t)from * a->heads_per_kv * D;
         s->m->kernels->mix_values(&m);
     }
-    for (int t = 0; t < a->n * a->heads; t++) {
-        size_t to_row = (size_t)(a->i0 + t / a->heads) * c->n_heads + g * a->heads + t % a->heads;
-        for (int j = 0; j < m.width; j++)
-            s->attended[to_row * D + d + j] = out[(size_t)t * D + j] / s->score_sum[query + t];
-    }
+    divide_and_place(a, g, j0, out);
 }
 
-/* attended [i0 .. i0+n-1][n_heads][head_dim] for one group of tokens, in three phases. */
-static void attend(struct attention *a)
+/* Queries of one kv head side by side, and scaled. */
+static void gather_queries(const struct attention *a)
 {
     gemma3_state *s = a->s;
     const gemma3_config *c = &s->m->config;
-    int D = c->head_dim, p0 = s->pos + a->i0;
-    size_t run = (size_t)a->heads * D;
-    a->first = first_seen(a, p0);
-    for (int i = 0; i < a->n; i++) /* queries of one kv head side by side, and scaled */
+    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
+    for (int i = 0; i < a->n; i++)
         for (int g = 0; g < c->n_kv_heads; g++) {
-            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * run;
-            float *to = s->group_q + ((size_t)g * s->group + i) * run;
-            for (size_t j = 0; j < run; j++) to[j] = q[j] * c->query_scale;
+            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
+            float *to = s->pack_q + ((size_t)g * s->pack + i) * q_floats;
+            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
         }
-    int positions = p0 + a->n - a->first;
-    for_each(s, c->n_kv_heads * ((positions + SCORE_RUN - 1) / SCORE_RUN), score_task, a);
-    for_each(s, c->n_kv_heads * a->n * a->heads, softmax_task, a);
-    for_each(s, c->n_kv_heads * ((D + MIX_WIDTH - 1) / MIX_WIDTH), mix_task, a);
+}
+
+/* attended [i0 .. i0+n-1][n_heads][head_dim] for one pack of tokens: three phases, each shared out. A pack
+ * meets every key and value it sees once for all its queries. */
+static void attend(struct attention *a)
+{
+    const gemma3_state *s = a->s;
+    const gemma3_config *c = &s->m->config;
+    a->first_pos = first_seen(a, s->pos + a->i0);
+    gather_queries(a);
+    for_each(s, c->n_kv_heads * n_score_runs(a), score_task, a);
+    for_each(s, c->n_kv_heads * n_queries(a), softmax_task, a);
+    for_each(s, c->n_kv_heads * n_slices(c->head_dim), mix_task, a);
 }
 
 /* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
@@ -2384,7 +2457,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
     const gemma3_config *c = &s->m->config;
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
-                          .heads = c->n_heads / c->n_kv_heads};
+                          .heads_per_kv = c->n_heads / c->n_kv_heads};
     struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
                          .n_products = 3, .n = n, .x = s->h};
     matmul(&qkv);
@@ -2393,20 +2466,19 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
     trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
     trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->group) {
-        a.n = n - a.i0 < s->group ? n - a.i0 : s->group;
+    for (a.i0 = 0; a.i0 < n; a.i0 += s->pack) {
+        a.n = n - a.i0 < s->pack ? n - a.i0 : s->pack;
         attend(&a);
     }
     trace(s, "kqv_out", l, s->attended, n, c->n_heads * c->head_dim);
     matmul_one(s, s->h, &w->attn_output, s->attended, n);
 }
 
-struct gelu_job {
-    gemma3_state *s;
-};
+/* ---- Feed-forward ---- */
+
 static void gelu_task(void *arg, int i, int worker)
 {
-    gemma3_state *s = ((struct gelu_job *)arg)->s;
+    gemma3_state *s = arg;
     size_t d_ff = s->m->config.d_ff;
     (void)worker;
     s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
@@ -2417,9 +2489,8 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int n)
 {
     struct matmul gate_up = {.s = s, .w = {&w->ffn_gate, &w->ffn_up}, .y = {s->gate, s->up},
                              .n_products = 2, .n = n, .x = s->h};
-    struct gelu_job job = {s};
     matmul(&gate_up);
-    for_each(s, n, gelu_task, &job);
+    for_each(s, n, gelu_task, s);
     matmul_one(s, s->h, &w->ffn_down, s->gate, n);
 }
 
@@ -2437,13 +2508,13 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     }
 }
 
-/* Rows that were asked for begin somewhere in the tile. */
+/* Rows that were asked for: their position is the first one's, the others need not be adjacent. */
 static void trace_rows(const gemma3_state *s, const char *name, const int *rows, const float *x, int n, int width)
 {
     if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
 }
 
-/* Logits of n_rows tokens of the tile, each n_vocab long. */
+/* Logits of n_rows tokens of the chunk, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
     const gemma3_config *c = &s->m->config;
@@ -2456,14 +2527,14 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
     for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
         float t = logits[j] / c->final_softcap;
         float e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
-        float tanh = (1.0f - e) / (1.0f + e);
-        logits[j] = c->final_softcap * float_of(bits_of(tanh) | (bits_of(t) & 0x80000000));
+        float tanh_of_abs = (1.0f - e) / (1.0f + e);
+        logits[j] = c->final_softcap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
     }
     trace_rows(s, "result_output", rows, logits, n_rows, c->n_vocab);
 }
 
-/* n <= tile tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
-static void forward_tile(gemma3_state *s, const int32_t *ids, int n)
+/* n <= chunk tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
+static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = &s->m->config;
     size_t size = (size_t)n * c->d_model;
@@ -2534,12 +2605,12 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
     fp_state fp = fp_enter();
     for (int done = 0, take; done < n; done += take) {
-        int in_tile = 0, tile_rows[GEMMA3_TILE];
-        take = n - done < s->tile ? n - done : s->tile;
-        forward_tile(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) tile_rows[in_tile++] = *rows - done;
-        if (in_tile) unembed(s, tile_rows, in_tile, logits);
-        if (in_tile) logits += (size_t)in_tile * s->m->config.n_vocab;
+        int in_chunk = 0, chunk_rows[GEMMA3_CHUNK];
+        take = n - done < s->chunk ? n - done : s->chunk;
+        forward_chunk(s, ids + done, take);
+        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) chunk_rows[in_chunk++] = *rows - done;
+        if (in_chunk) unembed(s, chunk_rows, in_chunk, logits);
+        if (in_chunk) logits += (size_t)in_chunk * s->m->config.n_vocab;
         s->pos += take;
     }
     fp_leave(fp);
@@ -3018,7 +3089,7 @@ static int configure_heads(struct opening *o)
 static int configure_layers(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    int known = c->n_layers == 18 || c->n_layers == 26 ? 512
+    int known = c->n_layers == 18 || c->n_layers == 26 ? 512   /* 270M, 1B; 4B, 12B, 27B */
               : c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62 ? 1024 : 0, pattern;
     if (get_int(&o->g, "attention.sliding_window", 0, 1 << 24, known, &c->window)) return -1;
     const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
@@ -3344,11 +3415,11 @@ static void *piece(struct arena *a, size_t count, size_t bytes)
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->tile = p->n_batch < GEMMA3_TILE ? p->n_batch : GEMMA3_TILE;
-    s->tile = s->tile < p->n_ctx ? s->tile : p->n_ctx;
-    s->group = s->tile < 4 ? s->tile : 4;
-    s->n_acc = s->tile < 16 ? 16 : s->tile;
-    s->ring = c->window + s->tile - 1 < p->n_ctx ? c->window + s->tile - 1 : p->n_ctx;
+    s->chunk = p->n_batch < GEMMA3_CHUNK ? p->n_batch : GEMMA3_CHUNK;
+    s->chunk = s->chunk < p->n_ctx ? s->chunk : p->n_ctx;
+    s->pack = s->chunk < 4 ? s->chunk : 4;
+    s->n_acc = s->chunk < 16 ? 16 : s->chunk; /* attention has that many queries of a kv head */
+    s->ring = c->window + s->chunk - 1 < p->n_ctx ? c->window + s->chunk - 1 : p->n_ctx;
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3370,34 +3441,34 @@ static int widest_input(const gemma3_config *c)
 static void lay_out(gemma3_state *s, struct arena *a)
 {
     const gemma3_config *c = &s->m->config;
-    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), tile = s->tile;
-    size_t group_q = (size_t)s->group * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->chunk;
+    size_t pack_q = (size_t)s->pack * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
     }
     for (int local = 0; local < 2; local++) {
         s->inv_freq[local] = piece(a, D / 2, sizeof(float));
-        s->cosine[local] = piece(a, tile * (D / 2), sizeof(float));
-        s->sine[local] = piece(a, tile * (D / 2), sizeof(float));
+        s->cosine[local] = piece(a, n * (D / 2), sizeof(float));
+        s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
-    s->x = piece(a, tile * c->d_model, sizeof(float));
-    s->h = piece(a, tile * c->d_model, sizeof(float));
-    s->q = piece(a, tile * q, sizeof(float));
-    s->attended = piece(a, tile * q, sizeof(float));
-    s->k = piece(a, times(tile, kv), sizeof(float));
-    s->v = piece(a, times(tile, kv), sizeof(float));
-    s->gate = piece(a, tile * c->d_ff, sizeof(float));
-    s->up = piece(a, tile * c->d_ff, sizeof(float));
-    s->group_q = piece(a, group_q * D, sizeof(float));
-    s->group_out = piece(a, group_q * D, sizeof(float));
-    s->score_sum = piece(a, group_q, sizeof(float));
+    s->x = piece(a, n * c->d_model, sizeof(float));
+    s->h = piece(a, n * c->d_model, sizeof(float));
+    s->q = piece(a, n * q, sizeof(float));
+    s->attended = piece(a, n * q, sizeof(float));
+    s->k = piece(a, times(n, kv), sizeof(float));
+    s->v = piece(a, times(n, kv), sizeof(float));
+    s->gate = piece(a, n * c->d_ff, sizeof(float));
+    s->up = piece(a, n * c->d_ff, sizeof(float));
+    s->pack_q = piece(a, pack_q * D, sizeof(float));
+    s->pack_out = piece(a, pack_q * D, sizeof(float));
+    s->score_sum = piece(a, pack_q, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(group_q, s->n_score), sizeof(float));
-    s->xq = piece(a, s->m->exact ? 0 : tile * blocks, sizeof *s->xq);
+    s->score = piece(a, times(pack_q, s->n_score), sizeof(float));
+    s->xq = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->xq);
     s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->rows = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
@@ -3416,22 +3487,23 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
     return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
 }
 
-static void *params_fault(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
+/* -1 and a sentence when no state can be made of these. */
+static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (p->n_ctx < 1 || p->n_ctx > 1 << 24) return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
+    if (p->n_ctx < 1 || p->n_ctx > 1 << 24) return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
+    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), -1;
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
-    if (p->n_threads > 1 && !p->parallel_for) return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), -1;
+    if (p->n_threads > 1 && !p->parallel_for) return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx);
-    return (void *)(uintptr_t)1;
+        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx), -1;
+    return 0;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size, gemma3_error *err)
 {
     const gemma3_config *c = &m->config;
-    if (!params_fault(m, p, err)) return NULL;
+    if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
     if (size < need)
         return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
@@ -3454,7 +3526,7 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
 
 gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (!params_fault(m, p, err)) return NULL;
+    if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
     if (!mem) return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
@@ -3496,6 +3568,7 @@ static float largest_of(const float *logits, int n)
 
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
+    fp_state fp = fp_enter();
     int32_t best = 0;
     float top = MINUS_INFINITY;
     for (int32_t first = 0, n; first < n_vocab; first += n) {
@@ -3504,6 +3577,7 @@ int32_t gemma3_argmax(const float *logits, int n_vocab)
         for (int32_t id = first; id < first + n; id++)
             if (logits[id] > top) top = logits[id], best = id;
     }
+    fp_leave(fp);
     return best;
 }
 
@@ -3512,10 +3586,10 @@ double gemma3_nll(const float *logits, int n_vocab, int32_t id)
     fp_state fp = fp_enter();
     float max = logits[gemma3_argmax(logits, n_vocab)];
     double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += gemma3_exp((double)logits[j] - max);
+    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
     for (int step = 8; step > 0; step /= 2)
         for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + gemma3_log(lane[0]);
+    double nll = ((double)max - logits[id]) + log_double(lane[0]);
     fp_leave(fp);
     return nll;
 }
@@ -4796,7 +4870,7 @@ static int open_state(struct session *s)
         return complain("%s", err.text);
 
     size_t n_vocab = (size_t)s->config->n_vocab;
-    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_TILE) : 1;
+    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_CHUNK) : 1;
     s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
     if (!s->logits)
         return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
@@ -5187,7 +5261,7 @@ static int score_row(struct session *s, struct rows_out *o, int position, const 
 /* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
  * since --top and text come after it. */
 static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
-                       int rows[GEMMA3_TILE])
+                       int rows[GEMMA3_CHUNK])
 {
     const struct args *a = s->args;
     int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
@@ -5205,7 +5279,7 @@ static int score_prompt(struct session *s, struct rows_out *o)
     int code = 0, n_rows = 0;
     double start = seconds();
     for (int i = 0; i < s->n_ids && !code;) {
-        int rows[GEMMA3_TILE], n = lesser(s->n_ids - i, s->max_rows);
+        int rows[GEMMA3_CHUNK], n = lesser(s->n_ids - i, s->max_rows);
         n_rows = rows_needed(s, o, i, n, rows);
         if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
             return complain("%s", gemma3_state_error(s->state));
@@ -5334,8 +5408,8 @@ static int score_chunk(struct session *s, const int32_t *ids, int n, struct scor
     size_t n_vocab = (size_t)s->config->n_vocab;
     gemma3_state_reset(s->state);
     for (int i = 0; i < n - 1;) {
-        int rows[GEMMA3_TILE], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
-        int32_t tile[GEMMA3_TILE];
+        int rows[GEMMA3_CHUNK], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
+        int32_t tile[GEMMA3_CHUNK];
         memcpy(tile, ids + i, (size_t)count * sizeof *tile);
         if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
             tile[0] = v->bos;

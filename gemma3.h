@@ -1,6 +1,8 @@
 /* gemma3.h - Google's Gemma 3 in plain C: the library behind the gemma3 program.
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
+ *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
+ *                              gemma3_default_threads
  *
  * A whole program:
  *
@@ -52,7 +54,7 @@ extern "C" {
 enum {
     GEMMA3_CONTRACT = 1,     /* version of the numeric contract */
     GEMMA3_MAX_LAYERS = 128,
-    GEMMA3_TILE = 64,        /* tokens taken through the layers at once, at most */
+    GEMMA3_CHUNK = 64,        /* tokens taken through the layers at once, at most */
     GEMMA3_MAX_THREADS = 256,
     GEMMA3_PENALTY_WINDOW = 64, /* tokens the repeat penalty looks back at */
 };
@@ -146,7 +148,7 @@ const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
-    int n_batch;             /* tokens taken at once; scratch follows min(n_batch, GEMMA3_TILE) */
+    int n_batch;             /* tokens taken at once; more than GEMMA3_CHUNK count as that many */
     gemma3_kv_type kv_type;
     int n_threads;           /* workers that parallel_for has, 1 without it */
     gemma3_parallel_for *parallel_for; /* NULL: one thread */
@@ -193,7 +195,7 @@ void gemma3_pool_run(void *pool, int n_tasks, gemma3_task *task, void *job);
 
 int32_t gemma3_argmax(const float *logits, int n_vocab); /* lowest id on ties; NaN never wins */
 
-/* -log p(id) under softmax(logits), natural log, in double (rule 9). */
+/* -log p(id) under softmax(logits), natural log, in double (README, rule 9). */
 double gemma3_nll(const float *logits, int n_vocab, int32_t id);
 
 /* exp and log as the contract defines them, for figures made of nll. */
@@ -219,7 +221,7 @@ typedef struct gemma3_sampler {
 gemma3_sampler gemma3_sampler_new(uint64_t seed);
 /* Tells the sampler of a token, prompt included, for the repeat penalty. */
 void gemma3_sampler_accept(gemma3_sampler *s, int32_t id);
-/* Chooses the next id (DESIGN rule 8). scratch has room for n_vocab candidates. */
+/* Chooses the next id (README, rule 8). scratch has room for n_vocab candidates. */
 int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab,
                       gemma3_candidate *scratch);
 

@@ -469,7 +469,7 @@ static void multiply(const struct kernels *k, int exact, const struct matrix *w,
     s->p.n_threads = 1;
     s->xq = xq.data;
     s->unpacked = unpacked;
-    s->rows = rows;
+    s->row_floats = rows;
     s->acc = calloc(n, sizeof *s->acc);
     s->n_acc = n;
     matmul_one(s, y, w, x, n);
@@ -738,7 +738,7 @@ static void pieces_are_the_definition(const struct kernels *k)
             if (kind < 2) { /* scores that are NaN have no maximum: the sum below is NaN too */
                 memcpy(x.data, a, n * sizeof(float)), memcpy(want, a, n * sizeof(float));
                 for (int j = 0; j < n && kind == 1; j++) ((float *)x.data)[j] = want[j] = 40 * random_float();
-                float sum = softmax_by_definition(want, n, first), got = k->softmax(x.data, n, first);
+                float sum = softmax_by_definition(want, n, first), got = k->exp_scores(x.data, n, first);
                 softmax += !same_floats(x.data, want, n) || bits_of(sum) != bits_of(got);
             }
             unguard(x), unguard(y), unguard(g);
@@ -767,11 +767,11 @@ static void softmax_depends_on_no_hidden_scores(const struct kernels *k)
 {
     float s[64], equal[40];
     for (int j = 0; j < 40; j++) equal[j] = 3.25f;
-    is_close(k->softmax(equal, 40, 7), 40, 0, "%s: equal scores count one each", k->name);
+    is_close(k->exp_scores(equal, 40, 7), 40, 0, "%s: equal scores count one each", k->name);
     for (int j = 0; j < 64; j++) s[j] = j == 20 ? 90 : -90;
-    is_close(k->softmax(s, 64, 0), 1, 0, "%s: one large score takes all", k->name);
+    is_close(k->exp_scores(s, 64, 0), 1, 0, "%s: one large score takes all", k->name);
     float one = -1e30f;
-    ok(k->softmax(&one, 1, 5) == 1 && one == 1, "%s: a single score", k->name);
+    ok(k->exp_scores(&one, 1, 5) == 1 && one == 1, "%s: a single score", k->name);
 }
 
 static void gelu_is_the_tanh_formula(void)
