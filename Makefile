@@ -22,7 +22,7 @@ gemma3: gemma3.c gemma3.h tokenizer.c
 run: gemma3 $(MODEL)
 	./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
-test: gemma3 $(C_TESTS)
+test: gemma3 test/bench $(C_TESTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
 # Each test is the engine and its checks in one unit, so that it reaches static functions.

@@ -585,6 +585,15 @@ like($err, qr/the context of 40 tokens is full/, "and says so");
     is(slurp("$dir/stdout"), $first, "the next line is answered");
 }
 
+# ---- The benchmark -------------------------------------------------------------------------------
+
+SKIP: {
+    skip "no test/bench: make test/bench", 3 if !-x "test/bench";
+    my $table = qx(test/bench $tiny -t 2 -r 1 -p 8 -n 2 -d 16 2>&1);
+    is($?, 0, "the benchmark runs");
+    like($table, qr/^\| $_ /m, "and has a row for $_") for "prompt pp8", "decode tg2 after 16";
+}
+
 # ---- The real one --------------------------------------------------------------------------------
 
 SKIP: {
