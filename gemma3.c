@@ -3252,9 +3252,11 @@ struct repack {
     const gemma3_model *m;
     struct matrix *w;
     uint8_t *to;
+    int n_tasks;
 };
 
-enum { REPACK_TASKS = 64 };
+/* A share of the work: small, because until its end its rows are in memory twice. */
+enum { REPACK_BYTES = 1 << 19, MIN_REPACK_TASKS = 8 };
 
 /* A share of the tiles; then the file's pages are given back, so that no row is in memory twice. */
 static void repack_task(void *arg, int index, int worker)
@@ -3263,7 +3265,7 @@ static void repack_task(void *arg, int index, int worker)
     const struct matrix *w = job->w;
     int tile, end, row, last;
     (void)worker;
-    share_of(n_tiles(w), REPACK_TASKS, index, &tile, &end);
+    share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
     row = tile * TILE_ROWS, last = end * TILE_ROWS < w->rows ? end * TILE_ROWS : w->rows;
     const uint8_t *from = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
@@ -3281,13 +3283,13 @@ static size_t tiled_bytes(const struct matrix *w)
 
 static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
 {
-    struct repack job = {o->m, w, *to};
     size_t bytes = tiled_bytes(w);
+    struct repack job = {o->m, w, *to, MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
     if (!bytes) return;
     if (o->options.parallel_for && o->options.n_threads > 1)
-        o->options.parallel_for(o->options.pool, REPACK_TASKS, repack_task, &job);
+        o->options.parallel_for(o->options.pool, job.n_tasks, repack_task, &job);
     else
-        for (int k = 0; k < REPACK_TASKS; k++) repack_task(&job, k, 0);
+        for (int k = 0; k < job.n_tasks; k++) repack_task(&job, k, 0);
     w->data = *to;
     w->tiled = 1;
     *to += bytes;
