@@ -140,7 +140,8 @@ INLINE float float_of(uint32_t u)
 
 /* a*b+c rounded once, without the instruction: the product of two floats is exact in double; the
  * sum and its error (Knuth's TwoSum) are rounded to odd (a double whose last bit says "there was more"),
- * so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums"). */
+ * so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and
+ * correctly rounded sums"). */
 static float soft_fmaf(float a, float b, float c)
 {
     double product = (double)a * b, sum = product + c;
@@ -822,8 +823,8 @@ INLINE void quantize_plain(struct xblock *out, const float *x, int n)
  *
  * There are two kernels for int8 activations (Q4_0 tiles, and panels for every other format): they
  * multiply TILE_ROWS rows by n vectors and add to acc [n][TILE_ROWS]. The one for floats takes at most
- * as many rows and sets acc. The fourth is attention's weighted sum. Every twin in section 5 has the signature of its definition here
- * and the same numbered steps; tests compare them with memcmp. */
+ * as many rows and sets acc. The fourth is attention's weighted sum. Every twin in section 5 has the
+ * signature of its definition here and the same numbered steps; tests compare them with memcmp. */
 
 enum {
     Q4_0_TILE_BLOCK = TILE_ROWS * 18,   /* bytes of 32 rows x 32 columns: 9 cache lines */
@@ -3010,8 +3011,8 @@ static int bind(struct opening *o, const char *name, int rows, int cols, struct 
     if (!t) return fail(g->err, "%s: tensor %s is missing", g->name, name), -1;
     w->format = find_format(t->type);
     if (!w->format)
-        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)",
-                    g->name, name, (unsigned)t->type), -1;
+        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
+                    "Q2_K to Q6_K IQ4_NL are)", g->name, name, (unsigned)t->type), -1;
     char shape[96], want[32] = "any number of tokens";
     if (rows) snprintf(want, sizeof want, "%d", rows);
     if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
@@ -3077,10 +3078,12 @@ static int configure_heads(struct opening *o)
     int from_k = k && k->ne[1] <= 1 << 20 ? (int)k->ne[1] / c->head_dim : 0, value_length;
     if (get_int(&o->g, "attention.head_count_kv", 1, 1024, from_k, &c->n_kv_heads)) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads, c->n_kv_heads), -1;
+        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads,
+                    c->n_kv_heads), -1;
     if (get_int(&o->g, "attention.value_length", 1, 1024, c->head_dim, &value_length)) return -1;
     if (value_length != c->head_dim)
-        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name, value_length, c->head_dim), -1;
+        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name,
+                    value_length, c->head_dim), -1;
     return 0;
 }
 
@@ -3095,7 +3098,8 @@ static int configure_layers(struct opening *o)
     const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
     int is_array = kv && kv->type == KV_ARRAY;
     if (is_array && (kv->element != KV_BOOL || kv->count < (uint64_t)c->n_layers))
-        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers", o->g.name, c->n_layers), -1;
+        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers",
+                    o->g.name, c->n_layers), -1;
     if (is_array) pattern = 0;
     else if (get_int(&o->g, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6, &pattern)) return -1;
     for (int l = 0; l < c->n_layers; l++) {
@@ -3156,7 +3160,8 @@ static int read_vocab(struct opening *o)
     m->config.n_vocab = n;
     if (!scores || scores->type != KV_ARRAY || scores->element != KV_F32 || scores->count < (uint64_t)n)
         return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n), -1;
-    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) || types->count < (uint64_t)n))
+    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) ||
+                  types->count < (uint64_t)n))
         return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n), -1;
     const char **text = own(o, n * sizeof *text, "the vocabulary");
     uint32_t *length = own(o, n * (sizeof *length + sizeof(float) + sizeof(int32_t)), "the vocabulary");
@@ -3304,7 +3309,8 @@ static int repack(struct opening *o)
     if (!m->tied) all[n++] = &m->output;
     for (int l = 0; l < n_layers; l++) {
         struct layer *w = &m->layer[l];
-        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output, &w->ffn_gate, &w->ffn_up, &w->ffn_down};
+        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output,
+                                      &w->ffn_gate, &w->ffn_up, &w->ffn_down};
         for (int k = 0; k < 7; k++) all[n++] = of_layer[k];
     }
     size_t bytes = 0;
@@ -3338,7 +3344,8 @@ static int open_steps(struct opening *o, const void *data, size_t size)
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
     if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1;
-    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) || bind_weights(o) || open_tokenizer(o))
+    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) ||
+        bind_weights(o) || open_tokenizer(o))
         return -1;
     m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
     if (!m->exact && !o->options.no_repack && repack(o)) return -1;
@@ -3492,23 +3499,27 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 /* -1 and a sentence when no state can be made of these. */
 static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (p->n_ctx < 1 || p->n_ctx > 1 << 24) return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
+    if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
     if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), -1;
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
         return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), -1;
-    if (p->n_threads > 1 && !p->parallel_for) return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
+    if (p->n_threads > 1 && !p->parallel_for)
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
         return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx), -1;
     return 0;
 }
 
-gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size, gemma3_error *err)
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
+                                gemma3_error *err)
 {
     const gemma3_config *c = &m->config;
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
     if (size < need)
-        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
+        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+                    (unsigned long long)size);
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
     struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
@@ -3531,7 +3542,8 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem) return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+    if (!mem)
+        return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
     gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
     if (!s) free(mem);
     else s->allocated = mem;
