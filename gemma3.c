@@ -444,15 +444,16 @@ INLINE void take_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, 
     }
 }
 
-/* out[j] |= ((in[j] >> shift) & mask) << up */
-INLINE void add_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask, int up)
+/* The same with more bits on top: out[j] = ((in[j] >> shift) & mask) | ((top[j] >> top_shift) & top_mask) << up */
+INLINE void join_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask,
+                      const uint8_t *restrict top, int top_shift, uint32_t top_mask, int up)
 {
     for (int j = 0; j < n; j += 4) {
-        uint32_t four, so_far;
-        memcpy(&four, in + j, 4);
-        memcpy(&so_far, out + j, 4);
-        so_far |= (four >> shift & mask * 0x01010101) << up;
-        memcpy(out + j, &so_far, 4);
+        uint32_t low, high;
+        memcpy(&low, in + j, 4);
+        memcpy(&high, top + j, 4);
+        low = (low >> shift & mask * 0x01010101) | (high >> top_shift & top_mask * 0x01010101) << up;
+        memcpy(out + j, &low, 4);
     }
 }
 
@@ -555,8 +556,7 @@ INLINE void unpack_q2_k(const uint8_t *restrict p, int R, int g, struct panel *r
 INLINE void unpack_q3_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
     const uint8_t *qs = p + (32 + 32 * (g / 4)) * R, *scales = p + 96 * R;
-    take_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3);
-    add_bits(o->unpacked, p, 32 * R, g, 1, 2);
+    join_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3, p, g, 1, 2);
     for (int i = 2 * g; i < 2 * g + 2; i++)
         for (int r = 0; r < R; r++) {
             int low = scales[i % 8 * R + r] >> 4 * (i / 8) & 15;
@@ -599,8 +599,7 @@ INLINE void unpack_q4_k(const uint8_t *restrict p, int R, int g, struct panel *r
 INLINE void unpack_q5_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
     const uint8_t *qs = p + (48 + 32 * (g / 2)) * R, *qh = p + 16 * R;
-    take_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15);
-    add_bits(o->unpacked, qh, 32 * R, g, 1, 4);
+    join_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15, qh, g, 1, 4);
     unpack_k_scales(p, R, g, o);
 }
 
@@ -613,8 +612,7 @@ INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *r
     int half = g / 4, k = g % 4;
     const uint8_t *ql = p + (64 * half + 32 * (k % 2)) * R, *qh = p + (128 + 32 * half) * R;
     const uint8_t *scales = p + (192 + 2 * g) * R;
-    take_bits(o->unpacked, ql, 32 * R, 4 * (k / 2), 15);
-    add_bits(o->unpacked, qh, 32 * R, 2 * k, 3, 4);
+    join_bits(o->unpacked, ql, 32 * R, 4 * (k / 2), 15, qh, 2 * k, 3, 4);
     for (int h = 0; h < 2; h++)
         for (int r = 0; r < R; r++) o->scale[h][r] = (int8_t)scales[h * R + r];
     load_f16s(o->d, p + 208 * R, R);
