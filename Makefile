@@ -1,5 +1,5 @@
 # make            builds ./gemma3
-# make run        completes PROMPT with the model in weights/
+# make run        completes PROMPT with MODEL: the small one in weights/, unless you say another
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench      measures the speed of MODEL
@@ -9,7 +9,7 @@ CC     ?= cc
 CFLAGS ?= -O2
 RULES   = -std=c11 -D_POSIX_C_SOURCE=200809L -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
-MODEL   = $(firstword $(wildcard weights/gemma3-folktales-q4_0.gguf) weights/gemma-3-270m-q4_k_m.gguf)
+MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Every test/*.c and test/*.t is a test, but the benchmark.
@@ -20,7 +20,7 @@ gemma3: gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -o $@ gemma3.c tokenizer.c $(LIBS)
 
 run: gemma3 $(MODEL)
-	./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
+	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
 test: gemma3 test/bench $(C_TESTS)
 	prove -j2 --timer --failures --comments $(TESTS)

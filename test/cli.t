@@ -585,6 +585,17 @@ like($err, qr/the context of 40 tokens is full/, "and says so");
     is(slurp("$dir/stdout"), $first, "the next line is answered");
 }
 
+# ---- The model that comes with the source ----------------------------------------------------------
+
+run("-p", "Once upon a time", "--hash");
+my ($published) = slurp("README.md") =~ /^    (contract \d+ mode default .* sha256 [0-9a-f]{64})$/m;
+is($out, "$published\n", "without -m the small model is used, and its hash is what README.md publishes");
+run("-p", "Once upon a time", "--seed", 1, "-n", 60);
+like($out, qr/^(?:\W*[A-Za-z]+){20}/, "it tells a story");
+my $round = join "", map { chr } 0 .. 255;
+run("--detokenize", run("--tokenize", "--no-bos", "-f", spew("bytes", $round)) =~ s/\n//r);
+is($out, $round, "any bytes are its text: they round-trip through its tokens");
+
 # ---- The benchmark -------------------------------------------------------------------------------
 
 SKIP: {
