@@ -65,13 +65,18 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own: we say fma where we mean it. gcc and clang
- * each listen to one of these two lines; open() tests that it was heard. The lines after them change
- * speed, never bits. */
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
+ * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
+ * lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
+#if __clang_major__ >= 12
+#pragma float_control(precise, on)
+#pragma clang fp reassociate(off)
+#endif
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
 #pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
 #endif
@@ -335,8 +340,11 @@ static void cos_sin(float angle, float *c, float *s)
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
+    if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
+    if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -4267,14 +4275,14 @@ static const struct option options[] = {
     {"--trace", "NAMES", TEXT, FIELD(trace), 0, 0,
      "tensors inside, of the prompt, by llama.cpp's labels: l_out-7,\nattn_norm (of every layer)"},
     {"--trace-dir", "DIR", TEXT, FIELD(trace_dir), 0, 0,
-     "write them whole, DIR/l_out-7.f32, float32, little-endian"},
+     "write them whole, DIR/l_out-7.f32, float32, little-endian; DIR is\nmade when it is absent"},
     {"--tokenize", "TEXT", MAYBE_TEXT, FIELD(tokenize), 0, 0,
      "ids of TEXT; without TEXT, of the file given with -f"},
     {"--detokenize", "IDS", NUMBERS, FIELD(detokenize), 0, 0,
      "bytes of the ids, as \"2 818 5279\""},
 
     {"How to compute", NULL, HEADING, 0, 0, 0, NULL},
-    {"-c", "N", NUMBER, FIELD(n_ctx), 1, INT_MAX,
+    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24,
      "context in tokens; default: the smaller of the model's and 4096"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS,
      "threads; default: physical cores"},

@@ -136,6 +136,17 @@ for my $isa (split /\n/, (run("$dir/gemma3-0", "--isa", "list"))[0]) {
     computes_the_contract("--isa $isa", ["$dir/gemma3-0"], "--isa", $isa);
 }
 
+# What a command line may allow the compiler, the source takes back.
+my @loose = map { my $c = $_; map { [$c, "-O2", @$_] } ["-freciprocal-math"], ["-funsafe-math-optimizations"],
+    ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"] } @compilers;
+my %loose = run_all(map { ["@{$loose[$_]}", @{$loose[$_]}, "-w", "-o", "$dir/loose-$_", "gemma3.c", "tokenizer.c",
+    @libs] } 0 .. $#loose);
+for my $k (0 .. $#loose) {
+    my $name = "@{$loose[$k]}";
+    ok(!$loose{$name}[1], "$name: builds") or diag($loose{$name}[0]);
+    is(hash_of(["$dir/loose-$k"], "tiny --exact"), $contract{"tiny --exact"}, "$name: the bits of the contract");
+}
+
 for my $compiler (@compilers) {
     my ($text, $status) = run($compiler, "-ffast-math", "-fsyntax-only", "gemma3.c");
     ok($status && $text =~ /without -ffast-math/, "$compiler -ffast-math is refused");
