@@ -5204,7 +5204,7 @@ static int open_file(struct rows_out *o, const char *model)
     snprintf(o->unready, size, "%s.%ld.tmp", o->target, (long)getpid());
     o->file = fopen(o->unready, "wbx");
     if (!o->file)
-        return complain("%s: %s", o->unready, strerror(errno));
+        return complain("%s: %s", o->path, strerror(errno));
     if (is_there && fchmod(fileno(o->file), st.st_mode & 0777))
         return complain("%s: %s", o->unready, strerror(errno));
     return 0;
