@@ -69,11 +69,11 @@
  * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
  * lines for gcc change speed, never bits. */
 #if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
 #if __clang_major__ >= 12
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
 #endif
+#pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
