@@ -5,7 +5,7 @@
  *
  * Decoding reads every weight once for each token, and the keys and values that the token sees:
  *
- *     bytes of a token at position p = weights + layers' K and V rows of min(p, window) positions
+ *     bytes of a token that is the p-th = weights + layers' K and V rows of min(p, window) positions
  *                                      (local) or p positions (global)
  *
  * so it cannot be faster than those bytes over the memory's read bandwidth, which is measured in the
