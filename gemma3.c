@@ -129,6 +129,11 @@ enum { BIG_ENDIAN_CPU = 0 };
  * operation we build on; exp, sin, cos, pow and log are made of these, because every C library
  * rounds its own a little differently. */
 
+INLINE int min_int(int a, int b)
+{
+    return a < b ? a : b;
+}
+
 INLINE uint32_t bits_of(float x)
 {
     uint32_t u;
