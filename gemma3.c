@@ -249,6 +249,10 @@ static void fp_leave(fp_state old) { fesetround(old); }
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
+static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
+
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
 {
@@ -257,11 +261,8 @@ static double exp_double(double x)
     if (x > 709.78) return (double)float_of(0x7f800000);
     double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
     double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
     double e = 0;
-    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
     for (; n > 1000; n -= 512) e *= 0x1p512;
     for (; n < -1000; n += 512) e *= 0x1p-512;
     uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
@@ -1856,6 +1857,47 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     return join_lanes(lane);
 }
 
+enum { EXP_RUN = 64 };
+
+/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
+ * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
+INLINE void add_exp_run(double *lane, const float *logits, double max)
+{
+    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
+    double e[EXP_RUN];
+    for (int j = 0; j < EXP_RUN; j++)
+        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
+    for (int j = 0; j < EXP_RUN; j++) {
+        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
+        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+        e[j] = exp_taylor[13];
+        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
+    }
+    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
+    for (int i = 0; i < EXP_RUN; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
+}
+
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
+ * or below -690, the definition itself runs. */
+INLINE double sum_exp_plain(const float *logits, int n, float max)
+{
+    double lane[16] = {0};
+    int i = 0;
+    for (int run, n_near; i < n; i += run) {
+        run = min_int(n - i, EXP_RUN), n_near = 0;
+        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
+        if (n_near == EXP_RUN)
+            add_exp_run(lane, logits + i, max);
+        else
+            for (int j = 0; j < run; j++)
+                lane[j % 16] += exp_double((double)logits[i + j] - max);
+    }
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
 /* ---- The kernels of one instruction set ---- */
 
 struct kernels {
@@ -1872,6 +1914,7 @@ struct kernels {
     void (*gelu)(float *gate, const float *up, int n);
     void (*store)(uint8_t *to, const float *x, int n, int is_f16);
     float (*exp_scores)(float *s, int n, int first);                         /* the numerator of softmax */
+    double (*sum_exp)(const float *logits, int n, float max);                /* the denominator of a score */
 };
 
 /* The element-wise pieces, compiled for one target. */
@@ -1891,7 +1934,9 @@ struct kernels {
     target static void store_##suffix(uint8_t *to, const float *x, int n, int is_f16)              \
     { store_plain(to, x, n, is_f16); }                                                             \
     target static float exp_scores_##suffix(float *s, int n, int first)                               \
-    { return exp_scores_plain(hard, s, n, first); }
+    { return exp_scores_plain(hard, s, n, first); }                                                \
+    target static double sum_exp_##suffix(const float *logits, int n, float max)                   \
+    { return sum_exp_plain(logits, n, max); }
 
 #define PLAIN
 FOR_TARGET(PLAIN, scalar, HARD_FMA)
@@ -1902,7 +1947,7 @@ FOR_TARGET(AVX512, avx512, 1)
 
 #define PLAIN_NAMES(suffix)                                                                         \
     unpack_##suffix, dequantize_##suffix, quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix,        \
-    store_##suffix, exp_scores_##suffix
+    store_##suffix, exp_scores_##suffix, sum_exp_##suffix
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels all_kernels[] = {
@@ -3602,11 +3647,10 @@ double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
     float max = largest_of(logits, n_vocab);
-    double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + log_double(lane[0]);
+    const struct kernels *k = all_kernels;
+    while (!cpu_has(k->name)) k++;
+    double sum = k->sum_exp(logits, n_vocab, max);
+    double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }

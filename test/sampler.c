@@ -327,6 +327,47 @@ static void figures(void)
     ok(worst < 1e-15, "and log");
 }
 
+/* Rule 9's sum by its definition. */
+static double sum_exp_defined(const float *logits, int n, float max)
+{
+    double lane[16] = { 0 };
+    for (int j = 0; j < n; j++) lane[j % 16] += exp_double((double)logits[j] - max);
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
+/* Rows of any length and spread; some with what is no number, or far below the largest. */
+static void sums_of_scores(void)
+{
+    static float logits[MAX_VOCAB];
+    static const float spread[] = { 1, 30, 600, 690, 710, 2000, 1e30f };
+    uint32_t random = 5;
+    for (int k = 0; k < N_KERNELS; k++) {
+        int n_same = 0, n_rows = 0;
+        if (!cpu_has(all_kernels[k].name)) {
+            skip(1, all_kernels[k].name);
+            continue;
+        }
+        for (int row = 0; row < 700; row++, n_rows++) {
+            int n = row % 10 ? 1 + row : MAX_VOCAB - row % 64;
+            for (int j = 0; j < n; j++) {
+                random = random * 1664525 + 1013904223;
+                logits[j] = (float)(random >> 8) * -0x1p-24f * spread[row % 7];
+            }
+            if (row % 11 == 1) logits[n / 2] = float_of(0xff800000);
+            if (row % 13 == 1) logits[n / 2] = float_of(0x7fc00000);
+            if (row % 17 == 1) logits[n / 2] = float_of(0x7f800000);
+            if (row % 19 == 1) for (int j = 0; j < n; j += 7) logits[j] = -690.0f - (float)(j % 3) / 64;
+            float max = largest_of(logits, n);
+            double want = sum_exp_defined(logits, n, max), got = all_kernels[k].sum_exp(logits, n, max);
+            n_same += !memcmp(&got, &want, sizeof got) || (isnan(got) && isnan(want));
+        }
+        is_int(n_same, n_rows, "%s: the sum under a score is the definition's, bit for bit",
+               all_kernels[k].name);
+    }
+}
+
 static void rounding_of_the_caller(void)
 {
 #if defined(FE_UPWARD)
@@ -405,6 +446,7 @@ int main(void)
     order_is_by_logit();
     as_the_plainest_form();
     figures();
+    sums_of_scores();
     rounding_of_the_caller();
     sha256();
     return done_testing();
