@@ -54,7 +54,7 @@ extern "C" {
 enum {
     GEMMA3_CONTRACT = 1,     /* version of the numeric contract */
     GEMMA3_MAX_LAYERS = 128,
-    GEMMA3_CHUNK = 64,        /* tokens taken through the layers at once, at most */
+    GEMMA3_MAX_UBATCH = 64,        /* tokens taken through the layers at once, at most */
     GEMMA3_MAX_THREADS = 256,
     GEMMA3_PENALTY_WINDOW = 64, /* tokens the repeat penalty looks back at */
 };
@@ -141,14 +141,14 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
  * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
  * pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
-                          const float *data);
+                          float *data);
 
 /* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
 const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
-    int n_batch;             /* tokens taken at once; more than GEMMA3_CHUNK count as that many */
+    int n_batch;             /* tokens taken at once; more than GEMMA3_MAX_UBATCH count as that many */
     gemma3_kv_type kv_type;
     int n_threads;           /* workers that parallel_for has, 1 without it */
     gemma3_parallel_for *parallel_for; /* NULL: one thread */
