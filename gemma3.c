@@ -12,21 +12,21 @@
  *         h = rms(x) * attn_norm
  *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
- *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token at
- *                                                 position p by p * base^(-2j/head_dim) / factor
+ *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
+ *                                                 at position p by p * base^(-2j/head_dim) / factor
  *         a = softmax(q . k * query_scale) v      over the positions that the token sees
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
- *     logits = cap * tanh(logits / cap)           only in a file that has a softcap: no Gemma 3 does
+ *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
- * element by element. A program repeats: ids -> logits after the last token -> choose an id -> append
- * it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: Gemma 3
- * Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which exact mode
- * agrees to float32 rounding.
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
+ * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
+ * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
+ * exact mode agrees to float32 rounding.
  *
  * One layer, with the shapes of 1B:
  *
@@ -62,13 +62,13 @@
  *       (+)-------'
  *     x [1152]  into the next layer
  *
- * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees the
- * whole past, a local one the last `window` positions, the token's own included. With window 4:
+ * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees
+ * the whole past, a local one the last `window` positions, the token's own included. With window 4:
  *
  *     token 9 sees    global  0 1 2 3 4 5 6 7 8 9         local              6 7 8 9
  *
- * So a local layer need not keep more than the window: its cache is a ring, and position p lies in slot
- * p mod ring. With a ring of 4 slots, before and after token 10 comes:
+ * So a local layer need not keep more than the window: its cache is a ring, and position p lies in
+ * slot p mod ring. With a ring of 4 slots, before and after token 10 comes:
  *
  *     slot  0 1 2 3          slot  0 1  2 3
  *     pos   8 9 6 7          pos   8 9 10 7
@@ -82,8 +82,9 @@
  *     12B           48     3840  15360     16         8       256    1024       8  1/sqrt(256)
  *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
  *
- * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the factor
- * divides global layers' angles alone.
+ * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
+ * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
+ * the others' by head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -100,9 +101,9 @@
  *     output_norm     model.norm                     output_norm.weight
  *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
- * b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule 4" is rule 4
- * of the numeric contract in README.md.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule 4"
+ * is rule 4 of the numeric contract in README.md.
  *
  * Contents
  *      1  The model and the state
@@ -125,9 +126,9 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
- * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
- * lines for gcc change speed, never bits. */
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
+ * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
+ * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma float_control(precise, on)
@@ -136,9 +137,10 @@
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
-#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
-#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
@@ -184,21 +186,21 @@ enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
 typedef uint64_t fp_state;
-static fp_state fp_enter(void);       /* IEEE's rounding and subnormals for this thread: section 7 */
-static void fp_leave(fp_state old);
+static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
+static void fp_leave(fp_state old);   /* as the caller had them */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-/* ==== 1. The model and the state ================================================================ */
+/* ==== 1. The model and the state ============================================================== */
 
 /* Tensor types by their number in GGUF. */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
        Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
 
-enum { TILE_ROWS = 32 };              /* rows of a matrix that are multiplied together (section 8) */
+enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
 
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or as
- * tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or
+ * as tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
 struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
@@ -242,8 +244,8 @@ struct gemma3_model {
     size_t mapping_bytes;
 };
 
-/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at once.
- * Shapes are said here; where everything lies says lay_out (section 13). */
+/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
+ * once. Shapes are said here; where everything lies says lay_out (section 13). */
 struct gemma3_state {
     const gemma3_model *m;
     const gemma3_config *c;           /* the model's, unless params have another */
@@ -274,11 +276,11 @@ struct gemma3_state {
     char error[256];
 };
 
-/* ==== 2. The operations =========================================================================
+/* ==== 2. The operations ==========================================================================
  *
- * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet. A
- * table exists for plain C, which is the definition (section 9), and for each instruction set (section
- * 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+ * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
+ * A table exists for plain C, which is the definition (section 9), and for each instruction set
+ * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
@@ -351,13 +353,21 @@ static void softcap(float *logits, size_t n, float cap);
 static const struct format *find_format(uint32_t type);
 static int is_float(const struct format *f);
 
-/* For params.trace, which may look at every tensor, and change it to see what a mistake would do. */
+/* For params.trace, which may look at every tensor, and change it to see what a mistake would
+ * do. */
 static void trace(const gemma3_state *s, const char *name, int l, float *x, int width, int n)
 {
     if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
 }
 
-/* ==== 3. The forward pass ======================================================================= */
+/* ==== 3. The forward pass ===================================================================== */
+
+/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+struct linear {
+    const struct matrix *w;
+    float *y;
+};
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
 
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
@@ -366,8 +376,9 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n);
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
-/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new token
- * are the same. h is the branch that leaves the residual stream x and is added to it again. */
+/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
+ * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * again. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
@@ -413,39 +424,32 @@ static void add(float *x, const float *y, size_t n)
     for (size_t j = 0; j < n; j++) x[j] += y[j];
 }
 
-/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear scaling
- * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear
+ * scaling divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
 static void rope_tables(gemma3_state *s, int n)
 {
     int half = s->c->head_dim / 2;
     for (int local = 0; local < 2; local++)
         for (int i = 0; i < n; i++)
             for (int j = 0; j < half; j++)
-                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
-                        s->sine[local] + i * half + j);
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i),
+                        &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
 }
-
-/* One matrix of several that have the same input: y [n][rows] = w x. */
-struct linear {
-    const struct matrix *w;
-    float *y;
-};
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n);
 
 /* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
     const gemma3_config *c = s->c;
-    gemma3_trace *trace_rows = s->p.trace; /* as trace, but the rows begin at another position */
+    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
     int pos = s->pos + rows[0];
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
     rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    if (trace_rows) trace_rows(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
     matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
-    if (trace_rows) trace_rows(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
+    if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
 }
 
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows);
@@ -459,7 +463,7 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
         take = min_int(n - done, s->n_ubatch);
         forward_ubatch(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) rows_here[n_here++] = *rows - done;
+        for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
         s->pos += take;
@@ -475,12 +479,12 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
     size_t size = sizeof s->error;
     if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
     if (n > s->p.n_ctx - s->pos)
-        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and %d "
-                        "more were given", s->p.n_ctx, s->pos, n);
+        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
+                        "%d more were given", s->p.n_ctx, s->pos, n);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= n_vocab)
-            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d", s->pos + i,
-                            (int)ids[i], n_vocab);
+            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+                            s->pos + i, (int)ids[i], n_vocab);
     for (int k = 0; k < n_rows; k++)
         if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
             return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
@@ -503,26 +507,31 @@ const char *gemma3_trace_label(int index, int *in_layers)
     return trace_labels[index];
 }
 
-/* ==== 4. Attention and the KV cache =============================================================
+/* ==== 4. Attention and the KV cache ==============================================================
  *
  * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
- * token. A global layer has a slot for every position. A local layer looks back `window` tokens, itself
- * included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the first token of
- * a call sees survives the call's own writes.
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
+ * first token of a call sees survives the call's own writes.
  *
  * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
  *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
  *
- * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K and V
- * meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16 queries. */
+ * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
+ * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
+ * queries. */
 
 static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
-static int slots_of(const gemma3_state *s, int l) { return s->c->is_local[l] ? s->ring : s->p.n_ctx; }
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
+}
 
-/* The attention of one query block in layer l. t counts the block's queries of one kv head: that of token
- * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
+/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
+ * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
+ * head. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -533,7 +542,6 @@ struct attention {
 };
 
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
 static void norm_heads(void *attention, int i, int worker);
@@ -548,7 +556,8 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     int q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
-    matmul(s, (struct linear[]){{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}}, 3, s->h, n);
+    struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
+    matmul(s, qkv, 3, s->h, n);
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
@@ -628,8 +637,9 @@ static void store_heads(void *attention, int i, int worker)
     int D = s->c->head_dim, p = s->pos + i;
     (void)worker;
     for (int g = 0; g < s->c->n_kv_heads; g++) {
+        const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
         const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
-        s->m->kernels->store(key_at(a, g, p), head_at(s->k, s->c->n_kv_heads, D, i, g), D, cache_type(s));
+        s->m->kernels->store(key_at(a, g, p), k, D, cache_type(s));
         for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
             s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), cache_type(s));
     }
@@ -701,9 +711,9 @@ static int run_of(const struct attention *a, int begin, int end)
     return min_int(end - begin, a->slots - begin % a->slots);
 }
 
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
- * them are positions that a query must not see, later ones and those before its window: softmax and mix
- * pass over them, which is the causal mask. */
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
+ * Among them are positions that a query must not see, later ones and those before its window:
+ * softmax and mix pass over them, which is the causal mask. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
@@ -711,8 +721,8 @@ static void score_task(void *arg, int index, int worker)
     int D = s->c->head_dim, g = index / n_score_runs(a);
     int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
     int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
-    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s), .cols = D,
-                           .x_stride = D, .acc = acc_of(s, worker)};
+    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
+                           .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
     for (; p < end; p += keys.n_rows) {
         keys.rows = key_at(a, g, p);
         keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
@@ -752,9 +762,10 @@ static void divide_and_place(const struct attention *a, int g, int j0, const flo
     }
 }
 
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens
- * of the block see different ranges, [first_seen(p), p], and both ends grow with the token. So the tokens
- * that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10 of a block:
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
+ * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
+ * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
+ * of a block:
  *
  *     position    5  6  7  8  9  10
  *     token 8     x  x  x  x              from = 0 until 8
@@ -800,7 +811,7 @@ static void attend(struct attention *a)
     for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
 }
 
-/* ==== 5. Feed-forward =========================================================================== */
+/* ==== 5. Feed-forward ========================================================================= */
 
 static void gelu_task(void *state, int i, int worker)
 {
@@ -821,10 +832,10 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
     matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
 }
 
-/* ==== 6. Matrix times vectors, and how threads share ============================================
+/* ==== 6. Matrix times vectors, and how threads share =============================================
  *
- * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot change
- * a bit, because no sum is ever divided (rule 7). */
+ * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
+ * change a bit, because no sum is ever divided (rule 7). */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -847,7 +858,8 @@ static void items_task(void *arg, int index, int worker)
     const struct items *w = arg;
     fp_state fp = fp_enter(); /* the thread may be the caller's */
     int i, end;
-    for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
+    share_of(w->n_items, w->n_tasks, index, &i, &end);
+    for (; i < end; i++) w->each(w->job, i, worker);
     fp_leave(fp);
 }
 
@@ -898,43 +910,45 @@ static void copy_floats(float *to, const float *from, int n)
 
 struct matmul {
     const gemma3_state *s;
-    const struct linear *out;
+    const struct linear *to;
     const float *x;                   /* [n][cols] */
     int n;
     size_t blocks;                    /* of a row of q8 */
 };
 
-static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker);
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker);
 
 /* Rows of tile `index`, counted through all the matrices, times every vector. */
 static void matmul_task(void *arg, int index, int worker)
 {
     const struct matmul *job = arg;
-    const struct linear *out = job->out;
-    for (; index >= n_tiles(out->w); out++) index -= n_tiles(out->w);
+    const struct linear *to = job->to;
+    for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
     float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
-    int row = index * TILE_ROWS, n_rows = min_int(out->w->rows - row, TILE_ROWS);
+    int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
     memset(acc, 0, job->n * sizeof *acc);
-    mul_tile(job, out->w, row, n_rows, worker);
-    for (int i = 0; i < job->n; i++) copy_floats(out->y + (size_t)i * out->w->rows + row, acc[i], n_rows);
+    mul_tile(job, to->w, row, n_rows, worker);
+    for (int i = 0; i < job->n; i++)
+        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
 
 static void quantize_task(void *arg, int i, int worker)
 {
     const struct matmul *job = arg;
-    int cols = job->out->w->cols;
+    int cols = job->to->w->cols;
     (void)worker;
     job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
 }
 
-/* Every one of n_out matrices with the same input x [n][cols]. */
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n)
+/* Every one of n_to matrices with the same input x [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
 {
-    struct matmul job = {s, out, x, n, ((size_t)out->w->cols + 31) / 32};
+    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
     int tiles = 0, has_codes = 0;
-    for (int k = 0; k < n_out; k++) {
-        tiles += n_tiles(out[k].w);
-        has_codes |= !is_float(out[k].w->format);
+    for (int k = 0; k < n_to; k++) {
+        tiles += n_tiles(to[k].w);
+        has_codes |= !is_float(to[k].w->format);
     }
     if (has_codes && !s->m->exact) for_each(s, n, quantize_task, &job);
     for_each(s, tiles, matmul_task, &job);
