@@ -102,8 +102,8 @@
  *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
  * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
- * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule 4"
- * is rule 4 of the numeric contract in README.md.
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
+ * 4" is rule 4 of the numeric contract in README.md.
  *
  * Contents
  *      1  The model and the state
