@@ -345,6 +345,8 @@ struct kernels {
     void (*mix_values)(const struct mix *m);
     /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
     void (*gelu)(float *gate, const float *up, int n);
+    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    double (*sum_exp)(const float *logits, int n, float max);
 };
 
 /* From later sections: what the forward pass uses besides the table. */
@@ -1072,6 +1074,10 @@ static void fp_leave(fp_state old) { fesetround((int)old); }
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
+static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
+
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
 {
@@ -1080,11 +1086,8 @@ static double exp_double(double x)
     if (x > 709.78) return (double)float_of(0x7f800000);
     double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
     double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
     double e = 0;
-    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
     for (; n > 1000; n -= 512) e *= 0x1p512;
     for (; n < -1000; n += 512) e *= 0x1p-512;
     uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
@@ -2719,6 +2722,47 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     return join_lanes(lane);
 }
 
+enum { EXP_RUN = 64 };
+
+/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
+ * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
+INLINE void add_exp_run(double *lane, const float *logits, double max)
+{
+    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
+    double e[EXP_RUN];
+    for (int j = 0; j < EXP_RUN; j++)
+        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
+    for (int j = 0; j < EXP_RUN; j++) {
+        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
+        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+        e[j] = exp_taylor[13];
+        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
+    }
+    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
+    for (int i = 0; i < EXP_RUN; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
+}
+
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
+ * or below -690, the definition itself runs. */
+INLINE double sum_exp_plain(const float *logits, int n, float max)
+{
+    double lane[16] = {0};
+    int i = 0;
+    for (int run, n_near; i < n; i += run) {
+        run = min_int(n - i, EXP_RUN), n_near = 0;
+        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
+        if (n_near == EXP_RUN)
+            add_exp_run(lane, logits + i, max);
+        else
+            for (int j = 0; j < run; j++)
+                lane[j % 16] += exp_double((double)logits[i + j] - max);
+    }
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
 /* ---- The kernels of one instruction set ---- */
 
 /* The element-wise pieces, compiled for one target. */
@@ -2738,7 +2782,9 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     target static void store_##suffix(uint8_t *to, const float *x, int n, int type)              \
     { store_plain(to, x, n, type); }                                                             \
     target static float exp_scores_##suffix(float *s, int n, int first)                               \
-    { return exp_scores_plain(hard, s, n, first); }
+    { return exp_scores_plain(hard, s, n, first); }                                                \
+    target static double sum_exp_##suffix(const float *logits, int n, float max)                   \
+    { return sum_exp_plain(logits, n, max); }
 
 #define PLAIN
 FOR_TARGET(PLAIN, scalar, HARD_FMA)
@@ -2775,7 +2821,7 @@ static void mul_codes_by(const struct product *p, mul_q4_0 *q4, mul_panel *panel
 }
 #define TABLE(name, plain, floats, mix)                                                                 \
     {#name, quantize_##plain, codes_##name, floats_##floats, dequantize_##plain, rmsnorm_##plain,       \
-     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain}
+     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain, sum_exp_##plain}
 
 FLOATS(scalar, mul_floats_scalar)
 CODES(scalar, scalar, mul_q4_0_scalar, mul_panel_scalar)
@@ -3800,51 +3846,44 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
-/* Logits are looked at SCAN at a time: only where the largest of them could matter, one by one. */
-enum { SCAN = 256 };
-
 #define MINUS_INFINITY float_of(0xff800000)
 
-/* The largest of n <= SCAN logits; -infinity when all are NaN. */
+/* The largest of n logits; -infinity when all are NaN. */
 static float largest_of(const float *logits, int n)
 {
     float lane[16];
-    int j = 0;
-    for (int k = 0; k < 16; k++) lane[k] = MINUS_INFINITY;
-    for (; j + 16 <= n; j += 16)
-        for (int k = 0; k < 16; k++) lane[k] = logits[j + k] > lane[k] ? logits[j + k] : lane[k];
-    for (; j < n; j++) lane[0] = logits[j] > lane[0] ? logits[j] : lane[0];
-    for (int k = 1; k < 16; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    int i = 0;
+    for (int j = 0; j < 16; j++) lane[j] = MINUS_INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
+    for (; i < n; i++) lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (int j = 1; j < 16; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     return lane[0];
 }
 
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
     fp_state fp = fp_enter();
-    int32_t best = 0;
-    float top = MINUS_INFINITY;
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (!(largest_of(logits + first, n) > top)) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if (logits[id] > top) top = logits[id], best = id;
-    }
+    float top = largest_of(logits, n_vocab);
+    int32_t id = 0;
+    while (top > MINUS_INFINITY && logits[id] != top) id++;
     fp_leave(fp);
-    return best;
+    return id;
 }
 
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = logits[gemma3_argmax(logits, n_vocab)];
-    double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + log_double(lane[0]);
+    float max = largest_of(logits, n_vocab);
+    const struct kernels *k = all_kernels;
+    while (!cpu_has(k->name)) k++;
+    double sum = k->sum_exp(logits, n_vocab, max);
+    double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
+
+/* ---- Sampling (README, rule 8) ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -3871,81 +3910,67 @@ static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
     return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
 }
 
-/* Whether the repeat penalty changes this token, and its logit then. */
-static int is_penalized(const gemma3_sampler *s, int32_t id)
+/* Whether the repeat penalty changes id: whether it is among the first n of the last ids. */
+static int is_recent(const gemma3_sampler *s, int n, int32_t id)
 {
-    int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int k = 0; k < n && s->repeat_penalty != 1; k++)
-        if (s->last[k] == id) return 1;
+    n = s->repeat_penalty == 1 ? 0 : min_int(n, s->n_last);
+    for (int j = 0; j < n; j++)
+        if (s->last[j] == id) return 1;
     return 0;
 }
 
 static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
 {
-    float l = logits[id] == logits[id] ? logits[id] : MINUS_INFINITY; /* NaN never wins */
-    if (is_penalized(s, id)) l = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-    return (gemma3_candidate){l, id};
+    float r = is_recent(s, GEMMA3_PENALTY_WINDOW, id) ? s->repeat_penalty : 1;
+    float l = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    return (gemma3_candidate){l == l ? l : MINUS_INFINITY, id}; /* NaN never wins */
 }
 
-/* 1 when a comes before b: logit down, id up. */
-static int before(gemma3_candidate a, gemma3_candidate b)
+/* Orders of candidates: the best first, which is logit down and id up; and id up. */
+static int is_better(gemma3_candidate a, gemma3_candidate b)
 {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-static int compare_ids(const void *a, const void *b)
+static int has_lower_id(gemma3_candidate a, gemma3_candidate b) { return a.id < b.id; }
+
+/* Shell's sort: insertion sort of every gap-th element, for gaps down to 1. */
+INLINE void sort(gemma3_candidate *c, int n, int (*before)(gemma3_candidate, gemma3_candidate))
 {
-    return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
+    for (int gap = n; gap > 1;) {
+        gap = gap < 5 ? 1 : (int)(gap * (5 / 11.0));
+        for (int i = gap, j; i < n; i++) {
+            gemma3_candidate new = c[i];
+            for (j = i; j >= gap && before(new, c[j - gap]); j -= gap) c[j] = c[j - gap];
+            c[j] = new;
+        }
+    }
 }
 
-/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
- * last_on_top, last. */
-static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
+/* Puts the k best of n_vocab candidates into c, the best first. They gather until there are 2k;
+ * then the worse half goes, and only what is better than the last one left may still come. Runs of
+ * 256 logits below it are passed over; recent ids come first, as the penalty changes theirs. */
+static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
+                      gemma3_candidate *c, int k)
 {
-    gemma3_candidate new = c[root];
-    for (int child; (child = 2 * root + 1) < n; root = child) {
-        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
-        if (before(new, c[child]) != last_on_top) break;
-        c[root] = c[child];
+    gemma3_candidate last = {MINUS_INFINITY, INT32_MAX};
+    int n = 0, n_recent = s->repeat_penalty == 1 ? 0 : min_int(s->n_last, GEMMA3_PENALTY_WINDOW);
+    for (int j = 0; j < n_recent; j++)
+        if (s->last[j] >= 0 && s->last[j] < n_vocab && !is_recent(s, j, s->last[j]))
+            c[n++] = candidate(s, logits, s->last[j]);
+    for (int32_t id = 0, end; id < n_vocab; id = end) {
+        end = id + min_int(n_vocab - id, 256);
+        if (largest_of(logits + id, end - id) < last.logit) continue;
+        for (; id < end; id++) {
+            if (logits[id] < last.logit || is_recent(s, GEMMA3_PENALTY_WINDOW, id)) continue;
+            gemma3_candidate new = candidate(s, logits, id);
+            if (is_better(new, last)) c[n++] = new;
+        }
+        if (n - k < k) continue;
+        sort(c, n, is_better);
+        last = c[(n = k) - 1];
     }
-    c[root] = new;
-}
-
-static void make_heap(gemma3_candidate *c, int n, int last_on_top)
-{
-    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
-}
-
-/* Puts one more into a heap of the k that come first, the last of them on top. */
-static int offer(gemma3_candidate *c, int n, int k, gemma3_candidate new)
-{
-    if (n < k) {
-        c[n++] = new;
-        if (n == k) make_heap(c, k, 1);
-    } else if (before(new, c[0])) {
-        c[0] = new;
-        sink(c, k, 0, 1);
-    }
-    return n;
-}
-
-/* Puts the k <= n_vocab candidates that come first into c[0 .. k-1], by selection. Penalised tokens are
- * offered ahead of the others: then a run of logits below the last one kept can be passed over. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c, int k)
-{
-    int kept = 0, n_last = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int a = 0; a < n_last && s->repeat_penalty != 1; a++) {
-        int again = s->last[a] < 0 || s->last[a] >= n_vocab;
-        for (int b = 0; b < a; b++) again |= s->last[b] == s->last[a];
-        if (!again) kept = offer(c, kept, k, candidate(s, logits, s->last[a]));
-    }
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (kept == k && largest_of(logits + first, n) < c[0].logit) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if ((kept < k || !(logits[id] < c[0].logit)) && !is_penalized(s, id))
-                kept = offer(c, kept, k, candidate(s, logits, id));
-    }
+    sort(c, n, is_better);
 }
 
 static float weight(const gemma3_sampler *s, float logit, float top)
@@ -3953,27 +3978,22 @@ static float weight(const gemma3_sampler *s, float logit, float top)
     return exp_of(HARD_FMA, (logit - top) / s->temperature);
 }
 
-/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
- * behind it, the first one last, with their weight in place of their logit. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
+/* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
+ * may want them. Far below min_p nothing can be drawn any more: the rest is not looked at. */
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, int more, float top, float limit)
 {
-    float sum = 0, kept = 0, limit = s->top_p * total;
-    int left = n;
-    make_heap(c, n, 0);
-    while (left > 0 && (left == n || sum < limit)) {
-        gemma3_candidate first = c[0];
-        c[0] = c[--left];
-        sink(c, left, 0, 0);
-        first.logit = weight(s, first.logit, top);
-        sum += first.logit;
-        c[left] = first;
+    float sum = 0, total = 0, e = s->min_p;
+    int kept = 0;
+    for (; kept < n && (kept == 0 || (sum < limit && !(e < s->min_p / 2))); kept++) {
+        c[kept].logit = e = weight(s, c[kept].logit, top);
+        sum += e;
+        if (e >= s->min_p) total += e;
     }
-    for (int j = n - 1; j >= left; j--)
-        if (c[j].logit >= s->min_p) kept += c[j].logit;
-    float u = next_uniform(s) * kept;
-    int32_t chosen = c[n - 1].id;
+    if (kept == n && more) return -1;
+    float u = next_uniform(s) * total;
+    int32_t chosen = c[0].id;
     sum = 0;
-    for (int j = n - 1; j >= left && !(sum > u); j--)
+    for (int j = 0; j < kept && !(sum > u); j++)
         if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
     return chosen;
 }
@@ -3982,28 +4002,32 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 {
     fp_state fp = fp_enter();
     float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1, best = 0;
-    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
-    if (n < n_vocab) {
-        keep_best(s, logits, n_vocab, c, n);
-        qsort(c, n, sizeof *c, compare_ids);
-    } else
-        for (int32_t id = 0; id < n_vocab; id++) c[id] = candidate(s, logits, id);
-    for (int j = 1; j < n; j++)
-        if (c[j].logit > c[best].logit) best = j;
-    int32_t chosen = c[best].id;
-    float top = c[best].logit;
+    int n = s->temperature > 0 ? n_vocab : 1;
+    if (s->top_k > 0) n = min_int(n, s->top_k);
+    int all = n == n_vocab, k = all ? min_int(n, 1024) : n; /* of all, the best may do for top-p */
+    keep_best(s, logits, n_vocab, c, k);
+    int32_t chosen = c[0].id;
+    float top = c[0].logit;
     if (n > 1 && top - top == 0) {
-        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
-        chosen = draw(s, c, n, top, join_lanes(lane));
+        if (!all) sort(c, n, has_lower_id);
+        for (int j = 0; j < n; j++) {
+            gemma3_candidate next = all ? candidate(s, logits, j) : c[j];
+            lane[next.id % 16] += weight(s, next.logit, top);
+        }
+        if (!all) sort(c, n, is_better);
+        float limit = s->top_p * join_lanes(lane);
+        while ((chosen = draw(s, c, k, k < n, top, limit)) < 0) {
+            k = k > n / 8 ? n : 8 * k;
+            keep_best(s, logits, n_vocab, c, k);
+        }
     }
     fp_leave(fp);
     return chosen;
 }
 
-/* ---- SHA-256 ---- */
+/* ---- SHA-256 (FIPS 180-4) ---- */
 
-static uint32_t turn_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
 /* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
@@ -4018,21 +4042,20 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)c->block[4 * i] << 24 | (uint32_t)c->block[4 * i + 1] << 16 |
-               (uint32_t)c->block[4 * i + 2] << 8 | c->block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (turn_right(a, 7) ^ turn_right(a, 18) ^ a >> 3) + w[i - 7] +
-               (turn_right(b, 17) ^ turn_right(b, 19) ^ b >> 10);
-    }
+    uint32_t w[64], v[8]; /* v: a b c d e f g h of the standard */
     memcpy(v, c->h, sizeof v);
     for (int i = 0; i < 64; i++) {
-        uint32_t t1 = v[7] + (turn_right(v[4], 6) ^ turn_right(v[4], 11) ^ turn_right(v[4], 25)) +
-                      ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i];
-        uint32_t t2 = (turn_right(v[0], 2) ^ turn_right(v[0], 13) ^ turn_right(v[0], 22)) +
-                      ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        const uint8_t *p = c->block + 4 * (i % 16);
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+        if (i >= 16) {
+            uint32_t x = w[i - 15], y = w[i - 2];
+            w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+                   w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+        }
+        uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
+                      (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
+        uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
+                      (rotate_right(v[0], 2) ^ rotate_right(v[0], 13) ^ rotate_right(v[0], 22));
         memmove(v + 1, v, 7 * sizeof *v);
         v[4] += t1;
         v[0] = t1 + t2;
@@ -4042,31 +4065,24 @@ static void sha256_block(gemma3_sha256 *c)
 
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
-    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memset(c, 0, sizeof *c);
-    memcpy(c->h, h, sizeof h);
+    *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, 0, 0, {0}};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
-    const uint8_t *p = data;
-    while (n > 0) {
-        size_t at = c->n_low % 64, room = 64 - at, now = n < room ? n : room;
-        memcpy(c->block + at, p, now);
-        p += now;
-        n -= now;
-        c->n_low += (uint32_t)now;
-        c->n_high += c->n_low < now;
-        if (at + now == 64) sha256_block(c);
+    for (size_t i = 0; i < n; i++) {
+        c->block[c->n_low++ % 64] = ((const uint8_t *)data)[i];
+        c->n_high += c->n_low == 0;
+        if (c->n_low % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        uint32_t u = bits_of(x[i]);
-        const uint8_t bytes[4] = {(uint8_t)u, (uint8_t)(u >> 8), (uint8_t)(u >> 16), (uint8_t)(u >> 24)};
+        uint8_t bytes[4];
+        store_u32_le(bytes, bits_of(x[i]));
         gemma3_sha256_add(c, bytes, 4);
     }
 }
@@ -4079,7 +4095,8 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     gemma3_sha256_add(c, &pad, 1);
     for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
     gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    for (int i = 0; i < 64; i++)
+        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
     hex[64] = 0;
 }
 
