@@ -2094,6 +2094,12 @@ struct matmul {
     size_t blocks;                    /* of a row of xq */
 };
 
+/* Makes floats of ours what mul_floats reads: a file's, which are little-endian on every machine. */
+static void to_file_order(float *x, size_t n)
+{
+    for (size_t j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)(x + j), bits_of(x[j]));
+}
+
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
 static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
                             int worker, float (*acc)[TILE_ROWS])
@@ -2109,6 +2115,7 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
     for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
         int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
         for (int a = 0; a < take; a++) k->dequantize(w, row + r + a, rows + (size_t)a * w->cols);
+        to_file_order(rows, (size_t)take * w->cols);
         float (*part)[TILE_ROWS] = (float (*)[TILE_ROWS])(acc[0] + r); /* part[i][0] is acc[i][r] */
         k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
                       w->cols, part);
