@@ -79,17 +79,20 @@
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
 #pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#if defined(__ARM_FEATURE_MVE)
+#pragma GCC optimize("no-tree-vectorize") /* Helium's vectors of floats flush subnormals */
+#endif
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
-#endif
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
+#define _GNU_SOURCE 1
 #endif
+#define _NETBSD_SOURCE 1
+#define _FILE_OFFSET_BITS 64    /* files over 2 GB where pointers have 32 bits */
 #include "gemma3.h"
 
 #include <float.h>
@@ -99,7 +102,7 @@
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#error "float arithmetic is wider than float: x86 wants -msse2 -mfpmath=sse, gcc on s390x -std=gnu11 instead of c11"
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
@@ -229,9 +232,20 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#elif defined(__arm__) && defined(__VFP_FP__) && !defined(__SOFTFP__)
+typedef uint32_t fp_state;
+static void fp_leave(fp_state old) { __asm__ volatile("vmsr fpscr, %0" : : "r"(old)); }
+static fp_state fp_enter(void)
+{
+    uint32_t old;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    return old;
+}
 #else
 #include <fenv.h>
 typedef int fp_state;
+#if defined(FE_TONEAREST)
 static fp_state fp_enter(void)
 {
     int old = fegetround();
@@ -239,6 +253,10 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { fesetround(old); }
+#else /* floats in software, which know one way of rounding */
+static fp_state fp_enter(void) { return 0; }
+static void fp_leave(fp_state old) { (void)old; }
+#endif
 #endif
 
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
@@ -340,11 +358,13 @@ static void cos_sin(float angle, float *c, float *s)
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
     if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -1922,6 +1942,14 @@ enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
 #if defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int apple_has(const char *feature)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(feature, &has, &size, NULL, 0) && has;
+}
 #endif
 
 static int cpu_has(const char *isa)
@@ -1936,12 +1964,11 @@ static int cpu_has(const char *isa)
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
-#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
-#elif defined(HAVE_NEON)
-    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+    if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
-    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
 const char *gemma3_isa_name(int index)
@@ -3858,17 +3885,51 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     hex[64] = 0;
 }
 
-/* ==== 15. Threads and files of the host ========================================================= */
+/* ==== 15. Threads and files of the host =========================================================
+ *
+ * What is asked of an operating system: map a file, count cores, say how much memory there is, start
+ * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+};
+static void worker_main(struct worker *w);
+
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
+static int host_open(const char *path, long long *size)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    return data == MAP_FAILED ? NULL : data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+}
 
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
@@ -3893,177 +3954,350 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-static void host_unmap(const gemma3_model *m)
+/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
+static void numbers_in(const char *folder, const char *name, double *a, double *b)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
-}
-
-gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
-{
-    struct stat st;
-    char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given");
-    const char *name = short_path(path, shortened);
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(err, "%s is not a regular file", name);
-    }
-    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty");
-    }
-    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int map_error = errno;
-    close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)st.st_size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
-}
-
-/* The first number in a file, or other. */
-static long number_in(const char *path, long other)
-{
-    long number;
+    char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
+    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
     if (f) fclose(f);
-    return number;
+}
+
+/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
+ * file for each. */
+struct limits {
+    double cpus, bytes;
+};
+
+static void limit_by_group(const char *folder, struct limits *least)
+{
+    double quota = -1, period = 1e5, bytes = -1, unused;
+    numbers_in(folder, "cpu.max", &quota, &period);
+    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
+    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
+    numbers_in(folder, "memory.max", &bytes, &unused);
+    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
+    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
+    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+}
+
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
+ * controllers in a folder of that name below root. The groups above bind a group too. */
+static struct limits cgroup_limits(const char *self, const char *root)
+{
+    struct limits least = {1e9, 1e18};
+    char line[4096], folder[4200];
+    FILE *f = fopen(self, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+        if (!path) continue;
+        line[strcspn(line, "\n")] = 0;
+        *path++ = 0;
+        char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
+        memcpy(end, path, strlen(path) + 1);
+        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
+            if (cut > folder) *cut = 0;
+            limit_by_group(folder, &least);
+        }
+    }
+    if (f) fclose(f);
+    return least;
 }
 
 /* The cores this process may use: of the hardware threads that share a core one counts (two of them
  * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
  * to whoever is free. */
-static int usable_cores(void)
+static int host_cores(void)
 {
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
     enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
     uint8_t seen[MAX_CPUS] = {0};
-    int cores = 0;
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
+    cores = 0;
     for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
+        char folder[96];
+        double core = cpu, unused; /* named by the first of its threads */
         if (!CPU_ISSET(cpu, &may_use)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        long core = number_in(path, cpu); /* named by the first of its threads */
-        if (core < 0 || core >= MAX_CPUS) core = cpu;
-        cores += !seen[core];
-        seen[core] = 1;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        numbers_in(folder, "thread_siblings_list", &core, &unused);
+        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
+        cores += !seen[(int)core];
+        seen[(int)core] = 1;
     }
-    return cores;
-#else
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
+    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
 }
 
-/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
- * usually 100000, or "max". */
+static double host_memory(void)
+{
+    struct rlimit space;
+    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
+    if (group < bytes) bytes = group;
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
+        bytes = (double)space.rlim_cur;
+    return bytes;
+}
+
+struct host_lock { /* and a bell for those who wait under it */
+    pthread_mutex_t mutex;
+    pthread_cond_t bell;
+};
+static void lock_init(struct host_lock *l)
+{
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->bell, NULL);
+}
+static void lock_free(struct host_lock *l)
+{
+    pthread_cond_destroy(&l->bell);
+    pthread_mutex_destroy(&l->mutex);
+}
+static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
+static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
+static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
+
+typedef pthread_t host_thread;
+static void *thread_main(void *worker)
+{
+    worker_main(worker);
+    return NULL;
+}
+static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
+static void host_join(host_thread t) { pthread_join(t, NULL); }
+static void host_yield(void) { sched_yield(); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <sys/stat.h>
+
+/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
+static wchar_t *wide_path(const char *path)
+{
+    enum { MOST = 32768 };
+    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
+    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
+    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
+    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
+    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
+    return wide;
+}
+
+static int host_open(const char *path, long long *size)
+{
+    struct _stat64 st;
+    wchar_t *wide = wide_path(path);
+    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    free(wide);
+    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { _close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (file) CloseHandle(file);
+    if (!data) errno = ENOMEM;
+    return data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) UnmapViewOfFile(m->mapping);
+}
+
+/* Unlocking pages that are not locked drops them from the working set. */
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+}
+
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+
+static int host_cores(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
+    DWORD bytes = sizeof all;
+    DWORD_PTR may_use = 1, exist;
+    int cores = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
+    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
+    for (DWORD k = 0; k < bytes / sizeof *all; k++)
+        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
+    return cores;
+}
+
+static double host_memory(void)
+{
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+}
+
+struct host_lock {
+    SRWLOCK mutex;
+    CONDITION_VARIABLE bell;
+};
+static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
+static void lock_free(struct host_lock *l) { (void)l; }
+static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
+static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
+static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
+
+typedef HANDLE host_thread;
+static DWORD WINAPI thread_main(void *worker)
+{
+    worker_main(worker);
+    return 0;
+}
+static int host_start(host_thread *t, struct worker *w)
+{
+    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
+    return *t ? 0 : -1;
+}
+static void host_join(host_thread t)
+{
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void host_yield(void) { SwitchToThread(); }
+#endif
+
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
+{
+    char shortened[SHORT_PATH];
+    long long size;
+    if (!path) return fail(err, "no path of a model was given");
+    const char *name = short_path(path, shortened);
+    int fd = host_open(path, &size);
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
+    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
+    const char *why = strerror(errno);
+    host_close(fd);
+    if (size < 0) return fail(err, "%s is not a regular file", name);
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name);
+    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size);
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, why);
+    gemma3_model *m = calloc(1, sizeof *m), unmapped = {.mapping = data, .mapping_bytes = (size_t)size};
+    if (!m) {
+        host_unmap(&unmapped);
+        return fail(err, "%s: out of memory", name);
+    }
+    m->mapping = data;
+    m->mapping_bytes = (size_t)size;
+    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+}
+
 int gemma3_default_threads(void)
 {
-    int cores = usable_cores();
-    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
-    if (n < cores) cores = (int)n;
+    int cores = host_cores();
     return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
 }
 
-/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
- * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
- * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
- * next round, then sleeps. */
+size_t gemma3_memory_limit(void)
+{
+    double bytes = host_memory();
+    return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
+
+/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
+ * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
+ * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
 struct gemma3_pool {
     int n_threads;
-    pthread_t *thread;
-    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
-    _Atomic int done, sleepers, stop;
-    gemma3_task *_Atomic task;
-    void *_Atomic job;
-    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    host_thread *thread;
+    gemma3_task *task;                /* of this round, with the next two */
+    void *job;
+    int n_tasks;
+    atomic_int next;                  /* the first task that nobody has claimed */
+    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
+    atomic_uint round;                /* how many there were: a new number wakes the workers */
+    atomic_int sleepers, stop;
+    struct host_lock turn;            /* held during a round: states that share a pool take turns */
+    struct host_lock sleep;
 };
 
-enum { LEFT_BITS = 24, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-};
+enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) host_yield();
 }
 
-/* Claims and runs tasks of the current round until none is left. */
-static void work(gemma3_pool *pool, int worker)
+static void claim_tasks(gemma3_pool *pool, int worker)
 {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool->ticket);
-        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
-        if (left == 0) return;
-        gemma3_task *task = atomic_load(&pool->task);
-        void *job = atomic_load(&pool->job);
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
-        task(job, left - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-    }
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
 }
 
-static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+static int enter_round(gemma3_pool *pool)
 {
-    pthread_mutex_lock(&pool->mutex);
+    int inside = atomic_load(&pool->inside);
+    while (inside >= OPEN)
+        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
+    return 0;
+}
+
+static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+{
+    lock(&pool->sleep);
     atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
     atomic_fetch_sub(&pool->sleepers, 1);
-    pthread_mutex_unlock(&pool->mutex);
+    unlock(&pool->sleep);
 }
 
-static void *worker_main(void *arg)
+static void wake_workers(gemma3_pool *pool)
 {
-    struct worker me = *(struct worker *)arg;
+    lock(&pool->sleep);
+    ring(&pool->sleep);
+    unlock(&pool->sleep);
+}
+
+static void worker_main(struct worker *w)
+{
+    struct worker me = *w;
     gemma3_pool *pool = me.pool;
-    uint64_t seen = 0;
-    free(arg);
+    unsigned seen = 0;
+    free(w);
     fp_enter();
     while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
-        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
-        work(pool, me.id);
+        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
+        seen = atomic_load(&pool->round);
+        if (!enter_round(pool)) continue;
+        claim_tasks(pool, me.id);
+        atomic_fetch_sub(&pool->inside, 1);
     }
-    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    pthread_mutex_lock(&pool->round);
-    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
-    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
-    atomic_store(&pool->job, job);
-    atomic_store(&pool->done, 0);
-    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    work(pool, 0);
-    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
-    pthread_mutex_unlock(&pool->round);
+    lock(&pool->turn);
+    pool->task = task;
+    pool->job = job;
+    pool->n_tasks = n_tasks;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->inside, OPEN);
+    atomic_fetch_add(&pool->round, 1);
+    if (atomic_load(&pool->sleepers)) wake_workers(pool);
+    claim_tasks(pool, 0);
+    atomic_fetch_sub(&pool->inside, OPEN);
+    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -4073,13 +4307,12 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads);
     }
-    pthread_mutex_init(&pool->round, NULL);
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    lock_init(&pool->turn);
+    lock_init(&pool->sleep);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
         struct worker *w = malloc(sizeof *w);
         if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
+        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
             fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
             free(w);
             gemma3_pool_free(pool);
@@ -4092,14 +4325,11 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->stop, 1);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_mutex_destroy(&pool->round);
+    wake_workers(pool);
+    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
+    lock_free(&pool->sleep);
+    lock_free(&pool->turn);
     free(pool->thread);
     free(pool);
 }
