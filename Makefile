@@ -3,6 +3,7 @@
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench      measures the speed of MODEL
+# make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
 
 CC     ?= cc
@@ -36,6 +37,9 @@ sanitize:
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
 
+board:
+	test/board/run m7 m55 rv32 rv64
+
 test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $< gemma3.c tokenizer.c $(LIBS)
 
@@ -52,4 +56,4 @@ weights/gemma-3-270m-q4_k_m.gguf:
 
 clean:
 	rm -f gemma3 test/bench $(C_TESTS)
-.PHONY: run test sanitize bench clean
+.PHONY: run test sanitize bench board clean
