@@ -8,25 +8,83 @@
  * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
  *
  *     x = embedding[id] * sqrt(d_model)
- *     for each layer l:
+ *     for each layer:
  *         h = rms(x) * attn_norm
- *         q, k, v = Wq h, Wk h, Wv h             n_heads queries, n_kv_heads keys and values
- *         q, k = rms(q) * q_norm, rms(k) * k_norm      each head for itself
- *         q, k = rope(q), rope(k)                turn pairs (j, j + head_dim/2) by p * theta^(-2j/head_dim)
- *         a = softmax(q . k * query_scale) v     over the past, itself included: all of it in every 6th
- *                                                layer (global), the last `window` tokens in the others (local)
+ *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
+ *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
+ *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
+ *                                                 at position p by p * base^(-2j/head_dim) / factor
+ *         a = softmax(q . k * query_scale) v      over the positions that the token sees
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
- *     logits = embedding . (rms(x) * output_norm)
+ *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
+ *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
- * element by element. query_scale is 1/sqrt(head_dim), in 27B 1/sqrt(168). Query head h uses key-value
- * head h / (n_heads / n_kv_heads): several queries share one K and V (grouped-query attention). K and V
- * of earlier tokens never change, so they are kept: the KV cache. A program repeats: ids -> logits after
- * the last token -> choose an id -> append it. Source: Gemma 3 Technical Report (arXiv 2503.19786),
- * and transformers' modeling_gemma3.py, with which exact mode agrees to float32 rounding.
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
+ * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
+ * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
+ * exact mode agrees to float32 rounding.
+ *
+ * One layer, with the shapes of 1B:
+ *
+ *     x [1152] ---.
+ *        |     attn_norm
+ *        |        | h [1152]
+ *        |        +-------------+-------------.
+ *        |      attn_q        attn_k        attn_v
+ *        |        | [4][256]    | [1][256]    | [1][256]
+ *        |      q_norm        k_norm          |
+ *        |       rope          rope           |
+ *        |        |             |             |
+ *        |        |        .----+-------------+----.
+ *        |        |        | KV cache of the layer |  k, v of the positions so far
+ *        |        |        '----+-------------+----'
+ *        |     softmax(q . k / 16) ---------- v       query head h meets kv head h / (n_heads /
+ *        |        | [4][256]                          n_kv_heads): several queries share one K, V
+ *        |     attn_output
+ *        |        | [1152]
+ *        |     post_attention_norm
+ *       (+)-------'
+ *     x [1152] ---.
+ *        |     ffn_norm
+ *        |        | h [1152]
+ *        |        +-------------.
+ *        |     ffn_gate       ffn_up
+ *        |        | [6912]      | [6912]
+ *        |      gelu -------- times
+ *        |        | [6912]
+ *        |     ffn_down
+ *        |        | [1152]
+ *        |     post_ffw_norm
+ *       (+)-------'
+ *     x [1152]  into the next layer
+ *
+ * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees
+ * the whole past, a local one the last `window` positions, the token's own included. With window 4:
+ *
+ *     token 9 sees    global  0 1 2 3 4 5 6 7 8 9         local              6 7 8 9
+ *
+ * So a local layer need not keep more than the window: its cache is a ring, and position p lies in
+ * slot p mod ring. With a ring of 4 slots, before and after token 10 comes:
+ *
+ *     slot  0 1 2 3          slot  0 1  2 3
+ *     pos   8 9 6 7          pos   8 9 10 7
+ *
+ * The published sizes (the code knows them in section 12 alone):
+ *
+ *             n_layers  d_model   d_ff  heads  kv heads  head_dim  window  factor  query_scale
+ *     270M          18      640   2048      4         1       256     512       1  1/sqrt(256)
+ *     1B            26     1152   6912      4         1       256     512       1  1/sqrt(256)
+ *     4B            34     2560  10240      8         4       256    1024       8  1/sqrt(256)
+ *     12B           48     3840  15360     16         8       256    1024       8  1/sqrt(256)
+ *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
+ *
+ * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
+ * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
+ * the others' by head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -41,22 +99,25 @@
  *     ffn_gate, _up, _down  mlp.{gate,up,down}_proj  blk.N.ffn_{gate,up,down}.weight
  *     post_ffw_norm   post_feedforward_layernorm     blk.N.post_ffw_norm.weight
  *     output_norm     model.norm                     output_norm.weight
+ *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
- * b block of 32 elements (256 in a file's K formats: a super-block), j element or lane. In formats and
- * kernels g counts groups of elements and h registers of rows. n is the number of tokens in this call.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
+ * 4" is rule 4 of the numeric contract in README.md.
  *
  * Contents
- *      1  Arithmetic that is the same everywhere
- *      2  Number formats
- *      3  Activations
- *      4  Dot products: the definition
- *      5  Dot products: AVX2, AVX-512, NEON
- *      6  Element-wise pieces: norm, rope, gelu, softmax
- *      7  The model and the state
- *      8  Matrix times vectors
- *      9  Attention, the KV cache, feed-forward
- *     10  The forward pass
+ *      1  The model and the state
+ *      2  The operations
+ *      3  The forward pass
+ *      4  Attention and the KV cache
+ *      5  Feed-forward
+ *      6  Matrix times vectors, and how threads share
+ *    How each operation is computed:
+ *      7  Arithmetic that is the same everywhere
+ *      8  Number formats
+ *      9  The operations: definitions
+ *     10  The operations: vector kernels
+ *    Around the model:
  *     11  Reading GGUF
  *     12  Opening a model
  *     13  Sizes and states
@@ -65,9 +126,9 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
- * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
- * lines for gcc change speed, never bits. */
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
+ * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
+ * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma float_control(precise, on)
@@ -76,20 +137,24 @@
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
-#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
-#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
+#if defined(__ARM_FEATURE_MVE)
+#pragma GCC optimize("no-tree-vectorize") /* Helium's vectors of floats flush subnormals */
+#endif
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
-#endif
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
+#define _GNU_SOURCE 1
 #endif
+#define _NETBSD_SOURCE 1
+#define _FILE_OFFSET_BITS 64    /* files over 2 GB where pointers have 32 bits */
 #include "gemma3.h"
 
 #include <float.h>
@@ -99,7 +164,7 @@
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#error "float arithmetic is wider than float: x86 wants -msse2 -mfpmath=sse, s390x -std=gnu11"
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
@@ -123,16 +188,782 @@ enum { BIG_ENDIAN_CPU = 0 };
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif
 
-/* ==== 1. Arithmetic that is the same everywhere =================================================
+typedef uint64_t fp_state;
+static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
+static void fp_leave(fp_state old);   /* as the caller had them */
+
+INLINE int min_int(int a, int b) { return a < b ? a : b; }
+
+/* ==== 1. The model and the state ============================================================== */
+
+/* Tensor types by their number in GGUF. */
+enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
+       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
+
+enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
+
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or
+ * as tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
+struct matrix {
+    const struct format *format;      /* F32, Q4_0 ...: section 8 */
+    int rows, cols, tiled;
+    size_t row_bytes;
+    const uint8_t *data;
+};
+
+/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
+struct layer {
+    const float *attn_norm;           /* [d_model] */
+    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
+    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
+    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
+    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
+    const float *post_attention_norm; /* [d_model] */
+    const float *ffn_norm;            /* [d_model] */
+    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
+    struct matrix ffn_down;           /* [d_model][d_ff] */
+    const float *post_ffw_norm;       /* [d_model] */
+};
+
+/* Read-only once it is open. */
+struct gemma3_model {
+    gemma3_config config;
+    int exact;                        /* float activations, dequantised weights */
+    const struct kernels *kernels;    /* the operations on this CPU: section 2 */
+    struct matrix token_embd;         /* [n_vocab][d_model] */
+    struct matrix lm_head;            /* token_embd itself in every public Gemma 3 */
+    int tied;                         /* it is: there is no output.weight */
+    const float *output_norm;         /* [d_model] */
+    struct layer layer[GEMMA3_MAX_LAYERS];
+
+    gemma3_tokenizer *tokenizer;
+    gemma3_vocab vocab;
+    int can_chat;
+    char name[128];
+    size_t weight_bytes;
+    void *owned[8];                   /* blocks to free on close */
+    int n_owned;
+    const void *mapping;              /* the file, when we mapped it */
+    size_t mapping_bytes;
+};
+
+/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
+ * once. Shapes are said here; where everything lies says lay_out (section 13). */
+struct gemma3_state {
+    const gemma3_model *m;
+    const gemma3_config *c;           /* the model's, unless params have another */
+    gemma3_params p;
+    void *allocated;                  /* by _new, else NULL */
+    int pos;                          /* tokens in the cache */
+    int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
+    int q_block;                      /* tokens whose attention is computed together */
+    int ring;                         /* slots of a local layer's cache */
+    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
+    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
+    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
+    float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
+    float *x;                         /* [n_ubatch][d_model]        residual stream */
+    float *h;                         /* [n_ubatch][d_model]        branch */
+    float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
+    float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
+    float *gate, *up;                 /* [n_ubatch][d_ff] */
+    float *block_q, *block_out;       /* [n_kv_heads][q_block][heads per kv head][head_dim] */
+    float *score_sum;                 /* [n_kv_heads][q_block][heads per kv head] */
+    float *score;                     /* [n_kv_heads][q_block][heads per kv head][n_score] */
+    size_t n_score;                   /* n_ctx, rounded up to 16 */
+    struct q8_block *q8;              /* [n_ubatch][widest input / 32]   a matrix's input as int8 */
+    int n_acc;                        /* vectors that a worker multiplies at once, at most */
+    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
+    struct unpacked *unpacked;        /* [n_threads] */
+    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    char error[256];
+};
+
+/* ==== 2. The operations ==========================================================================
+ *
+ * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
+ * A table exists for plain C, which is the definition (section 9), and for each instruction set
+ * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+
+/* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
+struct q8_block {
+    float d;
+    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
+    int32_t sum[2];        /* of the codes in each half */
+    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
+    int32_t unused[3];     /* 64 bytes: a cache line */
+    int8_t code[32];
+};
+
+/* Up to TILE_ROWS rows of a matrix times n vectors. */
+struct product {
+    const struct format *format;
+    const uint8_t *rows;     /* mul_codes: a tile; mul_floats: n_rows rows, row_bytes apart */
+    size_t row_bytes;
+    int n_rows, cols, n;
+    const struct q8_block *q8; /* mul_codes: [n][x_stride] */
+    const float *x;          /* mul_floats: [n][x_stride] */
+    size_t x_stride;
+    float (*acc)[TILE_ROWS]; /* [n][TILE_ROWS] */
+    struct panel *scratch;   /* mul_codes: [PANELS] */
+};
+
+/* Values of the cache, weighted and added up: for n queries and a slice of a head. */
+enum { MIX_WIDTH = 32 };     /* elements of a slice, but at a head's end */
+
+struct mix {
+    int type;                /* of the cache: F16 or F32 */
+    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
+    size_t v_bytes;
+    int n_pos;
+    const float *e;          /* [n][n_pos], e_stride apart */
+    size_t e_stride;
+    float *out;              /* [n][width], out_stride apart */
+    size_t out_stride;
+    int n, width;
+};
+
+struct kernels {
+    const char *name;
+    /* x [n] -> codes: d = amax / 127, code = round(x * (127 / amax)), ties to even (rule 1). */
+    void (*quantize)(struct q8_block *out, const float *x, int n);
+    /* acc[i][r] += row r . q8[i], an integer format's tile: for each block in order
+     * acc = fma(isum, d_row * d, acc), isum the exact integer dot product (rule 2). */
+    void (*mul_codes)(const struct product *p);
+    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
+     * lanes joined as a tree (rule 4). */
+    void (*mul_floats)(const struct product *p);
+    /* out [cols] = row r of w as float32, as its format defines. */
+    void (*dequantize)(const struct matrix *w, int r, float *out);
+    /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
+    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
+    /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
+    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
+    /* to [n] = x rounded to the cache's type, F16 or F32 (rule 6). */
+    void (*store)(uint8_t *to, const float *x, int n, int type);
+    /* s[k] = exp(s[k] - max) for positions first + k; returns their sum, added in the lanes of the
+     * absolute position: softmax's numerators and denominator (rule 6). */
+    float (*exp_scores)(float *s, int n, int first);
+    /* out[i] = fma(e[i][p], v[p], out[i]), positions in order (rule 6). */
+    void (*mix_values)(const struct mix *m);
+    /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
+    void (*gelu)(float *gate, const float *up, int n);
+    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    double (*sum_exp)(const float *logits, int n, float max);
+};
+
+/* From later sections: what the forward pass uses besides the table. */
+static void cos_sin(float angle, float *c, float *s);
+static void softcap(float *logits, size_t n, float cap);
+static const struct format *find_format(uint32_t type);
+static int is_float(const struct format *f);
+
+/* For params.trace, which may look at every tensor, and change it to see what a mistake would
+ * do. */
+static void trace(const gemma3_state *s, const char *name, int l, float *x, int width, int n)
+{
+    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
+}
+
+/* ==== 3. The forward pass ===================================================================== */
+
+/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+struct linear {
+    const struct matrix *w;
+    float *y;
+};
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
+
+static void embed(gemma3_state *s, const int32_t *ids, int n);
+static void rope_tables(gemma3_state *s, int n);
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
+static void attention(gemma3_state *s, const struct layer *w, int l, int n);
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
+static void add(float *x, const float *y, size_t n);
+
+/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
+ * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * again. */
+static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = s->c;
+    size_t size = (size_t)n * c->d_model;
+    rope_tables(s, n);
+    embed(s, ids, n);
+    trace(s, "inp_scaled", -1, s->x, c->d_model, n);
+    for (int l = 0; l < c->n_layers; l++) {
+        const struct layer *w = &s->m->layer[l];
+        rmsnorm(s, s->h, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->h, c->d_model, n);
+        attention(s, w, l, n);
+        trace(s, "attn_out", l, s->h, c->d_model, n);
+        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->h, c->d_model, n);
+        add(s->x, s->h, size);
+        trace(s, "sa_out", l, s->x, c->d_model, n);
+        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->h, c->d_model, n);
+        feed_forward(s, w, l, n);
+        trace(s, "ffn_out", l, s->h, c->d_model, n);
+        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->h, c->d_model, n);
+        add(s->x, s->h, size);
+        trace(s, "l_out", l, s->x, c->d_model, n);
+    }
+}
+
+/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
+ * this scale makes one matrix serve as both. */
+static void embed(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = s->c;
+    for (int i = 0; i < n; i++) {
+        float *x = s->x + (size_t)i * c->d_model;
+        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
+        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
+    }
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t j = 0; j < n; j++) x[j] += y[j];
+}
+
+/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear
+ * scaling divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+static void rope_tables(gemma3_state *s, int n)
+{
+    int half = s->c->head_dim / 2;
+    for (int local = 0; local < 2; local++)
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < half; j++)
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i),
+                        &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
+}
+
+/* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
+static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
+{
+    const gemma3_config *c = s->c;
+    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
+    int pos = s->pos + rows[0];
+    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
+        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
+                c->d_model * sizeof(float));
+    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
+    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
+    if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
+    if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
+}
+
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows);
+
+int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
+                   float *logits)
+{
+    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
+    fp_state fp = fp_enter();
+    for (int done = 0, take; done < n; done += take) {
+        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
+        take = min_int(n - done, s->n_ubatch);
+        forward_ubatch(s, ids + done, take);
+        for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
+        if (n_here) unembed(s, rows_here, n_here, logits);
+        if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        s->pos += take;
+    }
+    fp_leave(fp);
+    return 0;
+}
+
+/* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
+    int n_vocab = s->c->n_vocab;
+    size_t size = sizeof s->error;
+    if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
+    if (n > s->p.n_ctx - s->pos)
+        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
+                        "%d more were given", s->p.n_ctx, s->pos, n);
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab)
+            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+                            s->pos + i, (int)ids[i], n_vocab);
+    for (int k = 0; k < n_rows; k++)
+        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
+            return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
+                            rows[k], n - 1);
+    return 0;
+}
+
+/* Labels of the trace as they come, llama.cpp's where it has one; from the second to the third from
+ * the end each layer has them. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+static const char *const trace_labels[] = {
+    "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
+    "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
+    "ffn_geglu", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
+
+const char *gemma3_trace_label(int index, int *in_layers)
+{
+    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
+    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
+    return trace_labels[index];
+}
+
+/* ==== 4. Attention and the KV cache ==============================================================
+ *
+ * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
+ * first token of a call sees survives the call's own writes.
+ *
+ * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
+ *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
+ *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
+ *
+ * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
+ * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
+ * queries. */
+
+static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
+static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
+}
+
+/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
+ * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
+ * head. */
+struct attention {
+    gemma3_state *s;
+    const struct layer *w;
+    int l, slots;
+    int i0, n;                        /* tokens i0 .. i0+n-1 of this call */
+    int first_pos;                    /* lowest position that any of them sees */
+    int heads_per_kv;
+};
+
+static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
+static void copy_floats(float *to, const float *from, int n);
+static void norm_heads(void *attention, int i, int worker);
+static void rope_heads(void *attention, int i, int worker);
+static void store_heads(void *attention, int i, int worker);
+static void attend(struct attention *a);
+
+/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+static void attention(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    const gemma3_config *c = s->c;
+    int q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
+    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
+                          .heads_per_kv = c->n_heads / c->n_kv_heads};
+    struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
+    matmul(s, qkv, 3, s->h, n);
+    trace(s, "Qcur_raw", l, s->q, q_width, n);
+    trace(s, "Kcur_raw", l, s->k, kv_width, n);
+    trace(s, "Vcur", l, s->v, kv_width, n);
+    for_each(s, n, norm_heads, &a);
+    trace(s, "Qcur_normed", l, s->q, q_width, n);
+    trace(s, "Kcur_normed", l, s->k, kv_width, n);
+    for_each(s, n, rope_heads, &a);
+    trace(s, "Qcur", l, s->q, q_width, n);
+    trace(s, "Kcur", l, s->k, kv_width, n);
+    for_each(s, n, store_heads, &a);
+    for (a.i0 = 0; a.i0 < n; a.i0 += s->q_block) {
+        a.n = min_int(n - a.i0, s->q_block);
+        attend(&a);
+    }
+    trace(s, "kqv_out", l, s->attended, q_width, n);
+    matmul(s, &(struct linear){&w->attn_output, s->h}, 1, s->attended, n);
+}
+
+/* Head h of token i in q [n][n_heads][head_dim], or in k or v [n][n_kv_heads][head_dim]. */
+static float *head_at(float *x, int n_heads, int head_dim, int i, int h)
+{
+    return x + ((size_t)i * n_heads + h) * head_dim;
+}
+
+static void norm_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    const gemma3_config *c = a->s->c;
+    (void)worker;
+    for (int h = 0; h < c->n_heads; h++) {
+        float *q = head_at(a->s->q, c->n_heads, c->head_dim, i, h);
+        a->s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, c->head_dim, c->rms_eps);
+    }
+    for (int g = 0; g < c->n_kv_heads; g++) {
+        float *k = head_at(a->s->k, c->n_kv_heads, c->head_dim, i, g);
+        a->s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, c->head_dim, c->rms_eps);
+    }
+}
+
+static void rope_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    const gemma3_state *s = a->s;
+    int D = s->c->head_dim, local = s->c->is_local[a->l];
+    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
+    (void)worker;
+    for (int h = 0; h < s->c->n_heads; h++)
+        s->m->kernels->rope(head_at(s->q, s->c->n_heads, D, i, h), cosine, sine, D);
+    for (int g = 0; g < s->c->n_kv_heads; g++)
+        s->m->kernels->rope(head_at(s->k, s->c->n_kv_heads, D, i, g), cosine, sine, D);
+}
+
+/* ---- Where the cache keeps what ---- */
+
+static int slice_width(int head_dim, int j0) { return min_int(head_dim - j0, MIX_WIDTH); }
+static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
+
+/* K of kv head g at position p, and elements j0 .. j0 + slice_width - 1 of V. */
+static uint8_t *key_at(const struct attention *a, int g, int p)
+{
+    size_t before = ((size_t)g * a->slots + p % a->slots) * a->s->c->head_dim;
+    return a->s->k_cache[a->l] + before * kv_element(a->s);
+}
+
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
+{
+    int D = a->s->c->head_dim;
+    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
+    return a->s->v_cache[a->l] + before * kv_element(a->s);
+}
+
+/* K and V of token i go into the cache. */
+static void store_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, p = s->pos + i;
+    (void)worker;
+    for (int g = 0; g < s->c->n_kv_heads; g++) {
+        const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
+        const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
+        s->m->kernels->store(key_at(a, g, p), k, D, cache_type(s));
+        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+            s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), cache_type(s));
+    }
+}
+
+/* First position that the token at position p sees: q - k < window in a local layer. */
+static int first_seen(const struct attention *a, int p)
+{
+    const gemma3_config *c = a->s->c;
+    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
+}
+
+/* ---- softmax(q . k) v ---- */
+
+/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
+ * the positions that the token at position p sees. q is scaled; score has room for those positions.
+ * A test compares it with attend. */
+static float dot(int type, const uint8_t *row, const float *x, int n);
+static float exp_scores_of(float *score, int n, int first);
+static float fma_f32(float a, float b, float c);
+static float value_of(int type, const uint8_t *row, size_t j);
+static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                           float *score, float *out)
+{
+    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
+    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
+    float sum = exp_scores_of(score, n, first);
+    for (int j = 0; j < D; j++) {
+        int j0 = j / MIX_WIDTH * MIX_WIDTH;
+        float o = 0;
+        for (int t = 0; t < n; t++)
+            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
+        out[j] = o / sum;
+    }
+}
+
+static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
+
+/* Number of a query among all of the block: where its row of block_q, score and block_out lies. */
+static size_t query_at(const struct attention *a, int g, int t)
+{
+    return (size_t)g * a->s->q_block * a->heads_per_kv + t;
+}
+
+/* Queries of one kv head side by side, and scaled. */
+static void gather_queries(const struct attention *a)
+{
+    gemma3_state *s = a->s;
+    const gemma3_config *c = s->c;
+    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
+    for (int i = 0; i < a->n; i++)
+        for (int g = 0; g < c->n_kv_heads; g++) {
+            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
+            float *to = s->block_q + ((size_t)g * s->q_block + i) * q_floats;
+            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
+        }
+}
+
+enum { SCORE_RUN = 64 };              /* positions that one task scores */
+
+static int n_score_runs(const struct attention *a)
+{
+    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
+}
+
+/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
+static int run_of(const struct attention *a, int begin, int end)
+{
+    return min_int(end - begin, a->slots - begin % a->slots);
+}
+
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
+ * Among them are positions that a query must not see, later ones and those before its window:
+ * softmax and mix pass over them, which is the causal mask. */
+static void score_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, g = index / n_score_runs(a);
+    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
+    int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
+    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
+                           .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
+    for (; p < end; p += keys.n_rows) {
+        keys.rows = key_at(a, g, p);
+        keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
+        for (int t = 0; t < n_queries(a); t += keys.n) {
+            keys.x = s->block_q + query_at(a, g, t) * D;
+            keys.n = min_int(n_queries(a) - t, s->n_acc);
+            s->m->kernels->mul_floats(&keys);
+            for (int k = 0; k < keys.n; k++)
+                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos),
+                            keys.acc[k], keys.n_rows);
+        }
+    }
+}
+
+/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
+static void softmax_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int g = index / n_queries(a), t = index % n_queries(a);
+    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
+    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
+    (void)worker;
+    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
+}
+
+/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
+static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
+{
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim;
+    for (int t = 0; t < n_queries(a); t++) {
+        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
+        float *to = head_at(s->attended, s->c->n_heads, D, i, h) + j0;
+        float sum = s->score_sum[query_at(a, g, t)];
+        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
+    }
+}
+
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
+ * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
+ * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
+ * of a block:
+ *
+ *     position    5  6  7  8  9  10
+ *     token 8     x  x  x  x              from = 0 until 8
+ *     token 9        x  x  x  x           to = 2 from 6 on
+ *     token 10          x  x  x  x        to = 3 from 7 on, from = 1 at 9, 2 at 10
+ *
+ * Positions are taken up to where either end of the run changes, or the ring wraps. */
+static void mix_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
+    int p0 = s->pos + a->i0, from = 0, to = 1;
+    float *out = s->block_out + query_at(a, g, 0) * D + j0;
+    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s),
+                    .e_stride = s->n_score, .out_stride = D, .width = slice_width(D, j0)};
+    (void)worker;
+    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
+    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
+        while (p0 + from < p) from++;
+        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
+        end = p0 + from + 1;
+        if (to < a->n) end = min_int(end, first_seen(a, p0 + to));
+        end = p + run_of(a, p, end);
+        m.v = value_at(a, g, j0, p);
+        m.n_pos = end - p;
+        m.n = (to - from) * a->heads_per_kv;
+        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
+        m.out = out + (size_t)from * a->heads_per_kv * D;
+        s->m->kernels->mix_values(&m);
+    }
+    divide_and_place(a, g, j0, out);
+}
+
+/* attended [i0 .. i0+n-1][n_heads][head_dim] for one query block: three phases, each shared out. */
+static void attend(struct attention *a)
+{
+    const gemma3_state *s = a->s;
+    a->first_pos = first_seen(a, s->pos + a->i0);
+    gather_queries(a);
+    for_each(s, s->c->n_kv_heads * n_score_runs(a), score_task, a);
+    for_each(s, s->c->n_kv_heads * n_queries(a), softmax_task, a);
+    for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
+}
+
+/* ==== 5. Feed-forward ========================================================================= */
+
+static void gelu_task(void *state, int i, int worker)
+{
+    gemma3_state *s = state;
+    size_t d_ff = s->c->d_ff;
+    (void)worker;
+    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
+}
+
+/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->h, n);
+    trace(s, "ffn_gate", l, s->gate, s->c->d_ff, n);
+    trace(s, "ffn_up", l, s->up, s->c->d_ff, n);
+    for_each(s, n, gelu_task, s);
+    trace(s, "ffn_geglu", l, s->gate, s->c->d_ff, n);
+    matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
+}
+
+/* ==== 6. Matrix times vectors, and how threads share =============================================
+ *
+ * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
+ * change a bit, because no sum is ever divided (rule 7). */
+
+/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
+static void share_of(int total, int n_tasks, int i, int *begin, int *end)
+{
+    *begin = (int)((int64_t)total * i / n_tasks);
+    *end = (int)((int64_t)total * (i + 1) / n_tasks);
+}
+
+/* Things to do for each of n_items, handed out in a few runs for each thread. */
+struct items {
+    int n_items, n_tasks;
+    gemma3_task *each;
+    void *job;
+};
+
+enum { TASKS_PER_THREAD = 6 };        /* 16 gave the same speed */
+
+static void items_task(void *arg, int index, int worker)
+{
+    const struct items *w = arg;
+    fp_state fp = fp_enter(); /* the thread may be the caller's */
+    int i, end;
+    share_of(w->n_items, w->n_tasks, index, &i, &end);
+    for (; i < end; i++) w->each(w->job, i, worker);
+    fp_leave(fp);
+}
+
+/* each(job, i, worker) for every i < n_items, on all threads. */
+static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
+{
+    struct items w = {n_items, min_int(n_items, s->p.n_threads * TASKS_PER_THREAD), each, job};
+    if (n_items > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, w.n_tasks, items_task, &w);
+    else
+        for (int i = 0; i < n_items; i++) each(job, i, 0);
+}
+
+/* y = rms(x) * w; x and y are [n][d_model] */
+struct norm {
+    const gemma3_state *s;
+    float *y;
+    const float *x, *w;
+};
+
+static void norm_task(void *arg, int i, int worker)
+{
+    const struct norm *job = arg;
+    const gemma3_config *c = job->s->c;
+    size_t at = (size_t)i * c->d_model;
+    (void)worker;
+    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
+}
+
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
+{
+    struct norm job = {.s = s, .y = y, .x = x, .w = w};
+    for_each(s, n, norm_task, &job);
+}
+
+static int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
+{
+    return s->acc + (size_t)worker * s->n_acc;
+}
+
+/* n <= 32; nearly always 32, which the compiler then copies in line. */
+static void copy_floats(float *to, const float *from, int n)
+{
+    if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
+    else memcpy(to, from, n * sizeof(float));
+}
+
+struct matmul {
+    const gemma3_state *s;
+    const struct linear *to;
+    const float *x;                   /* [n][cols] */
+    int n;
+    size_t blocks;                    /* of a row of q8 */
+};
+
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker);
+
+/* Rows of tile `index`, counted through all the matrices, times every vector. */
+static void matmul_task(void *arg, int index, int worker)
+{
+    const struct matmul *job = arg;
+    const struct linear *to = job->to;
+    for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
+    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
+    int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
+    memset(acc, 0, job->n * sizeof *acc);
+    mul_tile(job, to->w, row, n_rows, worker);
+    for (int i = 0; i < job->n; i++)
+        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
+}
+
+static void quantize_task(void *arg, int i, int worker)
+{
+    const struct matmul *job = arg;
+    int cols = job->to->w->cols;
+    (void)worker;
+    job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
+}
+
+/* Every one of n_to matrices with the same input x [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
+{
+    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
+    int tiles = 0, has_codes = 0;
+    for (int k = 0; k < n_to; k++) {
+        tiles += n_tiles(to[k].w);
+        has_codes |= !is_float(to[k].w->format);
+    }
+    if (has_codes && !s->m->exact) for_each(s, n, quantize_task, &job);
+    for_each(s, tiles, matmul_task, &job);
+}
+
+/* ==== 7. Arithmetic that is the same everywhere =================================================
  *
  * IEEE 754 rounds + - * / and sqrt correctly on every machine. A fused multiply-add is the other
  * operation we build on; exp, sin, cos, pow and log are made of these, because every C library
  * rounds its own a little differently. */
-
-INLINE int min_int(int a, int b)
-{
-    return a < b ? a : b;
-}
 
 INLINE uint32_t bits_of(float x)
 {
@@ -216,16 +1047,14 @@ INLINE float exp_of(int hard, float x)
 /* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
  * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
 #if defined(HAVE_X86)
-typedef unsigned fp_state;
 static fp_state fp_enter(void)
 {
     unsigned old = _mm_getcsr();
     _mm_setcsr(0x1f80);
     return old;
 }
-static void fp_leave(fp_state old) { _mm_setcsr(old); }
+static void fp_leave(fp_state old) { _mm_setcsr((unsigned)old); }
 #elif defined(__aarch64__)
-typedef uint64_t fp_state;
 static fp_state fp_enter(void)
 {
     uint64_t old;
@@ -234,16 +1063,29 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#elif defined(__arm__) && defined(__VFP_FP__) && !defined(__SOFTFP__)
+static void fp_leave(fp_state old) { __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)old)); }
+static fp_state fp_enter(void)
+{
+    uint32_t old;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    return old;
+}
 #else
 #include <fenv.h>
-typedef int fp_state;
+#if defined(FE_TONEAREST)
 static fp_state fp_enter(void)
 {
     int old = fegetround();
     fesetround(FE_TONEAREST);
-    return old;
+    return (fp_state)old;
 }
-static void fp_leave(fp_state old) { fesetround(old); }
+static void fp_leave(fp_state old) { fesetround((int)old); }
+#else /* floats in software, which know one way of rounding */
+static fp_state fp_enter(void) { return 0; }
+static void fp_leave(fp_state old) { (void)old; }
+#endif
 #endif
 
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
@@ -342,15 +1184,26 @@ static void cos_sin(float angle, float *c, float *s)
     *s = (float)(quarter >= 2 ? -sine : sine);
 }
 
+static void softcap(float *logits, size_t n, float cap)
+{
+    for (size_t j = 0; j < n; j++) {
+        float t = logits[j] / cap, e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
+        float tanh_of_abs = (1.0f - e) / (1.0f + e);
+        logits[j] = cap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
+    }
+}
+
 /* Says whether this build on this machine computes as the contract needs it; run by every open. */
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
     if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -360,7 +1213,7 @@ static const char *arithmetic_fault(void)
     return NULL;
 }
 
-/* ==== 2. Number formats =========================================================================
+/* ==== 8. Number formats =========================================================================
  *
  * Weights lie in blocks of 32 or 256 elements that share a scale. Each integer format has one function
  * that unpacks 32 elements to int8 codes and scales: it is the definition of the format. Dequantisation
@@ -428,12 +1281,12 @@ INLINE uint16_t f32_to_f16(float x)
 /* bfloat16 is the upper half of a float. */
 INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-enum { TILE_ROWS = 32 };
-
 /* A panel: 32 elements of each of R rows, made ready for the kernels; the one shape that all formats but
  * Q4_0 take there. With half = j / 16 the value of element j of row r is
  *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
  * Formats whose halves share a scale leave scale and min alone: both count as 1. */
+enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
+
 struct panel {
     const int8_t *code;               /* element 4g + k of row r at (g * R + r) * 4 + k */
     uint8_t unpacked[32 * TILE_ROWS]; /* where code points, unless the file's bytes are the codes */
@@ -632,10 +1485,6 @@ INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *r
     load_f16s(o->d, p + 208 * R, R);
 }
 
-/* Tensor types by their number in GGUF. */
-enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
-       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
-
 /* Group g of the block at p in R interleaved rows. R is a constant in every call. */
 INLINE void unpack(int type, const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
@@ -692,18 +1541,7 @@ static const struct format *find_format(uint32_t type)
     return NULL;
 }
 
-INLINE int is_float(const struct format *f) { return f->elements == 1; }
-
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or in
- * tiles of 32 interleaved rows, block after block. The last tile is filled up with zero rows. */
-struct matrix {
-    const struct format *format;
-    int rows, cols, tiled;
-    size_t row_bytes;
-    const uint8_t *data;
-};
-
-INLINE int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+static int is_float(const struct format *f) { return f->elements == 1; }
 
 /* n units of each row, side by side. */
 INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
@@ -794,44 +1632,81 @@ INLINE void dequantize_plain(const struct matrix *w, int r, float *out)
     }
 }
 
-/* ==== 3. Activations ============================================================================
- *
- * In the default mode a matrix meets its input as int8: blocks of 32 with one float scale (README,
- * rule 1), so that the dot product inside a block is exact in int32 and any order gives it. */
-struct xblock {
-    float d;               /* value of element j: d * code[j] */
-    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
-    int32_t sum[2];        /* of the codes in each half */
-    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
-    int32_t unused[3];     /* 64 bytes: a cache line */
-    int8_t code[32];
-};
+/* ---- A tile times vectors ---- */
 
-INLINE void quantize_plain(struct xblock *out, const float *x, int n)
+/* Our own floats, from now on in the order of a file's bytes. */
+static void to_file_order(float *x, int n)
 {
-    for (; n > 0; n -= 32, x += 32, out++) {
-        uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
-        for (int j = 0; j < 32; j++) {
-            uint32_t a = bits_of(x[j]) & 0x7fffffff;
-            amax_bits = a > amax_bits ? a : amax_bits;
+    for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
+}
+
+enum { ROWS_AT_ONCE = 4 };            /* rows dequantised for exact mode, for all vectors */
+
+/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    const gemma3_state *s = job->s;
+    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
+                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
+                        .acc = acc_of(s, worker)};
+    if (is_float(w->format)) {
+        s->m->kernels->mul_floats(&p);
+        return;
+    }
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)rows;
+    p.row_bytes = 4 * (size_t)w->cols;
+    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
+        p.n_rows = min_int(n_rows - r, ROWS_AT_ONCE);
+        for (int a = 0; a < p.n_rows; a++) {
+            float *to = rows + (size_t)a * w->cols;
+            s->m->kernels->dequantize(w, row + r + a, to);
+            to_file_order(to, w->cols); /* mul_floats reads floats as files have them */
         }
-        float amax = float_of(amax_bits), to_code = 127.0f / amax;
-        out->d = amax / 127.0f;
-        if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
-        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
-        if (amax < 0x1p-100f) out->d = 0;
-        int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
-        for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
-        for (int j = 0; j < 32; j++) out->code[j] = (int8_t)code[j];
-        for (int j = 0; j < 16; j++) sum[0] += code[j], sum[1] += code[j + 16];
-        out->sum[0] = sum[0];
-        out->sum[1] = sum[1];
-        out->minus_8_sums = -8 * (sum[0] + sum[1]);
-        out->d_sum = (float)(sum[0] + sum[1]) * out->d;
+        p.acc = (float (*)[TILE_ROWS])(acc_of(s, worker)[0] + r); /* p.acc[i][0] is acc[i][r] */
+        s->m->kernels->mul_floats(&p);
     }
 }
 
-/* ==== 4. Dot products: the definition ===========================================================
+/* A worker's room for the weights that it is multiplying. */
+struct unpacked {
+    struct panel panel[PANELS];
+    uint8_t tile[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* of a matrix that was not repacked */
+};
+
+/* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
+ * columns at a time. */
+static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    const gemma3_state *s = job->s;
+    struct unpacked *u = &s->unpacked[worker];
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .n_rows = n_rows,
+                        .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
+                        .acc = acc_of(s, worker), .scratch = u->panel};
+    if (w->tiled) {
+        s->m->kernels->mul_codes(&p);
+        return;
+    }
+    int n_blocks = w->cols / w->format->elements, at_once = 32 * PANELS / w->format->elements;
+    const uint8_t *rows = p.rows;
+    p.rows = u->tile;
+    for (int b = 0; b < n_blocks; b += at_once) {
+        int take = min_int(n_blocks - b, at_once);
+        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take, w->format);
+        p.cols = take * w->format->elements;
+        p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
+        s->m->kernels->mul_codes(&p);
+    }
+}
+
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
+    else mul_tile_codes(job, w, row, n_rows, worker);
+}
+
+/* ==== 9. Dot products: the definition ===========================================================
  *
  * There are two kernels for int8 activations (Q4_0 tiles, and panels for every other format): they
  * multiply TILE_ROWS rows by n vectors and add to acc [n][TILE_ROWS]. The one for floats takes at most
@@ -856,16 +1731,16 @@ INLINE void fetch(const uint8_t *p, size_t n_bytes)
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
+typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,
                       int n, float (*acc)[TILE_ROWS]);
 
-static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblock *x,
+static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                             size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int i = 0; i < n; i++)
             for (int r = 0; r < TILE_ROWS; r++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
                 for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
                     int byte = tile[Q4_0_CODES + Q4_0_QUAD * (j / 4) + 4 * r + j % 4];
@@ -877,19 +1752,17 @@ static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblo
 }
 
 /* Every other integer format: panels. */
-enum { PANELS = 8 }; /* unpacked at a time: 256 columns, one super-block */
-
 typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
-                       const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
+                       const struct q8_block *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
 
 static void mul_panel_scalar(const struct panel *p, int n_blocks, const struct format *f,
-                             const struct xblock *x, size_t x_stride, int n,
+                             const struct q8_block *x, size_t x_stride, int n,
                              float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
             for (int r = 0; r < TILE_ROWS; r++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32_t half[2] = {0, 0};
                 for (int j = 0; j < 32; j++)                           /* 1. exact integer dots */
                     half[j / 16] += (p->code[(j / 4 * TILE_ROWS + r) * 4 + j % 4] - f->bias) * xb->code[j];
@@ -939,19 +1812,6 @@ static void mul_floats_scalar(int type, const uint8_t *rows, size_t row_bytes, i
 
 /* Attention's weighted sum of values: out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over positions p
  * in order, for n queries and a slice of a head: width elements, MIX_WIDTH of them but at a head's end. */
-enum { MIX_WIDTH = 32 };
-
-struct mix {
-    int type;
-    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
-    size_t v_bytes;
-    int n_pos;
-    const float *e;          /* [n][n_pos], e_stride apart */
-    size_t e_stride;
-    float *out;              /* [n][width], out_stride apart */
-    size_t out_stride;
-    int n, width;
-};
 typedef void mix_values(const struct mix *m);
 
 static void mix_values_scalar(const struct mix *m)
@@ -966,7 +1826,31 @@ static void mix_values_scalar(const struct mix *m)
         }
 }
 
-/* ==== 5. Dot products: AVX2, AVX-512, NEON ======================================================
+INLINE void quantize_plain(struct q8_block *out, const float *x, int n)
+{
+    for (; n > 0; n -= 32, x += 32, out++) {
+        uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
+        for (int j = 0; j < 32; j++) {
+            uint32_t a = bits_of(x[j]) & 0x7fffffff;
+            amax_bits = a > amax_bits ? a : amax_bits;
+        }
+        float amax = float_of(amax_bits), to_code = 127.0f / amax;
+        out->d = amax / 127.0f;
+        if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
+        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
+        if (amax < 0x1p-100f) out->d = 0;
+        int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
+        for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
+        for (int j = 0; j < 32; j++) out->code[j] = (int8_t)code[j];
+        for (int j = 0; j < 16; j++) sum[0] += code[j], sum[1] += code[j + 16];
+        out->sum[0] = sum[0];
+        out->sum[1] = sum[1];
+        out->minus_8_sums = -8 * (sum[0] + sum[1]);
+        out->d_sum = (float)(sum[0] + sum[1]) * out->d;
+    }
+}
+
+/* ==== 10. Dot products: AVX2, AVX-512, NEON ======================================================
  *
  * The twins: the same numbered steps (step 1 may come after step 2: integer sums have no order), and a
  * reader may pass over this section, because each function computes what its namesake above does.
@@ -996,7 +1880,7 @@ INLINE int32_t load_4_bytes(const int8_t *p)
 }
 
 /* A 256-bit register holds 8 rows x 4 bytes: rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1. */
-INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
+INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                   size_t x_stride, float (*acc)[TILE_ROWS], int NT, int h0, int NH,
                                   size_t ahead)
 {
@@ -1025,7 +1909,7 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
         UNROLL for (int h = 0; h < NH; h++) {                          /* 3. scale, accumulate */
             __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(tile + 16 * (h0 + h))));
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct xblock *xb = x + i * x_stride;
+                const struct q8_block *xb = x + i * x_stride;
                 __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(dot[i][h], ones), /* 1. */
                                                 _mm256_set1_epi32(xb->minus_8_sums));
                 sum[i][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum),
@@ -1037,7 +1921,7 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
         UNROLL for (int h = 0; h < NH; h++) _mm256_storeu_ps(acc[i] + 8 * (h0 + h), sum[i][h]);
 }
 
-AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct xblock *x,
+AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;
@@ -1052,7 +1936,7 @@ AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct x
 
 /* Steps 2 to 4 for rows 8h .. 8h+7. A half's sum times its scale stays below 2^24 (Q6_K: 16 * 32 * 127 *
  * 128, and the two together), so that their float products and sum are exact. */
-INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct xblock *x,
+INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct q8_block *x,
                                      const __m256i half[2], __m256 sum, int h, int HALVES)
 {
     __m256 isum, msum, xd = _mm256_set1_ps(x->d);
@@ -1076,7 +1960,7 @@ INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format 
 /* maddubs wants one unsigned side. Codes of 0 .. 63 are unsigned, and two of their pairs fit int16:
  * 4 * 63 * 127. A wide code goes as |code| * (x with code's sign): 2 * 128 * 127 just fits. */
 INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, float (*acc)[TILE_ROWS],
+                                   const struct q8_block *x, size_t x_stride, float (*acc)[TILE_ROWS],
                                    int h, int NT, int HALVES, int WIDE)
 {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -1085,7 +1969,7 @@ INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const st
     for (int b = 0; b < n_blocks; b++, p++, x++) {
         __m256i half[4][2];
         UNROLL for (int i = 0; i < NT; i++) {
-            const struct xblock *xb = x + i * x_stride;
+            const struct q8_block *xb = x + i * x_stride;
             half[i][0] = _mm256_set1_epi32(-f->bias * (HALVES ? xb->sum[0] : xb->sum[0] + xb->sum[1]));
             half[i][1] = _mm256_set1_epi32(-f->bias * xb->sum[1]);
         }
@@ -1114,7 +1998,7 @@ INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const st
 }
 
 INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, int n,
+                                   const struct q8_block *x, size_t x_stride, int n,
                                    float (*acc)[TILE_ROWS], int HALVES, int WIDE)
 {
     for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
@@ -1124,7 +2008,7 @@ INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const st
 }
 
 AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
-                                const struct xblock *x, size_t x_stride, int n,
+                                const struct q8_block *x, size_t x_stride, int n,
                                 float (*acc)[TILE_ROWS])
 {
     if (f->is_wide) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);
@@ -1257,7 +2141,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
  * x's codes serves two products, and all sums stay in registers. */
 #define MUL_Q4_0_512(target, suffix, START, ADD, FINISH)                                            \
     static inline target __attribute__((always_inline)) void mul_q4_0_##suffix##_nt(               \
-        const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,                \
+        const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,                \
         float (*acc)[TILE_ROWS], int NT, size_t ahead)                                             \
     {                                                                                              \
         const __m512i nibble = _mm512_set1_epi8(15);                                               \
@@ -1286,7 +2170,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
             UNROLL for (int h = 0; h < 2; h++) {                       /* 3. scale, accumulate */  \
                 __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32 * h)));  \
                 UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    const struct xblock *xb = x + i * x_stride;                                    \
+                    const struct q8_block *xb = x + i * x_stride;                                    \
                     __m512i isum = FINISH(dot[i][h], xb->minus_8_sums);     /* 1. code = nibble - 8 */ \
                     sum[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),                          \
                                                 _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i][h]); \
@@ -1296,7 +2180,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
         UNROLL for (int i = 0; i < NT; i++)                                                        \
             UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
     }                                                                                              \
-    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct xblock *x, \
+    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct q8_block *x, \
                                          size_t x_stride, int n, float (*acc)[TILE_ROWS])          \
     {                                                                                              \
         size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;                         \
@@ -1325,7 +2209,7 @@ MUL_Q4_0_512(AVX512, avx512, start_pairs, add_pairs, finish_pairs)
 
 /* Steps 2 to 4 of the panel kernel, as in AVX2, for rows 16h .. 16h+15. */
 INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
-                                         const struct xblock *x, const __m512i half[2], __m512 sum,
+                                         const struct q8_block *x, const __m512i half[2], __m512 sum,
                                          int h, int HALVES)
 {
     __m512 isum, msum, xd = _mm512_set1_ps(x->d);
@@ -1362,7 +2246,7 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
 /* The panel kernel for one way DOT of multiplying; wide codes of value c come as c + FLIP. */
 #define MUL_PANEL_512(target, suffix, DOT, DOT_WIDE, FLIP)                                          \
     static inline target __attribute__((always_inline)) void mul_panel_##suffix##_nt(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
+        const struct panel *p, int n_blocks, const struct format *f, const struct q8_block *x,       \
         size_t x_stride, float (*acc)[TILE_ROWS], int NT, int HALVES, int WIDE)                    \
     {                                                                                              \
         const int bias = WIDE ? FLIP : f->bias;                                                    \
@@ -1399,7 +2283,7 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
             UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
     }                                                                                              \
     static inline target __attribute__((always_inline)) void mul_panel_##suffix##_of(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
+        const struct panel *p, int n_blocks, const struct format *f, const struct q8_block *x,       \
         size_t x_stride, int n, float (*acc)[TILE_ROWS], int HALVES, int WIDE)                     \
     {                                                                                              \
         const int NT = HALVES ? 4 : 6;                                                             \
@@ -1409,7 +2293,7 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
             mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 1, HALVES, WIDE);            \
     }                                                                                              \
     target static void mul_panel_##suffix(const struct panel *p, int n_blocks,                     \
-                                          const struct format *f, const struct xblock *x,          \
+                                          const struct format *f, const struct q8_block *x,          \
                                           size_t x_stride, int n, float (*acc)[TILE_ROWS])         \
     {                                                                                              \
         if (f->is_wide) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);        \
@@ -1580,13 +2464,13 @@ INLINE float32x4_t load_4_f16(const uint8_t *p)
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
 }
 
-static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
+static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,
                           int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
                 for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
                     uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
@@ -1601,7 +2485,7 @@ static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock
 }
 
 /* Steps 2 to 4 of the panel kernel for rows 4q .. 4q+3. */
-INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct xblock *x,
+INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct q8_block *x,
                               const int32x4_t half[2], float *acc, int q)
 {
     int32x4_t isum = vaddq_s32(half[0], half[1]), msum = vdupq_n_s32(x->sum[0] + x->sum[1]);
@@ -1620,18 +2504,18 @@ INLINE void finish_panel_neon(const struct panel *p, const struct format *f, con
     vst1q_f32(acc + 4 * q, sum);
 }
 
-INLINE void start_panel_neon(const struct format *f, const struct xblock *x, int32x4_t half[2])
+INLINE void start_panel_neon(const struct format *f, const struct q8_block *x, int32x4_t half[2])
 {
     for (int k = 0; k < 2; k++) half[k] = vdupq_n_s32(-f->bias * x->sum[k]);
 }
 
 static void mul_panel_neon(const struct panel *p, int n_blocks, const struct format *f,
-                           const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
+                           const struct q8_block *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32x4_t half[2];
                 start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
@@ -1702,7 +2586,7 @@ static void mix_values_neon(const struct mix *m)
 }
 
 #if defined(DOTPROD)
-DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct xblock *x,
+DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                      size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
@@ -1715,7 +2599,7 @@ DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const st
             }
             float32x4_t d = load_4_f16(tile + 8 * q);
             for (int i = 0; i < n; i++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int8x16_t x0 = vld1q_s8(xb->code), x1 = vld1q_s8(xb->code + 16);
                 int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
                 isum = vdotq_laneq_s32(isum, low[0], x0, 0);           /* 2. exact integer dot */
@@ -1733,13 +2617,13 @@ DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const st
 }
 
 DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const struct format *f,
-                                      const struct xblock *x, size_t x_stride, int n,
+                                      const struct q8_block *x, size_t x_stride, int n,
                                       float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32x4_t half[2];
                 start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
@@ -1751,8 +2635,8 @@ DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const
 
 /* smmla multiplies 2 rows x 8 bytes by 2 vectors x 8 bytes: {r0 x0, r0 x1, r1 x0, r1 x1}. Two groups
  * of a tile zipped give 8 bytes of a row; the results are unzipped to a register for each vector. */
-I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0,
-                                    const struct xblock *x1, float *acc0, float *acc1, int q)
+I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct q8_block *x0,
+                                    const struct q8_block *x1, float *acc0, float *acc1, int q)
 {
     int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
     for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
@@ -1774,7 +2658,7 @@ I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0
     vst1q_f32(acc1, vfmaq_f32(vld1q_f32(acc1), vcvtq_f32_s32(isum1), vmulq_n_f32(d, x1->d)));
 }
 
-I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct xblock *x,
+I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     int even = n & ~1;
@@ -1788,7 +2672,7 @@ I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct x
 #endif /* DOTPROD */
 #endif /* HAVE_NEON */
 
-/* ==== 6. Element-wise pieces: norm, rope, gelu, softmax =========================================
+/* ---- Element-wise pieces: norm, rope, gelu, softmax =========================================
  *
  * Written once, in plain C. `hard` is a constant: with it the compiler turns each fma into the
  * instruction and each loop over 16 lanes into vectors; without it the same lines run on soft_fmaf.
@@ -1831,10 +2715,10 @@ INLINE void gelu_plain(int hard, float *gate, const float *up, int n)
 }
 
 /* Rounds n floats into the cache, little-endian like a file's tensors, so that one kernel reads both. */
-INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int is_f16)
+INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int type)
 {
-    for (int j = 0; is_f16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
-    for (int j = 0; !is_f16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
+    for (int j = 0; type == F16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
+    for (int j = 0; type != F16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
 }
 
 /* s[k] = exp(s[k] - max), for scores of positions first .. first+n-1; returns their sum, added up in
@@ -1900,30 +2784,13 @@ INLINE double sum_exp_plain(const float *logits, int n, float max)
 
 /* ---- The kernels of one instruction set ---- */
 
-struct kernels {
-    const char *name;
-    mul_q4_0 *mul_q4_0;
-    mul_panel *mul_panel;
-    mul_floats *mul_floats;
-    mix_values *mix_values;
-    void (*unpack)(int type, const uint8_t *tile, int g, struct panel *out); /* 32 rows */
-    void (*dequantize)(const struct matrix *w, int r, float *out);           /* one row */
-    void (*quantize)(struct xblock *out, const float *x, int n);
-    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
-    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
-    void (*gelu)(float *gate, const float *up, int n);
-    void (*store)(uint8_t *to, const float *x, int n, int is_f16);
-    float (*exp_scores)(float *s, int n, int first);                         /* the numerator of softmax */
-    double (*sum_exp)(const float *logits, int n, float max);                /* the denominator of a score */
-};
-
 /* The element-wise pieces, compiled for one target. */
 #define FOR_TARGET(target, suffix, hard)                                                                \
     target static void unpack_##suffix(int type, const uint8_t *tile, int g, struct panel *out)    \
     { unpack(type, tile, TILE_ROWS, g, out); }                                                     \
     target static void dequantize_##suffix(const struct matrix *w, int r, float *out)              \
     { dequantize_plain(w, r, out); }                                                               \
-    target static void quantize_##suffix(struct xblock *out, const float *x, int n)                \
+    target static void quantize_##suffix(struct q8_block *out, const float *x, int n)                \
     { quantize_plain(out, x, n); }                                                                 \
     target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
     { rmsnorm_plain(hard, y, x, w, n, eps); }                                                      \
@@ -1931,8 +2798,8 @@ struct kernels {
     { rope_plain(hard, v, cosine, sine, head_dim); }                                               \
     target static void gelu_##suffix(float *gate, const float *up, int n)                          \
     { gelu_plain(hard, gate, up, n); }                                                             \
-    target static void store_##suffix(uint8_t *to, const float *x, int n, int is_f16)              \
-    { store_plain(to, x, n, is_f16); }                                                             \
+    target static void store_##suffix(uint8_t *to, const float *x, int n, int type)              \
+    { store_plain(to, x, n, type); }                                                             \
     target static float exp_scores_##suffix(float *s, int n, int first)                               \
     { return exp_scores_plain(hard, s, n, first); }                                                \
     target static double sum_exp_##suffix(const float *logits, int n, float max)                   \
@@ -1945,33 +2812,93 @@ FOR_TARGET(AVX2, avx2, 1)
 FOR_TARGET(AVX512, avx512, 1)
 #endif
 
-#define PLAIN_NAMES(suffix)                                                                         \
-    unpack_##suffix, dequantize_##suffix, quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix,        \
-    store_##suffix, exp_scores_##suffix, sum_exp_##suffix
+#define FLOATS(suffix, base)                                                                            \
+    static void floats_##suffix(const struct product *p)                                                \
+    { base(p->format->type, p->rows, p->row_bytes, p->n_rows, p->x, p->x_stride, p->n, p->cols, p->acc); }
+#define CODES(suffix, plain, q4, panels)                                                                \
+    static void codes_##suffix(const struct product *p)                                                 \
+    { mul_codes_by(p, q4, panels, unpack_##plain); }
+static void mul_codes_by(const struct product *p, mul_q4_0 *q4, mul_panel *panels,
+                         void (*unpack_one)(int, const uint8_t *, int, struct panel *))
+{
+    const struct format *f = p->format;
+    int blocks = p->cols / 32, groups = f->elements / 32;
+    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    if (f->type == Q4_0) {
+        q4(p->rows, blocks, p->q8, p->x_stride, p->n, p->acc);
+        return;
+    }
+    for (int b = 0; b < blocks; b += PANELS) {
+        int take = min_int(blocks - b, PANELS);
+        for (int a = 0; a < take; a++) {
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+            fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
+            unpack_one(f->type, block, (b + a) % groups, p->scratch + a);
+        }
+        panels(p->scratch, take, f, p->q8 + b, p->x_stride, p->n, p->acc);
+    }
+}
+#define TABLE(name, plain, floats, mix)                                                                 \
+    {#name, quantize_##plain, codes_##name, floats_##floats, dequantize_##plain, rmsnorm_##plain,       \
+     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain, sum_exp_##plain}
+
+FLOATS(scalar, mul_floats_scalar)
+CODES(scalar, scalar, mul_q4_0_scalar, mul_panel_scalar)
+#if defined(HAVE_X86)
+FLOATS(avx2, mul_floats_avx2)
+FLOATS(avx512, mul_floats_avx512)
+CODES(avx2, avx2, mul_q4_0_avx2, mul_panel_avx2)
+CODES(avx512, avx512, mul_q4_0_avx512, mul_panel_avx512)
+CODES(avx512vnni, avx512, mul_q4_0_avx512vnni, mul_panel_avx512vnni)
+#endif
+#if defined(HAVE_NEON)
+FLOATS(neon, mul_floats_neon)
+CODES(neon, scalar, mul_q4_0_neon, mul_panel_neon)
+#if defined(DOTPROD)
+CODES(dotprod, scalar, mul_q4_0_dotprod, mul_panel_dotprod)
+CODES(i8mm, scalar, mul_q4_0_i8mm, mul_panel_dotprod)
+#endif
+#endif
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels all_kernels[] = {
 #if defined(HAVE_X86)
-    {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx512,
-     PLAIN_NAMES(avx512)},
-    {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx512,
-     PLAIN_NAMES(avx512)},
-    {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, PLAIN_NAMES(avx2)},
+    TABLE(avx512vnni, avx512, avx512, mix_values_avx512),
+    TABLE(avx512, avx512, avx512, mix_values_avx512),
+    TABLE(avx2, avx2, avx2, mix_values_avx2),
 #endif
 #if defined(HAVE_NEON)
 #if defined(DOTPROD)
-    {"i8mm", mul_q4_0_i8mm, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
-    {"dotprod", mul_q4_0_dotprod, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
+    TABLE(i8mm, scalar, neon, mix_values_neon),
+    TABLE(dotprod, scalar, neon, mix_values_neon),
 #endif
-    {"neon", mul_q4_0_neon, mul_panel_neon, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
+    TABLE(neon, scalar, neon, mix_values_neon),
 #endif
-    {"scalar", mul_q4_0_scalar, mul_panel_scalar, mul_floats_scalar, mix_values_scalar,
-     PLAIN_NAMES(scalar)},
+    TABLE(scalar, scalar, scalar, mix_values_scalar),
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
+/* What attention_by_definition is made of. */
+static float fma_f32(float a, float b, float c) { return fma_of(HARD_FMA, a, b, c); }
+static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
+static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
+static float dot(int type, const uint8_t *row, const float *x, int n)
+{
+    float acc[1][TILE_ROWS];
+    mul_floats_scalar(type, row, 0, 1, x, 0, 1, n, acc);
+    return acc[0][0];
+}
+
 #if defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int apple_has(const char *feature)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(feature, &has, &size, NULL, 0) && has;
+}
 #endif
 
 static int cpu_has(const char *isa)
@@ -1986,12 +2913,11 @@ static int cpu_has(const char *isa)
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
-#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
-#elif defined(HAVE_NEON)
-    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+    if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
-    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
 const char *gemma3_isa_name(int index)
@@ -1999,679 +2925,6 @@ const char *gemma3_isa_name(int index)
     for (int i = 0; i < N_KERNELS; i++)
         if (cpu_has(all_kernels[i].name) && index-- == 0) return all_kernels[i].name;
     return NULL;
-}
-
-/* ==== 7. The model and the state ================================================================ */
-
-/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
-struct layer {
-    const float *attn_norm;           /* [d_model] */
-    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
-    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
-    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
-    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
-    const float *post_attention_norm; /* [d_model] */
-    const float *ffn_norm;            /* [d_model] */
-    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
-    struct matrix ffn_down;           /* [d_model][d_ff] */
-    const float *post_ffw_norm;       /* [d_model] */
-};
-
-/* Read-only once it is open. */
-struct gemma3_model {
-    gemma3_config config;
-    int exact;                        /* float activations, dequantised weights */
-    const struct kernels *kernels;
-    struct matrix token_embd;         /* [n_vocab][d_model] */
-    struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
-    int tied;                         /* there is no output.weight */
-    const float *output_norm;         /* [d_model] */
-    struct layer layer[GEMMA3_MAX_LAYERS];
-
-    gemma3_tokenizer *tokenizer;
-    gemma3_vocab vocab;
-    int can_chat;
-    char name[128];
-    size_t weight_bytes;
-    void *owned[8];                   /* blocks to free on close */
-    int n_owned;
-    const void *mapping;              /* the file, when we mapped it */
-    size_t mapping_bytes;
-};
-
-/* A worker's room for the weights it is multiplying. */
-struct unpacked {
-    struct panel panel[PANELS];
-    uint8_t interleaved[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* no_repack: on the fly */
-};
-
-/* One conversation: the KV cache, and scratch for the chunk of tokens that is taken through the layers at
- * once. The shapes are here, the room in lay_out (section 13). In attention a few tokens make a pack. */
-struct gemma3_state {
-    const gemma3_model *m;
-    gemma3_params p;
-    void *allocated;                  /* by _new, else NULL */
-    int pos;                          /* tokens in the cache */
-    int chunk;                        /* tokens taken at once: min(n_batch, GEMMA3_CHUNK) */
-    int pack;                         /* tokens whose attention is computed together */
-    int ring;                         /* slots of a local layer's cache */
-    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 9 says how they lie */
-    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
-    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
-    float *cosine[2], *sine[2];       /* [chunk][head_dim/2] */
-    float *x;                         /* [chunk][d_model]           residual stream */
-    float *h;                         /* [chunk][d_model]           branch */
-    float *q, *attended;              /* [chunk][n_heads][head_dim] */
-    float *k, *v;                     /* [chunk][n_kv_heads][head_dim] */
-    float *gate, *up;                 /* [chunk][d_ff] */
-    float *pack_q;                    /* [n_kv_heads][pack][heads per kv head][head_dim] */
-    float *pack_out;                  /* [n_kv_heads][pack][heads per kv head][head_dim] */
-    float *score_sum;                 /* [n_kv_heads][pack][heads per kv head] */
-    float *score;                     /* [n_kv_heads][pack][heads per kv head][n_score] */
-    size_t n_score;                   /* n_ctx, rounded up to 16 */
-    struct xblock *xq;                /* [chunk][widest input / 32] */
-    int n_acc;                        /* vectors that a worker multiplies at once, at most */
-    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
-    struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
-    char error[256];
-};
-
-static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
-{
-    return s->acc + (size_t)worker * s->n_acc;
-}
-
-/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
-static void share_of(int total, int n_tasks, int i, int *begin, int *end)
-{
-    *begin = (int)((int64_t)total * i / n_tasks);
-    *end = (int)((int64_t)total * (i + 1) / n_tasks);
-}
-
-/* Things to do for each of n_items, handed out in a few runs for each thread. */
-struct items {
-    int n_items, n_tasks;
-    gemma3_task *each;
-    void *job;
-};
-
-enum { TASKS_PER_THREAD = 6 };
-
-static void items_task(void *arg, int index, int worker)
-{
-    const struct items *w = arg;
-    fp_state fp = fp_enter(); /* the thread may be the caller's */
-    int i, end;
-    for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
-    fp_leave(fp);
-}
-
-static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
-{
-    struct items w = {n_items, s->p.n_threads * TASKS_PER_THREAD, each, job};
-    if (w.n_tasks > n_items) w.n_tasks = n_items;
-    if (n_items > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, w.n_tasks, items_task, &w);
-    else
-        for (int i = 0; i < n_items; i++) each(job, i, 0);
-}
-
-static void trace(const gemma3_state *s, const char *name, int l, const float *x, int n, int width)
-{
-    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
-}
-
-/* ==== 8. Matrix times vectors ===================================================================
- *
- * Weights' rows are shared out to threads here, in tiles of 32; which thread takes which tile cannot
- * change a bit, because a row's sum is never divided. */
-
-/* n <= 32; nearly always 32, which the compiler then copies in line. */
-INLINE void copy_floats(float *to, const float *from, int n)
-{
-    if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
-    else memcpy(to, from, n * sizeof(float));
-}
-
-enum { MAX_PRODUCTS = 3, ROWS_AT_ONCE = 4 };
-
-struct matmul {
-    const gemma3_state *s;
-    const struct matrix *w[MAX_PRODUCTS];
-    float *y[MAX_PRODUCTS];           /* [n][rows] */
-    int n_products, n;
-    const float *x;                   /* [n][cols] */
-    size_t blocks;                    /* of a row of xq */
-};
-
-/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                            int worker, float (*acc)[TILE_ROWS])
-{
-    const gemma3_state *s = job->s;
-    const struct kernels *k = s->m->kernels;
-    if (is_float(w->format)) {
-        k->mul_floats(w->format->type, w->data + row * w->row_bytes, w->row_bytes, n_rows, job->x,
-                      w->cols, job->n, w->cols, acc);
-        return;
-    }
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
-        for (int a = 0; a < take; a++) k->dequantize(w, row + r + a, rows + (size_t)a * w->cols);
-        float (*part)[TILE_ROWS] = (float (*)[TILE_ROWS])(acc[0] + r); /* part[i][0] is acc[i][r] */
-        k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
-                      w->cols, part);
-    }
-}
-
-/* Int8 activations: Q4_0 straight from its tile, the others through panels, unpacked once for all
- * tokens. A matrix that was not repacked is interleaved here, a few blocks at a time. */
-static void mul_tile_integers(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                              int worker, float (*acc)[TILE_ROWS])
-{
-    const struct kernels *k = job->s->m->kernels;
-    const struct format *f = w->format;
-    struct unpacked *u = &job->s->unpacked[worker];
-    int blocks = w->cols / 32, groups = f->elements / 32, at_once = w->tiled && f->type == Q4_0 ? blocks : PANELS;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
-    for (int b = 0; b < blocks; b += at_once) {
-        int take = blocks - b < at_once ? blocks - b : at_once;
-        const uint8_t *tile = w->data + row * w->row_bytes + b / groups * block_bytes; /* as long as its rows */
-        if (!w->tiled) {
-            make_tile(u->interleaved, w->data + row * w->row_bytes + (size_t)(b / groups) * f->bytes, w->row_bytes,
-                      n_rows, take / groups, f);
-            tile = u->interleaved;
-        }
-        if (f->type == Q4_0) {
-            k->mul_q4_0(tile, take, job->s->xq + b, job->blocks, job->n, acc);
-            continue;
-        }
-        for (int a = 0; a < take; a++) {
-            const uint8_t *block = tile + a / groups * block_bytes;
-            if (w->tiled) fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-            k->unpack(f->type, block, a % groups, u->panel + a);
-        }
-        k->mul_panel(u->panel, take, f, job->s->xq + b, job->blocks, job->n, acc);
-    }
-}
-
-static void mul_tile(const struct matmul *job, int product, int tile, int worker)
-{
-    const struct matrix *w = job->w[product];
-    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
-    int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
-    memset(acc, 0, job->n * sizeof *acc);
-    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker, acc);
-    else mul_tile_integers(job, w, row, n_rows, worker, acc);
-    for (int i = 0; i < job->n; i++) copy_floats(job->y[product] + (size_t)i * w->rows + row, acc[i], n_rows);
-}
-
-static void matmul_task(void *arg, int tile, int worker)
-{
-    const struct matmul *job = arg;
-    int product = 0;
-    for (; tile >= n_tiles(job->w[product]); product++) tile -= n_tiles(job->w[product]);
-    mul_tile(job, product, tile, worker);
-}
-
-static void quantize_task(void *arg, int index, int worker)
-{
-    const struct matmul *job = arg;
-    int cols = job->w[0]->cols;
-    (void)worker;
-    job->s->m->kernels->quantize(job->s->xq + index * job->blocks, job->x + (size_t)index * cols, cols);
-}
-
-/* Every product of job with the same input x [n][cols]. */
-static void matmul(struct matmul *job)
-{
-    const gemma3_state *s = job->s;
-    int integers = 0;
-    int tiles = 0;
-    job->blocks = ((size_t)job->w[0]->cols + 31) / 32;
-    for (int k = 0; k < job->n_products; k++) {
-        tiles += n_tiles(job->w[k]);
-        integers |= !is_float(job->w[k]->format);
-    }
-    if (integers && !s->m->exact) for_each(s, job->n, quantize_task, job);
-    for_each(s, tiles, matmul_task, job);
-}
-
-static void matmul_one(const gemma3_state *s, float *y, const struct matrix *w, const float *x, int n)
-{
-    struct matmul job = {.s = s, .w = {w}, .y = {y}, .n_products = 1, .n = n, .x = x};
-    matmul(&job);
-}
-
-/* y = rms(x) * w; x and y are [n][d_model] */
-struct norm {
-    const gemma3_state *s;
-    float *y;
-    const float *x, *w;
-};
-
-static void norm_task(void *arg, int i, int worker)
-{
-    const struct norm *job = arg;
-    const gemma3_config *c = &job->s->m->config;
-    size_t at = (size_t)i * c->d_model;
-    (void)worker;
-    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
-}
-
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
-{
-    struct norm job = {.s = s, .y = y, .x = x, .w = w};
-    for_each(s, n, norm_task, &job);
-}
-
-static void add(float *x, const float *y, size_t n)
-{
-    for (size_t j = 0; j < n; j++) x[j] += y[j];
-}
-
-/* ==== 9. Attention, the KV cache, feed-forward ==================================================
- *
- * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
- * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
- * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + chunk - 1
- * slots suffice for the oldest key that the first token of a chunk sees to survive the chunk's writes.
- *
- * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
- *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
- *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
- * The cost of a token at position p is thus its bytes: the weights once, and for each layer the K and
- * V of min(p + 1, window) or p + 1 positions, 2 * n_kv_heads * head_dim numbers each. test/bench.c compares
- * this with the clock. */
-
-static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
-
-static int slots_of(const gemma3_state *s, int l)
-{
-    return s->m->config.is_local[l] ? s->ring : s->p.n_ctx;
-}
-
-/* cos and sin of every angle of this chunk, for both bases; all layers share them. Linear scaling
- * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
-static void rope_tables(gemma3_state *s, int n)
-{
-    int half = s->m->config.head_dim / 2;
-    for (int local = 0; local < 2; local++)
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < half; j++)
-                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
-                        s->sine[local] + i * half + j);
-}
-
-/* The attention of one pack of tokens in layer l. t counts its queries of one kv head: that of token
- * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
-struct attention {
-    gemma3_state *s;
-    const struct layer *w;
-    int l, slots;
-    int i0, n;                        /* tokens i0 .. i0+n-1 of the chunk */
-    int first_pos;                    /* lowest position that any of them sees */
-    int heads_per_kv;
-};
-
-static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
-
-/* Number of a query among all of the pack: where its row of pack_q, score and pack_out lies. */
-static size_t query_at(const struct attention *a, int g, int t)
-{
-    return (size_t)g * a->s->pack * a->heads_per_kv + t;
-}
-
-static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
-
-/* First position that the token at position p sees: q - k < window in a local layer. */
-static int first_seen(const struct attention *a, int p)
-{
-    const gemma3_config *c = &a->s->m->config;
-    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
-}
-
-static int slice_width(int head_dim, int j0) { return head_dim - j0 < MIX_WIDTH ? head_dim - j0 : MIX_WIDTH; }
-
-/* Where K of kv head g at position p lies, and elements j0 .. j0 + slice_width - 1 of V. */
-static uint8_t *key_at(const struct attention *a, int g, int p)
-{
-    size_t D = a->s->m->config.head_dim;
-    return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
-}
-
-static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
-{
-    int D = a->s->m->config.head_dim;
-    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
-    return a->s->v_cache[a->l] + before * kv_element(a->s);
-}
-
-/* Norm and rope for the queries and keys of token i; its K and V go into the cache. */
-static void prepare_token(void *arg, int i, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    const struct kernels *kernels = s->m->kernels;
-    int D = c->head_dim, local = c->is_local[a->l], p = s->pos + i, is_f16 = cache_type(s) == F16;
-    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
-    (void)worker;
-    for (int h = 0; h < c->n_heads; h++) {
-        float *q = s->q + ((size_t)i * c->n_heads + h) * D;
-        kernels->rmsnorm(q, q, a->w->attn_q_norm, D, c->rms_eps);
-        kernels->rope(q, cosine, sine, D);
-    }
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D, *v = s->v + ((size_t)i * c->n_kv_heads + g) * D;
-        kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
-        kernels->rope(k, cosine, sine, D);
-        kernels->store(key_at(a, g, p), k, D, is_f16);
-        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
-            kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), is_f16);
-    }
-}
-
-/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
-static int run_of(const struct attention *a, int begin, int end)
-{
-    int run = a->slots - begin % a->slots;
-    return end - begin < run ? end - begin : run;
-}
-
-enum { SCORE_RUN = 64 };
-
-static int n_score_runs(const struct attention *a)
-{
-    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
-}
-
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
- * them are positions that a query must not see, later ones and those before its window: softmax and mix
- * pass over them, which is the causal mask. */
-static void score_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int D = s->m->config.head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
-    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
-    float (*acc)[TILE_ROWS] = acc_of(s, worker);
-    end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
-    for (int run; p < end; p += run) {
-        run = run_of(a, p, end);
-        run = run < TILE_ROWS ? run : TILE_ROWS;
-        for (int t = 0, count; t < n_queries(a); t += count) {
-            count = n_queries(a) - t < s->n_acc ? n_queries(a) - t : s->n_acc;
-            s->m->kernels->mul_floats(cache_type(s), key_at(a, g, p), D * kv_element(s), run,
-                                      s->pack_q + query_at(a, g, t) * D, D, count, D, acc);
-            for (int k = 0; k < count; k++)
-                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos), acc[k], run);
-        }
-    }
-}
-
-/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
-static void softmax_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int g = index / n_queries(a), t = index % n_queries(a);
-    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
-    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
-    (void)worker;
-    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
-}
-
-/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
-static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    int D = c->head_dim;
-    for (int t = 0; t < n_queries(a); t++) {
-        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
-        float *to = s->attended + ((size_t)i * c->n_heads + h) * D + j0, sum = s->score_sum[query_at(a, g, t)];
-        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
-    }
-}
-
-static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
-
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens of
- * the pack see different ranges: [first_seen(p), p]. Both ends grow with the token, so the tokens that see
- * a position are one run [from, to): those not before it whose window has begun. Positions are taken up
- * to where either end of the run changes, or the ring wraps. */
-static void mix_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int D = s->m->config.head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
-    int p0 = s->pos + a->i0, from = 0, to = 1;
-    float *out = s->pack_out + query_at(a, g, 0) * D + j0;
-    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s), .e_stride = s->n_score,
-                    .out_stride = D, .width = slice_width(D, j0)};
-    (void)worker;
-    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
-    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
-        while (p0 + from < p) from++;
-        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
-        end = p0 + from + 1;
-        if (to < a->n && first_seen(a, p0 + to) < end) end = first_seen(a, p0 + to);
-        end = p + run_of(a, p, end);
-        m.v = value_at(a, g, j0, p);
-        m.n_pos = end - p;
-        m.n = (to - from) * a->heads_per_kv;
-        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
-        m.out = out + (size_t)from * a->heads_per_kv * D;
-        s->m->kernels->mix_values(&m);
-    }
-    divide_and_place(a, g, j0, out);
-}
-
-/* Queries of one kv head side by side, and scaled. */
-static void gather_queries(const struct attention *a)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
-    for (int i = 0; i < a->n; i++)
-        for (int g = 0; g < c->n_kv_heads; g++) {
-            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
-            float *to = s->pack_q + ((size_t)g * s->pack + i) * q_floats;
-            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
-        }
-}
-
-/* attended [i0 .. i0+n-1][n_heads][head_dim] for one pack of tokens: three phases, each shared out. A pack
- * meets every key and value it sees once for all its queries. */
-static void attend(struct attention *a)
-{
-    const gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    a->first_pos = first_seen(a, s->pos + a->i0);
-    gather_queries(a);
-    for_each(s, c->n_kv_heads * n_score_runs(a), score_task, a);
-    for_each(s, c->n_kv_heads * n_queries(a), softmax_task, a);
-    for_each(s, c->n_kv_heads * n_slices(c->head_dim), mix_task, a);
-}
-
-/* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
-static void trace_normed(const gemma3_state *s, const struct layer *w, int l, int n)
-{
-    const gemma3_config *c = &s->m->config;
-    int D = c->head_dim;
-    for (int h = 0; h < n * c->n_heads; h++)
-        s->m->kernels->rmsnorm(s->attended + (size_t)h * D, s->q + (size_t)h * D, w->attn_q_norm, D, c->rms_eps);
-    trace(s, "Qcur_normed", l, s->attended, n, c->n_heads * D);
-    for (int g = 0; g < n * c->n_kv_heads; g++)
-        s->m->kernels->rmsnorm(s->attended + (size_t)g * D, s->k + (size_t)g * D, w->attn_k_norm, D, c->rms_eps);
-    trace(s, "Kcur_normed", l, s->attended, n, c->n_kv_heads * D);
-}
-
-/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
-static void attention(gemma3_state *s, const struct layer *w, int l, int n)
-{
-    const gemma3_config *c = &s->m->config;
-    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
-                          .heads_per_kv = c->n_heads / c->n_kv_heads};
-    struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
-                         .n_products = 3, .n = n, .x = s->h};
-    matmul(&qkv);
-    if (s->p.trace) trace_normed(s, w, l, n);
-    for_each(s, n, prepare_token, &a);
-    trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
-    trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
-    trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->pack) {
-        a.n = n - a.i0 < s->pack ? n - a.i0 : s->pack;
-        attend(&a);
-    }
-    trace(s, "kqv_out", l, s->attended, n, c->n_heads * c->head_dim);
-    matmul_one(s, s->h, &w->attn_output, s->attended, n);
-}
-
-/* ---- Feed-forward ---- */
-
-static void gelu_task(void *arg, int i, int worker)
-{
-    gemma3_state *s = arg;
-    size_t d_ff = s->m->config.d_ff;
-    (void)worker;
-    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
-}
-
-/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
-static void feed_forward(gemma3_state *s, const struct layer *w, int n)
-{
-    struct matmul gate_up = {.s = s, .w = {&w->ffn_gate, &w->ffn_up}, .y = {s->gate, s->up},
-                             .n_products = 2, .n = n, .x = s->h};
-    matmul(&gate_up);
-    for_each(s, n, gelu_task, s);
-    matmul_one(s, s->h, &w->ffn_down, s->gate, n);
-}
-
-/* ==== 10. The forward pass ====================================================================== */
-
-/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
- * this scale makes one matrix serve as both. */
-static void embed(gemma3_state *s, const int32_t *ids, int n)
-{
-    const gemma3_config *c = &s->m->config;
-    for (int i = 0; i < n; i++) {
-        float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
-        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
-    }
-}
-
-/* Rows that were asked for: their position is the first one's, the others need not be adjacent. */
-static void trace_rows(const gemma3_state *s, const char *name, const int *rows, const float *x, int n, int width)
-{
-    if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
-}
-
-/* Logits of n_rows tokens of the chunk, each n_vocab long. */
-static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
-{
-    const gemma3_config *c = &s->m->config;
-    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
-        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
-                c->d_model * sizeof(float));
-    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    trace_rows(s, "result_norm", rows, s->h, n_rows, c->d_model);
-    matmul_one(s, logits, &s->m->output, s->h, n_rows);
-    for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
-        float t = logits[j] / c->final_softcap;
-        float e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
-        float tanh_of_abs = (1.0f - e) / (1.0f + e);
-        logits[j] = c->final_softcap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
-    }
-    trace_rows(s, "result_output", rows, logits, n_rows, c->n_vocab);
-}
-
-/* n <= chunk tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
-static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
-{
-    const gemma3_config *c = &s->m->config;
-    size_t size = (size_t)n * c->d_model;
-    rope_tables(s, n);
-    embed(s, ids, n);
-    trace(s, "inp_scaled", -1, s->x, n, c->d_model);
-    for (int l = 0; l < c->n_layers; l++) {
-        const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->h, s->x, w->attn_norm, n);
-        trace(s, "attn_norm", l, s->h, n, c->d_model);
-        attention(s, w, l, n);
-        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
-        trace(s, "attn_post_norm", l, s->h, n, c->d_model);
-        add(s->x, s->h, size);
-        trace(s, "sa_out", l, s->x, n, c->d_model);
-        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
-        trace(s, "ffn_norm", l, s->h, n, c->d_model);
-        feed_forward(s, w, n);
-        trace(s, "ffn_out", l, s->h, n, c->d_model);
-        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
-        trace(s, "ffn_post_norm", l, s->h, n, c->d_model);
-        add(s->x, s->h, size);
-        trace(s, "l_out", l, s->x, n, c->d_model);
-    }
-}
-
-/* Labels of the trace as they come; from the second to the third from the end each layer has them. */
-static const char *const trace_labels[] = {
-    "inp_scaled", "attn_norm", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur", "Vcur", "kqv_out",
-    "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
-enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
-
-const char *gemma3_trace_label(int index, int *in_layers)
-{
-    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
-    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
-    return trace_labels[index];
-}
-
-static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
-{
-    int n_vocab = s->m->config.n_vocab;
-    if (n < 0) {
-        snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
-        return -1;
-    }
-    if (n > s->p.n_ctx - s->pos) {
-        snprintf(s->error, sizeof s->error, "the context is full: it holds %d tokens, %d are in it and %d more were given",
-                 s->p.n_ctx, s->pos, n);
-        return -1;
-    }
-    for (int i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= n_vocab) {
-            snprintf(s->error, sizeof s->error, "token %d is %d, outside the vocabulary of %d", s->pos + i,
-                     (int)ids[i], n_vocab);
-            return -1;
-        }
-    for (int k = 0; k < n_rows; k++)
-        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1])) {
-            snprintf(s->error, sizeof s->error, "rows[%d] is %d: rows must ascend and lie in 0..%d", k, rows[k], n - 1);
-            return -1;
-        }
-    return 0;
-}
-
-int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows, float *logits)
-{
-    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
-    fp_state fp = fp_enter();
-    for (int done = 0, take; done < n; done += take) {
-        int in_chunk = 0, chunk_rows[GEMMA3_CHUNK];
-        take = n - done < s->chunk ? n - done : s->chunk;
-        forward_chunk(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) chunk_rows[in_chunk++] = *rows - done;
-        if (in_chunk) unembed(s, chunk_rows, in_chunk, logits);
-        if (in_chunk) logits += (size_t)in_chunk * s->m->config.n_vocab;
-        s->pos += take;
-    }
-    fp_leave(fp);
-    return 0;
 }
 
 /* ==== 11. Reading GGUF ==========================================================================
@@ -3284,9 +3537,9 @@ static int bind_weights(struct opening *o)
     if (!o->norms || bind(o, "token_embd.weight", 0, d, &m->token_embd) ||
         bind_norm(o, "output_norm.weight", d, &m->output_norm))
         return -1;
-    m->output = m->token_embd;
+    m->lm_head = m->token_embd;
     m->tied = !find_tensor(&o->g, "output.weight");
-    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
+    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->lm_head)) return -1;
     for (int l = 0; l < c->n_layers; l++) {
         struct layer *w = &m->layer[l];
         if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
@@ -3362,7 +3615,7 @@ static int repack(struct opening *o)
     int n = 0, n_layers = m->config.n_layers;
     struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
     all[n++] = &m->token_embd;
-    if (!m->tied) all[n++] = &m->output;
+    if (!m->tied) all[n++] = &m->lm_head;
     for (int l = 0; l < n_layers; l++) {
         struct layer *w = &m->layer[l];
         struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output,
@@ -3380,7 +3633,7 @@ static int repack(struct opening *o)
         repack_one(o, all[k], &to);
         if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
     }
-    if (m->tied) m->output = m->token_embd;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3403,7 +3656,7 @@ static int open_steps(struct opening *o, const void *data, size_t size)
     if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) ||
         bind_weights(o) || open_tokenizer(o))
         return -1;
-    m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
     if (!m->exact && !o->options.no_repack && repack(o)) return -1;
     struct string name = get_string(&o->g, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
@@ -3480,11 +3733,11 @@ static void *piece(struct arena *a, size_t count, size_t bytes)
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->chunk = p->n_batch < GEMMA3_CHUNK ? p->n_batch : GEMMA3_CHUNK;
-    s->chunk = s->chunk < p->n_ctx ? s->chunk : p->n_ctx;
-    s->pack = s->chunk < 4 ? s->chunk : 4;
-    s->n_acc = s->chunk < 16 ? 16 : s->chunk; /* attention has that many queries of a kv head */
-    s->ring = c->window + s->chunk - 1 < p->n_ctx ? c->window + s->chunk - 1 : p->n_ctx;
+    s->n_ubatch = p->n_batch < GEMMA3_MAX_UBATCH ? p->n_batch : GEMMA3_MAX_UBATCH;
+    s->n_ubatch = s->n_ubatch < p->n_ctx ? s->n_ubatch : p->n_ctx;
+    s->q_block = s->n_ubatch < 4 ? s->n_ubatch : 4;
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* attention has that many queries of a kv head */
+    s->ring = c->window + s->n_ubatch - 1 < p->n_ctx ? c->window + s->n_ubatch - 1 : p->n_ctx;
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3505,9 +3758,9 @@ static int widest_input(const gemma3_config *c)
 /* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
-    const gemma3_config *c = &s->m->config;
-    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->chunk;
-    size_t pack_q = (size_t)s->pack * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    const gemma3_config *c = s->c;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
+    size_t n_queries = (size_t)s->q_block * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3525,12 +3778,12 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->v = piece(a, times(n, kv), sizeof(float));
     s->gate = piece(a, n * c->d_ff, sizeof(float));
     s->up = piece(a, n * c->d_ff, sizeof(float));
-    s->pack_q = piece(a, pack_q * D, sizeof(float));
-    s->pack_out = piece(a, pack_q * D, sizeof(float));
-    s->score_sum = piece(a, pack_q, sizeof(float));
+    s->block_q = piece(a, n_queries * D, sizeof(float));
+    s->block_out = piece(a, n_queries * D, sizeof(float));
+    s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(pack_q, s->n_score), sizeof(float));
-    s->xq = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->xq);
+    s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
+    s->q8 = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
     s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
@@ -3545,7 +3798,7 @@ gemma3_params gemma3_default_params(const gemma3_model *m)
 
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m};
+    gemma3_state s = {.m = m, .c = &m->config};
     struct arena a = {NULL, 0};
     size_state(&s, &m->config, p);
     lay_out(&s, &a);
@@ -3581,6 +3834,7 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
     struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
     memset(s, 0, sizeof *s);
     s->m = m;
+    s->c = &m->config;
     size_state(s, c, p);
     lay_out(s, &a);
     for (int local = 0; local < 2; local++)
@@ -3872,17 +4126,51 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     hex[64] = 0;
 }
 
-/* ==== 15. Threads and files of the host ========================================================= */
+/* ==== 15. Threads and files of the host =========================================================
+ *
+ * What is asked of an operating system: map a file, count cores, say how much memory there is, start
+ * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+};
+static void worker_main(struct worker *w);
+
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
+static int host_open(const char *path, long long *size)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    return data == MAP_FAILED ? NULL : data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+}
 
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
@@ -3907,177 +4195,350 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-static void host_unmap(const gemma3_model *m)
+/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
+static void numbers_in(const char *folder, const char *name, double *a, double *b)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
-}
-
-gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
-{
-    struct stat st;
-    char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given");
-    const char *name = short_path(path, shortened);
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(err, "%s is not a regular file", name);
-    }
-    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty");
-    }
-    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int map_error = errno;
-    close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)st.st_size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
-}
-
-/* The first number in a file, or other. */
-static long number_in(const char *path, long other)
-{
-    long number;
+    char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
+    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
     if (f) fclose(f);
-    return number;
+}
+
+/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
+ * file for each. */
+struct limits {
+    double cpus, bytes;
+};
+
+static void limit_by_group(const char *folder, struct limits *least)
+{
+    double quota = -1, period = 1e5, bytes = -1, unused;
+    numbers_in(folder, "cpu.max", &quota, &period);
+    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
+    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
+    numbers_in(folder, "memory.max", &bytes, &unused);
+    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
+    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
+    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+}
+
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
+ * controllers in a folder of that name below root. The groups above bind a group too. */
+static struct limits cgroup_limits(const char *self, const char *root)
+{
+    struct limits least = {1e9, 1e18};
+    char line[4096], folder[4200];
+    FILE *f = fopen(self, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+        if (!path) continue;
+        line[strcspn(line, "\n")] = 0;
+        *path++ = 0;
+        char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
+        memcpy(end, path, strlen(path) + 1);
+        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
+            if (cut > folder) *cut = 0;
+            limit_by_group(folder, &least);
+        }
+    }
+    if (f) fclose(f);
+    return least;
 }
 
 /* The cores this process may use: of the hardware threads that share a core one counts (two of them
  * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
  * to whoever is free. */
-static int usable_cores(void)
+static int host_cores(void)
 {
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
     enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
     uint8_t seen[MAX_CPUS] = {0};
-    int cores = 0;
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
+    cores = 0;
     for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
+        char folder[96];
+        double core = cpu, unused; /* named by the first of its threads */
         if (!CPU_ISSET(cpu, &may_use)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        long core = number_in(path, cpu); /* named by the first of its threads */
-        if (core < 0 || core >= MAX_CPUS) core = cpu;
-        cores += !seen[core];
-        seen[core] = 1;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        numbers_in(folder, "thread_siblings_list", &core, &unused);
+        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
+        cores += !seen[(int)core];
+        seen[(int)core] = 1;
     }
-    return cores;
-#else
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
+    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
 }
 
-/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
- * usually 100000, or "max". */
+static double host_memory(void)
+{
+    struct rlimit space;
+    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
+    if (group < bytes) bytes = group;
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
+        bytes = (double)space.rlim_cur;
+    return bytes;
+}
+
+struct host_lock { /* and a bell for those who wait under it */
+    pthread_mutex_t mutex;
+    pthread_cond_t bell;
+};
+static void lock_init(struct host_lock *l)
+{
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->bell, NULL);
+}
+static void lock_free(struct host_lock *l)
+{
+    pthread_cond_destroy(&l->bell);
+    pthread_mutex_destroy(&l->mutex);
+}
+static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
+static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
+static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
+
+typedef pthread_t host_thread;
+static void *thread_main(void *worker)
+{
+    worker_main(worker);
+    return NULL;
+}
+static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
+static void host_join(host_thread t) { pthread_join(t, NULL); }
+static void host_yield(void) { sched_yield(); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <sys/stat.h>
+
+/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
+static wchar_t *wide_path(const char *path)
+{
+    enum { MOST = 32768 };
+    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
+    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
+    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
+    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
+    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
+    return wide;
+}
+
+static int host_open(const char *path, long long *size)
+{
+    struct _stat64 st;
+    wchar_t *wide = wide_path(path);
+    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    free(wide);
+    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { _close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (file) CloseHandle(file);
+    if (!data) errno = ENOMEM;
+    return data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) UnmapViewOfFile(m->mapping);
+}
+
+/* Unlocking pages that are not locked drops them from the working set. */
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+}
+
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+
+static int host_cores(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
+    DWORD bytes = sizeof all;
+    DWORD_PTR may_use = 1, exist;
+    int cores = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
+    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
+    for (DWORD k = 0; k < bytes / sizeof *all; k++)
+        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
+    return cores;
+}
+
+static double host_memory(void)
+{
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+}
+
+struct host_lock {
+    SRWLOCK mutex;
+    CONDITION_VARIABLE bell;
+};
+static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
+static void lock_free(struct host_lock *l) { (void)l; }
+static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
+static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
+static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
+
+typedef HANDLE host_thread;
+static DWORD WINAPI thread_main(void *worker)
+{
+    worker_main(worker);
+    return 0;
+}
+static int host_start(host_thread *t, struct worker *w)
+{
+    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
+    return *t ? 0 : -1;
+}
+static void host_join(host_thread t)
+{
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void host_yield(void) { SwitchToThread(); }
+#endif
+
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
+{
+    char shortened[SHORT_PATH];
+    long long size;
+    if (!path) return fail(err, "no path of a model was given");
+    const char *name = short_path(path, shortened);
+    int fd = host_open(path, &size);
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
+    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
+    const char *why = strerror(errno);
+    host_close(fd);
+    if (size < 0) return fail(err, "%s is not a regular file", name);
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name);
+    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size);
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, why);
+    gemma3_model *m = calloc(1, sizeof *m), unmapped = {.mapping = data, .mapping_bytes = (size_t)size};
+    if (!m) {
+        host_unmap(&unmapped);
+        return fail(err, "%s: out of memory", name);
+    }
+    m->mapping = data;
+    m->mapping_bytes = (size_t)size;
+    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+}
+
 int gemma3_default_threads(void)
 {
-    int cores = usable_cores();
-    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
-    if (n < cores) cores = (int)n;
+    int cores = host_cores();
     return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
 }
 
-/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
- * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
- * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
- * next round, then sleeps. */
+size_t gemma3_memory_limit(void)
+{
+    double bytes = host_memory();
+    return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
+
+/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
+ * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
+ * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
 struct gemma3_pool {
     int n_threads;
-    pthread_t *thread;
-    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
-    _Atomic int done, sleepers, stop;
-    gemma3_task *_Atomic task;
-    void *_Atomic job;
-    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    host_thread *thread;
+    gemma3_task *task;                /* of this round, with the next two */
+    void *job;
+    int n_tasks;
+    atomic_int next;                  /* the first task that nobody has claimed */
+    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
+    atomic_uint round;                /* how many there were: a new number wakes the workers */
+    atomic_int sleepers, stop;
+    struct host_lock turn;            /* held during a round: states that share a pool take turns */
+    struct host_lock sleep;
 };
 
-enum { LEFT_BITS = 24, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-};
+enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) host_yield();
 }
 
-/* Claims and runs tasks of the current round until none is left. */
-static void work(gemma3_pool *pool, int worker)
+static void claim_tasks(gemma3_pool *pool, int worker)
 {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool->ticket);
-        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
-        if (left == 0) return;
-        gemma3_task *task = atomic_load(&pool->task);
-        void *job = atomic_load(&pool->job);
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
-        task(job, left - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-    }
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
 }
 
-static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+static int enter_round(gemma3_pool *pool)
 {
-    pthread_mutex_lock(&pool->mutex);
+    int inside = atomic_load(&pool->inside);
+    while (inside >= OPEN)
+        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
+    return 0;
+}
+
+static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+{
+    lock(&pool->sleep);
     atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
     atomic_fetch_sub(&pool->sleepers, 1);
-    pthread_mutex_unlock(&pool->mutex);
+    unlock(&pool->sleep);
 }
 
-static void *worker_main(void *arg)
+static void wake_workers(gemma3_pool *pool)
 {
-    struct worker me = *(struct worker *)arg;
+    lock(&pool->sleep);
+    ring(&pool->sleep);
+    unlock(&pool->sleep);
+}
+
+static void worker_main(struct worker *w)
+{
+    struct worker me = *w;
     gemma3_pool *pool = me.pool;
-    uint64_t seen = 0;
-    free(arg);
+    unsigned seen = 0;
+    free(w);
     fp_enter();
     while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
-        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
-        work(pool, me.id);
+        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
+        seen = atomic_load(&pool->round);
+        if (!enter_round(pool)) continue;
+        claim_tasks(pool, me.id);
+        atomic_fetch_sub(&pool->inside, 1);
     }
-    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    pthread_mutex_lock(&pool->round);
-    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
-    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
-    atomic_store(&pool->job, job);
-    atomic_store(&pool->done, 0);
-    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    work(pool, 0);
-    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
-    pthread_mutex_unlock(&pool->round);
+    lock(&pool->turn);
+    pool->task = task;
+    pool->job = job;
+    pool->n_tasks = n_tasks;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->inside, OPEN);
+    atomic_fetch_add(&pool->round, 1);
+    if (atomic_load(&pool->sleepers)) wake_workers(pool);
+    claim_tasks(pool, 0);
+    atomic_fetch_sub(&pool->inside, OPEN);
+    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -4087,13 +4548,12 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads);
     }
-    pthread_mutex_init(&pool->round, NULL);
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    lock_init(&pool->turn);
+    lock_init(&pool->sleep);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
         struct worker *w = malloc(sizeof *w);
         if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
+        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
             fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
             free(w);
             gemma3_pool_free(pool);
@@ -4106,14 +4566,11 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->stop, 1);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_mutex_destroy(&pool->round);
+    wake_workers(pool);
+    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
+    lock_free(&pool->sleep);
+    lock_free(&pool->turn);
     free(pool->thread);
     free(pool);
 }
@@ -4715,7 +5172,7 @@ static void append_floats(struct watch *w, const struct tensor_seen *t, const fl
 
 /* The library calls this with every tensor inside. */
 static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       const float *data)
+                       float *data)
 {
     struct watch *w = user;
     char with_layer[64];
@@ -4911,7 +5368,7 @@ static int open_state(struct session *s)
         return complain("%s", err.text);
 
     size_t n_vocab = (size_t)s->config->n_vocab;
-    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_CHUNK) : 1;
+    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_MAX_UBATCH) : 1;
     s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
     if (!s->logits)
         return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
@@ -5302,7 +5759,7 @@ static int score_row(struct session *s, struct rows_out *o, int position, const 
 /* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
  * since --top and text come after it. */
 static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
-                       int rows[GEMMA3_CHUNK])
+                       int rows[GEMMA3_MAX_UBATCH])
 {
     const struct args *a = s->args;
     int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
@@ -5320,7 +5777,7 @@ static int score_prompt(struct session *s, struct rows_out *o)
     int code = 0, n_rows = 0;
     double start = seconds();
     for (int i = 0; i < s->n_ids && !code;) {
-        int rows[GEMMA3_CHUNK], n = lesser(s->n_ids - i, s->max_rows);
+        int rows[GEMMA3_MAX_UBATCH], n = lesser(s->n_ids - i, s->max_rows);
         n_rows = rows_needed(s, o, i, n, rows);
         if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
             return complain("%s", gemma3_state_error(s->state));
@@ -5449,8 +5906,8 @@ static int score_chunk(struct session *s, const int32_t *ids, int n, struct scor
     size_t n_vocab = (size_t)s->config->n_vocab;
     gemma3_state_reset(s->state);
     for (int i = 0; i < n - 1;) {
-        int rows[GEMMA3_CHUNK], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
-        int32_t tile[GEMMA3_CHUNK];
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
+        int32_t tile[GEMMA3_MAX_UBATCH];
         memcpy(tile, ids + i, (size_t)count * sizeof *tile);
         if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
             tile[0] = v->bos;

@@ -2,7 +2,7 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
- *                              gemma3_default_threads
+ *                              gemma3_default_threads, gemma3_memory_limit
  *
  * A whole program:
  *
@@ -54,7 +54,7 @@ extern "C" {
 enum {
     GEMMA3_CONTRACT = 1,     /* version of the numeric contract */
     GEMMA3_MAX_LAYERS = 128,
-    GEMMA3_CHUNK = 64,        /* tokens taken through the layers at once, at most */
+    GEMMA3_MAX_UBATCH = 64,        /* tokens taken through the layers at once, at most */
     GEMMA3_MAX_THREADS = 256,
     GEMMA3_PENALTY_WINDOW = 64, /* tokens the repeat penalty looks back at */
 };
@@ -129,8 +129,12 @@ size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one
 /* Names of the kernels this CPU can run, best first; NULL after the last. */
 const char *gemma3_isa_name(int index);
 
-/* Threads that are worth having on this machine: its physical cores. */
+/* Threads that are worth having: the physical cores that this process, or its container, may use. */
 int gemma3_default_threads(void);
+
+/* Bytes of memory that this process may use: the machine's, its container's limit or the user's (ulimit
+ * -v), whichever is least; 0 when the system does not say. */
+size_t gemma3_memory_limit(void);
 
 /* ---- A conversation --------------------------------------------------------------------------- */
 
@@ -141,14 +145,14 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
  * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
  * pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
-                          const float *data);
+                          float *data);
 
 /* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
 const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
-    int n_batch;             /* tokens taken at once; more than GEMMA3_CHUNK count as that many */
+    int n_batch;             /* tokens taken at once; more than GEMMA3_MAX_UBATCH count as that many */
     gemma3_kv_type kv_type;
     int n_threads;           /* workers that parallel_for has, 1 without it */
     gemma3_parallel_for *parallel_for; /* NULL: one thread */
