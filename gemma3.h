@@ -226,14 +226,13 @@ gemma3_sampler gemma3_sampler_new(uint64_t seed);
 /* Tells the sampler of a token, prompt included, for the repeat penalty. */
 void gemma3_sampler_accept(gemma3_sampler *s, int32_t id);
 /* Chooses the next id (README, rule 8). scratch has room for n_vocab candidates. */
-int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab,
+int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab,
                       gemma3_candidate *scratch);
 
 /* SHA-256 (FIPS 180-4), so that a board can print the hash of its logits. */
 typedef struct gemma3_sha256 {
-    uint32_t h[8];
-    uint32_t n_low, n_high;  /* bytes so far */
-    uint8_t block[64];
+    uint32_t h[8], block[16];
+    uint64_t n_bytes;        /* so far */
 } gemma3_sha256;
 void gemma3_sha256_init(gemma3_sha256 *c);
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n);
