@@ -230,7 +230,7 @@ static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
     qsort(c, n, sizeof *c, by_order);
     int n_left = s->top_k && s->top_k < n ? s->top_k : n, k = 0;
     for (int i = 0; i < n; i++) e[i] = 0;
-    for (int i = 0; i < n_left; i++) e[c[i].id] = exp_of(HARD_FMA, (c[i].logit - c[0].logit) / s->temperature);
+    for (int i = 0; i < n_left; i++) e[c[i].id] = exp_f32((c[i].logit - c[0].logit) / s->temperature);
     for (int i = 0; i < n; i++) lane[i % 16] += e[i];
     float limit = s->top_p * join_lanes(lane);
     while (k < n_left && (k == 0 || sum < limit)) sum += e[c[k++].id];
