@@ -12,21 +12,21 @@
  *         h = rms(x) * attn_norm
  *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
- *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token at
- *                                                 position p by p * base^(-2j/head_dim) / factor
+ *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
+ *                                                 at position p by p * base^(-2j/head_dim) / factor
  *         a = softmax(q . k * query_scale) v      over the positions that the token sees
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
- *     logits = cap * tanh(logits / cap)           only in a file that has a softcap: no Gemma 3 does
+ *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
- * element by element. A program repeats: ids -> logits after the last token -> choose an id -> append
- * it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: Gemma 3
- * Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which exact mode
- * agrees to float32 rounding.
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
+ * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
+ * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
+ * exact mode agrees to float32 rounding.
  *
  * One layer, with the shapes of 1B:
  *
@@ -62,13 +62,13 @@
  *       (+)-------'
  *     x [1152]  into the next layer
  *
- * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees the
- * whole past, a local one the last `window` positions, the token's own included. With window 4:
+ * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees
+ * the whole past, a local one the last `window` positions, the token's own included. With window 4:
  *
  *     token 9 sees    global  0 1 2 3 4 5 6 7 8 9         local              6 7 8 9
  *
- * So a local layer need not keep more than the window: its cache is a ring, and position p lies in slot
- * p mod ring. With a ring of 4 slots, before and after token 10 comes:
+ * So a local layer need not keep more than the window: its cache is a ring, and position p lies in
+ * slot p mod ring. With a ring of 4 slots, before and after token 10 comes:
  *
  *     slot  0 1 2 3          slot  0 1  2 3
  *     pos   8 9 6 7          pos   8 9 10 7
@@ -82,8 +82,9 @@
  *     12B           48     3840  15360     16         8       256    1024       8  1/sqrt(256)
  *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
  *
- * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the factor
- * divides global layers' angles alone.
+ * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
+ * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
+ * the others' by head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -100,9 +101,9 @@
  *     output_norm     model.norm                     output_norm.weight
  *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
- * b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule 4" is rule 4
- * of the numeric contract in README.md.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
+ * 4" is rule 4 of the numeric contract in README.md.
  *
  * Contents
  *      1  The model and the state
@@ -125,9 +126,9 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
- * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
- * lines for gcc change speed, never bits. */
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
+ * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
+ * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma float_control(precise, on)
@@ -136,20 +137,24 @@
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
-#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
-#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
+#if defined(__ARM_FEATURE_MVE)
+#pragma GCC optimize("no-tree-vectorize") /* Helium's vectors of floats flush subnormals */
+#endif
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
-#endif
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
+#define _GNU_SOURCE 1
 #endif
+#define _NETBSD_SOURCE 1
+#define _FILE_OFFSET_BITS 64    /* files over 2 GB where pointers have 32 bits */
 #include "gemma3.h"
 
 #include <float.h>
@@ -159,7 +164,7 @@
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#error "float arithmetic is wider than float: x86 wants -msse2 -mfpmath=sse, s390x -std=gnu11"
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
@@ -184,21 +189,21 @@ enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
 typedef uint64_t fp_state;
-static fp_state fp_enter(void);       /* IEEE's rounding and subnormals for this thread: section 7 */
-static void fp_leave(fp_state old);
+static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
+static void fp_leave(fp_state old);   /* as the caller had them */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-/* ==== 1. The model and the state ================================================================ */
+/* ==== 1. The model and the state ============================================================== */
 
 /* Tensor types by their number in GGUF. */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
        Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
 
-enum { TILE_ROWS = 32 };              /* rows of a matrix that are multiplied together (section 8) */
+enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
 
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or as
- * tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or
+ * as tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
 struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
@@ -242,8 +247,8 @@ struct gemma3_model {
     size_t mapping_bytes;
 };
 
-/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at once.
- * Shapes are said here; where everything lies says lay_out (section 13). */
+/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
+ * once. Shapes are said here; where everything lies says lay_out (section 13). */
 struct gemma3_state {
     const gemma3_model *m;
     const gemma3_config *c;           /* the model's, unless params have another */
@@ -274,11 +279,11 @@ struct gemma3_state {
     char error[256];
 };
 
-/* ==== 2. The operations =========================================================================
+/* ==== 2. The operations ==========================================================================
  *
- * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet. A
- * table exists for plain C, which is the definition (section 9), and for each instruction set (section
- * 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+ * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
+ * A table exists for plain C, which is the definition (section 9), and for each instruction set
+ * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
@@ -343,6 +348,8 @@ struct kernels {
     void (*mix_values)(const struct mix *m);
     /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
     void (*gelu)(float *gate, const float *up, int n);
+    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    double (*sum_exp)(const float *logits, int n, float max);
 };
 
 /* From later sections: what the forward pass uses besides the table. */
@@ -351,13 +358,21 @@ static void softcap(float *logits, size_t n, float cap);
 static const struct format *find_format(uint32_t type);
 static int is_float(const struct format *f);
 
-/* For params.trace, which may look at every tensor, and change it to see what a mistake would do. */
+/* For params.trace, which may look at every tensor, and change it to see what a mistake would
+ * do. */
 static void trace(const gemma3_state *s, const char *name, int l, float *x, int width, int n)
 {
     if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
 }
 
-/* ==== 3. The forward pass ======================================================================= */
+/* ==== 3. The forward pass ===================================================================== */
+
+/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+struct linear {
+    const struct matrix *w;
+    float *y;
+};
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
 
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
@@ -366,8 +381,9 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n);
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
-/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new token
- * are the same. h is the branch that leaves the residual stream x and is added to it again. */
+/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
+ * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * again. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
@@ -413,39 +429,32 @@ static void add(float *x, const float *y, size_t n)
     for (size_t j = 0; j < n; j++) x[j] += y[j];
 }
 
-/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear scaling
- * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear
+ * scaling divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
 static void rope_tables(gemma3_state *s, int n)
 {
     int half = s->c->head_dim / 2;
     for (int local = 0; local < 2; local++)
         for (int i = 0; i < n; i++)
             for (int j = 0; j < half; j++)
-                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
-                        s->sine[local] + i * half + j);
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i),
+                        &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
 }
-
-/* One matrix of several that have the same input: y [n][rows] = w x. */
-struct linear {
-    const struct matrix *w;
-    float *y;
-};
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n);
 
 /* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
     const gemma3_config *c = s->c;
-    gemma3_trace *trace_rows = s->p.trace; /* as trace, but the rows begin at another position */
+    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
     int pos = s->pos + rows[0];
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
     rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    if (trace_rows) trace_rows(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
     matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
-    if (trace_rows) trace_rows(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
+    if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
 }
 
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows);
@@ -459,7 +468,7 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
         take = min_int(n - done, s->n_ubatch);
         forward_ubatch(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) rows_here[n_here++] = *rows - done;
+        for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
         s->pos += take;
@@ -475,12 +484,12 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
     size_t size = sizeof s->error;
     if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
     if (n > s->p.n_ctx - s->pos)
-        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and %d "
-                        "more were given", s->p.n_ctx, s->pos, n);
+        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
+                        "%d more were given", s->p.n_ctx, s->pos, n);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= n_vocab)
-            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d", s->pos + i,
-                            (int)ids[i], n_vocab);
+            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+                            s->pos + i, (int)ids[i], n_vocab);
     for (int k = 0; k < n_rows; k++)
         if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
             return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
@@ -503,26 +512,31 @@ const char *gemma3_trace_label(int index, int *in_layers)
     return trace_labels[index];
 }
 
-/* ==== 4. Attention and the KV cache =============================================================
+/* ==== 4. Attention and the KV cache ==============================================================
  *
  * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
- * token. A global layer has a slot for every position. A local layer looks back `window` tokens, itself
- * included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the first token of
- * a call sees survives the call's own writes.
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
+ * first token of a call sees survives the call's own writes.
  *
  * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
  *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
  *
- * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K and V
- * meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16 queries. */
+ * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
+ * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
+ * queries. */
 
 static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
-static int slots_of(const gemma3_state *s, int l) { return s->c->is_local[l] ? s->ring : s->p.n_ctx; }
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
+}
 
-/* The attention of one query block in layer l. t counts the block's queries of one kv head: that of token
- * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
+/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
+ * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
+ * head. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -533,7 +547,6 @@ struct attention {
 };
 
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
 static void norm_heads(void *attention, int i, int worker);
@@ -548,7 +561,8 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     int q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
-    matmul(s, (struct linear[]){{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}}, 3, s->h, n);
+    struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
+    matmul(s, qkv, 3, s->h, n);
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
@@ -628,8 +642,9 @@ static void store_heads(void *attention, int i, int worker)
     int D = s->c->head_dim, p = s->pos + i;
     (void)worker;
     for (int g = 0; g < s->c->n_kv_heads; g++) {
+        const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
         const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
-        s->m->kernels->store(key_at(a, g, p), head_at(s->k, s->c->n_kv_heads, D, i, g), D, cache_type(s));
+        s->m->kernels->store(key_at(a, g, p), k, D, cache_type(s));
         for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
             s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), cache_type(s));
     }
@@ -701,9 +716,9 @@ static int run_of(const struct attention *a, int begin, int end)
     return min_int(end - begin, a->slots - begin % a->slots);
 }
 
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
- * them are positions that a query must not see, later ones and those before its window: softmax and mix
- * pass over them, which is the causal mask. */
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
+ * Among them are positions that a query must not see, later ones and those before its window:
+ * softmax and mix pass over them, which is the causal mask. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
@@ -711,8 +726,8 @@ static void score_task(void *arg, int index, int worker)
     int D = s->c->head_dim, g = index / n_score_runs(a);
     int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
     int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
-    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s), .cols = D,
-                           .x_stride = D, .acc = acc_of(s, worker)};
+    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
+                           .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
     for (; p < end; p += keys.n_rows) {
         keys.rows = key_at(a, g, p);
         keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
@@ -752,9 +767,10 @@ static void divide_and_place(const struct attention *a, int g, int j0, const flo
     }
 }
 
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens
- * of the block see different ranges, [first_seen(p), p], and both ends grow with the token. So the tokens
- * that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10 of a block:
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
+ * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
+ * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
+ * of a block:
  *
  *     position    5  6  7  8  9  10
  *     token 8     x  x  x  x              from = 0 until 8
@@ -800,7 +816,7 @@ static void attend(struct attention *a)
     for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
 }
 
-/* ==== 5. Feed-forward =========================================================================== */
+/* ==== 5. Feed-forward ========================================================================= */
 
 static void gelu_task(void *state, int i, int worker)
 {
@@ -821,10 +837,10 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
     matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
 }
 
-/* ==== 6. Matrix times vectors, and how threads share ============================================
+/* ==== 6. Matrix times vectors, and how threads share =============================================
  *
- * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot change
- * a bit, because no sum is ever divided (rule 7). */
+ * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
+ * change a bit, because no sum is ever divided (rule 7). */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -847,7 +863,8 @@ static void items_task(void *arg, int index, int worker)
     const struct items *w = arg;
     fp_state fp = fp_enter(); /* the thread may be the caller's */
     int i, end;
-    for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
+    share_of(w->n_items, w->n_tasks, index, &i, &end);
+    for (; i < end; i++) w->each(w->job, i, worker);
     fp_leave(fp);
 }
 
@@ -898,43 +915,45 @@ static void copy_floats(float *to, const float *from, int n)
 
 struct matmul {
     const gemma3_state *s;
-    const struct linear *out;
+    const struct linear *to;
     const float *x;                   /* [n][cols] */
     int n;
     size_t blocks;                    /* of a row of q8 */
 };
 
-static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker);
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker);
 
 /* Rows of tile `index`, counted through all the matrices, times every vector. */
 static void matmul_task(void *arg, int index, int worker)
 {
     const struct matmul *job = arg;
-    const struct linear *out = job->out;
-    for (; index >= n_tiles(out->w); out++) index -= n_tiles(out->w);
+    const struct linear *to = job->to;
+    for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
     float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
-    int row = index * TILE_ROWS, n_rows = min_int(out->w->rows - row, TILE_ROWS);
+    int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
     memset(acc, 0, job->n * sizeof *acc);
-    mul_tile(job, out->w, row, n_rows, worker);
-    for (int i = 0; i < job->n; i++) copy_floats(out->y + (size_t)i * out->w->rows + row, acc[i], n_rows);
+    mul_tile(job, to->w, row, n_rows, worker);
+    for (int i = 0; i < job->n; i++)
+        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
 
 static void quantize_task(void *arg, int i, int worker)
 {
     const struct matmul *job = arg;
-    int cols = job->out->w->cols;
+    int cols = job->to->w->cols;
     (void)worker;
     job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
 }
 
-/* Every one of n_out matrices with the same input x [n][cols]. */
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n)
+/* Every one of n_to matrices with the same input x [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
 {
-    struct matmul job = {s, out, x, n, ((size_t)out->w->cols + 31) / 32};
+    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
     int tiles = 0, has_codes = 0;
-    for (int k = 0; k < n_out; k++) {
-        tiles += n_tiles(out[k].w);
-        has_codes |= !is_float(out[k].w->format);
+    for (int k = 0; k < n_to; k++) {
+        tiles += n_tiles(to[k].w);
+        has_codes |= !is_float(to[k].w->format);
     }
     if (has_codes && !s->m->exact) for_each(s, n, quantize_task, &job);
     for_each(s, tiles, matmul_task, &job);
@@ -1044,8 +1063,18 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#elif defined(__arm__) && defined(__VFP_FP__) && !defined(__SOFTFP__)
+static void fp_leave(fp_state old) { __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)old)); }
+static fp_state fp_enter(void)
+{
+    uint32_t old;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    return old;
+}
 #else
 #include <fenv.h>
+#if defined(FE_TONEAREST)
 static fp_state fp_enter(void)
 {
     int old = fegetround();
@@ -1053,10 +1082,18 @@ static fp_state fp_enter(void)
     return (fp_state)old;
 }
 static void fp_leave(fp_state old) { fesetround((int)old); }
+#else /* floats in software, which know one way of rounding */
+static fp_state fp_enter(void) { return 0; }
+static void fp_leave(fp_state old) { (void)old; }
+#endif
 #endif
 
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
+
+static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
 
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
@@ -1066,11 +1103,8 @@ static double exp_double(double x)
     if (x > 709.78) return (double)float_of(0x7f800000);
     double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
     double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
     double e = 0;
-    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
     for (; n > 1000; n -= 512) e *= 0x1p512;
     for (; n < -1000; n += 512) e *= 0x1p-512;
     uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
@@ -1163,11 +1197,13 @@ static void softcap(float *logits, size_t n, float cap)
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
     if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -2705,6 +2741,47 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     return join_lanes(lane);
 }
 
+enum { EXP_RUN = 64 };
+
+/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
+ * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
+INLINE void add_exp_run(double *lane, const float *logits, double max)
+{
+    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
+    double e[EXP_RUN];
+    for (int j = 0; j < EXP_RUN; j++)
+        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
+    for (int j = 0; j < EXP_RUN; j++) {
+        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
+        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+        e[j] = exp_taylor[13];
+        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
+    }
+    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
+    for (int i = 0; i < EXP_RUN; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
+}
+
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
+ * or below -690, the definition itself runs. */
+INLINE double sum_exp_plain(const float *logits, int n, float max)
+{
+    double lane[16] = {0};
+    int i = 0;
+    for (int run, n_near; i < n; i += run) {
+        run = min_int(n - i, EXP_RUN), n_near = 0;
+        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
+        if (n_near == EXP_RUN)
+            add_exp_run(lane, logits + i, max);
+        else
+            for (int j = 0; j < run; j++)
+                lane[j % 16] += exp_double((double)logits[i + j] - max);
+    }
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
 /* ---- The kernels of one instruction set ---- */
 
 /* The element-wise pieces, compiled for one target. */
@@ -2724,7 +2801,9 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     target static void store_##suffix(uint8_t *to, const float *x, int n, int type)              \
     { store_plain(to, x, n, type); }                                                             \
     target static float exp_scores_##suffix(float *s, int n, int first)                               \
-    { return exp_scores_plain(hard, s, n, first); }
+    { return exp_scores_plain(hard, s, n, first); }                                                \
+    target static double sum_exp_##suffix(const float *logits, int n, float max)                   \
+    { return sum_exp_plain(logits, n, max); }
 
 #define PLAIN
 FOR_TARGET(PLAIN, scalar, HARD_FMA)
@@ -2761,7 +2840,7 @@ static void mul_codes_by(const struct product *p, mul_q4_0 *q4, mul_panel *panel
 }
 #define TABLE(name, plain, floats, mix)                                                                 \
     {#name, quantize_##plain, codes_##name, floats_##floats, dequantize_##plain, rmsnorm_##plain,       \
-     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain}
+     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain, sum_exp_##plain}
 
 FLOATS(scalar, mul_floats_scalar)
 CODES(scalar, scalar, mul_q4_0_scalar, mul_panel_scalar)
@@ -2812,6 +2891,14 @@ static float dot(int type, const uint8_t *row, const float *x, int n)
 
 #if defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int apple_has(const char *feature)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(feature, &has, &size, NULL, 0) && has;
+}
 #endif
 
 static int cpu_has(const char *isa)
@@ -2826,12 +2913,11 @@ static int cpu_has(const char *isa)
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
-#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
-#elif defined(HAVE_NEON)
-    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+    if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
-    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
 const char *gemma3_isa_name(int index)
@@ -3786,51 +3872,44 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
-/* Logits are looked at SCAN at a time: only where the largest of them could matter, one by one. */
-enum { SCAN = 256 };
-
 #define MINUS_INFINITY float_of(0xff800000)
 
-/* The largest of n <= SCAN logits; -infinity when all are NaN. */
+/* The largest of n logits; -infinity when all are NaN. */
 static float largest_of(const float *logits, int n)
 {
     float lane[16];
-    int j = 0;
-    for (int k = 0; k < 16; k++) lane[k] = MINUS_INFINITY;
-    for (; j + 16 <= n; j += 16)
-        for (int k = 0; k < 16; k++) lane[k] = logits[j + k] > lane[k] ? logits[j + k] : lane[k];
-    for (; j < n; j++) lane[0] = logits[j] > lane[0] ? logits[j] : lane[0];
-    for (int k = 1; k < 16; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    int i = 0;
+    for (int j = 0; j < 16; j++) lane[j] = MINUS_INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
+    for (; i < n; i++) lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (int j = 1; j < 16; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     return lane[0];
 }
 
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
     fp_state fp = fp_enter();
-    int32_t best = 0;
-    float top = MINUS_INFINITY;
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (!(largest_of(logits + first, n) > top)) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if (logits[id] > top) top = logits[id], best = id;
-    }
+    float top = largest_of(logits, n_vocab);
+    int32_t id = 0;
+    while (top > MINUS_INFINITY && logits[id] != top) id++;
     fp_leave(fp);
-    return best;
+    return id;
 }
 
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = logits[gemma3_argmax(logits, n_vocab)];
-    double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + log_double(lane[0]);
+    float max = largest_of(logits, n_vocab);
+    const struct kernels *k = all_kernels;
+    while (!cpu_has(k->name)) k++;
+    double sum = k->sum_exp(logits, n_vocab, max);
+    double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
+
+/* ---- Sampling (README, rule 8) ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -3857,81 +3936,67 @@ static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
     return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
 }
 
-/* Whether the repeat penalty changes this token, and its logit then. */
-static int is_penalized(const gemma3_sampler *s, int32_t id)
+/* Whether the repeat penalty changes id: whether it is among the first n of the last ids. */
+static int is_recent(const gemma3_sampler *s, int n, int32_t id)
 {
-    int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int k = 0; k < n && s->repeat_penalty != 1; k++)
-        if (s->last[k] == id) return 1;
+    n = s->repeat_penalty == 1 ? 0 : min_int(n, s->n_last);
+    for (int j = 0; j < n; j++)
+        if (s->last[j] == id) return 1;
     return 0;
 }
 
 static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
 {
-    float l = logits[id] == logits[id] ? logits[id] : MINUS_INFINITY; /* NaN never wins */
-    if (is_penalized(s, id)) l = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-    return (gemma3_candidate){l, id};
+    float r = is_recent(s, GEMMA3_PENALTY_WINDOW, id) ? s->repeat_penalty : 1;
+    float l = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    return (gemma3_candidate){l == l ? l : MINUS_INFINITY, id}; /* NaN never wins */
 }
 
-/* 1 when a comes before b: logit down, id up. */
-static int before(gemma3_candidate a, gemma3_candidate b)
+/* Orders of candidates: the best first, which is logit down and id up; and id up. */
+static int is_better(gemma3_candidate a, gemma3_candidate b)
 {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-static int compare_ids(const void *a, const void *b)
+static int has_lower_id(gemma3_candidate a, gemma3_candidate b) { return a.id < b.id; }
+
+/* Shell's sort: insertion sort of every gap-th element, for gaps down to 1. */
+INLINE void sort(gemma3_candidate *c, int n, int (*before)(gemma3_candidate, gemma3_candidate))
 {
-    return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
+    for (int gap = n; gap > 1;) {
+        gap = gap < 5 ? 1 : (int)(gap * (5 / 11.0));
+        for (int i = gap, j; i < n; i++) {
+            gemma3_candidate new = c[i];
+            for (j = i; j >= gap && before(new, c[j - gap]); j -= gap) c[j] = c[j - gap];
+            c[j] = new;
+        }
+    }
 }
 
-/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
- * last_on_top, last. */
-static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
+/* Puts the k best of n_vocab candidates into c, the best first. They gather until there are 2k;
+ * then the worse half goes, and only what is better than the last one left may still come. Runs of
+ * 256 logits below it are passed over; recent ids come first, as the penalty changes theirs. */
+static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
+                      gemma3_candidate *c, int k)
 {
-    gemma3_candidate new = c[root];
-    for (int child; (child = 2 * root + 1) < n; root = child) {
-        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
-        if (before(new, c[child]) != last_on_top) break;
-        c[root] = c[child];
+    gemma3_candidate last = {MINUS_INFINITY, INT32_MAX};
+    int n = 0, n_recent = s->repeat_penalty == 1 ? 0 : min_int(s->n_last, GEMMA3_PENALTY_WINDOW);
+    for (int j = 0; j < n_recent; j++)
+        if (s->last[j] >= 0 && s->last[j] < n_vocab && !is_recent(s, j, s->last[j]))
+            c[n++] = candidate(s, logits, s->last[j]);
+    for (int32_t id = 0, end; id < n_vocab; id = end) {
+        end = id + min_int(n_vocab - id, 256);
+        if (largest_of(logits + id, end - id) < last.logit) continue;
+        for (; id < end; id++) {
+            if (logits[id] < last.logit || is_recent(s, GEMMA3_PENALTY_WINDOW, id)) continue;
+            gemma3_candidate new = candidate(s, logits, id);
+            if (is_better(new, last)) c[n++] = new;
+        }
+        if (n - k < k) continue;
+        sort(c, n, is_better);
+        last = c[(n = k) - 1];
     }
-    c[root] = new;
-}
-
-static void make_heap(gemma3_candidate *c, int n, int last_on_top)
-{
-    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
-}
-
-/* Puts one more into a heap of the k that come first, the last of them on top. */
-static int offer(gemma3_candidate *c, int n, int k, gemma3_candidate new)
-{
-    if (n < k) {
-        c[n++] = new;
-        if (n == k) make_heap(c, k, 1);
-    } else if (before(new, c[0])) {
-        c[0] = new;
-        sink(c, k, 0, 1);
-    }
-    return n;
-}
-
-/* Puts the k <= n_vocab candidates that come first into c[0 .. k-1], by selection. Penalised tokens are
- * offered ahead of the others: then a run of logits below the last one kept can be passed over. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c, int k)
-{
-    int kept = 0, n_last = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int a = 0; a < n_last && s->repeat_penalty != 1; a++) {
-        int again = s->last[a] < 0 || s->last[a] >= n_vocab;
-        for (int b = 0; b < a; b++) again |= s->last[b] == s->last[a];
-        if (!again) kept = offer(c, kept, k, candidate(s, logits, s->last[a]));
-    }
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (kept == k && largest_of(logits + first, n) < c[0].logit) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if ((kept < k || !(logits[id] < c[0].logit)) && !is_penalized(s, id))
-                kept = offer(c, kept, k, candidate(s, logits, id));
-    }
+    sort(c, n, is_better);
 }
 
 static float weight(const gemma3_sampler *s, float logit, float top)
@@ -3939,27 +4004,22 @@ static float weight(const gemma3_sampler *s, float logit, float top)
     return exp_of(HARD_FMA, (logit - top) / s->temperature);
 }
 
-/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
- * behind it, the first one last, with their weight in place of their logit. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
+/* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
+ * may want them. Far below min_p nothing can be drawn any more: the rest is not looked at. */
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, int more, float top, float limit)
 {
-    float sum = 0, kept = 0, limit = s->top_p * total;
-    int left = n;
-    make_heap(c, n, 0);
-    while (left > 0 && (left == n || sum < limit)) {
-        gemma3_candidate first = c[0];
-        c[0] = c[--left];
-        sink(c, left, 0, 0);
-        first.logit = weight(s, first.logit, top);
-        sum += first.logit;
-        c[left] = first;
+    float sum = 0, total = 0, e = s->min_p;
+    int kept = 0;
+    for (; kept < n && (kept == 0 || (sum < limit && !(e < s->min_p / 2))); kept++) {
+        c[kept].logit = e = weight(s, c[kept].logit, top);
+        sum += e;
+        if (e >= s->min_p) total += e;
     }
-    for (int j = n - 1; j >= left; j--)
-        if (c[j].logit >= s->min_p) kept += c[j].logit;
-    float u = next_uniform(s) * kept;
-    int32_t chosen = c[n - 1].id;
+    if (kept == n && more) return -1;
+    float u = next_uniform(s) * total;
+    int32_t chosen = c[0].id;
     sum = 0;
-    for (int j = n - 1; j >= left && !(sum > u); j--)
+    for (int j = 0; j < kept && !(sum > u); j++)
         if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
     return chosen;
 }
@@ -3968,28 +4028,32 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 {
     fp_state fp = fp_enter();
     float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1, best = 0;
-    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
-    if (n < n_vocab) {
-        keep_best(s, logits, n_vocab, c, n);
-        qsort(c, n, sizeof *c, compare_ids);
-    } else
-        for (int32_t id = 0; id < n_vocab; id++) c[id] = candidate(s, logits, id);
-    for (int j = 1; j < n; j++)
-        if (c[j].logit > c[best].logit) best = j;
-    int32_t chosen = c[best].id;
-    float top = c[best].logit;
+    int n = s->temperature > 0 ? n_vocab : 1;
+    if (s->top_k > 0) n = min_int(n, s->top_k);
+    int all = n == n_vocab, k = all ? min_int(n, 1024) : n; /* of all, the best may do for top-p */
+    keep_best(s, logits, n_vocab, c, k);
+    int32_t chosen = c[0].id;
+    float top = c[0].logit;
     if (n > 1 && top - top == 0) {
-        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
-        chosen = draw(s, c, n, top, join_lanes(lane));
+        if (!all) sort(c, n, has_lower_id);
+        for (int j = 0; j < n; j++) {
+            gemma3_candidate next = all ? candidate(s, logits, j) : c[j];
+            lane[next.id % 16] += weight(s, next.logit, top);
+        }
+        if (!all) sort(c, n, is_better);
+        float limit = s->top_p * join_lanes(lane);
+        while ((chosen = draw(s, c, k, k < n, top, limit)) < 0) {
+            k = k > n / 8 ? n : 8 * k;
+            keep_best(s, logits, n_vocab, c, k);
+        }
     }
     fp_leave(fp);
     return chosen;
 }
 
-/* ---- SHA-256 ---- */
+/* ---- SHA-256 (FIPS 180-4) ---- */
 
-static uint32_t turn_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
 /* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
@@ -4004,21 +4068,20 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)c->block[4 * i] << 24 | (uint32_t)c->block[4 * i + 1] << 16 |
-               (uint32_t)c->block[4 * i + 2] << 8 | c->block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (turn_right(a, 7) ^ turn_right(a, 18) ^ a >> 3) + w[i - 7] +
-               (turn_right(b, 17) ^ turn_right(b, 19) ^ b >> 10);
-    }
+    uint32_t w[64], v[8]; /* v: a b c d e f g h of the standard */
     memcpy(v, c->h, sizeof v);
     for (int i = 0; i < 64; i++) {
-        uint32_t t1 = v[7] + (turn_right(v[4], 6) ^ turn_right(v[4], 11) ^ turn_right(v[4], 25)) +
-                      ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i];
-        uint32_t t2 = (turn_right(v[0], 2) ^ turn_right(v[0], 13) ^ turn_right(v[0], 22)) +
-                      ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        const uint8_t *p = c->block + 4 * (i % 16);
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+        if (i >= 16) {
+            uint32_t x = w[i - 15], y = w[i - 2];
+            w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+                   w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+        }
+        uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
+                      (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
+        uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
+                      (rotate_right(v[0], 2) ^ rotate_right(v[0], 13) ^ rotate_right(v[0], 22));
         memmove(v + 1, v, 7 * sizeof *v);
         v[4] += t1;
         v[0] = t1 + t2;
@@ -4028,31 +4091,24 @@ static void sha256_block(gemma3_sha256 *c)
 
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
-    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memset(c, 0, sizeof *c);
-    memcpy(c->h, h, sizeof h);
+    *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, 0, 0, {0}};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
-    const uint8_t *p = data;
-    while (n > 0) {
-        size_t at = c->n_low % 64, room = 64 - at, now = n < room ? n : room;
-        memcpy(c->block + at, p, now);
-        p += now;
-        n -= now;
-        c->n_low += (uint32_t)now;
-        c->n_high += c->n_low < now;
-        if (at + now == 64) sha256_block(c);
+    for (size_t i = 0; i < n; i++) {
+        c->block[c->n_low++ % 64] = ((const uint8_t *)data)[i];
+        c->n_high += c->n_low == 0;
+        if (c->n_low % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        uint32_t u = bits_of(x[i]);
-        const uint8_t bytes[4] = {(uint8_t)u, (uint8_t)(u >> 8), (uint8_t)(u >> 16), (uint8_t)(u >> 24)};
+        uint8_t bytes[4];
+        store_u32_le(bytes, bits_of(x[i]));
         gemma3_sha256_add(c, bytes, 4);
     }
 }
@@ -4065,21 +4121,56 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     gemma3_sha256_add(c, &pad, 1);
     for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
     gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    for (int i = 0; i < 64; i++)
+        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
     hex[64] = 0;
 }
 
-/* ==== 15. Threads and files of the host ========================================================= */
+/* ==== 15. Threads and files of the host =========================================================
+ *
+ * What is asked of an operating system: map a file, count cores, say how much memory there is, start
+ * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+};
+static void worker_main(struct worker *w);
+
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
+static int host_open(const char *path, long long *size)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    return data == MAP_FAILED ? NULL : data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+}
 
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
@@ -4104,177 +4195,350 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-static void host_unmap(const gemma3_model *m)
+/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
+static void numbers_in(const char *folder, const char *name, double *a, double *b)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
-}
-
-gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
-{
-    struct stat st;
-    char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given");
-    const char *name = short_path(path, shortened);
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(err, "%s is not a regular file", name);
-    }
-    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty");
-    }
-    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int map_error = errno;
-    close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)st.st_size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
-}
-
-/* The first number in a file, or other. */
-static long number_in(const char *path, long other)
-{
-    long number;
+    char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
+    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
     if (f) fclose(f);
-    return number;
+}
+
+/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
+ * file for each. */
+struct limits {
+    double cpus, bytes;
+};
+
+static void limit_by_group(const char *folder, struct limits *least)
+{
+    double quota = -1, period = 1e5, bytes = -1, unused;
+    numbers_in(folder, "cpu.max", &quota, &period);
+    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
+    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
+    numbers_in(folder, "memory.max", &bytes, &unused);
+    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
+    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
+    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+}
+
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
+ * controllers in a folder of that name below root. The groups above bind a group too. */
+static struct limits cgroup_limits(const char *self, const char *root)
+{
+    struct limits least = {1e9, 1e18};
+    char line[4096], folder[4200];
+    FILE *f = fopen(self, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+        if (!path) continue;
+        line[strcspn(line, "\n")] = 0;
+        *path++ = 0;
+        char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
+        memcpy(end, path, strlen(path) + 1);
+        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
+            if (cut > folder) *cut = 0;
+            limit_by_group(folder, &least);
+        }
+    }
+    if (f) fclose(f);
+    return least;
 }
 
 /* The cores this process may use: of the hardware threads that share a core one counts (two of them
  * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
  * to whoever is free. */
-static int usable_cores(void)
+static int host_cores(void)
 {
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
     enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
     uint8_t seen[MAX_CPUS] = {0};
-    int cores = 0;
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
+    cores = 0;
     for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
+        char folder[96];
+        double core = cpu, unused; /* named by the first of its threads */
         if (!CPU_ISSET(cpu, &may_use)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        long core = number_in(path, cpu); /* named by the first of its threads */
-        if (core < 0 || core >= MAX_CPUS) core = cpu;
-        cores += !seen[core];
-        seen[core] = 1;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        numbers_in(folder, "thread_siblings_list", &core, &unused);
+        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
+        cores += !seen[(int)core];
+        seen[(int)core] = 1;
     }
-    return cores;
-#else
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
+    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
 }
 
-/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
- * usually 100000, or "max". */
+static double host_memory(void)
+{
+    struct rlimit space;
+    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
+    if (group < bytes) bytes = group;
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
+        bytes = (double)space.rlim_cur;
+    return bytes;
+}
+
+struct host_lock { /* and a bell for those who wait under it */
+    pthread_mutex_t mutex;
+    pthread_cond_t bell;
+};
+static void lock_init(struct host_lock *l)
+{
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->bell, NULL);
+}
+static void lock_free(struct host_lock *l)
+{
+    pthread_cond_destroy(&l->bell);
+    pthread_mutex_destroy(&l->mutex);
+}
+static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
+static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
+static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
+
+typedef pthread_t host_thread;
+static void *thread_main(void *worker)
+{
+    worker_main(worker);
+    return NULL;
+}
+static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
+static void host_join(host_thread t) { pthread_join(t, NULL); }
+static void host_yield(void) { sched_yield(); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <sys/stat.h>
+
+/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
+static wchar_t *wide_path(const char *path)
+{
+    enum { MOST = 32768 };
+    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
+    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
+    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
+    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
+    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
+    return wide;
+}
+
+static int host_open(const char *path, long long *size)
+{
+    struct _stat64 st;
+    wchar_t *wide = wide_path(path);
+    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    free(wide);
+    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { _close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (file) CloseHandle(file);
+    if (!data) errno = ENOMEM;
+    return data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) UnmapViewOfFile(m->mapping);
+}
+
+/* Unlocking pages that are not locked drops them from the working set. */
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+}
+
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+
+static int host_cores(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
+    DWORD bytes = sizeof all;
+    DWORD_PTR may_use = 1, exist;
+    int cores = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
+    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
+    for (DWORD k = 0; k < bytes / sizeof *all; k++)
+        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
+    return cores;
+}
+
+static double host_memory(void)
+{
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+}
+
+struct host_lock {
+    SRWLOCK mutex;
+    CONDITION_VARIABLE bell;
+};
+static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
+static void lock_free(struct host_lock *l) { (void)l; }
+static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
+static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
+static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
+
+typedef HANDLE host_thread;
+static DWORD WINAPI thread_main(void *worker)
+{
+    worker_main(worker);
+    return 0;
+}
+static int host_start(host_thread *t, struct worker *w)
+{
+    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
+    return *t ? 0 : -1;
+}
+static void host_join(host_thread t)
+{
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void host_yield(void) { SwitchToThread(); }
+#endif
+
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
+{
+    char shortened[SHORT_PATH];
+    long long size;
+    if (!path) return fail(err, "no path of a model was given");
+    const char *name = short_path(path, shortened);
+    int fd = host_open(path, &size);
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
+    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
+    const char *why = strerror(errno);
+    host_close(fd);
+    if (size < 0) return fail(err, "%s is not a regular file", name);
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name);
+    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size);
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, why);
+    gemma3_model *m = calloc(1, sizeof *m), unmapped = {.mapping = data, .mapping_bytes = (size_t)size};
+    if (!m) {
+        host_unmap(&unmapped);
+        return fail(err, "%s: out of memory", name);
+    }
+    m->mapping = data;
+    m->mapping_bytes = (size_t)size;
+    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+}
+
 int gemma3_default_threads(void)
 {
-    int cores = usable_cores();
-    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
-    if (n < cores) cores = (int)n;
+    int cores = host_cores();
     return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
 }
 
-/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
- * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
- * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
- * next round, then sleeps. */
+size_t gemma3_memory_limit(void)
+{
+    double bytes = host_memory();
+    return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
+
+/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
+ * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
+ * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
 struct gemma3_pool {
     int n_threads;
-    pthread_t *thread;
-    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
-    _Atomic int done, sleepers, stop;
-    gemma3_task *_Atomic task;
-    void *_Atomic job;
-    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    host_thread *thread;
+    gemma3_task *task;                /* of this round, with the next two */
+    void *job;
+    int n_tasks;
+    atomic_int next;                  /* the first task that nobody has claimed */
+    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
+    atomic_uint round;                /* how many there were: a new number wakes the workers */
+    atomic_int sleepers, stop;
+    struct host_lock turn;            /* held during a round: states that share a pool take turns */
+    struct host_lock sleep;
 };
 
-enum { LEFT_BITS = 24, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-};
+enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) host_yield();
 }
 
-/* Claims and runs tasks of the current round until none is left. */
-static void work(gemma3_pool *pool, int worker)
+static void claim_tasks(gemma3_pool *pool, int worker)
 {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool->ticket);
-        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
-        if (left == 0) return;
-        gemma3_task *task = atomic_load(&pool->task);
-        void *job = atomic_load(&pool->job);
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
-        task(job, left - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-    }
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
 }
 
-static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+static int enter_round(gemma3_pool *pool)
 {
-    pthread_mutex_lock(&pool->mutex);
+    int inside = atomic_load(&pool->inside);
+    while (inside >= OPEN)
+        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
+    return 0;
+}
+
+static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+{
+    lock(&pool->sleep);
     atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
     atomic_fetch_sub(&pool->sleepers, 1);
-    pthread_mutex_unlock(&pool->mutex);
+    unlock(&pool->sleep);
 }
 
-static void *worker_main(void *arg)
+static void wake_workers(gemma3_pool *pool)
 {
-    struct worker me = *(struct worker *)arg;
+    lock(&pool->sleep);
+    ring(&pool->sleep);
+    unlock(&pool->sleep);
+}
+
+static void worker_main(struct worker *w)
+{
+    struct worker me = *w;
     gemma3_pool *pool = me.pool;
-    uint64_t seen = 0;
-    free(arg);
+    unsigned seen = 0;
+    free(w);
     fp_enter();
     while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
-        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
-        work(pool, me.id);
+        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
+        seen = atomic_load(&pool->round);
+        if (!enter_round(pool)) continue;
+        claim_tasks(pool, me.id);
+        atomic_fetch_sub(&pool->inside, 1);
     }
-    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    pthread_mutex_lock(&pool->round);
-    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
-    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
-    atomic_store(&pool->job, job);
-    atomic_store(&pool->done, 0);
-    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    work(pool, 0);
-    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
-    pthread_mutex_unlock(&pool->round);
+    lock(&pool->turn);
+    pool->task = task;
+    pool->job = job;
+    pool->n_tasks = n_tasks;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->inside, OPEN);
+    atomic_fetch_add(&pool->round, 1);
+    if (atomic_load(&pool->sleepers)) wake_workers(pool);
+    claim_tasks(pool, 0);
+    atomic_fetch_sub(&pool->inside, OPEN);
+    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -4284,13 +4548,12 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads);
     }
-    pthread_mutex_init(&pool->round, NULL);
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    lock_init(&pool->turn);
+    lock_init(&pool->sleep);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
         struct worker *w = malloc(sizeof *w);
         if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
+        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
             fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
             free(w);
             gemma3_pool_free(pool);
@@ -4303,14 +4566,11 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->stop, 1);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_mutex_destroy(&pool->round);
+    wake_workers(pool);
+    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
+    lock_free(&pool->sleep);
+    lock_free(&pool->turn);
     free(pool->thread);
     free(pool);
 }
