@@ -4806,10 +4806,11 @@ struct file_out {
 /* What the options say, and an opened model with all that belongs to it. */
 struct session {
     const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 1];
-    const char *logits_file, *positions, *tokenize, *detokenize, *kv;
+    const char *state_file, *logits_file, *positions, *tokenize, *detokenize, *kv;
     int chats, special, no_bos, prints_ids, hash, info, version, help;
     int n_predict;           /* -1: until a stop token */
     int numbers, writes;     /* --logits or --hash; text is generated */
+    int fault;               /* first position whose logits are not numbers, or -1 */
     gemma3_options options;
     gemma3_params params;
     gemma3_sampler sampler;
@@ -4824,7 +4825,7 @@ struct session {
     int n_ids;
     char *wanted;            /* [n_ids] 1: this row is for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    struct file_out to;      /* --logits */
+    struct file_out to;      /* --logits, --state */
     FILE *out;               /* stdout, or stderr while the logits go to stdout */
     gemma3_utf8 utf8;        /* text on its way out: whole characters only, and */
     char held[MAX_STOP_BYTES + 1]; /* nothing that may begin a --stop text before that is decided */
@@ -4854,8 +4855,11 @@ static const struct option options[] = {
     {"-f", "FILE", TEXT, FIELD(file), 0, 1, "continue the text in FILE; - is stdin"},
     {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 1, "continue exactly the ids in FILE; - is stdin"},
     {"-i", "", FLAG, FIELD(chats), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer"},
+     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer;\n"
+     "                       a line that ends in \\ goes on in the next"},
     {"--system", "TEXT", TEXT, FIELD(system), 0, 1, "put before the first turn of a chat"},
+    {"--state", "FILE", TEXT, FIELD(state_file), 0, 1,
+     "where a prompt's state, or a --system text's, is kept: computed once, then read"},
     {"--special", "", FLAG, FIELD(special), 0, 0, "read and print control tokens as their text"},
     {"--no-bos", "", FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
     {"What to write", "", HEADING, 0, 0, 0, ""},
@@ -4891,6 +4895,8 @@ static const struct option options[] = {
     {"--isa", "NAME", TEXT, FIELD(options.isa), 0, 1, "force kernels; list: what this CPU can run"},
     {"--no-repack", "", FLAG, FIELD(options.no_repack), 0, 0,
      "use the weights where they lie: opens faster, runs slower, same bits"},
+    {"--obey-file", "", FLAG, FIELD(options.obey_file), 0, 0,
+     "keys of the file win even where they contradict what the model is"},
     {"About", "", HEADING, 0, 0, 0, ""},
     {"--info", "", FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
     {"--version", "", FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
@@ -5001,6 +5007,8 @@ static void check_options(struct session *s)
     if (s->n_predict > 0 && !s->writes)
         say(WRONG, "-n needs a prompt to continue: -p, -f, --ids or -i");
     if (s->system && !s->chats) say(WRONG, "--system needs -i");
+    if (s->state_file && (s->numbers || !(continues || s->chats)))
+        say(WRONG, "--state needs a text to continue, and neither --logits nor --hash");
     for (const char **stop = s->stop; *stop; stop++)
         if (!**stop || strlen(*stop) > MAX_STOP_BYTES)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
@@ -5052,10 +5060,24 @@ static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
     return NULL;
 }
 
+/* What will not fit is said before it is tried. Weights used where they lie in the file need none. */
+static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
+{
+    size_t limit = gemma3_memory_limit();
+    if (s->options.no_repack || s->options.exact) n_weights = 0;
+    if (limit && (n_state > limit || n_weights > limit - n_state))
+        say(FAILED, "out of memory: the weights need %zu MB, what -c %d asks for %zu MB, and this "
+            "process may use %zu MB (--no-repack and a smaller -c need less)", n_weights >> 20,
+            s->params.n_ctx, n_state >> 20, limit >> 20);
+}
+
 static void open_model(struct session *s, int computes)
 {
     gemma3_error err;
     gemma3_options *o = &s->options;
+    const char *note;
+    long long size = file_size(s->path);
+    if (computes && size > 0) check_memory(s, (size_t)size, 0);
     s->pool = gemma3_pool_new(s->params.n_threads, &err);
     if (!s->pool) say(FAILED, "%s", err.text);
     o->no_repack |= !computes;
@@ -5071,6 +5093,11 @@ static void open_model(struct session *s, int computes)
     if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
     s->params.kv_type = usual.kv_type;
     if (s->kv) s->params.kv_type = strcmp(s->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
+    if (computes && s->params.n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what it "
+            "writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            (double)s->config->rope_factor);
 }
 
 /* What computing needs besides the model. */
@@ -5079,6 +5106,8 @@ static void open_state(struct session *s)
     size_t n_vocab = (size_t)s->config->n_vocab;
     size_t n_rows = s->numbers ? GEMMA3_MAX_UBATCH : 1;
     gemma3_error err;
+    check_memory(s, gemma3_model_weight_bytes(s->model),
+                 gemma3_state_size(s->model, &s->params) + n_rows * n_vocab * sizeof *s->logits);
     s->state = gemma3_state_new(s->model, &s->params, &err);
     if (!s->state) say(FAILED, "%s", err.text);
     s->logits = allocate(n_rows * n_vocab * sizeof *s->logits, "the logits");
@@ -5108,6 +5137,10 @@ static char *read_file(const char *path, size_t *n)
 static void encode_text(struct session *s, const char *text, size_t n)
 {
     int flags = (s->no_bos ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
+    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
+        say(NOTE, "the text begins with <bos>: no other is put before it");
+        flags = GEMMA3_SPECIAL;
+    }
     s->ids = allocate((n + 1) * sizeof *s->ids, "the text's ids");
     s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
     if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
@@ -5116,7 +5149,7 @@ static void encode_text(struct session *s, const char *text, size_t n)
 /* The ids spelled in n bytes of text. */
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    const char *left = text;
+    const char *left = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? text + 3 : text; /* BOM */
     int id, found;
     s->ids = allocate((n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
@@ -5212,12 +5245,22 @@ static void write_row(struct session *s, const float *row)
     if (s->logits_file) write_out(&s->to, bytes, 4 * n);
 }
 
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
+    return all;
+}
+
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    for (int r = 0; r < n_rows && s->fault < 0; r++)
+        if (!are_numbers(s->logits + (size_t)r * s->config->n_vocab, (size_t)s->config->n_vocab))
+            s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5280,15 +5323,29 @@ static void end_text(struct session *s)
     s->n_held = 0, s->n_printed = s->stopped = 0;
 }
 
+/* A stop token, or one without text that a --stop text spells. */
+static int ends_text(const struct session *s, int32_t id)
+{
+    char piece[GEMMA3_PIECE_MAX];
+    int32_t spelled;
+    if (gemma3_is_stop(s->tokenizer, id)) return 1;
+    if (gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece) > 0) return 0;
+    for (const char *const *stop = s->stop; *stop; stop++)
+        if (gemma3_encode(s->tokenizer, *stop, strlen(*stop), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
+            spelled == id)
+            return 1;
+    return 0;
+}
+
 /* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
  * because the conversation goes on after it. */
 static void write_tokens(struct session *s)
 {
     double start = seconds();
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
-    for (int i = 1; !is_last && !is_full && !interrupted; i++) {
+    for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
         int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (gemma3_is_stop(s->tokenizer, id)) break;
+        if (ends_text(s, id)) break;
         print_token(s, id);
         s->n_written++;
         is_last = i == s->n_predict || s->stopped;
@@ -5297,7 +5354,9 @@ static void write_tokens(struct session *s)
     }
     s->write_seconds += seconds() - start;
     end_text(s);
-    if (is_full && !is_last) say(NOTE, "the context of %d tokens is full", s->params.n_ctx);
+    if (is_full && !is_last)
+        say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
+            s->chats ? "; /clear starts again, -c gives more" : "");
 }
 
 /* ---- Command line: the jobs ---- */
@@ -5318,6 +5377,38 @@ static void write_numbers(struct session *s)
                 s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
 }
 
+static int write_state(void *user, const void *bytes, size_t n)
+{
+    write_out(user, bytes, n);
+    return 0;
+}
+
+static int read_state(void *user, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(user, (long)offset, SEEK_SET) || fread(buffer, 1, n, user) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    gemma3_error err;
+    FILE *f = fopen(s->state_file, "rb");
+    if (f && gemma3_state_load(s->state, read_state, f, &err))
+        say(FAILED, "%s: %s", s->state_file, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state);
+    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
+    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    if (pos > 0 || n == 0) return pos;
+    gemma3_state_reset(s->state);
+    read_tokens(s, ids, n);
+    open_out(&s->to, s->state_file);
+    if (gemma3_state_save(s->state, write_state, &s->to, &err)) say(FAILED, "%s", err.text);
+    close_out(&s->to);
+    return n;
+}
+
 /* -p, -f, --ids */
 static void continue_prompt(struct session *s)
 {
@@ -5328,7 +5419,10 @@ static void continue_prompt(struct session *s)
             s->n_ids, s->params.n_ctx, s->n_ids);
     open_state(s);
     if (s->numbers) write_numbers(s);
-    else read_tokens(s, s->ids, s->n_ids);
+    else {
+        int n_kept = s->state_file ? keep_tokens(s, s->ids, s->n_ids - 1) : 0;
+        read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
+    }
     if (s->writes) write_tokens(s);
 }
 
@@ -5352,15 +5446,20 @@ static void detokenize(struct session *s)
 static void print_info(struct session *s)
 {
     const gemma3_config *c = s->config;
-    const struct { const char *name; double value; const char *unit; } fields[] = {
-        {"n_layers", c->n_layers, ""}, {"d_model", c->d_model, ""}, {"d_ff", c->d_ff, ""},
-        {"n_heads", c->n_heads, ""}, {"n_kv_heads", c->n_kv_heads, ""},
-        {"head_dim", c->head_dim, ""}, {"n_vocab", c->n_vocab, ""},
-        {"n_ctx_train", c->n_ctx_train, " tokens"}, {"window", c->window, " tokens"},
-        {"rms_eps", c->rms_eps, ""}, {"rope_base_global", c->rope_base_global, ""},
-        {"rope_base_local", c->rope_base_local, ""}, {"rope_factor", c->rope_factor, ""},
-        {"query_scale", c->query_scale, ""}, {"embedding_scale", c->embedding_scale, ""},
-        {"final_softcap", c->final_softcap, ""},
+    const struct { const char *name, *key; double value; } fields[] = {
+        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
+        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
+        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
+        {"n_ctx_train", "context_length", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window},
+        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
+        {"rope_base_global", "rope.freq_base", c->rope_base_global},
+        {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
+        {"rope_factor", "rope.scaling.factor", c->rope_factor},
+        {"query_scale", "attention.scale", c->query_scale},
+        {"embedding_scale", "", c->embedding_scale},
+        {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
     print_safe(stdout, gemma3_model_name(s->model));
@@ -5368,8 +5467,11 @@ static void print_info(struct session *s)
     printf("contract               %d\n", GEMMA3_CONTRACT);
     printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
     printf("isa                    %s\n", gemma3_model_isa(s->model));
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
-        printf("%-22s %.9g%s\n", fields[i].name, fields[i].value, fields[i].unit);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const char *origin = gemma3_model_origin(s->model, fields[i].key);
+        printf("%-22s %.9g%s%s%s\n", fields[i].name, fields[i].value, *origin ? " (" : "", origin,
+               *origin ? ")" : "");
+    }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
@@ -5381,6 +5483,16 @@ static void print_info(struct session *s)
            p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
     printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
            p->n_batch, p->n_threads);
+}
+
+/* The beginning of a first turn that does not depend on the user's text. */
+static int keep_system(struct session *s, const int32_t *ids, int n)
+{
+    int32_t *other = allocate(((size_t)n + 32) * sizeof *other, "the turn");
+    int n_other = gemma3_encode_turn(s->tokenizer, s->system, "", 1, other, n + 32), n_same = 0;
+    while (n_same < n_other && n_same < n && other[n_same] == ids[n_same]) n_same++;
+    free(other);
+    return keep_tokens(s, ids, n_same);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5397,8 +5509,9 @@ static int answer(struct session *s, const char *text)
         say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
             "starts again, -c gives more", s->params.n_ctx, n, left);
     if (n <= left) {
+        int n_kept = s->state_file && pos == 0 ? keep_system(s, ids, n) : 0;
         catch_interrupts(1);
-        read_tokens(s, ids, n);
+        read_tokens(s, ids + n_kept, n - n_kept);
         write_tokens(s);
         catch_interrupts(0);
         /* Whatever ended the answer, the model finds it closed when the next turn comes. */
@@ -5409,20 +5522,43 @@ static int answer(struct session *s, const char *text)
     return n <= left;
 }
 
-/* A line of the user's without its end, allocated. NULL: there is none any more. */
+/* A line of the user's without its end, allocated; one that ends in \ goes on in the next. NULL:
+ * there is none any more. */
 static char *read_line(void)
 {
-    char *line = NULL;
-    size_t n = 0, room = 0;
+    size_t n = 0, room = 256;
+    char *line = allocate(room, "the line");
     int c = 0;
     if (is_terminal(stdin)) fputs("> ", stderr);
     while (c != '\n' && (c = getchar()) != EOF) {
-        if (n == room) line = reallocate(line, (room = 2 * room + 256) + 1, "the line");
+        if (n + 1 == room) line = reallocate(line, room *= 2, "the line");
         line[n++] = (char)c;
+        if (c != '\n') continue;
+        n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
+        if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
-    if (c == '\n') n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
-    if (line) line[n] = 0;
-    return line;
+    line[n] = 0;
+    if (n || c == '\n') return line;
+    free(line);
+    return NULL;
+}
+
+/* We write Gemma's turns, whatever the file's template says: where it says something else, so do we. */
+static void check_template(const struct session *s)
+{
+    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
+    size_t n = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    for (int i = 0; template && i < 4; i++) {
+        size_t length = strlen(words[i]), at = 0;
+        while (at + length <= n && memcmp(template + at, words[i], length) != 0) at++;
+        int has = at + length <= n;
+        if (i == 0 && !has) say(NOTE, "the file's chat template has no <start_of_turn>: it is not Gemma's, "
+                                "whose turns are used here");
+        if (i > 0 && has) say(NOTE, "the file's chat template asks for %s, which a chat here has not", words[i]);
+    }
 }
 
 /* A full context ends the chat, unless somebody is there to type /clear. */
@@ -5431,14 +5567,41 @@ static void chat(struct session *s)
     int goes_on = 1;
     char *line;
     open_state(s);
-    if (!gemma3_model_can_chat(s->model))
-        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    check_template(s);
     while (goes_on && (line = read_line())) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
+        else if (line[strspn(line, " \t")]) goes_on = (answer(s, line) || is_terminal(stdin)) && s->fault < 0;
         free(line);
     }
+}
+
+/* The library calls this with every tensor inside. */
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width,
+                       float *data)
+{
+    char *first = user;
+    (void)pos;
+    if (*first || are_numbers(data, (size_t)n * (size_t)width)) return;
+    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
+}
+
+/* The same tokens again, tensor by tensor. */
+static void explain_fault(struct session *s)
+{
+    int n = s->fault + 1;
+    char first[64] = "";
+    gemma3_error err;
+    int32_t *ids = allocate((size_t)n * sizeof *ids, "the tokens again");
+    memcpy(ids, gemma3_state_ids(s->state), (size_t)n * sizeof *ids);
+    gemma3_state_free(s->state);
+    s->params.trace = find_fault, s->params.trace_user = first;
+    s->state = gemma3_state_new(s->model, &s->params, &err);
+    if (s->state) gemma3_forward(s->state, ids, n, &s->fault, 1, s->logits);
+    free(ids);
+    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
+        s->options.exact && s->params.kv_type == GEMMA3_KV_F32 ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
 static void run_job(struct session *s)
@@ -5449,6 +5612,7 @@ static void run_job(struct session *s)
     else if (s->tokenize) tokenize(s);
     else if (s->detokenize) detokenize(s);
     else continue_prompt(s);
+    if (s->fault >= 0) explain_fault(s);
     if (s->writes && s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
@@ -5465,7 +5629,7 @@ static void run_job(struct session *s)
 int main(int argc, char **argv)
 {
     struct session s = {
-        .n_predict = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
+        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
         .params = {.n_batch = 512, .n_threads = gemma3_default_threads()},
     };
     char found[MAX_PATH_BYTES];
