@@ -70,8 +70,11 @@
  * lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* some targets do not know the first */
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
+#pragma clang diagnostic pop
 #endif
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
