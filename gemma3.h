@@ -54,7 +54,7 @@ extern "C" {
 enum {
     GEMMA3_CONTRACT = 1,     /* version of the numeric contract */
     GEMMA3_MAX_LAYERS = 128,
-    GEMMA3_CHUNK = 64,        /* tokens taken through the layers at once, at most */
+    GEMMA3_MAX_UBATCH = 64,        /* tokens taken through the layers at once, at most */
     GEMMA3_MAX_THREADS = 256,
     GEMMA3_PENALTY_WINDOW = 64, /* tokens the repeat penalty looks back at */
 };
@@ -106,6 +106,7 @@ typedef struct gemma3_options {
     void *pool;
     void (*progress)(void *user, double fraction); /* may be NULL */
     void *user;
+    int obey_file;           /* stand-in, drop at merge */
 } gemma3_options;
 
 /* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. */
@@ -123,6 +124,16 @@ const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels ch
 const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
 int gemma3_model_is_exact(const gemma3_model *m);
 int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
+/* Stand-ins, drop at merge */
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n);
+const char *gemma3_model_note(const gemma3_model *m, int index);
+const char *gemma3_model_origin(const gemma3_model *m, const char *key);
+typedef int gemma3_read(void *user, uint64_t offset, void *buffer, size_t n);
+typedef int gemma3_write(void *user, const void *bytes, size_t n);
+const int32_t *gemma3_state_ids(const gemma3_state *s);
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
+
 size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
 size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
 
@@ -145,14 +156,14 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
  * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
  * pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
-                          const float *data);
+                          float *data);
 
 /* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
 const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
-    int n_batch;             /* tokens taken at once; more than GEMMA3_CHUNK count as that many */
+    int n_batch;             /* tokens taken at once; more than GEMMA3_MAX_UBATCH count as that many */
     gemma3_kv_type kv_type;
     int n_threads;           /* workers that parallel_for has, 1 without it */
     gemma3_parallel_for *parallel_for; /* NULL: one thread */
@@ -252,6 +263,8 @@ typedef struct gemma3_vocab {
     const int32_t *type;     /* SentencePiece: 1 normal 2 unknown 3 control 4 user 5 unused 6 byte */
     int32_t bos, eos, unknown; /* ids, -1 when there is none */
     int add_bos;             /* the file's add_bos_token, 1 when absent */
+    const int32_t *stop;     /* [n_stop] more ids that end an answer: eot_token_id, eos_token_ids .. */
+    int n_stop;
 } gemma3_vocab;
 
 enum {
