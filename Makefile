@@ -13,7 +13,7 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
-LINKED   = test/forward test/golden
+LINKED   = test/forward test/golden test/hostile test/replay
 INCLUDED = test/gguf test/kernels test/sampler test/tokenizer
 TESTS    = $(LINKED) $(INCLUDED) $(wildcard test/*.t)
 
@@ -40,6 +40,8 @@ test:
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
 
+test/hostile test/replay: test/tiny.h $(wildcard test/fuzz/*.c)
+
 $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.o $(LIBS)
 
@@ -47,6 +49,15 @@ sanitize:
 	$(MAKE) clean
 	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) test/cli.t"
 	$(MAKE) clean
+
+# Fuzzing (test/fuzz/README.md): make fuzz-gguf FUZZ="-max_total_time=3600"
+FUZZ = -max_total_time=60
+fuzz-gguf fuzz-tokenizer: fuzz-%: test/fuzz/%.c gemma3.c gemma3.h tokenizer.c
+	mkdir -p test/fuzz/new/$*
+	clang $(RULES) -g -O1 -DGEMMA3_NO_MAIN -fno-sanitize-recover=undefined \
+	  -fsanitize=fuzzer,address,undefined -o test/fuzz-$* $< gemma3.c tokenizer.c $(LIBS)
+	test/fuzz-$* -timeout=20 -rss_limit_mb=2000 -artifact_prefix=test/fuzz/new/ $(FUZZ) \
+	  test/fuzz/new/$* test/fuzz/corpus/$*
 
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
@@ -63,5 +74,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED)
-.PHONY: run test sanitize bench clean
+	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) test/fuzz-*
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer bench clean
