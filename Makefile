@@ -15,7 +15,14 @@ PROMPT  = Once upon a time, there was a little dog who
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay
 INCLUDED = test/gguf test/kernels test/sampler test/tokenizer
-TESTS    = $(LINKED) $(INCLUDED) $(wildcard test/*.t)
+TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
+
+# The program's own objects between functions that fail: what the linker of Linux can do.
+ifeq ($(shell uname),Linux)
+FAULTS   = test/faults
+WRAPPED  = malloc calloc realloc strdup realpath free fopen fclose fflush open rename fstat mmap \
+           munmap madvise sched_getaffinity pthread_create exit main
+endif
 
 gemma3: gemma3.o tokenizer.o
 	$(CC) $(CFLAGS) -o $@ gemma3.o tokenizer.o $(LIBS)
@@ -34,7 +41,7 @@ run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
 test:
-	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED)
+	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED) $(FAULTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
@@ -45,9 +52,12 @@ test/hostile test/replay: test/tiny.h $(wildcard test/fuzz/*.c)
 $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.o $(LIBS)
 
+test/faults: test/faults.c test/tap.h test/tiny.h gemma3.h gemma3.o tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) $(WRAPPED:%=-Wl,--wrap=%) -o $@ $< gemma3.o tokenizer.o $(LIBS)
+
 sanitize:
 	$(MAKE) clean
-	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) test/cli.t"
+	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) $(FAULTS) test/cli.t"
 	$(MAKE) clean
 
 # Fuzzing (test/fuzz/README.md): make fuzz-gguf FUZZ="-max_total_time=3600"
@@ -74,5 +84,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) test/fuzz-*
+	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) test/faults test/fuzz-*
 .PHONY: run test sanitize fuzz-gguf fuzz-tokenizer bench clean
