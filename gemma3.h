@@ -2,7 +2,7 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
- *                              gemma3_default_threads
+ *                              gemma3_default_threads, gemma3_memory_limit
  *
  * A whole program:
  *
@@ -129,8 +129,12 @@ size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one
 /* Names of the kernels this CPU can run, best first; NULL after the last. */
 const char *gemma3_isa_name(int index);
 
-/* Threads that are worth having on this machine: its physical cores. */
+/* Threads that are worth having: the physical cores that this process, or its container, may use. */
 int gemma3_default_threads(void);
+
+/* Bytes of memory that this process may use: the machine's, its container's limit or the user's (ulimit
+ * -v), whichever is least; 0 when the system does not say. */
+size_t gemma3_memory_limit(void);
 
 /* ---- A conversation --------------------------------------------------------------------------- */
 
