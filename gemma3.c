@@ -468,6 +468,8 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
                    float *logits)
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
+    void standin_keep(int pos, const int32_t *ids, int n); /* stand-in, drop at merge */
+    standin_keep(s->pos, ids, n);
     fp_state fp = fp_enter();
     for (int done = 0, take; done < n; done += take) {
         int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
@@ -2520,6 +2522,9 @@ struct string {
     const char *text;
     size_t n;
 };
+static struct string standin_template; /* stand-ins, drop at merge */
+static int standin_obey;
+static float standin_cap;
 
 static struct string take_string(struct cursor *c)
 {
@@ -3189,6 +3194,9 @@ static int open_steps(struct opening *o, const void *data, size_t size)
     struct string name = get_string(&o->g, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
     m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
+    standin_template = get_string(&o->g, "tokenizer.chat_template"); /* stand-in, drop at merge */
+    standin_obey = o->options.obey_file, standin_cap = m->config.final_softcap;
+    if (!standin_obey) m->config.final_softcap = 0;
     return 0;
 }
 
@@ -4108,73 +4116,113 @@ static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)
 static void host_unmap(const gemma3_model *m) { (void)m; }
 #endif /* GEMMA3_NO_FILE */
 
+/* Stand-ins, drop at merge: the least that lets the command line be written and tested. */
+static int32_t standin_ids[1 << 20];
+
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
+{
+    *n = standin_template.n;
+    return m->can_chat ? standin_template.text : NULL;
+}
+const char *gemma3_model_note(const gemma3_model *m, int index)
+{
+    return index == 0 && m->config.final_softcap == 0 && standin_cap > 0 && !standin_obey ?
+        "final_logit_softcapping = 30 contradicts Gemma 3's definition and was ignored" : NULL;
+}
+const char *gemma3_model_origin(const gemma3_model *m, const char *key)
+{
+    if (!strcmp(key, "final_logit_softcapping") && gemma3_model_note(m, 0)) return "overridden";
+    return !strcmp(key, "attention.scale") ? "default" : "";
+}
+const int32_t *gemma3_state_ids(const gemma3_state *s) { (void)s; return standin_ids; }
+void standin_keep(int pos, const int32_t *ids, int n);
+void standin_keep(int pos, const int32_t *ids, int n)
+{
+    if (ids != standin_ids) memcpy(standin_ids + pos, ids, (size_t)n * 4);
+}
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
+{
+    (void)err;
+    return write(user, "state", 5) || write(user, &s->pos, sizeof s->pos) ||
+           write(user, standin_ids, (size_t)s->pos * 4);
+}
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
+{
+    char magic[5];
+    int n;
+    gemma3_state_reset(s);
+    if (read(user, 0, magic, 5) || memcmp(magic, "state", 5)) return fail(err, "this is no state"), -1;
+    if (read(user, 5, &n, sizeof n) || read(user, 9, standin_ids, (size_t)n * 4))
+        return fail(err, "the state is cut off"), -1;
+    return gemma3_forward(s, standin_ids, n, NULL, 0, NULL);
+}
 #ifndef GEMMA3_NO_MAIN
 
 /* ==== 16. The command line ======================================================================
  *
  * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. The parts: the options, the few things asked of
- * the system, a session (an opened model with what belongs to it), then one part for each job.
+ * the library alone deletes from here to the end. The parts: what is asked of the system, messages,
+ * the options, a session (the options and an opened model), numbers out, text out, the jobs.
  *
- * Text and results go to stdout, everything else to stderr. main returns 0, 1 when the job failed
- * or 2 when the command line was wrong; a function that can fail returns that number, having said
- * why in one sentence. */
+ * Text and results go to stdout, everything else to stderr. Whatever fails says why in one sentence
+ * and ends the program: exit code 1, or 2 when the command line was wrong. */
+
+#include "gemma3.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
-#include <stddef.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-static const char default_model[] = "gemma3-folktales-q4_0.gguf";
-
 enum {
+    MAX_PATH_BYTES = 4096,
+    MAX_TEXT_BYTES = 1 << 29, /* of a prompt: the tokenizer takes no more */
     MAX_STOPS = 32,          /* --stop texts */
     MAX_STOP_BYTES = 1000,   /* of one of them */
-    MAX_FILE_BYTES = 1 << 29, /* of a text: the tokenizer takes no more */
-    DEFAULT_CHUNK = 512,     /* tokens of --perplexity's pieces, as in llama-perplexity */
 };
 
-/* Set by Ctrl-C during a chat. A signal handler can be given nothing, so this is the one variable
- * of the program that does not live in a struct. */
+/* ---- Command line: what is asked of the system ---- */
+
+/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
+ * one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
 
-/* Says what went wrong with the job. */
-static int complain(const char *format, ...)
+static void note_interrupt(int signal_number)
 {
-    va_list list;
-    va_start(list, format);
-    fputs("gemma3: ", stderr);
-    vfprintf(stderr, format, list);
-    fputc('\n', stderr);
-    va_end(list);
-    return 1;
+    interrupted = 1;
+    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
 }
 
-/* Says what is wrong with the command line. */
-static int refuse(const char *format, ...)
+/* 1: Ctrl-C sets interrupted. 0: it ends the program, as it ends any other. */
+static void catch_interrupts(int on)
 {
-    va_list list;
-    va_start(list, format);
-    fputs("gemma3: ", stderr);
-    vfprintf(stderr, format, list);
-    fputs(" (gemma3 --help lists the options)\n", stderr);
-    va_end(list);
-    return 2;
+    interrupted = 0;
+    signal(SIGINT, on ? note_interrupt : SIG_DFL);
 }
 
-static int out_of_memory(size_t n_bytes, const char *what)
+/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
+ * may get the number of a stream that the caller has closed: what stands in for that can be neither
+ * read nor written. A reader that goes away, or a file beyond its limit, is an error of writing. */
+static char **start_program(char **argv)
 {
-    return complain("out of memory: %s needs %zu bytes", what, n_bytes);
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    return argv;
 }
 
-static int lesser(int a, int b)
+static int is_terminal(FILE *f)
 {
-    return a < b ? a : b;
+    return isatty(fileno(f));
 }
 
 static double seconds(void)
@@ -4184,1581 +4232,950 @@ static double seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
+static long long file_size(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st)) return -1;
+    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+/* Where a path leads through links. */
+static void real_path(const char *path, char real[MAX_PATH_BYTES])
+{
+    char *found = realpath(path, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    free(found);
+}
+
+/* Gives a file its name, also when another one has it. */
+static int replace_file(const char *from, const char *to)
+{
+    return rename(from, to);
+}
+
+/* Where the program with this argv[0] lies: what has no slash was found through $PATH. */
+static void program_path(const char *name, char path[MAX_PATH_BYTES])
+{
+    char found[MAX_PATH_BYTES];
+    const char *dir = strchr(name, '/') ? NULL : getenv("PATH");
+    snprintf(found, sizeof found, "%s", name);
+    for (size_t n; dir && *dir; dir += n + (dir[n] == ':')) {
+        n = strcspn(dir, ":");
+        snprintf(found, sizeof found, "%.*s/%s", n ? (int)n : 1, n ? dir : ".", name);
+        if (file_size(found) >= 0 && access(found, X_OK) == 0) break;
+    }
+    real_path(found, path);
+}
+
+/* ---- Command line: messages ---- */
+
+/* Text from anywhere, for people: whole characters, and none that a terminal obeys (U+0000 to 1F
+ * and 7F to 9F). */
+static void print_safe(FILE *f, const char *text)
+{
+    gemma3_utf8 whole = {.n = 0};
+    char c[8];
+    for (; *text; text++) {
+        int n = gemma3_utf8_push(&whole, (unsigned char)*text, c); /* 0 within a character */
+        if (n == 2 && memcmp(c, "\xC2\xA0", 2) < 0) c[0] = 127, n = 1;
+        if (n && ((unsigned char)c[n - 1] < 32 || c[n - 1] == 127)) c[n - 1] = '?';
+        fwrite(c, 1, (size_t)n, f);
+    }
+    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), f);
+}
+
+enum { NOTE, FAILED, WRONG }; /* what a sentence means: the exit codes 1 and 2 end the program */
+
+static void say(int code, const char *format, ...)
+{
+    char text[2 * MAX_PATH_BYTES];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    fputs("gemma3: ", stderr);
+    print_safe(stderr, text);
+    fputs(code == WRONG ? " (gemma3 --help lists the options)\n" : "\n", stderr);
+    if (code) exit(code);
+}
+
+static void *reallocate(void *old, size_t n_bytes, const char *what)
+{
+    void *p = realloc(old, n_bytes);
+    if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
+    return p;
+}
+
+static void *allocate(size_t n_bytes, const char *what)
+{
+    return reallocate(NULL, n_bytes, what);
+}
+
+/* What was written gets out, or we say why not: errno is that of the write that failed, now or
+ * before. A reader that has gone away knows. */
+static void flush(FILE *f, const char *name)
+{
+    if (fflush(f) == 0 && !ferror(f)) return;
+    if (errno == EPIPE) exit(FAILED);
+    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+}
+
 /* ---- Command line: the options ---- */
 
-struct texts {
-    const char *text[MAX_STOPS];
-    int n;
+/* A file has another name beside its own until it is whole: a job that ends early leaves what was
+ * there. Devices and pipes are written as they are. */
+struct file_out {
+    const char *name;        /* as messages call it */
+    FILE *file;
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* part "": written as it is */
 };
 
-struct numbers {
-    int32_t *value;          /* owned */
-    int n;
-};
-
-struct maybe_text {
-    int given;
-    const char *text;        /* NULL: the option stood without a text */
-};
-
-struct args {
-    const char *model, *prompt, *file, *ids_file, *system, *isa, *kv;
-    const char *logits, *perplexity, *trace, *trace_dir;
-    struct maybe_text tokenize;
-    struct numbers positions, detokenize;
-    struct texts stop;
-    int chat, out_ids, exact, no_repack, no_bos, special, hash, nll, info, version, help;
-    int n_predict;           /* -1: until a stop token */
-    int n_ctx;               /* 0: the default of the job */
-    int n_threads, n_batch, top_k, top;
-    double temperature, top_p, min_p, repeat_penalty;
-    uint64_t seed;
-};
-
-enum option_kind { HEADING, FLAG, NUMBER, REAL, SEED, TEXT, MAYBE_TEXT, TEXTS, NUMBERS };
-
-struct option {
-    const char *name;        /* as typed; of a HEADING, the heading */
-    const char *value;       /* what --help calls the value */
-    enum option_kind kind;
-    size_t field;            /* offset in struct args */
-    double least, most;      /* of a NUMBER or REAL */
-    const char *help;
-};
-
-#define FIELD(name) offsetof(struct args, name)
-
-static const struct option options[] = {
-    {"What to read", NULL, HEADING, 0, 0, 0, NULL},
-    {"-m", "MODEL", TEXT, FIELD(model), 0, 0,
-     "a Gemma 3 GGUF; default: gemma3-folktales-q4_0.gguf beside the\n"
-     "program, in its weights/, or the same in the current folder"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, "continue TEXT, as it stands, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 0, "continue the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0,
-     "continue the ids in FILE, separated by spaces or line ends; no\n<bos> is added; - is stdin"},
-    {"-i", NULL, FLAG, FIELD(chat), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops\nan answer"},
-    {"--system", "TEXT", TEXT, FIELD(system), 0, 0, "put before the first turn of a chat"},
-    {"--special", NULL, FLAG, FIELD(special), 0, 0,
-     "control tokens spelled in the text are those tokens, and are\nshown in what is printed"},
-    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
-
-    {"What to write", NULL, HEADING, 0, 0, 0, NULL},
-    {"-n", "N", NUMBER, FIELD(n_predict), 0, INT_MAX,
-     "tokens to generate; default: until a stop token or the end of\nthe context"},
-    {"--temp", "T", REAL, FIELD(temperature), 0, 1e6,
-     "temperature; 0: always the likeliest; default 1"},
-    {"--top-k", "K", NUMBER, FIELD(top_k), 0, INT_MAX,
-     "choose among the K likeliest; 0: all; default 64"},
-    {"--top-p", "P", REAL, FIELD(top_p), 0, 1,
-     "among the likeliest with this probability together; default 0.95"},
-    {"--min-p", "P", REAL, FIELD(min_p), 0, 1,
-     "among those with P times the largest probability; default 0"},
-    {"--repeat-penalty", "R", REAL, FIELD(repeat_penalty), 1e-6, 1e6,
-     "against repeating any of the last 64 tokens; default 1: none"},
-    {"--seed", "S", SEED, FIELD(seed), 0, 0, "a seed gives the same text everywhere; default 42"},
-    {"--stop", "TEXT", TEXTS, FIELD(stop), 0, 0, "end before TEXT; may be given several times"},
-    {"--out-ids", NULL, FLAG, FIELD(out_ids), 0, 0,
-     "print the ids generated, without the stop token, not their text"},
-
-    {"Numbers instead of text (nothing is generated unless -n is given)", NULL, HEADING, 0, 0, 0,
-     NULL},
-    {"--logits", "FILE", TEXT, FIELD(logits), 0, 0,
-     "float32, little-endian, [positions][n_vocab]; - is stdout, and\n"
-     "what else is asked for goes to stderr"},
-    {"--positions", "LIST", NUMBERS, FIELD(positions), 0, 0,
-     "rows of --logits and --hash, as 0,5,-1; from the end when\nnegative; default: all"},
-    {"--hash", NULL, FLAG, FIELD(hash), 0, 0,
-     "contract, mode, type of the cache, SHA-256 of those same logits"},
-    {"--top", "N", NUMBER, FIELD(top), 1, INT_MAX,
-     "the N likeliest next tokens: id, text, logit, probability"},
-    {"--nll", NULL, FLAG, FIELD(nll), 0, 0,
-     "for each position: pos, id, -log p(id given those before)"},
-    {"--perplexity", "FILE", TEXT, FIELD(perplexity), 0, 0,
-     "of the text in FILE by llama-perplexity's method: chunks of -c\n"
-     "tokens (default 512), the second half of each is scored"},
-    {"--trace", "NAMES", TEXT, FIELD(trace), 0, 0,
-     "tensors inside, of the prompt, by llama.cpp's labels: l_out-7,\nattn_norm (of every layer)"},
-    {"--trace-dir", "DIR", TEXT, FIELD(trace_dir), 0, 0,
-     "write them whole, DIR/l_out-7.f32, float32, little-endian; DIR is\nmade when it is absent"},
-    {"--tokenize", "TEXT", MAYBE_TEXT, FIELD(tokenize), 0, 0,
-     "ids of TEXT; without TEXT, of the file given with -f"},
-    {"--detokenize", "IDS", NUMBERS, FIELD(detokenize), 0, 0,
-     "bytes of the ids, as \"2 818 5279\""},
-
-    {"How to compute", NULL, HEADING, 0, 0, 0, NULL},
-    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24,
-     "context in tokens; default: the smaller of the model's and 4096"},
-    {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS,
-     "threads; default: physical cores"},
-    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX,
-     "tokens of the prompt taken at once; default 512"},
-    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0,
-     "numbers in the cache; default f16, with --exact f32"},
-    {"--isa", "NAME", TEXT, FIELD(isa), 0, 0,
-     "force the kernels of an instruction set; list: those that this\nCPU can run, best first"},
-    {"--no-repack", NULL, FLAG, FIELD(no_repack), 0, 0,
-     "use the weights where they lie in the file: opens faster, runs\nslower, same bits"},
-
-    {"About", NULL, HEADING, 0, 0, 0, NULL},
-    {"--info", NULL, FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
-    {"--version", NULL, FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
-    {"--help", NULL, FLAG, FIELD(help), 0, 0, "this text"},
-};
-
-enum { N_OPTIONS = sizeof options / sizeof *options };
-
-static int print_help(void)
-{
-    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
-         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
-         "one bit pattern of logits, on every machine and with every other option.");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &options[i];
-        if (o->kind == HEADING) {
-            printf("\n%s:\n", o->name);
-            continue;
-        }
-        int n = printf("  %s %s", o->name, o->value ? o->value : "");
-        printf("%*s", n < 24 ? 24 - n : 1, "");
-        for (const char *c = o->help; *c; c++)
-            if (*c == '\n')
-                printf("\n%24s", "");
-            else
-                putchar(*c);
-        putchar('\n');
-    }
-    puts("\nExit: 0, 1 when the job failed, 2 when the command line was wrong.");
-    return 0;
-}
-
-static const struct option *find_option(const char *name, size_t n)
-{
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].kind != HEADING && strlen(options[i].name) == n &&
-            memcmp(options[i].name, name, n) == 0)
-            return &options[i];
-    return NULL;
-}
-
-/* Reads whole numbers parted by any of the separators. Returns how many, -1 at something else (*bad
- * then points there), -2 without memory. */
-static int parse_numbers(const char *text, const char *separators, struct numbers *out,
-                         const char **bad)
-{
-    size_t room = strlen(text) / 2 + 1;
-    int32_t *value = malloc(room * sizeof *value);
-    size_t n = 0;
-    if (!value)
-        return -2;
-    text += strspn(text, separators);
-    while (*text) {
-        char *end;
-        errno = 0;
-        long number = strtol(text, &end, 10);
-        if (end == text || (*end && !strchr(separators, *end)) || errno || number < INT32_MIN ||
-            number > INT32_MAX || n == INT_MAX) {
-            free(value);
-            *bad = text;
-            return -1;
-        }
-        value[n++] = (int32_t)number;
-        text = end + strspn(end, separators);
-    }
-    free(out->value);
-    out->value = value;
-    out->n = (int)n;
-    return out->n;
-}
-
-static int set_number(const struct option *o, const char *text, void *field)
-{
-    char *end;
-    errno = 0;
-    if (o->kind == REAL) {
-        double x = strtod(text, &end);
-        if (end == text || *end || !(x >= o->least && x <= o->most))
-            return refuse("%s %s: expected a number from %g to %g", o->name, text, o->least,
-                          o->most);
-        *(double *)field = x;
-    } else if (o->kind == SEED) {
-        unsigned long long x = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || *end || errno)
-            return refuse("%s %s: expected a whole number from 0 to 2^64-1", o->name, text);
-        *(uint64_t *)field = x;
-    } else {
-        long x = strtol(text, &end, 10);
-        if (end == text || *end || errno || x < (long)o->least || x > (long)o->most)
-            return refuse("%s %s: expected a whole number from %.0f to %.0f", o->name, text,
-                          o->least, o->most);
-        *(int *)field = (int)x;
-    }
-    return 0;
-}
-
-static int add_text(const struct option *o, const char *text, struct texts *list)
-{
-    if (list->n == MAX_STOPS)
-        return refuse("%s: %d of them are possible", o->name, MAX_STOPS);
-    if (*text == 0 || strlen(text) > MAX_STOP_BYTES)
-        return refuse("%s: expected a text of 1 to %d bytes", o->name, MAX_STOP_BYTES);
-    list->text[list->n++] = text;
-    return 0;
-}
-
-static int set_option(struct args *a, const struct option *o, const char *text)
-{
-    void *field = (char *)a + o->field;
-    const char *bad;
-    int n;
-    switch (o->kind) {
-    case FLAG:
-        *(int *)field = 1;
-        return 0;
-    case TEXT:
-        *(const char **)field = text;
-        return 0;
-    case MAYBE_TEXT:
-        *(struct maybe_text *)field = (struct maybe_text){1, text};
-        return 0;
-    case TEXTS:
-        return add_text(o, text, field);
-    case NUMBERS:
-        n = parse_numbers(text, ", \t\n", field, &bad);
-        if (n == 0 || n == -1)
-            return refuse("%s \"%s\": expected whole numbers parted by commas or spaces", o->name,
-                          text);
-        return n > 0 ? 0 : out_of_memory(strlen(text) * 2, o->name);
-    default:
-        return set_number(o, text, field);
-    }
-}
-
-/* Both "--seed 7" and "--seed=7". */
-static int parse_args(struct args *a, int argc, char **argv)
-{
-    for (int i = 1; i < argc; i++) {
-        const char *name = argv[i], *text = NULL;
-        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
-        const struct option *o = find_option(name, n);
-        if (!o)
-            return refuse(*name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
-        if (name[n] == '=')
-            text = name + n + 1;
-        if (o->kind == FLAG && text)
-            return refuse("%s takes no value", o->name);
-        if (o->kind == MAYBE_TEXT && !text && i + 1 < argc &&
-            !find_option(argv[i + 1], strlen(argv[i + 1])))
-            text = argv[++i];
-        if (o->kind != FLAG && o->kind != MAYBE_TEXT && !text) {
-            if (i + 1 == argc)
-                return refuse("%s needs a value: %s", o->name, o->value);
-            text = argv[++i];
-        }
-        int code = set_option(a, o, text);
-        if (code)
-            return code;
-    }
-    return 0;
-}
-
-enum job { CONTINUE, CHAT, PERPLEXITY, TOKENIZE, DETOKENIZE, INFO };
-
-static int wants_numbers(const struct args *a)
-{
-    return a->logits || a->hash || a->top || a->nll || a->trace;
-}
-
-/* Which of the jobs is meant; each excludes the others. */
-static int choose_job(const struct args *a, enum job *job)
-{
-    int n_jobs = (a->prompt || a->file || a->ids_file) + a->chat + !!a->perplexity +
-                 (a->tokenize.given && a->tokenize.text) + !!a->detokenize.n + a->info;
-    int n_prompts = !!a->prompt + !!a->file + !!a->ids_file;
-    if (n_jobs > 1)
-        return refuse("contradictory: one of -p, -f, --ids, -i, --perplexity, --tokenize, "
-                      "--detokenize and --info, not several");
-    if (n_prompts > 1 || (a->tokenize.given && (a->prompt || a->ids_file)))
-        return refuse("contradictory: one of -p, -f, --ids and --tokenize TEXT, not several");
-    if (a->tokenize.given && !a->tokenize.text && !a->file)
-        return refuse("--tokenize needs a TEXT or -f FILE");
-    if (n_jobs == 0)
-        return refuse("nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or "
-                      "--ids FILE, or chat with -i");
-    *job = a->info ? INFO : a->detokenize.n ? DETOKENIZE : a->tokenize.given ? TOKENIZE :
-           a->perplexity ? PERPLEXITY : a->chat ? CHAT : CONTINUE;
-    return 0;
-}
-
-static int check_isa(const char *isa)
-{
-    if (!isa)
-        return 0;
-    char list[256] = "";
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0)
-            return 0;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
-    }
-    return refuse("--isa %s: this CPU can run%s", isa, list);
-}
-
-static int check_args(const struct args *a, enum job *job)
-{
-    int code = choose_job(a, job);
-    if (!code)
-        code = check_isa(a->isa);
-    if (code)
-        return code;
-    if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
-        return refuse("--kv %s: expected f16 or f32", a->kv);
-    if (*job != CONTINUE && wants_numbers(a))
-        return refuse("--logits, --hash, --top, --nll and --trace need -p, -f or --ids");
-    if (*job != CONTINUE && *job != CHAT && a->n_predict > 0)
-        return refuse("-n needs a prompt to continue: -p, -f, --ids or -i");
-    if (a->positions.n && !a->logits && !a->hash)
-        return refuse("--positions needs --logits or --hash");
-    if (a->trace_dir && !a->trace)
-        return refuse("--trace-dir needs --trace");
-    if (a->system && !a->chat)
-        return refuse("--system needs -i");
-    if (*job == PERPLEXITY && a->n_ctx && a->n_ctx < 3)
-        return refuse("-c %d: --perplexity needs chunks of 3 tokens or more", a->n_ctx);
-    return 0;
-}
-
-/* ---- Command line: files ---- */
-
-/* The beginning of a text for a message: nothing in it can do anything to a terminal. */
-static const char *printable(const char *text, char out[24])
-{
-    size_t n = 0;
-    for (; text[n] && n < 20; n++)
-        out[n] = text[n] >= 32 && text[n] < 127 ? text[n] : '?';
-    out[n] = 0;
-    return out;
-}
-
-/* Bytes of a regular file, 0 of anything else. */
-static long long size_of_file(FILE *f)
-{
-    struct stat st;
-    return fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (long long)st.st_size : 0;
-}
-
-/* All bytes of a file, "-" being stdin, and a NUL after them. */
-static int read_whole(const char *path, char **data, size_t *n)
-{
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    size_t room = 1 << 16, got = 0;
-    if (!f)
-        return complain("%s: %s", path, strerror(errno));
-    long long size = size_of_file(f);
-    char *bytes = size <= MAX_FILE_BYTES ? malloc(room + 1) : NULL;
-    errno = 0;
-    while (bytes) {
-        got += fread(bytes + got, 1, room - got, f);
-        if (got < room || room > MAX_FILE_BYTES)
-            break;
-        char *larger = realloc(bytes, (room *= 2) + 1);
-        if (!larger)
-            free(bytes);
-        bytes = larger;
-    }
-    int failed = ferror(f), reason = errno;
-    if (f != stdin)
-        fclose(f);
-    if (size > MAX_FILE_BYTES)
-        return complain("%s: %lld bytes, expected at most %d", path, size, MAX_FILE_BYTES);
-    if (!bytes)
-        return out_of_memory(room, path);
-    bytes[got] = 0;
-    *data = bytes, *n = got;
-    if (failed)
-        return complain("%s: %s", path, strerror(reason));
-    if (got > MAX_FILE_BYTES)
-        return complain("%s: expected at most %d bytes", path, MAX_FILE_BYTES);
-    return 0;
-}
-
-/* Writes float32 as little-endian bytes on any machine. */
-static int write_floats(FILE *f, const float *x, size_t n)
-{
-    unsigned char bytes[4 * 512];
-    for (size_t i = 0; i < n;) {
-        size_t count = 0;
-        for (; count < 512 && i < n; count++, i++) {
-            uint32_t u;
-            memcpy(&u, &x[i], 4);
-            for (int k = 0; k < 4; k++)
-                bytes[4 * count + k] = (unsigned char)(u >> 8 * k);
-        }
-        if (fwrite(bytes, 4, count, f) != count)
-            return -1;
-    }
-    return 0;
-}
-
-/* Something could not be written, errno says why. A reader that has gone away knows. */
-static int write_failed(const char *what)
-{
-    return errno == EPIPE ? 1 : complain("%s: %s", what, strerror(errno ? errno : EIO));
-}
-
-/* What is in stdout's buffer gets out, or we say why not: errno is that of the write that failed, now
- * or, with nothing left in the buffer, before. */
-static int flush_stdout(void)
-{
-    return fflush(stdout) == 0 && !ferror(stdout) ? 0 : write_failed("standard output");
-}
-
-/* ---- Command line: tracing ---- */
-
-/* One tensor that --trace asked for. The prompt comes in several calls: rows are appended. */
-struct tensor_seen {
-    char name[64];           /* with its layer: l_out-7 */
-    size_t n_rows;
-    int width;
-    float first[3], last[3], least, most;
-    double sum;
-};
-
-struct watch {
-    const char *names;       /* --trace's list */
-    const char *dir;         /* NULL: summaries */
-    struct tensor_seen *seen;
-    int n_seen, room;
-    char trouble[300];       /* what went wrong, "" while nothing has */
-};
-
-/* Whether a name of the list, of n bytes, asks for this tensor: l_out is every layer's. */
-static int asks_for(const char *wanted, size_t n, const char *name, const char *with_layer)
-{
-    return (strlen(name) == n && memcmp(wanted, name, n) == 0) ||
-           (strlen(with_layer) == n && memcmp(wanted, with_layer, n) == 0);
-}
-
-static int is_watched(const struct watch *w, const char *name, const char *with_layer)
-{
-    for (const char *p = w->names; *p; p += *p == ',') {
-        size_t n = strcspn(p, ",");
-        if (asks_for(p, n, name, with_layer))
-            return 1;
-        p += n;
-    }
-    return 0;
-}
-
-static struct tensor_seen *find_seen(struct watch *w, const char *with_layer)
-{
-    for (int i = 0; i < w->n_seen; i++)
-        if (strcmp(w->seen[i].name, with_layer) == 0)
-            return &w->seen[i];
-    if (w->n_seen == w->room) {
-        int room = w->room ? 2 * w->room : 64;
-        struct tensor_seen *larger = realloc(w->seen, (size_t)room * sizeof *larger);
-        if (!larger)
-            return NULL;
-        w->seen = larger, w->room = room;
-    }
-    struct tensor_seen *t = &w->seen[w->n_seen++];
-    *t = (struct tensor_seen){.least = INFINITY, .most = -INFINITY};
-    snprintf(t->name, sizeof t->name, "%s", with_layer);
-    return t;
-}
-
-/* first and last: the first and the last three values of the whole tensor. */
-static void summarize(struct tensor_seen *t, const float *x, size_t n)
-{
-    if (t->n_rows == 0)
-        memcpy(t->first, x, (n < 3 ? n : 3) * sizeof *x);
-    if (n >= 3)
-        memcpy(t->last, x + n - 3, 3 * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        t->sum += (double)x[i];
-        t->least = x[i] < t->least ? x[i] : t->least;
-        t->most = x[i] > t->most ? x[i] : t->most;
-    }
-}
-
-/* Opened anew for every call: all layers of all tensors are more files than may be open at once. */
-static void append_floats(struct watch *w, const struct tensor_seen *t, const float *x, size_t n)
-{
-    char path[4096];
-    if (snprintf(path, sizeof path, "%s/%s.f32", w->dir, t->name) >= (int)sizeof path) {
-        snprintf(w->trouble, sizeof w->trouble, "--trace-dir: the name is too long");
-        return;
-    }
-    FILE *f = fopen(path, t->n_rows ? "ab" : "wb");
-    int failed = !f || write_floats(f, x, n);
-    if ((f && fclose(f)) || failed)
-        snprintf(w->trouble, sizeof w->trouble, "%.200s: %.80s", path, strerror(errno));
-}
-
-/* The library calls this with every tensor inside. */
-static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       float *data)
-{
-    struct watch *w = user;
-    char with_layer[64];
-    (void)pos;
-    snprintf(with_layer, sizeof with_layer, layer < 0 ? "%s" : "%s-%d", name, layer);
-    if (w->trouble[0] || !is_watched(w, name, with_layer))
-        return;
-    struct tensor_seen *t = find_seen(w, with_layer);
-    if (!t) {
-        snprintf(w->trouble, sizeof w->trouble, "out of memory for --trace");
-        return;
-    }
-    size_t n_values = (size_t)n * (size_t)width;
-    if (w->dir)
-        append_floats(w, t, data, n_values);
-    else
-        summarize(t, data, n_values);
-    t->n_rows += (size_t)n;
-    t->width = width;
-}
-
-/* Whether a name of n bytes is a label, or, as l_out-7, one with a layer. */
-static int is_label(const char *name, size_t n, int n_layers)
-{
-    const char *label;
-    int in_layers;
-    for (int i = 0; (label = gemma3_trace_label(i, &in_layers)); i++) {
-        if (asks_for(name, n, label, label))
-            return 1;
-        for (int l = 0; in_layers && l < n_layers; l++) {
-            char with_layer[64];
-            snprintf(with_layer, sizeof with_layer, "%s-%d", label, l);
-            if (asks_for(name, n, label, with_layer))
-                return 1;
-        }
-    }
-    return 0;
-}
-
-/* Before anything is computed: are all names of the list known? */
-static int check_names(const char *names, int n_layers)
-{
-    for (const char *p = names;; p++) {
-        size_t n = strcspn(p, ",");
-        if (!is_label(p, n, n_layers))
-            return complain("--trace: the model has no tensor \"%.*s\" (names are llama.cpp's: "
-                            "attn_norm, Qcur, l_out-0, result_norm ...)", (int)n, p);
-        p += n;
-        if (!*p)
-            return 0;
-    }
-}
-
-/* Makes the folder unless it is there. */
-static int make_folder(const char *path)
-{
-    struct stat st;
-    if (mkdir(path, 0777) == 0)
-        return 0;
-    if (errno == EEXIST && stat(path, &st) == 0 && !S_ISDIR(st.st_mode))
-        errno = ENOTDIR;
-    if (errno != EEXIST || access(path, W_OK | X_OK))
-        return complain("%s: %s", path, strerror(errno));
-    return 0;
-}
-
-static int print_watched(const struct watch *w, FILE *out)
-{
-    if (w->trouble[0])
-        return complain("%s", w->trouble);
-    for (int i = 0; i < w->n_seen; i++) {
-        const struct tensor_seen *t = &w->seen[i];
-        fprintf(out, "%s [%zu][%d]", t->name, t->n_rows, t->width);
-        if (w->dir)
-            fprintf(out, " %s/%s.f32\n", w->dir, t->name);
-        else
-            fprintf(out, " first %.9g %.9g %.9g last %.9g %.9g %.9g sum %.9g min %.9g max %.9g\n",
-                    t->first[0], t->first[1], t->first[2], t->last[0], t->last[1], t->last[2],
-                    t->sum, t->least, t->most);
-    }
-    return 0;
-}
-
-/* ---- Command line: a session ---- */
-
-/* Text on its way to stdout: whole characters only, and nothing that may be the start of a --stop
- * text before that is decided. */
-struct printer {
-    gemma3_utf8 utf8;
-    char held[MAX_STOP_BYTES + 1];
-    size_t n_held;
-    int n_tokens;            /* printed since the text began */
-    int stopped;             /* a --stop text came */
-};
-
+/* What the options say, and an opened model with all that belongs to it. */
 struct session {
-    const struct args *args;
+    const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 1];
+    const char *state_file, *logits_file, *positions, *tokenize, *detokenize, *kv;
+    int chats, special, no_bos, prints_ids, hash, info, version, help;
+    int n_predict;           /* -1: until a stop token */
+    int numbers, writes;     /* --logits or --hash; text is generated */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    gemma3_options options;
+    gemma3_params params;
+    gemma3_sampler sampler;
     gemma3_pool *pool;
-    const char *model_path;
     gemma3_model *model;
     const gemma3_config *config;
     const gemma3_tokenizer *tokenizer;
-    gemma3_params params;
     gemma3_state *state;
-    gemma3_sampler sampler;
     gemma3_candidate *candidates; /* [n_vocab] */
-    int max_rows;            /* rows of logits computed at once */
-    float *logits;           /* [max_rows][n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab]; of text [1][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
     int n_ids;
+    char *wanted;            /* [n_ids] 1: this row is for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    struct file_out to;      /* --logits, --state */
     FILE *out;               /* stdout, or stderr while the logits go to stdout */
-    struct watch watch;
-    struct printer printer;
+    gemma3_utf8 utf8;        /* text on its way out: whole characters only, and */
+    char held[MAX_STOP_BYTES + 1]; /* nothing that may begin a --stop text before that is decided */
+    size_t n_held;
+    int n_printed, stopped;  /* ids of this text; a --stop text came */
     int n_read, n_written;   /* tokens, for the speed */
     double read_seconds, write_seconds;
 };
 
-static void show_loading(void *user, double fraction)
+enum option_kind { HEADING, FLAG, WHOLE, REAL, TEXT };
+
+struct option {
+    const char *name;        /* as typed; of a HEADING, the heading */
+    const char *value;       /* what --help calls the value; in [ ]: it may be absent */
+    enum option_kind kind;
+    size_t field;            /* where it goes: an int, int, float or const char * of the session */
+    double least, most;      /* of a number; most of a TEXT: how many may be given */
+    const char *help;
+};
+
+#define FIELD(name) offsetof(struct session, name)
+
+static const struct option options[] = {
+    {"What to read", "", HEADING, 0, 0, 0, ""},
+    {"-m", "MODEL", TEXT, FIELD(path), 0, 1, "a Gemma 3 GGUF; default: the small one in weights/"},
+    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 1, "continue TEXT, as it stands, after <bos>"},
+    {"-f", "FILE", TEXT, FIELD(file), 0, 1, "continue the text in FILE; - is stdin"},
+    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 1, "continue exactly the ids in FILE; - is stdin"},
+    {"-i", "", FLAG, FIELD(chats), 0, 0,
+     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer;\n"
+     "                       a line that ends in \\ goes on in the next"},
+    {"--system", "TEXT", TEXT, FIELD(system), 0, 1, "put before the first turn of a chat"},
+    {"--state", "FILE", TEXT, FIELD(state_file), 0, 1,
+     "where a prompt's state, or a --system text's, is kept: computed once, then read"},
+    {"--special", "", FLAG, FIELD(special), 0, 0, "read and print control tokens as their text"},
+    {"--no-bos", "", FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
+    {"What to write", "", HEADING, 0, 0, 0, ""},
+    {"-n", "N", WHOLE, FIELD(n_predict), 0, INT_MAX,
+     "tokens to generate; default: until a stop token or a full context"},
+    {"--temp", "T", REAL, FIELD(sampler.temperature), 0, 1e6, "0: the likeliest always; default 1"},
+    {"--top-k", "K", WHOLE, FIELD(sampler.top_k), 0, INT_MAX,
+     "choose among the K likeliest; 0: all; default 64"},
+    {"--top-p", "P", REAL, FIELD(sampler.top_p), 0, 1,
+     "among the likeliest that have probability P together; default 0.95"},
+    {"--min-p", "P", REAL, FIELD(sampler.min_p), 0, 1,
+     "among those with P times the largest probability; default 0"},
+    {"--repeat-penalty", "R", REAL, FIELD(sampler.repeat_penalty), 1e-6, 1e6,
+     "against repeating any of the last 64 tokens; default 1: none"},
+    {"--seed", "S", TEXT, FIELD(seed), 0, 1, "a seed gives the same text everywhere; default 42"},
+    {"--stop", "TEXT", TEXT, FIELD(stop), 0, MAX_STOPS, "end before TEXT; may be given repeatedly"},
+    {"--out-ids", "", FLAG, FIELD(prints_ids), 0, 0, "print the ids generated, not their text"},
+    {"Numbers instead of text (with -n text is generated too)", "", HEADING, 0, 0, 0, ""},
+    {"--logits", "FILE", TEXT, FIELD(logits_file), 0, 1,
+     "float32, little-endian, [positions][n_vocab]; -: stdout, the rest on stderr"},
+    {"--positions", "LIST", TEXT, FIELD(positions), 0, 1,
+     "which rows, ascending, as 0,5,-1; from the end when negative; default: all"},
+    {"--hash", "", FLAG, FIELD(hash), 0, 0, "contract, mode, cache, SHA-256 of those same logits"},
+    {"--tokenize", "[TEXT]", TEXT, FIELD(tokenize), 0, 1, "ids of TEXT, or of the text of -f"},
+    {"--detokenize", "IDS", TEXT, FIELD(detokenize), 0, 1, "bytes of the ids, as \"2 818 5279\""},
+    {"How to compute", "", HEADING, 0, 0, 0, ""},
+    {"-c", "N", WHOLE, FIELD(params.n_ctx), 1, 1 << 24,
+     "context in tokens; default: the smaller of the model's and 4096"},
+    {"-t", "N", WHOLE, FIELD(params.n_threads), 1, GEMMA3_MAX_THREADS, "default: physical cores"},
+    {"-b", "N", WHOLE, FIELD(params.n_batch), 1, INT_MAX, "prompt's tokens at once; default 512"},
+    {"--exact", "", FLAG, FIELD(options.exact), 0, 0, "weights and activations in float32"},
+    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 1, "type of the cache; default f16, with --exact f32"},
+    {"--isa", "NAME", TEXT, FIELD(options.isa), 0, 1, "force kernels; list: what this CPU can run"},
+    {"--no-repack", "", FLAG, FIELD(options.no_repack), 0, 0,
+     "use the weights where they lie: opens faster, runs slower, same bits"},
+    {"--obey-file", "", FLAG, FIELD(options.obey_file), 0, 0,
+     "keys of the file win even where they contradict what the model is"},
+    {"About", "", HEADING, 0, 0, 0, ""},
+    {"--info", "", FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
+    {"--version", "", FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
+    {"--help", "", FLAG, FIELD(help), 0, 0, "this text"},
+    {NULL, NULL, HEADING, 0, 0, 0, NULL},
+};
+
+static void print_help(void)
 {
-    (void)user;
-    if (fraction < 1)
-        fprintf(stderr, "\rloading %3.0f %%", 100 * fraction);
-    else
-        fprintf(stderr, "\r%20s\r", "");
+    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
+         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
+         "one bit pattern of logits, on every machine and with every other option.");
+    for (const struct option *o = options; o->name; o++)
+        if (o->kind == HEADING) printf("\n%s:\n", o->name);
+        else printf("  %s %-*s%s\n", o->name, 20 - (int)strlen(o->name), o->value, o->help);
+    puts("\nScores and tensors inside: make conform, then test/conform --help.\n"
+         "Exit: 0, 1 when the job failed, 2 when the command line was wrong.");
 }
 
-/* The model that comes with the program lies beside it or in weights/. */
-static const char *find_model(const char *program, char *path, size_t size)
+static const struct option *find_option(const char *name, size_t n)
 {
-    const char *slash = strrchr(program, '/');
-    int n_dir = slash ? (int)(slash - program) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, size, "%.*s%s%s", i < 2 ? n_dir : 0, program, i % 2 ? "" : "weights/",
-                 default_model);
-        if (access(path, R_OK) == 0)
-            return path;
-    }
+    for (const struct option *o = options; o->name; o++)
+        if (o->kind != HEADING && strlen(o->name) == n && memcmp(o->name, name, n) == 0) return o;
     return NULL;
 }
 
-static int open_model(struct session *s, const char *path, int computes)
+static const char no_text[] = ""; /* --tokenize without its text: the one given by -f is meant */
+
+static void set_option(struct session *s, const struct option *o, const char *text)
 {
-    const struct args *a = s->args;
+    char *field = (char *)s + o->field, *end;
+    const char **slot = (const char **)(void *)field;
+    if (o->kind == FLAG) {
+        *(int *)(void *)field = 1;
+    } else if (o->kind == TEXT) {
+        for (int i = 1; *slot && i < (int)o->most; i++) slot++;
+        if (*slot && o->most > 1) say(WRONG, "%s: %.0f of them are possible", o->name, o->most);
+        *slot = text;
+    } else {
+        int whole = o->kind == WHOLE, digits = text[strspn(text, "0123456789")] == 0;
+        double x = strtod(text, &end);
+        if (end == text || *end || (whole && !digits) || !(x >= o->least && x <= o->most))
+            say(WRONG, "%s %s: expected a %s from %.10g to %.10g", o->name, text,
+                whole ? "whole number" : "number", o->least, o->most);
+        if (whole) *(int *)(void *)field = (int)x;
+        else *(float *)(void *)field = (float)x;
+    }
+}
+
+/* What measures numbers is a program of its own now. */
+static void refuse_name(const char *name, size_t n)
+{
+    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    for (int i = 0; i < 5; i++)
+        if (strlen(moved[i]) == n && memcmp(moved[i], name, n) == 0)
+            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
+                (int)strcspn(name + 2, "-="), name + 2);
+    say(WRONG, *name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
+}
+
+/* Both "--seed 7" and "--seed=7". */
+static void parse_options(struct session *s, char **arg)
+{
+    while (*arg) {
+        const char *name = *arg++, *text = *arg;
+        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
+        const struct option *o = find_option(name, n);
+        if (!o) refuse_name(name, n);
+        if (name[n] == '=' && o->kind == FLAG) say(WRONG, "%s takes no value", o->name);
+        if (name[n] == '=') text = name + n + 1;
+        else if (o->value[0] == '[' && (!text || find_option(text, strlen(text)))) text = no_text;
+        else if (o->kind != FLAG && !*arg++) say(WRONG, "%s needs a value: %s", o->name, o->value);
+        set_option(s, o, text);
+    }
+}
+
+static void check_isa(const char *isa)
+{
+    char list[256] = "";
+    for (int i = 0; gemma3_isa_name(i); i++) {
+        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
+        size_t n = strlen(list);
+        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
+    }
+    say(WRONG, "--isa %s: this CPU can run%s", isa, list);
+}
+
+/* One thing to do, and nothing that would have no effect. */
+static void check_options(struct session *s)
+{
+    int of_file = s->tokenize == no_text, n_prompts = !!s->prompt + !!s->file + !!s->ids_file;
+    int n_jobs = n_prompts + s->chats + (s->tokenize && !of_file) + !!s->detokenize + s->info;
+    int continues = n_prompts && !of_file;
+    s->numbers = s->logits_file || s->hash;
+    s->writes = s->n_predict != 0 && (s->chats || (continues && (!s->numbers || s->n_predict > 0)));
+    if (s->logits_file && strcmp(s->logits_file, "-") == 0) s->out = stderr;
+    if (of_file && !s->file) say(WRONG, "--tokenize needs a TEXT or -f FILE");
+    if (n_jobs > 1)
+        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
+            "--info, not several");
+    if (n_jobs == 0)
+        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
+            "or chat with -i");
+    if (s->kv && strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
+    if (s->numbers && !continues) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (s->positions && !s->numbers) say(WRONG, "--positions needs --logits or --hash");
+    if (s->n_predict > 0 && !s->writes)
+        say(WRONG, "-n needs a prompt to continue: -p, -f, --ids or -i");
+    if (s->system && !s->chats) say(WRONG, "--system needs -i");
+    if (s->state_file && (s->numbers || !(continues || s->chats)))
+        say(WRONG, "--state needs a text to continue, and neither --logits nor --hash");
+    for (const char **stop = s->stop; *stop; stop++)
+        if (!**stop || strlen(*stop) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+    if (s->options.isa) check_isa(s->options.isa);
+    char *end;
+    errno = 0;
+    s->sampler.rng = gemma3_sampler_new(strtoull(s->seed, &end, 10)).rng;
+    if (*s->seed < '0' || *s->seed > '9' || *end || errno)
+        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", s->seed);
+}
+
+/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
+ * is something else. */
+static int next_number(const char **list, int *x)
+{
+    static const char between[] = ", \t\r\n\v\f";
+    char *end;
+    *list += strspn(*list, between);
+    if (**list == 0) return 0;
+    errno = 0;
+    long number = strtol(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || errno || number != (int32_t)number)
+        return -1;
+    *list = end;
+    *x = (int)number;
+    return 1;
+}
+
+/* ---- Command line: a session ---- */
+
+static void show_loading(void *user, double fraction)
+{
+    (void)user;
+    fprintf(stderr, fraction < 1 ? "\rloading %3.0f %%" : "\r             \r", 100 * fraction);
+}
+
+/* The model that comes with the program lies in weights/ or beside it, or where we are. */
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    char real[MAX_PATH_BYTES];
+    program_path(program, real);
+    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
+    for (int i = 0; i < 4; i++) {
+        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
+                 real, i % 2 ? "" : "weights/");
+        if (file_size(path) >= 0) return path;
+    }
+    say(WRONG, "no model: give -m MODEL.gguf");
+    return NULL;
+}
+
+/* What will not fit is said before it is tried. Weights used where they lie in the file need none. */
+static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
+{
+    size_t limit = gemma3_memory_limit();
+    if (s->options.no_repack || s->options.exact) n_weights = 0;
+    if (limit && (n_state > limit || n_weights > limit - n_state))
+        say(FAILED, "out of memory: the weights need %zu MB, what -c %d asks for %zu MB, and this "
+            "process may use %zu MB (--no-repack and a smaller -c need less)", n_weights >> 20,
+            s->params.n_ctx, n_state >> 20, limit >> 20);
+}
+
+static void open_model(struct session *s, int computes)
+{
     gemma3_error err;
-    int n_threads = computes ? a->n_threads : 1;
-    s->model_path = path;
-    s->pool = gemma3_pool_new(n_threads, &err);
-    if (!s->pool)
-        return complain("%s", err.text);
-    gemma3_options o = {
-        .exact = a->exact,
-        .no_repack = a->no_repack || !computes,
-        .isa = a->isa,
-        .n_threads = n_threads,
-        .parallel_for = gemma3_pool_run,
-        .pool = s->pool,
-        .progress = computes && isatty(STDERR_FILENO) ? show_loading : NULL,
-    };
-    s->model = gemma3_open(path, &o, &err);
-    if (!s->model)
-        return complain("%s", err.text);
+    gemma3_options *o = &s->options;
+    const char *note;
+    long long size = file_size(s->path);
+    if (computes && size > 0) check_memory(s, (size_t)size, 0);
+    s->pool = gemma3_pool_new(s->params.n_threads, &err);
+    if (!s->pool) say(FAILED, "%s", err.text);
+    o->no_repack |= !computes;
+    o->n_threads = s->params.n_threads;
+    o->parallel_for = s->params.parallel_for = gemma3_pool_run;
+    o->pool = s->params.pool = s->pool;
+    o->progress = computes && is_terminal(stderr) ? show_loading : NULL;
+    s->model = gemma3_open(s->path, o, &err);
+    if (!s->model) say(FAILED, "%s", err.text);
     s->config = gemma3_model_config(s->model);
     s->tokenizer = gemma3_model_tokenizer(s->model);
-
-    s->params = gemma3_default_params(s->model);
-    if (a->n_ctx || a->perplexity)
-        s->params.n_ctx = a->n_ctx ? a->n_ctx : DEFAULT_CHUNK;
-    if (a->kv)
-        s->params.kv_type = strcmp(a->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
-    s->params.n_batch = a->n_batch;
-    s->params.n_threads = n_threads;
-    s->params.parallel_for = gemma3_pool_run;
-    s->params.pool = s->pool;
-    return 0;
+    gemma3_params usual = gemma3_default_params(s->model);
+    if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
+    s->params.kv_type = usual.kv_type;
+    if (s->kv) s->params.kv_type = strcmp(s->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
+    if (computes && s->params.n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what it "
+            "writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            (double)s->config->rope_factor);
 }
 
-/* What computing needs besides the model. Scores are asked for by the tile, text by the row. */
-static int open_state(struct session *s)
+/* What computing needs besides the model. */
+static void open_state(struct session *s)
 {
-    const struct args *a = s->args;
-    gemma3_error err;
-    s->watch = (struct watch){.names = a->trace, .dir = a->trace_dir};
-    if (a->trace) {
-        s->params.trace = see_tensor;
-        s->params.trace_user = &s->watch;
-    }
-    if (a->trace && check_names(a->trace, s->config->n_layers))
-        return 1;
-    if (a->trace_dir && make_folder(a->trace_dir))
-        return 1;
-    s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (!s->state)
-        return complain("%s", err.text);
-
     size_t n_vocab = (size_t)s->config->n_vocab;
-    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_MAX_UBATCH) : 1;
-    s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
-    if (!s->logits)
-        return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
-    s->candidates = malloc(n_vocab * sizeof *s->candidates);
-    if (!s->candidates)
-        return out_of_memory(n_vocab * sizeof *s->candidates, "sampling");
-
-    s->sampler = gemma3_sampler_new(a->seed);
-    s->sampler.temperature = (float)a->temperature;
-    s->sampler.top_k = a->top_k;
-    s->sampler.top_p = (float)a->top_p;
-    s->sampler.min_p = (float)a->min_p;
-    s->sampler.repeat_penalty = (float)a->repeat_penalty;
-    return 0;
+    size_t n_rows = s->numbers ? GEMMA3_MAX_UBATCH : 1;
+    gemma3_error err;
+    check_memory(s, gemma3_model_weight_bytes(s->model),
+                 gemma3_state_size(s->model, &s->params) + n_rows * n_vocab * sizeof *s->logits);
+    s->state = gemma3_state_new(s->model, &s->params, &err);
+    if (!s->state) say(FAILED, "%s", err.text);
+    s->logits = allocate(n_rows * n_vocab * sizeof *s->logits, "the logits");
+    s->candidates = allocate(n_vocab * sizeof *s->candidates, "sampling");
 }
 
-static void close_session(struct session *s)
+/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
+static char *read_file(const char *path, size_t *n)
 {
-    free(s->ids);
-    free(s->logits);
-    free(s->candidates);
-    free(s->watch.seen);
-    gemma3_state_free(s->state);
-    gemma3_close(s->model);
-    gemma3_pool_free(s->pool);
-}
-
-static int encode_flags(const struct args *a)
-{
-    return (a->no_bos ? 0 : GEMMA3_BOS) | (a->special ? GEMMA3_SPECIAL : 0);
-}
-
-static int encode_text(struct session *s, const char *text, size_t n)
-{
-    size_t room = n + 1;
-    s->ids = malloc(room * sizeof *s->ids);
-    if (!s->ids)
-        return out_of_memory(room * sizeof *s->ids, "the ids of the text");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, encode_flags(s->args), s->ids, (int)room);
-    return s->n_ids < 0 ? out_of_memory(gemma3_encode_work(n), "encoding the text") : 0;
-}
-
-static int encode_file(struct session *s, const char *path)
-{
-    char *text = NULL;
-    size_t n = 0;
-    int code = read_whole(path, &text, &n);
-    if (!code)
-        code = encode_text(s, text, n);
-    free(text);
-    return code;
-}
-
-static int check_ids(const struct session *s, const struct numbers *ids, const char *where)
-{
-    for (int i = 0; i < ids->n; i++)
-        if (ids->value[i] < 0 || ids->value[i] >= s->config->n_vocab)
-            return complain("%s: id %d is outside the vocabulary, 0 to %d", where,
-                            (int)ids->value[i], s->config->n_vocab - 1);
-    return 0;
-}
-
-static int read_ids(struct session *s, const char *path)
-{
-    char *text = NULL;
-    size_t n_bytes = 0;
-    struct numbers ids = {NULL, 0};
-    const char *bad = NULL;
-    char shown_bad[24];
-    int code = read_whole(path, &text, &n_bytes);
-    if (!code) {
-        int n = parse_numbers(text, " \t\r\n\v\f", &ids, &bad);
-        if (n == -2)
-            code = out_of_memory(n_bytes * 2, path);
-        else if (n == -1 || strlen(text) < n_bytes)
-            code = complain("%s: expected ids parted by spaces or line ends, found \"%s\"", path,
-                            n == -1 ? printable(bad, shown_bad) : "a zero byte");
-        else
-            code = check_ids(s, &ids, path);
+    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!f) say(FAILED, "%s: %s", path, strerror(errno));
+    long long size = f == stdin ? 0 : file_size(path);
+    char *bytes = NULL;
+    for (size_t room = *n = 0; *n == room; ) {
+        if (size <= (long long)room) size = (long long)room;
+        if (size > MAX_TEXT_BYTES)
+            say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
+        bytes = reallocate(bytes, (room = 2 * room + 65536) + 1, path);
+        *n += fread(bytes + *n, 1, room - *n, f);
+        if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
     }
-    free(text);
-    s->ids = ids.value;
-    s->n_ids = ids.n;
-    return code;
+    if (f != stdin) fclose(f);
+    bytes[*n] = 0;
+    return bytes;
 }
 
-/* Fills s->ids with what is to be continued or scored. */
-static int read_prompt(struct session *s)
+static void encode_text(struct session *s, const char *text, size_t n)
 {
-    const struct args *a = s->args;
-    int code = a->ids_file ? read_ids(s, a->ids_file) :
-               a->file ? encode_file(s, a->file) :
-               a->perplexity ? encode_file(s, a->perplexity) :
-               encode_text(s, a->prompt, strlen(a->prompt));
-    if (!code && s->n_ids == 0)
-        return complain("the prompt has no tokens");
-    if (!code && !a->perplexity && s->n_ids > s->params.n_ctx)
-        return complain("the prompt has %d tokens and the context room for %d: give -c %d or more",
-                        s->n_ids, s->params.n_ctx, s->n_ids);
-    return code;
+    int flags = (s->no_bos ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
+    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
+        say(NOTE, "the text begins with <bos>: no other is put before it");
+        flags = GEMMA3_SPECIAL;
+    }
+    s->ids = allocate((n + 1) * sizeof *s->ids, "the text's ids");
+    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
 
-/* A long prompt takes a while; somebody may be watching. */
-static void show_reading(const struct session *s, int n_done, int n)
+/* The ids spelled in n bytes of text. */
+static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    if (n <= s->params.n_batch || !isatty(STDERR_FILENO))
-        return;
-    if (n_done < n)
-        fprintf(stderr, "\rreading %d of %d tokens", n_done, n);
-    else
-        fprintf(stderr, "\r%40s\r", "");
+    const char *left = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? text + 3 : text; /* BOM */
+    int id, found;
+    s->ids = allocate((n / 2 + 1) * sizeof *s->ids, where);
+    while ((found = next_number(&left, &id)) > 0) {
+        if (id < 0 || id >= s->config->n_vocab)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id,
+                s->config->n_vocab - 1);
+        s->ids[s->n_ids++] = id;
+    }
+    if (found < 0 || left < text + n)
+        say(FAILED, "%s: expected ids parted by spaces or line ends, found \"%.20s\"", where,
+            found ? left : "a zero byte");
 }
 
-/* Takes tokens through the model in batches; s->logits is then the last one's row. */
-static int read_tokens(struct session *s, const int32_t *ids, int n)
+/* Fills s->ids with what is to be continued or shown. */
+static void read_prompt(struct session *s)
 {
+    const char *path = s->ids_file ? s->ids_file : s->file;
+    const char *text = s->prompt ? s->prompt : s->tokenize;
+    size_t n = path ? 0 : strlen(text);
+    char *bytes = path ? read_file(path, &n) : NULL;
+    if (s->ids_file) parse_ids(s, bytes, n, path);
+    else encode_text(s, bytes ? bytes : text, n);
+    free(bytes);
+}
+
+/* ---- Command line: numbers out ---- */
+
+static void open_out(struct file_out *o, const char *path)
+{
+    char magic[4] = "";
+    long long size = file_size(path);
+    *o = (struct file_out){.name = "standard output", .file = stdout};
+    if (strcmp(path, "-") == 0) return;
+    if (size >= 0) {
+        FILE *old = fopen(path, "r+b"); /* what may not be written is not replaced either */
+        if (!old) say(FAILED, "%s: %s", path, strerror(errno));
+        if (fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+            say(FAILED, "%s: this is a model, which would be overwritten", path);
+        fclose(old);
+    }
+    o->name = path;
+    real_path(path, o->path);
+    if (size != -2) snprintf(o->part, sizeof o->part, "%s.part", o->path);
+    o->file = fopen(size == -2 ? path : o->part, "wb");
+    if (!o->file) say(FAILED, "%s: %s", path, strerror(errno));
+}
+
+static void write_out(struct file_out *o, const void *bytes, size_t n)
+{
+    if (fwrite(bytes, 1, n, o->file) == n && fflush(o->file) == 0) return;
+    if (o->part[0]) remove(o->part);
+    flush(o->file, o->name);
+}
+
+static void close_out(struct file_out *o)
+{
+    int failed = o->file != stdout && fclose(o->file);
+    if (failed || (o->part[0] && replace_file(o->part, o->path)))
+        say(FAILED, "%s: %s", o->name, strerror(errno));
+}
+
+/* --positions, or all. */
+static void choose_rows(struct session *s)
+{
+    const char *left = s->positions;
+    int x, found = 0, last = -1;
+    s->wanted = allocate((size_t)s->n_ids, "--positions");
+    memset(s->wanted, !left, (size_t)s->n_ids);
+    while (left && (found = next_number(&left, &x)) > 0) {
+        int position = x < 0 ? x + s->n_ids : x;
+        if (position < 0 || position >= s->n_ids)
+            say(FAILED, "--positions %d: the prompt has %d tokens", x, s->n_ids);
+        if (position <= last)
+            say(FAILED, "--positions: expected them to ascend, found %d after %d", position, last);
+        s->wanted[last = position] = 1;
+    }
+    if (found < 0 || (left && last < 0))
+        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces",
+            s->positions);
+}
+
+/* Float32 as little-endian bytes on any machine. */
+static void write_row(struct session *s, const float *row)
+{
+    unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
+    size_t n = (size_t)s->config->n_vocab;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &row[i], 4);
+        for (int k = 0; k < 4; k++) bytes[4 * i + k] = (unsigned char)(u >> 8 * k);
+    }
+    gemma3_sha256_add(&s->sha256, bytes, 4 * n);
+    if (s->logits_file) write_out(&s->to, bytes, 4 * n);
+}
+
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
+    return all;
+}
+
+/* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
+static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
+    if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
+        say(FAILED, "%s", gemma3_state_error(s->state));
+    for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    for (int r = 0; r < n_rows && s->fault < 0; r++)
+        if (!are_numbers(s->logits + (size_t)r * s->config->n_vocab, (size_t)s->config->n_vocab))
+            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+}
+
+/* Takes tokens through the model; s->logits is then the last one's row. */
+static void read_tokens(struct session *s, const int32_t *ids, int n)
+{
+    size_t n_vocab = (size_t)s->config->n_vocab;
     double start = seconds();
-    for (int i = 0; i < n;) {
-        int count = lesser(n - i, s->params.n_batch), row = count - 1;
-        int is_last = i + count == n;
-        if (gemma3_forward(s->state, ids + i, count, &row, is_last, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        i += count;
-        show_reading(s, i, n);
+    for (int i = 0, count; i < n; i += count) {
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, most = s->params.n_batch;
+        if (most > GEMMA3_MAX_UBATCH) most = GEMMA3_MAX_UBATCH;
+        for (count = 0; count < most && i + count < n; count++)
+            if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
+        forward(s, ids + i, count, rows, n_rows);
+        for (int r = 0; s->wanted && r < n_rows; r++)
+            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * n_vocab);
+        if (n_rows > 1) memcpy(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, 4 * n_vocab);
     }
-    for (int i = 0; i < n; i++)
-        gemma3_sampler_accept(&s->sampler, ids[i]);
     s->n_read += n;
     s->read_seconds += seconds() - start;
-    return 0;
 }
 
-static void print_speed(const struct session *s)
-{
-    fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
-            s->n_read, s->read_seconds > 0 ? s->n_read / s->read_seconds : 0.0, s->n_written,
-            s->write_seconds > 0 ? s->n_written / s->write_seconds : 0.0);
-}
-
-/* ---- Command line: text ---- */
-
-/* How many of the first n bytes held are surely not the start of a --stop text. */
-static size_t n_free_bytes(const struct printer *p, const struct texts *stop)
-{
-    for (size_t k = 0; k < p->n_held; k++)
-        for (int i = 0; i < stop->n; i++)
-            if (strncmp(stop->text[i], p->held + k, p->n_held - k) == 0)
-                return k;
-    return p->n_held;
-}
+/* ---- Command line: text out ---- */
 
 static void print_byte(struct session *s, char byte)
 {
-    struct printer *p = &s->printer;
-    const struct texts *stop = &s->args->stop;
-    if (p->stopped)
-        return;
-    p->held[p->n_held++] = byte;
-    size_t n = n_free_bytes(p, stop), n_gone = n;
-    for (int i = 0; i < stop->n; i++) {
-        size_t length = strlen(stop->text[i]);
-        if (length > p->n_held ||
-            memcmp(stop->text[i], p->held + p->n_held - length, length) != 0)
-            continue;
-        if (!p->stopped || n > p->n_held - length) /* of several the longest */
-            n = p->n_held - length;
-        n_gone = p->n_held;
-        p->stopped = 1;
-    }
-    if (!s->args->out_ids)
-        fwrite(p->held, 1, n, s->out);
-    p->n_held -= n_gone;
-    memmove(p->held, p->held + n_gone, p->n_held);
+    if (s->stopped) return;
+    s->held[s->n_held++] = byte;
+    size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
+    for (size_t n = 1; n <= s->n_held; n++)
+        for (const char **stop = s->stop; *stop; stop++) {
+            if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
+            if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
+            if (!(*stop)[n]) s->stopped = 1;
+        }
+    if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
+    memmove(s->held, s->held + n_out, s->n_held -= n_out);
 }
 
-static int print_token(struct session *s, int32_t id)
+static void print_token(struct session *s, int32_t id)
 {
     char piece[GEMMA3_PIECE_MAX], character[8];
-    int n = gemma3_decode(s->tokenizer, id, s->args->special ? GEMMA3_SPECIAL : 0, piece);
+    int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
     for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->printer.utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++)
-            print_byte(s, character[k]);
+        int n_bytes = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], character);
+        for (int k = 0; k < n_bytes; k++) print_byte(s, character[k]);
     }
-    if (s->args->out_ids && !s->printer.stopped)
-        fprintf(s->out, s->printer.n_tokens ? " %d" : "%d", (int)id);
-    s->printer.n_tokens++;
-    return s->out == stdout ? flush_stdout() : 0;
+    if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
+    flush(s->out, "standard output");
 }
 
 /* What is still held back is text after all. */
-static int end_text(struct session *s)
+static void end_text(struct session *s)
 {
-    struct printer *p = &s->printer;
     char character[8];
-    int n = gemma3_utf8_end(&p->utf8, character);
-    for (int i = 0; i < n; i++)
-        print_byte(s, character[i]);
-    if (!s->args->out_ids && !p->stopped)
-        fwrite(p->held, 1, p->n_held, s->out);
-    if (s->args->out_ids || s->args->chat || isatty(STDOUT_FILENO))
-        fputc('\n', s->out);
-    return s->out == stdout ? flush_stdout() : 0;
+    int n = gemma3_utf8_end(&s->utf8, character);
+    for (int i = 0; i < n; i++) print_byte(s, character[i]);
+    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out);
+    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out, "standard output");
+    s->n_held = 0, s->n_printed = s->stopped = 0;
+}
+
+/* A stop token, or one without text that a --stop text spells. */
+static int ends_text(const struct session *s, int32_t id)
+{
+    char piece[GEMMA3_PIECE_MAX];
+    int32_t spelled;
+    if (gemma3_is_stop(s->tokenizer, id)) return 1;
+    if (gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece) > 0) return 0;
+    for (const char *const *stop = s->stop; *stop; stop++)
+        if (gemma3_encode(s->tokenizer, *stop, strlen(*stop), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
+            spelled == id)
+            return 1;
+    return 0;
 }
 
 /* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
  * because the conversation goes on after it. */
-static int write_tokens(struct session *s)
+static void write_tokens(struct session *s)
 {
-    const struct args *a = s->args;
     double start = seconds();
-    int code = 0;
-    s->printer = (struct printer){.n_held = 0};
-    for (int i = 0; !interrupted && !code && (a->n_predict < 0 || i < a->n_predict); i++) {
+    int row = 0, is_last = s->n_predict == 0, is_full = 0;
+    for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
         int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (gemma3_is_stop(s->tokenizer, id))
-            break;
-        gemma3_sampler_accept(&s->sampler, id);
-        code = print_token(s, id);
+        if (ends_text(s, id)) break;
+        print_token(s, id);
         s->n_written++;
-        int row = 0, is_last = i + 1 == a->n_predict || s->printer.stopped;
-        if (code || (is_last && !a->chat))
-            break;
-        if (gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state)) {
-            if (!is_last)
-                fprintf(stderr, "\ngemma3: the context of %d tokens is full\n",
-                        gemma3_state_n_ctx(s->state));
-            break;
-        }
-        if (gemma3_forward(s->state, &id, 1, &row, !is_last, s->logits))
-            code = complain("%s", gemma3_state_error(s->state));
-        if (is_last)
-            break;
+        is_last = i == s->n_predict || s->stopped;
+        is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
+        if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    return code ? code : end_text(s);
-}
-
-/* ---- Command line: scores ---- */
-
-/* The rows of --logits and --hash, on their way to the file and the hash. */
-struct rows_out {
-    int32_t *position;       /* [n] in the order asked for; NULL: all */
-    int n, n_done;
-    float *kept;             /* [n][n_vocab] when that order is not the model's, else NULL */
-    FILE *file;
-    const char *path;        /* --logits */
-    char *target, *unready;  /* owned: the file meant, and its name until it is whole; or NULL */
-    gemma3_sha256 hash;
-};
-
-static int write_row(struct rows_out *o, const float *row, int n_vocab)
-{
-    gemma3_sha256_add_floats(&o->hash, row, (size_t)n_vocab);
-    if (!o->file || write_floats(o->file, row, (size_t)n_vocab) == 0)
-        return 0;
-    return write_failed(o->file == stdout ? "standard output" : o->path);
-}
-
-/* Turns --positions into indices, and finds out whether rows can be written as they come. */
-static int begin_rows(struct session *s, struct rows_out *o)
-{
-    const struct numbers *p = &s->args->positions;
-    int ascending = 1;
-    gemma3_sha256_init(&o->hash);
-    if (p->n == 0)
-        return 0;
-    o->position = malloc((size_t)p->n * sizeof *o->position);
-    if (!o->position)
-        return out_of_memory((size_t)p->n * sizeof *o->position, "--positions");
-    for (; o->n < p->n; o->n++) {
-        int position = p->value[o->n] + (p->value[o->n] < 0 ? s->n_ids : 0);
-        if (position < 0 || position >= s->n_ids)
-            return complain("--positions %d: the prompt has %d tokens", (int)p->value[o->n],
-                            s->n_ids);
-        ascending &= o->n == 0 || position >= o->position[o->n - 1];
-        o->position[o->n] = position;
-    }
-    if (ascending)
-        return 0;
-    size_t n_values = (size_t)p->n * (size_t)s->config->n_vocab;
-    o->kept = malloc(n_values * sizeof *o->kept);
-    return o->kept ? 0 : out_of_memory(n_values * sizeof *o->kept, "--positions out of order");
-}
-
-static int is_same_file(const char *path, const struct stat *other)
-{
-    struct stat st;
-    return stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
-}
-
-/* A file is written under another name beside its own, which it gets when it is whole: a job that
- * fails leaves what was there. Devices and pipes are written as they are. */
-static int open_file(struct rows_out *o, const char *model)
-{
-    struct stat st;
-    int is_there = stat(o->path, &st) == 0;
-    if (is_there && is_same_file(model, &st))
-        return complain("--logits %s: this is the model, which would be overwritten", o->path);
-    if (is_there && !S_ISREG(st.st_mode)) {
-        o->file = fopen(o->path, "wb");
-        return o->file ? 0 : complain("%s: %s", o->path, strerror(errno));
-    }
-    if (is_there && access(o->path, W_OK))
-        return complain("%s: %s", o->path, strerror(errno));
-    o->target = is_there ? realpath(o->path, NULL) : strdup(o->path); /* what a link leads to */
-    size_t size = o->target ? strlen(o->target) + 32 : 0;
-    o->unready = size ? malloc(size) : NULL;
-    if (!o->unready)
-        return out_of_memory(strlen(o->path) + 32, "--logits");
-    snprintf(o->unready, size, "%s.%ld.tmp", o->target, (long)getpid());
-    o->file = fopen(o->unready, "wbx");
-    if (!o->file)
-        return complain("%s: %s", o->path, strerror(errno));
-    if (is_there && fchmod(fileno(o->file), st.st_mode & 0777))
-        return complain("%s: %s", o->unready, strerror(errno));
-    return 0;
-}
-
-static int open_rows(struct session *s, struct rows_out *o)
-{
-    int code = begin_rows(s, o);
-    o->path = s->args->logits;
-    if (code || !o->path)
-        return code;
-    if (strcmp(o->path, "-") != 0)
-        return open_file(o, s->model_path);
-    o->file = stdout;
-    return 0;
-}
-
-/* How often a row is wanted. */
-static int is_wanted(const struct rows_out *o, int position)
-{
-    if (!o->position)
-        return 1;
-    int n = 0;
-    for (int i = 0; i < o->n; i++)
-        n += o->position[i] == position;
-    return n;
-}
-
-static int take_row(struct session *s, struct rows_out *o, int position, const float *row)
-{
-    int n_vocab = s->config->n_vocab, code = 0;
-    if (o->kept) {
-        for (int i = 0; i < o->n; i++)
-            if (o->position[i] == position)
-                memcpy(o->kept + (size_t)i * (size_t)n_vocab, row, (size_t)n_vocab * sizeof *row);
-        return 0;
-    }
-    for (int n = is_wanted(o, position); n > 0 && !code; n--)
-        code = write_row(o, row, n_vocab);
-    return code;
-}
-
-static int close_rows(struct session *s, struct rows_out *o, int code)
-{
-    for (int i = 0; o->kept && i < o->n && !code; i++)
-        code = write_row(o, o->kept + (size_t)i * (size_t)s->config->n_vocab, s->config->n_vocab);
-    free(o->position);
-    free(o->kept);
-    if (o->file == stdout)
-        return code ? code : flush_stdout();
-    if (o->file && fclose(o->file) && !code)
-        code = complain("%s: %s", o->path, strerror(errno));
-    if (o->file && o->unready && !code && rename(o->unready, o->target))
-        code = complain("%s: %s", o->path, strerror(errno));
-    if (o->file && o->unready && code)
-        remove(o->unready);
-    free(o->target);
-    free(o->unready);
-    return code;
-}
-
-/* Everything asked about one position. */
-static int score_row(struct session *s, struct rows_out *o, int position, const float *row)
-{
-    const struct args *a = s->args;
-    if (a->nll && position + 1 < s->n_ids) {
-        int32_t next = s->ids[position + 1];
-        fprintf(s->out, "%d %d %.9g\n", position + 1, (int)next,
-                gemma3_nll(row, s->config->n_vocab, next));
-    }
-    return a->logits || a->hash ? take_row(s, o, position, row) : 0;
-}
-
-/* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
- * since --top and text come after it. */
-static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
-                       int rows[GEMMA3_MAX_UBATCH])
-{
-    const struct args *a = s->args;
-    int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
-    for (int i = 0; i < n; i++)
-        if (all || start + i + 1 == s->n_ids ||
-            ((a->logits || a->hash) && is_wanted(o, start + i)))
-            rows[n_rows++] = i;
-    return n_rows;
-}
-
-/* One pass over the prompt for everything that was asked for together. */
-static int score_prompt(struct session *s, struct rows_out *o)
-{
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    int code = 0, n_rows = 0;
-    double start = seconds();
-    for (int i = 0; i < s->n_ids && !code;) {
-        int rows[GEMMA3_MAX_UBATCH], n = lesser(s->n_ids - i, s->max_rows);
-        n_rows = rows_needed(s, o, i, n, rows);
-        if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        if (s->watch.trouble[0])
-            return complain("%s", s->watch.trouble);
-        for (int r = 0; r < n_rows && !code; r++)
-            code = score_row(s, o, i + rows[r], s->logits + (size_t)r * n_vocab);
-        if (!code && s->out == stdout)
-            code = flush_stdout();
-        i += n;
-        show_reading(s, i, s->n_ids);
-    }
-    if (code)
-        return code;
-    memmove(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, n_vocab * sizeof *s->logits);
-    for (int i = 0; i < s->n_ids; i++)
-        gemma3_sampler_accept(&s->sampler, s->ids[i]);
-    s->n_read = s->n_ids;
-    s->read_seconds = seconds() - start;
-    return 0;
-}
-
-static void print_hash(struct session *s, struct rows_out *o)
-{
-    char hex[65];
-    gemma3_sha256_end(&o->hash, hex);
-    fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-            s->args->exact ? "exact" : "default",
-            s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
-}
-
-/* By logit down, then by id up; what is not a number comes last. */
-static int by_logit(const void *left, const void *right)
-{
-    const gemma3_candidate *a = left, *b = right;
-    float x = isnan(a->logit) ? -INFINITY : a->logit, y = isnan(b->logit) ? -INFINITY : b->logit;
-    if (x != y)
-        return x < y ? 1 : -1;
-    return (a->id > b->id) - (a->id < b->id);
-}
-
-static void print_quoted(FILE *out, const char *text, int n)
-{
-    fputc('"', out);
-    for (int i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if (c == '\n')
-            fputs("\\n", out);
-        else if (c == '"' || c == '\\')
-            fprintf(out, "\\%c", c);
-        else if (c < 32 || c == 127 || (n == 1 && c > 127))
-            fprintf(out, "\\x%02x", c);
-        else
-            fputc(c, out);
-    }
-    fputs("\"", out);
-}
-
-/* p = exp(l - largest - log(sum)), where log(sum) is the largest one's nll. */
-static void print_top(struct session *s)
-{
-    int n_vocab = s->config->n_vocab;
-    gemma3_candidate *c = s->candidates;
-    for (int i = 0; i < n_vocab; i++)
-        c[i] = (gemma3_candidate){s->logits[i], i};
-    qsort(c, (size_t)n_vocab, sizeof *c, by_logit);
-    double log_sum = gemma3_nll(s->logits, n_vocab, c[0].id);
-    for (int i = 0; i < lesser(s->args->top, n_vocab); i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int n = gemma3_decode(s->tokenizer, c[i].id, GEMMA3_SPECIAL, piece);
-        fprintf(s->out, "%d\t", (int)c[i].id);
-        print_quoted(s->out, piece, n);
-        fprintf(s->out, "\t%.9g\t%.9g\n", (double)c[i].logit,
-                gemma3_exp((double)c[i].logit - (double)c[0].logit - log_sum));
-    }
-}
-
-static int score(struct session *s)
-{
-    struct rows_out o = {.n = 0};
-    int code = open_rows(s, &o);
-    if (!code)
-        code = score_prompt(s, &o);
-    if (!code && s->args->trace)
-        code = print_watched(&s->watch, s->out);
-    s->watch.names = ""; /* the prompt is traced, not what may be generated after it */
-    code = close_rows(s, &o, code);
-    if (code)
-        return code;
-    if (s->args->hash)
-        print_hash(s, &o);
-    if (s->args->top)
-        print_top(s);
-    return flush_stdout();
+    end_text(s);
+    if (is_full && !is_last)
+        say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
+            s->chats ? "; /clear starts again, -c gives more" : "");
 }
 
 /* ---- Command line: the jobs ---- */
 
-/* -p, -f, --ids */
-static int continue_prompt(struct session *s)
+/* --logits and --hash */
+static void write_numbers(struct session *s)
 {
-    const struct args *a = s->args;
-    int numbers = wants_numbers(a), code = read_prompt(s);
-    if (!code)
-        code = open_state(s);
-    if (!code)
-        code = numbers ? score(s) : read_tokens(s, s->ids, s->n_ids);
-    if (code || a->n_predict == 0 || (numbers && a->n_predict < 0))
-        return code;
-    code = write_tokens(s);
-    print_speed(s);
-    return code;
+    char hex[65];
+    gemma3_sha256_init(&s->sha256);
+    choose_rows(s);
+    if (s->logits_file) open_out(&s->to, s->logits_file);
+    read_tokens(s, s->ids, s->n_ids);
+    if (s->logits_file) close_out(&s->to);
+    gemma3_sha256_end(&s->sha256, hex);
+    if (s->hash)
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
+                s->options.exact ? "exact" : "default",
+                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
 }
 
-/* Sums over the tokens scored by --perplexity. */
-struct scored {
-    double nll, nll_squared; /* sums */
-    size_t n, n_bytes;       /* tokens, and their text */
-};
-
-/* One chunk of n tokens: <bos> in place of its first (as llama-perplexity does), scores for the
- * second half. Position i gives the probability of token i + 1. */
-static int score_chunk(struct session *s, const int32_t *ids, int n, struct scored *sum)
+static int write_state(void *user, const void *bytes, size_t n)
 {
-    const gemma3_vocab *v = gemma3_tokenizer_vocab(s->tokenizer);
-    size_t n_vocab = (size_t)s->config->n_vocab;
+    write_out(user, bytes, n);
+    return 0;
+}
+
+static int read_state(void *user, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(user, (long)offset, SEEK_SET) || fread(buffer, 1, n, user) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    gemma3_error err;
+    FILE *f = fopen(s->state_file, "rb");
+    if (f && gemma3_state_load(s->state, read_state, f, &err))
+        say(FAILED, "%s: %s", s->state_file, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state);
+    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
+    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    if (pos > 0 || n == 0) return pos;
     gemma3_state_reset(s->state);
-    for (int i = 0; i < n - 1;) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
-        int32_t tile[GEMMA3_MAX_UBATCH];
-        memcpy(tile, ids + i, (size_t)count * sizeof *tile);
-        if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
-            tile[0] = v->bos;
-        for (int k = 0; k < count; k++)
-            if (i + k >= n / 2)
-                rows[n_rows++] = k;
-        if (gemma3_forward(s->state, tile, count, rows, n_rows, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        for (int r = 0; r < n_rows; r++) {
-            char piece[GEMMA3_PIECE_MAX];
-            int32_t next = ids[i + rows[r] + 1];
-            double nll = gemma3_nll(s->logits + (size_t)r * n_vocab, (int)n_vocab, next);
-            sum->nll += nll;
-            sum->nll_squared += nll * nll;
-            sum->n++;
-            sum->n_bytes += (size_t)gemma3_decode(s->tokenizer, next, 0, piece);
-        }
-        i += count;
-    }
-    return 0;
+    read_tokens(s, ids, n);
+    open_out(&s->to, s->state_file);
+    if (gemma3_state_save(s->state, write_state, &s->to, &err)) say(FAILED, "%s", err.text);
+    close_out(&s->to);
+    return n;
 }
 
-static int perplexity(struct session *s)
+/* -p, -f, --ids */
+static void continue_prompt(struct session *s)
 {
-    int code = read_prompt(s), n = s->params.n_ctx;
-    struct scored sum = {0, 0, 0, 0};
-    if (!code && s->n_ids / 2 < n)
-        return complain("%s: %d tokens; --perplexity needs two chunks of %d (-c), %.0f tokens",
-                        s->args->perplexity, s->n_ids, n, 2.0 * n);
-    if (!code)
-        code = open_state(s);
-    for (int i = 0; i < s->n_ids / n && !code; i++) {
-        code = score_chunk(s, s->ids + (size_t)i * (size_t)n, n, &sum);
-        if (!code) {
-            printf("[%d]%.4f,", i + 1, gemma3_exp(sum.nll / (double)sum.n));
-            code = flush_stdout();
-        }
+    read_prompt(s);
+    if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
+    if (s->n_ids > s->params.n_ctx)
+        say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
+            s->n_ids, s->params.n_ctx, s->n_ids);
+    open_state(s);
+    if (s->numbers) write_numbers(s);
+    else {
+        int n_kept = s->state_file ? keep_tokens(s, s->ids, s->n_ids - 1) : 0;
+        read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
     }
-    if (code)
-        return code;
-    double n_scored = (double)sum.n, mean = sum.nll / n_scored;
-    double variance = sum.nll_squared / n_scored - mean * mean, ppl = gemma3_exp(mean);
-    double error = variance > 0 && sum.n > 1 ? ppl * sqrt(variance / (n_scored - 1)) : 0;
-    printf("\ntokens scored %zu of %d, chunks %d of %d\n", sum.n, s->n_ids, s->n_ids / n, n);
-    printf("mean nll %.9g\n", mean);
-    if (sum.n_bytes)
-        printf("bits per byte %.9g\n", sum.nll / gemma3_log(2) / (double)sum.n_bytes);
-    printf("ppl %.4f +- %.5f\n", ppl, error);
-    return 0;
+    if (s->writes) write_tokens(s);
 }
 
-static int tokenize(struct session *s)
+static void tokenize(struct session *s)
 {
-    const char *text = s->args->tokenize.text;
-    int code = text ? encode_text(s, text, strlen(text)) : encode_file(s, s->args->file);
-    for (int i = 0; i < s->n_ids && !code; i++)
-        printf(i ? " %d" : "%d", (int)s->ids[i]);
-    if (!code)
-        putchar('\n');
-    return code;
-}
-
-static int detokenize(struct session *s)
-{
-    const struct numbers *ids = &s->args->detokenize;
-    int code = check_ids(s, ids, "--detokenize");
-    for (int i = 0; i < ids->n && !code; i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int n = gemma3_decode(s->tokenizer, ids->value[i], s->args->special ? GEMMA3_SPECIAL : 0,
-                              piece);
-        fwrite(piece, 1, (size_t)n, stdout);
-    }
-    if (!code && isatty(STDOUT_FILENO))
-        putchar('\n');
-    return code;
-}
-
-static void print_memory(const struct session *s)
-{
-    gemma3_params p = s->params;
-    const int n_ctx[] = {512, 4096, s->config->n_ctx_train, s->params.n_ctx};
-    printf("weights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    for (int i = 0; i < 4; i++) {
-        int seen = 0;
-        for (int k = 0; k < i; k++)
-            seen |= n_ctx[k] == n_ctx[i];
-        if (seen)
-            continue;
-        p.n_ctx = n_ctx[i];
-        size_t n_bytes = gemma3_kv_bytes(s->config, &p);
-        printf("KV cache               %zu bytes for -c %d in %s\n", n_bytes, p.n_ctx,
-               p.kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    }
-    p = s->params;
-    p.n_threads = s->args->n_threads;
-    size_t n_scratch = gemma3_state_size(s->model, &p) - gemma3_kv_bytes(s->config, &p);
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p.n_ctx, p.n_batch,
-           p.n_threads);
-}
-
-/* A text out of the file: whole characters, and no control characters (U+0000 to 1F, 7F to 9F). */
-static void print_name(const char *name)
-{
-    gemma3_utf8 whole = {.n = 0};
-    char c[8];
-    for (; *name; name++) { /* n is 0 within a character */
-        int n = gemma3_utf8_push(&whole, (unsigned char)*name, c);
-        if (n == 1 ? c[0] < 32 || c[0] == 127 : n == 2 && memcmp(c, "\xC2\xA0", 2) < 0)
-            putchar('?');
-        else
-            fwrite(c, 1, (size_t)n, stdout);
-    }
-    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), stdout);
+    read_prompt(s);
+    for (int i = 0; i < s->n_ids; i++) printf(i ? " %d" : "%d", (int)s->ids[i]);
     putchar('\n');
 }
 
-static int info(struct session *s)
+static void detokenize(struct session *s)
+{
+    int flags = s->special ? GEMMA3_SPECIAL : 0;
+    char piece[GEMMA3_PIECE_MAX];
+    parse_ids(s, s->detokenize, strlen(s->detokenize), "--detokenize");
+    for (int i = 0; i < s->n_ids; i++)
+        fwrite(piece, 1, (size_t)gemma3_decode(s->tokenizer, s->ids[i], flags, piece), stdout);
+    if (is_terminal(stdout)) putchar('\n');
+}
+
+static void print_info(struct session *s)
 {
     const gemma3_config *c = s->config;
+    const struct { const char *name, *key; double value; } fields[] = {
+        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
+        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
+        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
+        {"n_ctx_train", "context_length", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window},
+        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
+        {"rope_base_global", "rope.freq_base", c->rope_base_global},
+        {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
+        {"rope_factor", "rope.scaling.factor", c->rope_factor},
+        {"query_scale", "attention.scale", c->query_scale},
+        {"embedding_scale", "", c->embedding_scale},
+        {"final_softcap", "final_logit_softcapping", c->final_softcap},
+    };
     printf("name                   ");
-    print_name(gemma3_model_name(s->model));
-    printf("chat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
+    print_safe(stdout, gemma3_model_name(s->model));
+    printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
     printf("contract               %d\n", GEMMA3_CONTRACT);
     printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
     printf("isa                    %s\n", gemma3_model_isa(s->model));
-    printf("n_layers               %d\n", c->n_layers);
-    printf("d_model                %d\n", c->d_model);
-    printf("d_ff                   %d\n", c->d_ff);
-    printf("n_heads                %d\n", c->n_heads);
-    printf("n_kv_heads             %d\n", c->n_kv_heads);
-    printf("head_dim               %d\n", c->head_dim);
-    printf("n_vocab                %d\n", c->n_vocab);
-    printf("n_ctx_train            %d tokens\n", c->n_ctx_train);
-    printf("window                 %d tokens\n", c->window);
-    printf("rms_eps                %.9g\n", (double)c->rms_eps);
-    printf("rope_base_global       %.9g\n", (double)c->rope_base_global);
-    printf("rope_base_local        %.9g\n", (double)c->rope_base_local);
-    printf("rope_factor            %.9g\n", (double)c->rope_factor);
-    printf("query_scale            %.9g\n", (double)c->query_scale);
-    printf("embedding_scale        %.9g\n", (double)c->embedding_scale);
-    printf("final_softcap          %.9g\n", (double)c->final_softcap);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const char *origin = gemma3_model_origin(s->model, fields[i].key);
+        printf("%-22s %.9g%s%s%s\n", fields[i].name, fields[i].value, *origin ? " (" : "", origin,
+               *origin ? ")" : "");
+    }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
-        if (!c->is_local[l])
-            printf(" %d", l);
-    putchar('\n');
-    print_memory(s);
-    return 0;
+        if (!c->is_local[l]) printf(" %d", l);
+    const gemma3_params *p = &s->params;
+    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
+    printf("\nweights                %zu bytes, %zu read for each token generated\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
+    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
+    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
+           p->n_batch, p->n_threads);
 }
 
-/* ---- Command line: chat ---- */
-
-static void note_interrupt(int signal_number)
+/* The beginning of a first turn that does not depend on the user's text. */
+static int keep_system(struct session *s, const int32_t *ids, int n)
 {
-    (void)signal_number;
-    interrupted = 1;
+    int32_t *other = allocate(((size_t)n + 32) * sizeof *other, "the turn");
+    int n_other = gemma3_encode_turn(s->tokenizer, s->system, "", 1, other, n + 32), n_same = 0;
+    while (n_same < n_other && n_same < n && other[n_same] == ids[n_same]) n_same++;
+    free(other);
+    return keep_tokens(s, ids, n_same);
 }
 
-/* flags: 0 while waiting for a line, so that the waiting ends; SA_RESTART while an answer is
- * written, so that the writing does not fail. */
-static void catch_interrupts(int flags)
+/* One turn and its answer. 0: it does not fit, and nothing happened. */
+static int answer(struct session *s, const char *text)
 {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = note_interrupt;
-    action.sa_flags = flags;
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGINT, &action, NULL);
-}
-
-/* Whatever ended the answer, the model finds it closed when the next turn comes. */
-static int close_turn(struct session *s)
-{
-    static const char mark[] = "<end_of_turn>";
-    int32_t id = gemma3_find(s->tokenizer, mark, sizeof mark - 1);
-    if (id < 0 || gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state))
-        return 0;
-    gemma3_sampler_accept(&s->sampler, id);
-    if (gemma3_forward(s->state, &id, 1, NULL, 0, NULL))
-        return complain("%s", gemma3_state_error(s->state));
-    return 0;
-}
-
-/* One turn and its answer. *full: the turn did not fit and nothing happened. */
-static int answer(struct session *s, const char *text, int *full)
-{
-    const char *system = s->args->system;
-    int pos = gemma3_state_pos(s->state), n_ctx = gemma3_state_n_ctx(s->state);
-    size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = room < INT_MAX ? malloc(room * sizeof *ids) : NULL;
-    if (!ids)
-        return out_of_memory(room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room), code = 0;
-    *full = n > n_ctx - pos;
-    if (n == -2)
-        code = out_of_memory(gemma3_encode_work(room), "encoding the turn");
-    else if (n < 0)
-        code = complain("the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
-    else if (*full)
-        fprintf(stderr, "gemma3: the context of %d tokens is full: this turn needs %d and %d are "
-                "left; /clear starts again, -c gives more\n", n_ctx, n, n_ctx - pos);
-    else if (!(code = read_tokens(s, ids, n)) && !(code = write_tokens(s)))
-        code = close_turn(s);
-    free(ids);
-    return code;
-}
-
-/* A line of the user's without its end. 0: there is none any more. Ctrl-C drops what there is of it. */
-static int read_line(char **line, size_t *size)
-{
-    int asks = isatty(STDIN_FILENO);
-    for (int n_interrupts = 0; n_interrupts < 2; n_interrupts++) {
-        interrupted = 0;
-        clearerr(stdin);
-        if (asks)
-            fputs("> ", stderr);
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
+    size_t room = strlen(text) + (s->system ? strlen(s->system) : 0) + 32;
+    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
+    int32_t *ids = allocate(room * sizeof *ids, "the turn");
+    int n = gemma3_encode_turn(s->tokenizer, s->system, text, pos == 0, ids, (int)room);
+    if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
+    if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
+    if (n > left)
+        say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
+            "starts again, -c gives more", s->params.n_ctx, n, left);
+    if (n <= left) {
+        int n_kept = s->state_file && pos == 0 ? keep_system(s, ids, n) : 0;
+        catch_interrupts(1);
+        read_tokens(s, ids + n_kept, n - n_kept);
+        write_tokens(s);
         catch_interrupts(0);
-        ssize_t n = getline(line, size, stdin);
-        catch_interrupts(SA_RESTART);
-        int is_whole = n > 0 && (!interrupted || (*line)[n - 1] == '\n');
-        while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
-            (*line)[--n] = 0;
-        if (is_whole)
-            return 1;
-        if (asks)
-            fputc('\n', stderr);
-        if (!interrupted)
-            return 0;
-        if (asks && n_interrupts == 0)
-            fputs("Ctrl-C again or /quit ends the chat\n", stderr);
+        /* Whatever ended the answer, the model finds it closed when the next turn comes. */
+        ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
+        if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
     }
-    return 0;
+    free(ids);
+    return n <= left;
+}
+
+/* A line of the user's without its end, allocated; one that ends in \ goes on in the next. NULL:
+ * there is none any more. */
+static char *read_line(void)
+{
+    size_t n = 0, room = 256;
+    char *line = allocate(room, "the line");
+    int c = 0;
+    if (is_terminal(stdin)) fputs("> ", stderr);
+    while (c != '\n' && (c = getchar()) != EOF) {
+        if (n + 1 == room) line = reallocate(line, room *= 2, "the line");
+        line[n++] = (char)c;
+        if (c != '\n') continue;
+        n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
+        if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
+    }
+    line[n] = 0;
+    if (n || c == '\n') return line;
+    free(line);
+    return NULL;
+}
+
+/* We write Gemma's turns, whatever the file's template says: where it says something else, so do we. */
+static void check_template(const struct session *s)
+{
+    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
+    size_t n = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    for (int i = 0; template && i < 4; i++) {
+        size_t length = strlen(words[i]), at = 0;
+        while (at + length <= n && memcmp(template + at, words[i], length) != 0) at++;
+        int has = at + length <= n;
+        if (i == 0 && !has) say(NOTE, "the file's chat template has no <start_of_turn>: it is not Gemma's, "
+                                "whose turns are used here");
+        if (i > 0 && has) say(NOTE, "the file's chat template asks for %s, which a chat here has not", words[i]);
+    }
 }
 
 /* A full context ends the chat, unless somebody is there to type /clear. */
-static int chat(struct session *s)
+static void chat(struct session *s)
 {
-    char *line = NULL;
-    size_t size = 0;
-    int full = 0, code = open_state(s);
-    if (!code && !gemma3_model_can_chat(s->model))
-        fputs("gemma3: no chat template in the file: this may be a base model, not trained to chat\n",
-              stderr);
-    while (!code && (!full || isatty(STDIN_FILENO)) && read_line(&line, &size)) {
-        interrupted = 0;
-        if (strcmp(line, "/quit") == 0)
-            break;
-        if (strcmp(line, "/clear") == 0) {
-            gemma3_state_reset(s->state);
-            s->sampler.n_last = 0;
-        } else if (line[strspn(line, " \t")]) {
-            code = answer(s, line, &full);
-        }
+    int goes_on = 1;
+    char *line;
+    open_state(s);
+    check_template(s);
+    while (goes_on && (line = read_line())) {
+        if (strcmp(line, "/quit") == 0) goes_on = 0;
+        else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
+        else if (line[strspn(line, " \t")]) goes_on = (answer(s, line) || is_terminal(stdin)) && s->fault < 0;
+        free(line);
     }
-    free(line);
-    if (!code && s->n_read)
-        print_speed(s);
-    return code;
 }
 
-/* ---- Command line: main ---- */
-
-/* No file that we open may get the number of a stream that the caller has closed. What stands in for
- * it can be neither read nor written, so that using it is an error. */
-static void fill_streams(void)
+/* The library calls this with every tensor inside. */
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width,
+                       float *data)
 {
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0)
-            return;
+    char *first = user;
+    (void)pos;
+    if (*first || are_numbers(data, (size_t)n * (size_t)width)) return;
+    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
-static int print_isas(void)
+/* The same tokens again, tensor by tensor. */
+static void explain_fault(struct session *s)
 {
-    for (int i = 0; gemma3_isa_name(i); i++)
-        puts(gemma3_isa_name(i));
-    return 0;
+    int n = s->fault + 1;
+    char first[64] = "";
+    gemma3_error err;
+    int32_t *ids = allocate((size_t)n * sizeof *ids, "the tokens again");
+    memcpy(ids, gemma3_state_ids(s->state), (size_t)n * sizeof *ids);
+    gemma3_state_free(s->state);
+    s->params.trace = find_fault, s->params.trace_user = first;
+    s->state = gemma3_state_new(s->model, &s->params, &err);
+    if (s->state) gemma3_forward(s->state, ids, n, &s->fault, 1, s->logits);
+    free(ids);
+    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
+        s->options.exact && s->params.kv_type == GEMMA3_KV_F32 ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-static int run_job(const struct args *a, enum job job, const char *program)
+static void run_job(struct session *s)
 {
-    struct session s = {.args = a, .out = a->logits && !strcmp(a->logits, "-") ? stderr : stdout};
-    char found[4096];
-    const char *path = a->model ? a->model : find_model(program, found, sizeof found);
-    if (!path)
-        return refuse("no model: give -m MODEL.gguf");
-    int code = open_model(&s, path, job == CONTINUE || job == CHAT || job == PERPLEXITY);
-    if (!code)
-        code = job == CONTINUE ? continue_prompt(&s) :
-               job == CHAT ? chat(&s) :
-               job == PERPLEXITY ? perplexity(&s) :
-               job == TOKENIZE ? tokenize(&s) :
-               job == DETOKENIZE ? detokenize(&s) : info(&s);
-    close_session(&s);
-    return code;
+    open_model(s, !s->tokenize && !s->detokenize && !s->info);
+    if (s->chats) chat(s);
+    else if (s->info) print_info(s);
+    else if (s->tokenize) tokenize(s);
+    else if (s->detokenize) detokenize(s);
+    else continue_prompt(s);
+    if (s->fault >= 0) explain_fault(s);
+    if (s->writes && s->n_read)
+        fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
+                s->n_read, s->n_read / s->read_seconds, s->n_written,
+                s->n_written ? s->n_written / s->write_seconds : 0.0);
+    gemma3_state_free(s->state);
+    gemma3_close(s->model);
+    gemma3_pool_free(s->pool);
+    free(s->candidates);
+    free(s->logits);
+    free(s->wanted);
+    free(s->ids);
 }
 
 int main(int argc, char **argv)
 {
-    struct args a = {
-        .n_predict = -1, .n_threads = gemma3_default_threads(), .n_batch = 512, .temperature = 1,
-        .top_k = 64, .top_p = 0.95, .repeat_penalty = 1, .seed = 42,
+    struct session s = {
+        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
+        .params = {.n_batch = 512, .n_threads = gemma3_default_threads()},
     };
-    enum job job = CONTINUE;
-    fill_streams();
-    signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
-#if defined(SIGXFSZ)
-    signal(SIGXFSZ, SIG_IGN); /* and so is a file that grows beyond its limit */
-#endif
-    int code = parse_args(&a, argc, argv);
-    if (code == 0 && a.help)
-        code = print_help();
-    else if (code == 0 && a.version)
+    char found[MAX_PATH_BYTES];
+    argv = start_program(argv);
+    if (argc > 0) parse_options(&s, argv + 1);
+    if (s.help) {
+        print_help();
+    } else if (s.version) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    else if (code == 0 && a.isa && strcmp(a.isa, "list") == 0)
-        code = print_isas();
-    else if (code == 0 && (code = check_args(&a, &job)) == 0)
-        code = run_job(&a, job, argv[0] ? argv[0] : "");
-    free(a.positions.value);
-    free(a.detokenize.value);
-    if (code == 0)
-        code = flush_stdout();
-    return code;
+    } else if (s.options.isa && strcmp(s.options.isa, "list") == 0) {
+        for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
+    } else {
+        check_options(&s);
+        if (!s.path) s.path = find_model(argc > 0 ? argv[0] : "", found);
+        run_job(&s);
+    }
+    flush(stdout, "standard output");
+    return 0;
 }
 
 #endif
