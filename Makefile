@@ -21,8 +21,8 @@ TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
 # The program's own objects between functions that fail: what the linker of Linux can do.
 ifeq ($(shell uname),Linux)
 FAULTS   = test/faults
-WRAPPED  = malloc calloc realloc strdup realpath free fopen fclose fflush open rename fstat mmap \
-           munmap madvise sched_getaffinity pthread_create exit main
+WRAPPED  = malloc calloc realloc strdup realpath free fopen fopen64 fclose fflush open open64 rename \
+           fstat fstat64 mmap mmap64 munmap madvise sched_getaffinity pthread_create exit main
 endif
 
 gemma3: gemma3.o tokenizer.o

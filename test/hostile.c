@@ -448,21 +448,28 @@ static void shapes(void)
             "number of tokens][5]");
 }
 
+static int is_known(uint32_t type)
+{
+    for (int k = 0; k < TINY_FORMATS; k++)
+        if (tiny_formats[k].type == type) return 1;
+    return 0;
+}
+
+/* Removed from GGUF, of other families, not yet given, and negative ones. */
 static void types_of_tensors(void)
 {
-    /* removed from GGUF, of other families, not yet given, the last, and negative ones */
-    static const uint32_t wrong[] = { 4, 5, 9, 15, 16, 23, 24, 28, 31, 32, 33, 36, 39, 40, 255,
-                                      1u << 31, UINT32_MAX };
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+    for (uint32_t i = 0; i < 68; i++) {
+        static const uint32_t far[] = { 255, 1u << 16, 1u << 31, UINT32_MAX };
+        uint32_t type = i < 64 ? i : far[i - 64];
+        if (is_known(type)) continue;
         tiny t = tiny_new(TINY_F32);
-        tiny_tensor_of(&t, "blk.0.attn_q.weight")->type = wrong[i];
+        tiny_tensor_of(&t, "blk.0.attn_q.weight")->type = type;
         bytes b = tiny_file(&t);
         gemma3_error err;
         unsigned char *memory;
         gemma3_model *m = open_exactly(&b, &memory, &err);
         ok(!m && !strncmp(err.text, "x.gguf: tensor blk.0.attn_q.weight has type ", 44) &&
-           strstr(err.text, ", which is not supported (F32 F16"), "tensor type %lu is refused",
-               (unsigned long)wrong[i]);
+           strstr(err.text, " not supported"), "tensor type %lu is refused", (unsigned long)type);
         gemma3_close(m);
         free(memory);
         free(b.p);

@@ -161,6 +161,7 @@ static const struct tiny_format {
     {13, "Q5_K", 256, 176, {0, 2}},
     {14, "Q6_K", 256, 210, {208, -1}},
     {20, "IQ4_NL", 32, 18, {0, -1}},
+    {23, "IQ4_XS", 256, 136, {0, -1}},
 };
 enum { TINY_FORMATS = sizeof tiny_formats / sizeof *tiny_formats };
 
