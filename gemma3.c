@@ -5068,6 +5068,7 @@ static char *read_line(void)
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
+    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
     free(line);
