@@ -94,6 +94,7 @@
 
 #include <float.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -117,6 +118,7 @@ enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+static inline int min_int(int a, int b) { return a < b ? a : b; }
 #if defined(__GNUC__) && !defined(__clang__)
 #define UNROLL _Pragma("GCC unroll 16")
 #else
@@ -694,7 +696,8 @@ struct matrix {
     const struct format *format;
     int rows, cols, tiled;
     size_t row_bytes;
-    const uint8_t *data;
+    const uint8_t *data;              /* NULL: in a file that is read in pieces */
+    uint64_t offset;                  /* in the file */
 };
 
 INLINE int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
@@ -1967,6 +1970,8 @@ struct layer {
     const float *post_ffw_norm;       /* [d_model] */
 };
 
+enum { MAX_END_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+
 /* Read-only once it is open. */
 struct gemma3_model {
     gemma3_config config;
@@ -1976,17 +1981,25 @@ struct gemma3_model {
     struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
     int tied;                         /* there is no output.weight */
     const float *output_norm;         /* [d_model] */
-    struct layer layer[GEMMA3_MAX_LAYERS];
+    struct layer *layer;              /* [n_layers] */
+    size_t row_bytes;                 /* of the file's widest row */
 
     gemma3_tokenizer *tokenizer;
     gemma3_vocab vocab;
-    int can_chat;
+    int32_t stop[MAX_END_IDS];          /* ids that end an answer */
+    const char *chat_template;        /* not NUL-terminated */
+    size_t template_bytes;
     char name[128];
+
+    const struct published *published; /* the size, when it is one of Google's */
+    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what does not come from the file */
+    char note[MAX_NOTES][160];        /* sentences about keys that were not obeyed */
+    int n_origins, n_notes;
+
     size_t weight_bytes;
-    void *owned[8];                   /* blocks to free on close */
-    int n_owned;
+    gemma3_source source;             /* the file */
+    void *allocated;                  /* by gemma3_open, else NULL */
     const void *mapping;              /* the file, when we mapped it */
-    size_t mapping_bytes;
 };
 
 /* A worker's room for the weights it is multiplying. */
@@ -1999,12 +2012,14 @@ struct unpacked {
  * once. The shapes are here, the room in lay_out (section 13). In attention a few tokens make a pack. */
 struct gemma3_state {
     const gemma3_model *m;
+    const gemma3_config *c;           /* the model's, or the caller's changed copy */
     gemma3_params p;
     void *allocated;                  /* by _new, else NULL */
     int pos;                          /* tokens in the cache */
     int chunk;                        /* tokens taken at once: min(n_batch, GEMMA3_CHUNK) */
     int pack;                         /* tokens whose attention is computed together */
     int ring;                         /* slots of a local layer's cache */
+    int32_t *ids;                     /* [n_ctx] the tokens in the cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 9 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
@@ -2024,6 +2039,8 @@ struct gemma3_state {
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
     float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    uint8_t *fetched;                 /* [n_threads][TILE_ROWS][widest row], of weights that are not in memory */
+    uint8_t *unread;                  /* [n_threads] 1 when a worker could not read its weights */
     char error[256];
 };
 
@@ -2075,6 +2092,29 @@ static void trace(const gemma3_state *s, const char *name, int l, const float *x
  *
  * Weights' rows are shared out to threads here, in tiles of 32; which thread takes which tile cannot
  * change a bit, because a row's sum is never divided. */
+
+/* w itself, or, of weights that lie in a file that is read in pieces, its rows row .. row + n - 1, n <= 32, as a
+ * matrix of their own in the worker's room. */
+static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n, int worker)
+{
+    struct matrix here = *w;
+    const gemma3_source *from = &s->m->source;
+    uint8_t *room = s->fetched + (size_t)worker * TILE_ROWS * s->m->row_bytes;
+    if (w->data) return here;
+    if (from->read(from->user, w->offset + (uint64_t)row * w->row_bytes, room, n * w->row_bytes)) {
+        memset(room, 0, n * w->row_bytes);
+        s->unread[worker] = 1;
+    }
+    here.data = room;
+    here.rows = n;
+    return here;
+}
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
+{
+    struct matrix here = rows_in_memory(s, w, row, 1, 0);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, out);
+}
 
 /* n <= 32; nearly always 32, which the compiler then copies in line. */
 INLINE void copy_floats(float *to, const float *from, int n)
@@ -2151,9 +2191,11 @@ static void mul_tile(const struct matmul *job, int product, int tile, int worker
     const struct matrix *w = job->w[product];
     float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
     int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
+    struct matrix here = rows_in_memory(job->s, w, row, n_rows, worker);
+    int at = w->data ? row : 0;
     memset(acc, 0, job->n * sizeof *acc);
-    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker, acc);
-    else mul_tile_integers(job, w, row, n_rows, worker, acc);
+    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, &here, at, n_rows, worker, acc);
+    else mul_tile_integers(job, &here, at, n_rows, worker, acc);
     for (int i = 0; i < job->n; i++) copy_floats(job->y[product] + (size_t)i * w->rows + row, acc[i], n_rows);
 }
 
@@ -2204,7 +2246,7 @@ struct norm {
 static void norm_task(void *arg, int i, int worker)
 {
     const struct norm *job = arg;
-    const gemma3_config *c = &job->s->m->config;
+    const gemma3_config *c = job->s->c;
     size_t at = (size_t)i * c->d_model;
     (void)worker;
     job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
@@ -2239,14 +2281,14 @@ static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_
 
 static int slots_of(const gemma3_state *s, int l)
 {
-    return s->m->config.is_local[l] ? s->ring : s->p.n_ctx;
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
 /* cos and sin of every angle of this chunk, for both bases; all layers share them. Linear scaling
  * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
 static void rope_tables(gemma3_state *s, int n)
 {
-    int half = s->m->config.head_dim / 2;
+    int half = s->c->head_dim / 2;
     for (int local = 0; local < 2; local++)
         for (int i = 0; i < n; i++)
             for (int j = 0; j < half; j++)
@@ -2278,7 +2320,7 @@ static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_
 /* First position that the token at position p sees: q - k < window in a local layer. */
 static int first_seen(const struct attention *a, int p)
 {
-    const gemma3_config *c = &a->s->m->config;
+    const gemma3_config *c = a->s->c;
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
@@ -2287,13 +2329,13 @@ static int slice_width(int head_dim, int j0) { return head_dim - j0 < MIX_WIDTH 
 /* Where K of kv head g at position p lies, and elements j0 .. j0 + slice_width - 1 of V. */
 static uint8_t *key_at(const struct attention *a, int g, int p)
 {
-    size_t D = a->s->m->config.head_dim;
+    size_t D = a->s->c->head_dim;
     return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
 }
 
 static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
 {
-    int D = a->s->m->config.head_dim;
+    int D = a->s->c->head_dim;
     size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
     return a->s->v_cache[a->l] + before * kv_element(a->s);
 }
@@ -2303,7 +2345,7 @@ static void prepare_token(void *arg, int i, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     const struct kernels *kernels = s->m->kernels;
     int D = c->head_dim, local = c->is_local[a->l], p = s->pos + i, is_f16 = cache_type(s) == F16;
     const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
@@ -2344,7 +2386,7 @@ static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->m->config.head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
+    int D = s->c->head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
     int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
     float (*acc)[TILE_ROWS] = acc_of(s, worker);
     end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
@@ -2377,7 +2419,7 @@ static void softmax_task(void *arg, int index, int worker)
 static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
 {
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     int D = c->head_dim;
     for (int t = 0; t < n_queries(a); t++) {
         int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
@@ -2396,7 +2438,7 @@ static void mix_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->m->config.head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
+    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
     int p0 = s->pos + a->i0, from = 0, to = 1;
     float *out = s->pack_out + query_at(a, g, 0) * D + j0;
     struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s), .e_stride = s->n_score,
@@ -2423,7 +2465,7 @@ static void mix_task(void *arg, int index, int worker)
 static void gather_queries(const struct attention *a)
 {
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
     for (int i = 0; i < a->n; i++)
         for (int g = 0; g < c->n_kv_heads; g++) {
@@ -2438,7 +2480,7 @@ static void gather_queries(const struct attention *a)
 static void attend(struct attention *a)
 {
     const gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     a->first_pos = first_seen(a, s->pos + a->i0);
     gather_queries(a);
     for_each(s, c->n_kv_heads * n_score_runs(a), score_task, a);
@@ -2449,7 +2491,7 @@ static void attend(struct attention *a)
 /* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
 static void trace_normed(const gemma3_state *s, const struct layer *w, int l, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     int D = c->head_dim;
     for (int h = 0; h < n * c->n_heads; h++)
         s->m->kernels->rmsnorm(s->attended + (size_t)h * D, s->q + (size_t)h * D, w->attn_q_norm, D, c->rms_eps);
@@ -2462,7 +2504,7 @@ static void trace_normed(const gemma3_state *s, const struct layer *w, int l, in
 /* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
     struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
@@ -2486,7 +2528,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 static void gelu_task(void *arg, int i, int worker)
 {
     gemma3_state *s = arg;
-    size_t d_ff = s->m->config.d_ff;
+    size_t d_ff = s->c->d_ff;
     (void)worker;
     s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
 }
@@ -2507,10 +2549,10 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int n)
  * this scale makes one matrix serve as both. */
 static void embed(gemma3_state *s, const int32_t *ids, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
+        dequantize_row(s, &s->m->token_embd, ids[i], x);
         for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
     }
 }
@@ -2524,7 +2566,7 @@ static void trace_rows(const gemma3_state *s, const char *name, const int *rows,
 /* Logits of n_rows tokens of the chunk, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
@@ -2543,7 +2585,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 /* n <= chunk tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
 static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     size_t size = (size_t)n * c->d_model;
     rope_tables(s, n);
     embed(s, ids, n);
@@ -2583,7 +2625,7 @@ const char *gemma3_trace_label(int index, int *in_layers)
 
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
-    int n_vocab = s->m->config.n_vocab;
+    int n_vocab = s->c->n_vocab;
     if (n < 0) {
         snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
         return -1;
@@ -2611,16 +2653,25 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
     fp_state fp = fp_enter();
+    int before = s->pos;
     for (int done = 0, take; done < n; done += take) {
         int in_chunk = 0, chunk_rows[GEMMA3_CHUNK];
         take = n - done < s->chunk ? n - done : s->chunk;
         forward_chunk(s, ids + done, take);
         for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) chunk_rows[in_chunk++] = *rows - done;
         if (in_chunk) unembed(s, chunk_rows, in_chunk, logits);
-        if (in_chunk) logits += (size_t)in_chunk * s->m->config.n_vocab;
+        if (in_chunk) logits += (size_t)in_chunk * s->c->n_vocab;
+        for (int i = 0; i < take; i++) s->ids[s->pos + i] = ids[done + i];
         s->pos += take;
     }
     fp_leave(fp);
+    for (int k = 0; k < s->p.n_threads; k++)
+        if (s->unread[k]) {
+            s->unread[k] = 0;
+            s->pos = before;
+            snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
+            return -1;
+        }
     return 0;
 }
 
@@ -2632,15 +2683,40 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
  *     array: u32 element type | u64 count | elements
  *
  * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor that
- * knows what is left, and every tensor's type, shape and end are checked once, when it is bound. */
+ * knows where the file ends, and every tensor's type, shape and end are checked once, when it is bound.
+ * The file may be in memory or behind a function that reads pieces of it. Of its directory we keep where
+ * each pair and info begins, sorted by a hash of the name, and read it again when it is asked for. */
 
-static void *fail(gemma3_error *err, const char *format, ...)
+#if defined(GEMMA3_NO_ERROR_TEXT)
+INLINE int fail(gemma3_error *err, const char *format, ...)
+{
+    (void)format;
+    if (err) err->text[0] = 0;
+    return -1;
+}
+#else
+static int fail(gemma3_error *err, const char *format, ...)
 {
     va_list args;
     va_start(args, format);
     if (err) vsnprintf(err->text, sizeof err->text, format, args);
     va_end(args);
-    return NULL;
+    return -1;
+}
+#endif
+
+/* A part of such a sentence. */
+static void print(char *out, size_t n, const char *format, ...)
+{
+#if defined(GEMMA3_NO_ERROR_TEXT)
+    (void)n, (void)format;
+    *out = 0;
+#else
+    va_list args;
+    va_start(args, format);
+    vsnprintf(out, n, format, args);
+    va_end(args);
+#endif
 }
 
 /* A path for an error message, whose reason comes after it: the end of a long one. */
@@ -2651,26 +2727,57 @@ static const char *short_path(const char *path, char out[SHORT_PATH])
     if (n < SHORT_PATH) return path;
     path += n - (SHORT_PATH - 4);
     while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    snprintf(out, SHORT_PATH, "...%s", path);
+    memcpy(out, "...", 3);
+    memcpy(out + 3, path, strlen(path) + 1);
     return out;
 }
 
-struct cursor {
-    const uint8_t *p;
-    size_t left;
-    int failed;
+enum { WINDOW = GEMMA3_PIECE_MAX };  /* bytes looked at together, at most */
+
+struct entry {
+    uint64_t hash, at;               /* of a name; where its pair or info begins */
 };
 
+struct gguf {
+    gemma3_source from;
+    const char *name;                /* of the file, in errors */
+    gemma3_error *err;
+    uint64_t n_kv, n_tensors;
+    struct entry *kv, *tensor;       /* sorted by hash */
+    uint64_t data, alignment;        /* where tensors begin; of every tensor */
+    uint8_t window[WINDOW];          /* of a file that is read in pieces */
+    uint64_t window_at;
+    size_t window_bytes;
+    int unreadable;                  /* the function that reads has failed */
+};
+
+struct cursor {
+    struct gguf *g;
+    uint64_t at;
+    int failed;                      /* the file ended, or could not be read */
+};
+
+static int advance(struct cursor *c, uint64_t n)
+{
+    if (n > c->g->from.size - c->at) c->failed = 1;
+    if (!c->failed) c->at += n;
+    return !c->failed;
+}
+
+/* The next n <= WINDOW bytes, until more are taken; NULL when the file ends before. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
-    const uint8_t *p = c->p;
-    if (c->failed || n > c->left) {
-        c->failed = 1;
-        return NULL;
+    struct gguf *g = c->g;
+    uint64_t at = c->at;
+    if (!advance(c, n)) return NULL;
+    if (g->from.data) return (const uint8_t *)g->from.data + at;
+    if (at < g->window_at || at + n > g->window_at + g->window_bytes) {
+        g->window_at = at;
+        g->window_bytes = (size_t)(g->from.size - at < WINDOW ? g->from.size - at : WINDOW);
+        g->unreadable |= g->from.read(g->from.user, at, g->window, g->window_bytes);
+        c->failed = g->unreadable;
     }
-    c->p += n;
-    c->left -= (size_t)n;
-    return p;
+    return c->failed ? NULL : g->window + (at - g->window_at);
 }
 
 static uint32_t take_u32(struct cursor *c)
@@ -2686,16 +2793,41 @@ static uint64_t take_u64(struct cursor *c)
 }
 
 struct string {
-    const char *text;
+    const char *text;                /* NULL when it is longer than WINDOW, or cut */
     size_t n;
 };
 
 static struct string take_string(struct cursor *c)
 {
+    struct string s = {NULL, 0};
     uint64_t n = take_u64(c);
-    struct string s = {(const char *)take(c, n), (size_t)n};
-    if (!s.text) s.n = 0;
+    if (n <= WINDOW) s.text = (const char *)take(c, n);
+    else advance(c, n);
+    if (!c->failed) s.n = (size_t)n;
     return s;
+}
+
+static int string_is(struct string s, const char *text)
+{
+    return s.text && s.n == strlen(text) && !memcmp(s.text, text, s.n);
+}
+
+/* A name for messages and comparisons: printable, and not too long. */
+enum { NAME = 80 };
+static const char *shown(struct string s, char out[NAME])
+{
+    size_t n = !s.text ? 0 : s.n < NAME - 1 ? s.n : NAME - 1;
+    for (size_t j = 0; j < n; j++) out[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
+    out[n] = 0;
+    return out;
+}
+
+/* FNV-1a. Two names with the same hash, which only malice can make, count as one name that occurs twice. */
+static uint64_t hash_of(const char *text, size_t n)
+{
+    uint64_t h = 0xcbf29ce484222325;
+    for (size_t j = 0; j < n; j++) h = (h ^ (uint8_t)text[j]) * 0x100000001b3;
+    return h;
 }
 
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
@@ -2706,391 +2838,414 @@ static const char *const kv_names[KV_TYPES] = {"u8", "i8", "u16", "i16", "u32", 
                                                "string", "array", "u64", "i64", "f64"};
 
 struct kv {
-    struct string key;
-    uint32_t type, element;      /* element: of an array */
-    uint64_t count;              /* of an array, else 1 */
+    char name[NAME];
+    struct entry entry;
+    uint32_t type, element;          /* element: of an array, else type */
+    uint64_t count;                  /* of an array, else 1 */
     struct cursor value;
+    uint64_t bytes;                  /* of the value */
 };
 
 struct tensor {
-    struct string name;
+    char name[NAME];
+    struct entry entry;
     uint32_t type;
     uint64_t ne[4], offset;
 };
 
-struct gguf {
-    const char *name;            /* of the file */
-    const uint8_t *data;         /* tensors */
-    size_t data_bytes;
-    uint64_t alignment;          /* of every tensor in data */
-    struct kv *kv;               /* sorted by key */
-    struct tensor *tensor;       /* sorted by name */
-    size_t n_kv, n_tensors;
-    gemma3_error *err;
-};
-
-static int compare_strings(struct string a, struct string b)
+static int read_name(struct cursor *c, char name[NAME], struct entry *e)
 {
-    size_t n = a.n < b.n ? a.n : b.n;
-    int c = n ? memcmp(a.text, b.text, n) : 0;
-    return c ? c : (a.n > b.n) - (a.n < b.n);
-}
-
-static int compare_kv(const void *a, const void *b)
-{
-    return compare_strings(((const struct kv *)a)->key, ((const struct kv *)b)->key);
-}
-
-static int compare_tensors(const void *a, const void *b)
-{
-    return compare_strings(((const struct tensor *)a)->name, ((const struct tensor *)b)->name);
-}
-
-/* A name for an error message: printable, and not too long. */
-static const char *shown(struct string s, char out[80])
-{
-    size_t n = s.n < 79 ? s.n : 79;
-    for (size_t j = 0; j < n; j++) out[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
-    out[n] = 0;
-    return out;
-}
-
-static int read_kv(struct gguf *g, struct cursor *c, struct kv *kv)
-{
-    char text[80];
-    kv->key = take_string(c);
-    kv->type = take_u32(c);
-    kv->element = kv->type;
-    kv->count = 1;
-    if (!c->failed && kv->type == KV_ARRAY) {
-        kv->element = take_u32(c);
-        kv->count = take_u64(c);
-    }
-    kv->value = *c;
-    if (c->failed) return 0;
-    if (kv->element == KV_ARRAY)
-        return fail(g->err, "%s: key %s is an array of arrays, which is not supported", g->name,
-                    shown(kv->key, text)), -1;
-    if (kv->element >= KV_TYPES)
-        return fail(g->err, "%s: key %s has value type %u, which is not one of GGUF's", g->name,
-                    shown(kv->key, text), (unsigned)kv->element), -1;
-    if (kv->element == KV_STRING)
-        for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
-    else if (kv->count > c->left) c->failed = 1;
-    else take(c, kv->count * kv_bytes[kv->element]);
+    e->at = c->at;
+    struct string s = take_string(c);
+    if (!c->failed && !s.text)
+        return fail(c->g->err, "%s: a name has %llu bytes, expected at most %d", c->g->name, (unsigned long long)s.n,
+                    WINDOW);
+    e->hash = s.text ? hash_of(s.text, s.n) : 0;
+    shown(s, name);
     return 0;
 }
 
-static int read_tensor(struct gguf *g, struct cursor *c, struct tensor *t)
+static int read_kv(struct cursor *c, struct kv *kv)
 {
-    char text[80];
-    t->name = take_string(c);
+    if (read_name(c, kv->name, &kv->entry)) return -1;
+    kv->element = kv->type = take_u32(c);
+    kv->count = 1;
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
+    kv->value = *c;
+    if (c->failed) return 0;
+    if (kv->element == KV_ARRAY)
+        return fail(c->g->err, "%s: key %s is an array of arrays, which is not supported", c->g->name, kv->name);
+    if (kv->element >= KV_TYPES)
+        return fail(c->g->err, "%s: key %s has value type %u, which is not one of GGUF's", c->g->name, kv->name,
+                    (unsigned)kv->element);
+    if (kv->element == KV_STRING)
+        for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
+    else if (kv->count > c->g->from.size) c->failed = 1; /* before it is multiplied */
+    else advance(c, kv->count * kv_bytes[kv->element]);
+    kv->bytes = c->at - kv->value.at;
+    return 0;
+}
+
+static int read_tensor(struct cursor *c, struct tensor *t)
+{
+    if (read_name(c, t->name, &t->entry)) return -1;
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return fail(g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", g->name,
-                    shown(t->name, text), (unsigned)n_dims), -1;
+        return fail(c->g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", c->g->name, t->name,
+                    (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
     t->offset = take_u64(c);
     return 0;
 }
 
-static const struct kv *find_kv(const struct gguf *g, const char *key)
+/* Why a file of another kind is none of ours, by how it begins. */
+static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer to the model: fetch the file itself (git lfs pull)"},
+    {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
+    {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
+    {"{\"", 2, 8, "is a safetensors file: convert the model's folder to GGUF first (llama.cpp's convert_hf_to_gguf.py)"},
+    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch checkpoint: unpack it, or convert it to GGUF first"},
+    {"\x80\2", 2, 0, "is a PyTorch checkpoint: convert it to GGUF first"},
+    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it first"},
+};
+
+static int refuse_other_file(struct gguf *g)
 {
-    struct kv wanted = {.key = {key, strlen(key)}};
-    return g->n_kv ? bsearch(&wanted, g->kv, g->n_kv, sizeof wanted, compare_kv) : NULL;
+    struct cursor start = {g, 0, 0};
+    const uint8_t *p = take(&start, 24);
+    for (size_t k = 0; p && k < sizeof other_files / sizeof *other_files; k++)
+        if (!memcmp(p + other_files[k].at, other_files[k].begin, other_files[k].n))
+            return fail(g->err, "%s is not a GGUF file: it %s", g->name, other_files[k].what);
+    return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name);
 }
 
-static const struct tensor *find_tensor(const struct gguf *g, const char *name)
+/* What stopped a cursor. */
+static int refuse_end(const struct cursor *c)
 {
-    struct tensor wanted = {.name = {name, strlen(name)}};
-    return g->n_tensors ? bsearch(&wanted, g->tensor, g->n_tensors, sizeof wanted, compare_tensors) : NULL;
+    const struct gguf *g = c->g;
+    if (g->unreadable) return fail(g->err, "%s cannot be read at byte %llu", g->name, (unsigned long long)c->at);
+    return fail(g->err, "%s is truncated: it ends inside its header", g->name);
 }
 
-static int read_header(struct gguf *g, struct cursor *c)
+static int read_header(struct cursor *c)
 {
+    struct gguf *g = c->g;
     const uint8_t *magic = take(c, 4);
-    if (!magic || memcmp(magic, "GGUF", 4))
-        return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name), -1;
+    if (g->unreadable) return refuse_end(c);
+    if (!magic || memcmp(magic, "GGUF", 4)) return refuse_other_file(g);
     uint32_t version = take_u32(c);
     if (!c->failed && version != 2 && version != 3)
         return fail(g->err, "%s: GGUF version %u%s, expected 2 or 3", g->name, (unsigned)version,
-                    version && !(version & 0xffff) ? " (a big-endian file)" : ""), -1;
-    uint64_t n_tensors = take_u64(c), n_kv = take_u64(c);
-    if (c->failed || n_kv > c->left / 13 || n_tensors > c->left / 32) /* their least sizes */
+                    version && !(version & 0xffff) ? " (a big-endian file)" : "");
+    g->n_tensors = take_u64(c);
+    g->n_kv = take_u64(c);
+    uint64_t left = g->from.size - c->at; /* a pair has 13 bytes or more, an info 32 */
+    if (c->failed || g->n_kv > left / 13 || g->n_tensors > left / 32)
         return fail(g->err, "%s is truncated: its header promises %llu keys and %llu tensors", g->name,
-                    (unsigned long long)n_kv, (unsigned long long)n_tensors), -1;
-    g->n_kv = (size_t)n_kv;
-    g->n_tensors = (size_t)n_tensors;
-    g->kv = calloc(g->n_kv + 1, sizeof *g->kv);
-    g->tensor = calloc(g->n_tensors + 1, sizeof *g->tensor);
-    if (!g->kv || !g->tensor) return fail(g->err, "%s: out of memory for its keys", g->name), -1;
+                    (unsigned long long)g->n_kv, (unsigned long long)g->n_tensors);
     return 0;
 }
 
-static int sort_directory(struct gguf *g)
+/* Heap sort: n log n steps whatever the file, and no memory. */
+static void sift(struct entry *e, size_t i, size_t n)
 {
-    char text[80];
-    qsort(g->kv, g->n_kv, sizeof *g->kv, compare_kv);
-    qsort(g->tensor, g->n_tensors, sizeof *g->tensor, compare_tensors);
-    for (size_t k = 1; k < g->n_kv; k++)
-        if (!compare_kv(g->kv + k - 1, g->kv + k))
-            return fail(g->err, "%s: key %s occurs twice", g->name, shown(g->kv[k].key, text)), -1;
-    for (size_t k = 1; k < g->n_tensors; k++)
-        if (!compare_tensors(g->tensor + k - 1, g->tensor + k))
-            return fail(g->err, "%s: tensor %s occurs twice", g->name, shown(g->tensor[k].name, text)), -1;
-    return 0;
-}
-
-static int read_gguf(struct gguf *g, const void *data, size_t size)
-{
-    struct cursor c = {data, size, 0};
-    if (read_header(g, &c)) return -1;
-    for (size_t k = 0; k < g->n_kv && !c.failed; k++)
-        if (read_kv(g, &c, g->kv + k)) return -1;
-    for (size_t k = 0; k < g->n_tensors && !c.failed; k++)
-        if (read_tensor(g, &c, g->tensor + k)) return -1;
-    if (c.failed) return fail(g->err, "%s is truncated: it ends inside its header", g->name), -1;
-    if (sort_directory(g)) return -1;
-    const struct kv *a = find_kv(g, "general.alignment");
-    uint64_t alignment = a && a->type == KV_U32 ? load_u32_le(a->value.p) : 32;
-    if ((a && a->type != KV_U32) || alignment == 0 || (alignment & (alignment - 1)))
-        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name), -1;
-    uint64_t start = (size - c.left + alignment - 1) & ~(alignment - 1);
-    g->alignment = alignment;
-    g->data = (const uint8_t *)data + (start < size ? start : size);
-    g->data_bytes = start < size ? (size_t)(size - start) : 0;
-    return 0;
-}
-
-/* A number of any type as double (exact for every value we accept); 0 and a sentence if it is none. */
-static int read_number(const struct gguf *g, const struct kv *kv, double *out)
-{
-    const uint8_t *p = kv->value.p;
-    char text[80];
-    switch (kv->type) {
-    case KV_U8: case KV_BOOL: *out = p[0]; return 1;
-    case KV_I8: *out = (int8_t)p[0]; return 1;
-    case KV_U16: *out = load_u16_le(p); return 1;
-    case KV_I16: *out = (int16_t)load_u16_le(p); return 1;
-    case KV_U32: *out = load_u32_le(p); return 1;
-    case KV_I32: *out = (int32_t)load_u32_le(p); return 1;
-    case KV_F32: *out = float_of(load_u32_le(p)); return 1;
-    case KV_U64: *out = (double)load_u64_le(p); return 1;
-    case KV_I64: *out = (double)(int64_t)load_u64_le(p); return 1;
-    case KV_F64: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); return 1; }
-    default:
-        fail(g->err, "%s: key %s is a %s, expected a number", g->name, shown(kv->key, text),
-             kv_names[kv->type]);
-        return 0;
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        child += child + 1 < n && e[child + 1].hash > e[child].hash;
+        if (e[i].hash >= e[child].hash) return;
+        struct entry swap = e[i];
+        e[i] = e[child], e[child] = swap;
     }
 }
 
-/* Key "gemma3.NAME" as an integer in [low, high], or, when it is absent, fallback (< 0: required). */
-static int get_int(const struct gguf *g, const char *name, int low, int high, int fallback, int *out)
+/* Sorts entries, and returns where a name occurs for the second time, or 0. */
+static uint64_t sort_entries(struct entry *e, size_t n)
 {
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    *out = fallback;
-    if (!kv && fallback < 0) return fail(g->err, "%s: key %s is missing", g->name, key), -1;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= low && x <= high) || x != (int)x)
-        return fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, key, x,
-                    low, high), -1;
-    *out = (int)x;
-    return 0;
-}
-
-/* The same for a float of at least `least`; other: an older spelling of the key, or NULL. */
-static int get_float(const struct gguf *g, const char *name, const char *other, float least, float fallback,
-                     float *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    if (!kv && other) {
-        snprintf(key, sizeof key, "gemma3.%s", other);
-        kv = find_kv(g, key);
+    uint64_t twice = 0;
+    for (size_t i = n / 2; i-- > 0;) sift(e, i, n);
+    for (size_t left = n; left > 1;) {
+        struct entry last = e[--left];
+        e[left] = e[0], e[0] = last;
+        sift(e, 0, left);
     }
-    *out = fallback;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= least && x <= 1e30))
-        return fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, key, x, (double)least), -1;
-    *out = (float)x;
+    for (size_t i = 1; i < n; i++)
+        if (e[i].hash == e[i - 1].hash) twice = e[i].at;
+    return twice;
+}
+
+/* A cursor where the pair or info with this name begins; failed when there is none. */
+static struct cursor find_entry(struct gguf *g, const struct entry *e, uint64_t n, const char *name)
+{
+    uint64_t h = hash_of(name, strlen(name)), low = 0, high = n;
+    while (low < high) {
+        uint64_t middle = low + (high - low) / 2;
+        if (e[middle].hash < h) low = middle + 1;
+        else high = middle;
+    }
+    return (struct cursor){g, low < n ? e[low].at : 0, low == n || e[low].hash != h};
+}
+
+/* 1 and the pair, or 0. */
+static int find_kv(struct gguf *g, const char *key, struct kv *kv)
+{
+    struct cursor c = find_entry(g, g->kv, g->n_kv, key);
+    return !c.failed && !read_kv(&c, kv) && !c.failed && !strcmp(kv->name, key);
+}
+
+static int find_tensor(struct gguf *g, const char *name, struct tensor *t)
+{
+    struct cursor c = find_entry(g, g->tensor, g->n_tensors, name);
+    return !c.failed && !read_tensor(&c, t) && !c.failed && !strcmp(t->name, name);
+}
+
+/* Reads the directory into g->kv and g->tensor, which have room for it. */
+static int read_gguf(struct gguf *g)
+{
+    struct cursor c = {g, 0, 0};
+    struct kv kv;
+    struct tensor t;
+    if (read_header(&c)) return -1;
+    for (uint64_t k = 0; k < g->n_kv && !c.failed; g->kv[k++] = kv.entry)
+        if (read_kv(&c, &kv)) return -1;
+    for (uint64_t k = 0; k < g->n_tensors && !c.failed; g->tensor[k++] = t.entry)
+        if (read_tensor(&c, &t)) return -1;
+    if (c.failed) return refuse_end(&c);
+    struct cursor twice = {g, sort_entries(g->kv, (size_t)g->n_kv), 0};
+    if (twice.at) return read_kv(&twice, &kv), fail(g->err, "%s: key %s occurs twice", g->name, kv.name);
+    twice.at = sort_entries(g->tensor, (size_t)g->n_tensors);
+    if (twice.at) return read_tensor(&twice, &t), fail(g->err, "%s: tensor %s occurs twice", g->name, t.name);
+    g->alignment = 32;
+    if (find_kv(g, "general.alignment", &kv)) g->alignment = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!g->alignment || (g->alignment & (g->alignment - 1)))
+        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name);
+    g->data = (c.at + g->alignment - 1) & ~(g->alignment - 1);
     return 0;
 }
 
-static struct string get_string(const struct gguf *g, const char *key)
+/* The next number of a pair or array as double (exact for every value we accept). */
+static int take_number(struct cursor *c, const struct kv *kv, double *out)
 {
-    const struct kv *kv = find_kv(g, key);
-    struct cursor c;
-    struct string none = {"", 0};
-    if (!kv || kv->type != KV_STRING) return none;
-    c = kv->value;
-    return take_string(&c);
+    const uint8_t *p = kv->element < KV_TYPES && kv_bytes[kv->element] ? take(c, kv_bytes[kv->element]) : NULL;
+    if (!p)
+        return fail(c->g->err, "%s: key %s is a %s, expected a number", c->g->name, kv->name, kv_names[kv->type]);
+    switch (kv->element) {
+    case KV_U8: case KV_BOOL: *out = p[0]; break;
+    case KV_I8: *out = (int8_t)p[0]; break;
+    case KV_U16: *out = load_u16_le(p); break;
+    case KV_I16: *out = (int16_t)load_u16_le(p); break;
+    case KV_U32: *out = load_u32_le(p); break;
+    case KV_I32: *out = (int32_t)load_u32_le(p); break;
+    case KV_F32: *out = float_of(load_u32_le(p)); break;
+    case KV_U64: *out = (double)load_u64_le(p); break;
+    case KV_I64: *out = (double)(int64_t)load_u64_le(p); break;
+    default: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); }
+    }
+    return 0;
 }
 
-static int string_is(struct string s, const char *text)
+static int read_number(const struct kv *kv, double *out)
 {
-    return s.n == strlen(text) && !memcmp(s.text, text, s.n);
+    struct cursor c = kv->value;
+    if (kv->type == KV_ARRAY)
+        return fail(c.g->err, "%s: key %s is a %s, expected a number", c.g->name, kv->name, kv_names[kv->type]);
+    return take_number(&c, kv, out);
+}
+
+/* A string, good until more is read; empty when there is none. */
+static struct string get_string(struct gguf *g, const char *key)
+{
+    struct kv kv;
+    if (!find_kv(g, key, &kv) || kv.type != KV_STRING) return (struct string){"", 0};
+    return take_string(&kv.value);
 }
 
 /* 0 when a key is absent or one of two strings, of which the first is the usual one. */
-static int check_string(const struct gguf *g, const char *key, const char *usual, const char *other)
+static int check_string(struct gguf *g, const char *key, const char *usual, const char *other)
 {
-    char text[80];
-    const struct kv *kv = find_kv(g, key);
-    if (!kv) return 0;
-    if (kv->type != KV_STRING)
-        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv->type]), -1;
-    struct string s = get_string(g, key);
+    char text[NAME];
+    struct kv kv;
+    if (!find_kv(g, key, &kv)) return 0;
+    if (kv.type != KV_STRING)
+        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv.type]);
+    struct string s = take_string(&kv.value);
     if (string_is(s, usual) || string_is(s, other)) return 0;
-    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual), -1;
+    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual);
 }
 
 /* ==== 12. Opening a model ======================================================================= */
+
+/* The sizes that Google published: the only place that knows them. What a file leaves out is taken from
+ * here, and, when both the layers and d_model are a published size's, so is what its keys contradict. */
+static const struct published {
+    const char *name;
+    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    float rope_factor;               /* of global layers */
+    int query_divisor;               /* queries are scaled by 1/sqrt of it; 27B: d_model / n_heads */
+} published[] = {
+    /*        layers  d_model   d_ff  heads  kv  head_dim  window  RoPE  query */
+    {"270M",      18,     640,  2048,     4,  1,      256,    512,    1,   256},
+    {"1B",        26,    1152,  6912,     4,  1,      256,    512,    1,   256},
+    {"4B",        34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
+    {"12B",       48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
+    {"27B",       62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+};
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
 
-struct opening {
-    struct gguf g;
-    gemma3_model *m;
-    gemma3_options options;
-    float *norms;                /* where the next norm goes */
+/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
+struct arena {
+    uint8_t *base;
+    size_t used, size;
 };
 
-static void *own(struct opening *o, size_t bytes, const char *what)
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+static void *piece(struct arena *a, size_t count, size_t bytes)
 {
-    gemma3_model *m = o->m;
-    void *p = m->n_owned < 8 ? malloc(bytes ? bytes : 1) : NULL;
-    if (!p) return fail(o->g.err, "%s: out of memory for %s (%llu bytes)", o->g.name, what, (unsigned long long)bytes);
-    return m->owned[m->n_owned++] = p;
+    size_t at = a->used, size = times(count, bytes);
+    a->used = plus(at, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
+    return a->base && a->used <= a->size ? a->base + at : NULL;
+}
+
+struct opening {
+    struct gguf g;
+    char shortened[SHORT_PATH];
+    gemma3_model *m;
+    gemma3_options options;
+    struct arena arena;
+    const struct published *size;    /* the published one with as many layers, or NULL */
+    int copies;                      /* the file's strings are copied */
+    int failed;                      /* a number was refused */
+};
+
+static int no_room(const struct opening *o)
+{
+    return fail(o->g.err, "%s needs more than the %llu bytes of memory that were given", o->g.name,
+                (unsigned long long)o->arena.size);
 }
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
-static int refuse_others(const struct opening *o)
+static int refuse_others(struct opening *o)
 {
-    const struct gguf *g = &o->g;
-    char text[80];
+    struct gguf *g = &o->g;
+    struct kv kv;
+    struct tensor t;
     double count = 0;
-    const struct kv *split = find_kv(g, "split.count"); /* only the first part has the model's keys */
-    if (split && read_number(g, split, &count) && count > 1)
+    if (find_kv(g, "split.count", &kv) && !read_number(&kv, &count) && count > 1) /* only the first part has keys */
         return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
-                    g->name, count), -1;
-    if (!find_kv(g, "general.architecture"))
-        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
+                    g->name, count);
+    if (!find_kv(g, "general.architecture", &kv))
+        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name);
+    if (string_is(get_string(g, "general.architecture"), "clip"))
+        return fail(g->err, "%s holds the image encoder (mmproj) of a model: give the file of the text model", g->name);
     if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
-    for (size_t k = 0; k < g->n_tensors; k++) {
-        struct string name = g->tensor[k].name;
-        if (name.n > 5 && !memcmp(name.text, "dense", 5))
+    for (uint64_t k = 0; k < g->n_tensors; k++) {
+        struct cursor c = {g, g->tensor[k].at, 0};
+        if (read_tensor(&c, &t)) return -1;
+        size_t n = strlen(t.name);
+        if (!strncmp(t.name, "dense", 5))
             return fail(g->err, "%s: tensor %s belongs to an embedding model (EmbeddingGemma), not to a Gemma 3 text model",
-                        g->name, shown(name, text)), -1;
-        if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
+                        g->name, t.name);
+        if (n > 16 && !strcmp(t.name + n - 15, "attn_qkv.weight"))
             return fail(g->err, "%s: tensor %s is a fused projection, expected attn_q, attn_k and attn_v", g->name,
-                        shown(name, text)), -1;
+                        t.name);
     }
     return 0;
 }
 
-/* [ne1][ne0], and what is not 1 before them. */
-static const char *shape_of(const struct tensor *t, char out[96])
+/* ---- What the keys say ----
+ *
+ * Keys that lie. Files exist whose keys contradict the model they hold: Ollama's own gemma3:1b has
+ * final_logit_softcapping 30, which belongs to Gemma 2 (transformers' Gemma3 config has null; Ollama took it out later),
+ * and obeying it halves the probability of the right word; converters have left out or changed the RoPE
+ * factor and the local base. So for the published sizes the definition (technical report, transformers'
+ * config.json) wins, and a note says so; options.obey_file lets the file win, for those who check what
+ * another engine makes of it and for models whose context was extended. Other shapes obey their file. */
+
+static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
+enum { REQUIRED = -1 };
+
+/* Key "gemma3.KEY", or 0. */
+static int find_own_kv(struct opening *o, const char *key, struct kv *kv)
 {
-    int n = 0;
-    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--)
-        n += snprintf(out + n, 96 - n, "[%llu]", (unsigned long long)t->ne[k]);
-    return out;
+    char full[NAME] = "gemma3.";
+    strcat(full, key);
+    return find_kv(&o->g, full, kv);
 }
 
-/* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
-static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
+static void set_origin(gemma3_model *m, const char *key, const char *origin)
+{
+    if (m->n_origins == MAX_ORIGINS) return;
+    m->origin[m->n_origins].key = key;
+    m->origin[m->n_origins++].origin = origin;
+}
+
+/* Its number in [low, high], an integer unless high is ANY, or, when it is absent, fallback. The first
+ * that is refused sets o->failed; low, which does no harm, is returned from then on. */
+static double get_number(struct opening *o, const char *key, double low, double high, double fallback)
 {
     const struct gguf *g = &o->g;
-    const struct tensor *t = find_tensor(g, name);
-    if (!t) return fail(g->err, "%s: tensor %s is missing", g->name, name), -1;
-    w->format = find_format(t->type);
-    if (!w->format)
-        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
-                    "Q2_K to Q6_K IQ4_NL are)", g->name, name, (unsigned)t->type), -1;
-    char shape[96], want[32] = "any number of tokens";
-    if (rows) snprintf(want, sizeof want, "%d", rows);
-    if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
-        t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, name, shape_of(t, shape), want,
-                    cols), -1;
-    if (cols % w->format->elements)
-        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
-                    cols, w->format->name, w->format->elements), -1;
-    w->rows = (int)t->ne[1];
-    w->cols = cols;
-    w->tiled = 0;
-    w->row_bytes = (size_t)(cols / w->format->elements) * w->format->bytes;
-    uint64_t bytes = (uint64_t)w->row_bytes * w->rows;
-    if (t->offset % g->alignment)
-        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, name,
-                    (unsigned long long)t->offset, (unsigned long long)g->alignment), -1;
-    if (t->offset > g->data_bytes || bytes > g->data_bytes - t->offset)
-        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, name,
-                    (unsigned long long)(t->offset + bytes - g->data_bytes)), -1;
-    w->data = g->data + t->offset;
-    o->m->weight_bytes += (size_t)bytes;
-    return 0;
+    double x = low;
+    struct kv kv;
+    if (o->failed) return low;
+    if (!find_own_kv(o, key, &kv)) {
+        if (fallback == REQUIRED) o->failed = fail(g->err, "%s: key gemma3.%s is missing", g->name, key);
+        else set_origin(o->m, key, "default");
+        return o->failed ? low : fallback;
+    }
+    o->failed = read_number(&kv, &x);
+    if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
+        o->failed = fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, kv.name, x,
+                         (int)low, (int)high);
+    else if (!o->failed && !(x >= low && x <= high))
+        o->failed = fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, kv.name, x, low);
+    return o->failed ? low : x;
 }
 
-static int bind_layer(struct opening *o, int l, const char *name, int rows, int cols, struct matrix *w)
+/* The same for what the model's definition knows; older: another spelling of the key, or NULL. */
+static double get_defined(struct opening *o, const char *key, const char *older, double low, double high,
+                          double definition)
 {
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind(o, full, rows, cols, w);
-}
-
-/* A norm's vector: any float type, copied out as float32. */
-static int bind_norm(struct opening *o, const char *name, int n, const float **out)
-{
-    struct matrix w;
-    if (bind(o, name, 1, n, &w)) return -1;
-    if (!is_float(w.format))
-        return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    o->m->kernels->dequantize(&w, 0, o->norms);
-    *out = o->norms;
-    o->norms += n;
-    return 0;
-}
-
-static int bind_layer_norm(struct opening *o, int l, const char *name, int n, const float **out)
-{
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind_norm(o, full, n, out);
+    gemma3_model *m = o->m;
+    struct kv kv;
+    if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
+    double x = get_number(o, key, low, high, definition), off = x > definition ? x - definition : definition - x;
+    if (o->failed || !m->published || o->options.obey_file) return x;
+    if (off > 1e-6 * definition && m->n_notes < MAX_NOTES) {
+        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, which is used", key, x,
+              m->published->name, definition);
+        set_origin(m, key, "overridden");
+    }
+    return definition;
 }
 
 /* Heads: some converters leave the keys out, the tensors' shapes always tell. */
 static int configure_heads(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct tensor *q = find_tensor(&o->g, "blk.0.attn_q.weight"), *k = find_tensor(&o->g, "blk.0.attn_k.weight");
-    if (get_int(&o->g, "attention.head_count", 1, 1024, -1, &c->n_heads)) return -1;
-    int from_q = q && q->ne[1] <= 1 << 20 ? (int)q->ne[1] / c->n_heads : 0;
-    if (get_int(&o->g, "attention.key_length", 2, 1024, from_q, &c->head_dim)) return -1;
+    struct tensor q, k;
+    int has_q = find_tensor(&o->g, "blk.0.attn_q.weight", &q) && q.ne[1] <= 1 << 20;
+    int has_k = find_tensor(&o->g, "blk.0.attn_k.weight", &k) && k.ne[1] <= 1 << 20;
+    c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
+    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, has_q ? (int)q.ne[1] / c->n_heads : 0);
+    if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
-        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim), -1;
-    int from_k = k && k->ne[1] <= 1 << 20 ? (int)k->ne[1] / c->head_dim : 0, value_length;
-    if (get_int(&o->g, "attention.head_count_kv", 1, 1024, from_k, &c->n_kv_heads)) return -1;
+        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim);
+    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, has_k ? (int)k.ne[1] / c->head_dim : 0);
+    if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
         return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads,
-                    c->n_kv_heads), -1;
-    if (get_int(&o->g, "attention.value_length", 1, 1024, c->head_dim, &value_length)) return -1;
-    if (value_length != c->head_dim)
+                    c->n_kv_heads);
+    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
+    if (!o->failed && value_length != c->head_dim)
         return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name,
-                    value_length, c->head_dim), -1;
-    return 0;
+                    value_length, c->head_dim);
+    return o->failed;
 }
 
 /* Which layers are local: gemma3.attention.sliding_window_pattern is absent (6), a number n (every
@@ -3098,162 +3253,369 @@ static int configure_heads(struct opening *o)
 static int configure_layers(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    int known = c->n_layers == 18 || c->n_layers == 26 ? 512   /* 270M, 1B; 4B, 12B, 27B */
-              : c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62 ? 1024 : 0, pattern;
-    if (get_int(&o->g, "attention.sliding_window", 0, 1 << 24, known, &c->window)) return -1;
-    const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
-    int is_array = kv && kv->type == KV_ARRAY;
-    if (is_array && (kv->element != KV_BOOL || kv->count < (uint64_t)c->n_layers))
+    struct kv kv;
+    int pattern = 0, is_array = find_own_kv(o, "attention.sliding_window_pattern", &kv) && kv.type == KV_ARRAY;
+    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24, o->size ? o->size->window : 0);
+    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
         return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers",
-                    o->g.name, c->n_layers), -1;
-    if (is_array) pattern = 0;
-    else if (get_int(&o->g, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6, &pattern)) return -1;
-    for (int l = 0; l < c->n_layers; l++) {
-        int local = is_array ? kv->value.p[l] != 0 : pattern > 1 && (l + 1) % pattern != 0;
-        c->is_local[l] = (uint8_t)(local && c->window > 0);
-    }
-    return 0;
+                    o->g.name, c->n_layers);
+    if (!is_array) pattern = (int)get_number(o, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6);
+    const uint8_t *local = is_array ? take(&kv.value, c->n_layers) : NULL;
+    for (int l = 0; l < c->n_layers; l++)
+        c->is_local[l] = c->window > 0 && (local ? local[l] != 0 : pattern > 1 && (l + 1) % pattern != 0);
+    return o->failed;
 }
 
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
     if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
-    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
-        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
-        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
-        return -1;
-    if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
+    int no_scaling = string_is(get_string(&o->g, "gemma3.rope.scaling.type"), "none");
+    int is_fixed = o->m->published && !o->options.obey_file;
+    c->rope_base_global = (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
+    c->rope_base_local = (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
+    c->rope_factor = (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY,
+                                        o->size ? o->size->rope_factor : 1);
+    if (!is_fixed && (c->rope_factor == 0 || no_scaling)) c->rope_factor = 1;
     /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
-    if (c->rope_factor < 0x1p-7f)
+    if (!o->failed && c->rope_factor < 0x1p-7f)
         return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
-                    o->g.name, (double)c->rope_factor), -1;
-    return 0;
+                    o->g.name, (double)c->rope_factor);
+    return o->failed;
 }
 
 static int configure(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct gguf *g = &o->g;
-    if (get_int(g, "block_count", 1, GEMMA3_MAX_LAYERS, -1, &c->n_layers) ||
-        get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
-        get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
-        get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
-        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 0, 1e-6f, &c->rms_eps) ||
-        get_float(g, "final_logit_softcapping", NULL, 0, 0, &c->final_softcap))
-        return -1;
+    c->n_layers = (int)get_number(o, "block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = (int)get_number(o, "embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = (int)get_number(o, "feed_forward_length", 1, 1 << 20, REQUIRED);
+    c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
+    c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    if (!o->failed && c->rms_eps == 0)
+        return fail(o->g.err, "%s: key gemma3.attention.layer_norm_rms_epsilon is 0, expected more", o->g.name);
+    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
+        if (published[k].n_layers == c->n_layers) o->size = &published[k];
+    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
+    c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
-    int n = c->n_layers == 62 ? c->d_model / c->n_heads : c->head_dim;
-    c->query_scale = 1.0f / sqrt_of((float)n);
+    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
+    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
+    c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
+    return o->failed;
+}
+
+/* ---- The tokenizer ---- */
+
+/* The arrays that the tokenizer works on. */
+struct vocab_room {
+    const char **text;
+    uint32_t *length;
+    float *score;
+    int32_t *type;
+    char *bytes;                     /* of the texts, when they cannot stay in the file */
+    void *tokenizer;
+    size_t tokenizer_bytes;
+};
+
+/* Strings stay where they are in memory that the caller has promised to keep; those of a mapped file,
+ * which somebody may empty, and of one that is read in pieces are copied. */
+static struct vocab_room make_vocab_room(struct arena *a, const struct kv *tokens, int n, int copies)
+{
+    struct vocab_room r;
+    gemma3_vocab v = {.n_vocab = n};
+    r.text = piece(a, n, sizeof *r.text);
+    r.length = piece(a, n, sizeof *r.length);
+    r.score = piece(a, n, sizeof *r.score);
+    r.type = piece(a, n, sizeof *r.type);
+    r.bytes = piece(a, copies ? (size_t)(tokens->bytes - 8 * tokens->count) : 0, 1);
+    r.tokenizer_bytes = gemma3_tokenizer_size(&v);
+    r.tokenizer = piece(a, r.tokenizer_bytes, 1);
+    return r;
+}
+
+static int is_array_of(const struct kv *kv, uint32_t element, uint64_t n)
+{
+    return kv->type == KV_ARRAY && kv->element == element && kv->count >= n;
+}
+
+static int read_texts(struct opening *o, const struct kv *tokens, const struct vocab_room *r)
+{
+    struct cursor c = tokens->value;
+    char *to = r->bytes;
+    for (int k = 0; k < o->m->vocab.n_vocab; k++) {
+        struct string s = take_string(&c);
+        if (c.failed) return refuse_end(&c);
+        if (!s.text)
+            return fail(o->g.err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d",
+                        o->g.name, k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
+        if (o->copies) s.text = memcpy(to, s.text, s.n), to += s.n;
+        r->text[k] = s.text;
+        r->length[k] = (uint32_t)s.n;
+    }
     return 0;
 }
 
-/* The arrays that the tokenizer works on; strings stay in the file. */
-static int read_vocab(struct opening *o)
+static int read_vocab(struct opening *o, struct vocab_room *r)
 {
     gemma3_model *m = o->m;
-    const struct gguf *g = &o->g;
-    const struct kv *tokens = find_kv(g, "tokenizer.ggml.tokens"), *scores = find_kv(g, "tokenizer.ggml.scores");
-    const struct kv *types = find_kv(g, "tokenizer.ggml.token_type");
-    if (!tokens || tokens->type != KV_ARRAY || tokens->element != KV_STRING || !tokens->count)
-        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name), -1;
-    int n = m->token_embd.rows;
-    if (tokens->count < (uint64_t)n) n = (int)tokens->count;
+    struct gguf *g = &o->g;
+    struct kv tokens, scores, types, merges;
+    int has_merges = find_kv(g, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1), n;
+    if (check_string(g, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
+    int by_rank = string_is(get_string(g, "tokenizer.ggml.model"), "gpt2");
+    if (!find_kv(g, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name);
+    n = m->token_embd.rows;
+    if (tokens.count < (uint64_t)n) n = (int)tokens.count;
+    if (!by_rank && (!find_kv(g, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
+        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n);
+    int has_types = find_kv(g, "tokenizer.ggml.token_type", &types);
+    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n);
+    *r = make_vocab_room(&o->arena, &tokens, n, o->copies);
+    if (!r->tokenizer) return no_room(o);
     m->config.n_vocab = n;
-    if (!scores || scores->type != KV_ARRAY || scores->element != KV_F32 || scores->count < (uint64_t)n)
-        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n), -1;
-    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) ||
-                  types->count < (uint64_t)n))
-        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n), -1;
-    const char **text = own(o, n * sizeof *text, "the vocabulary");
-    uint32_t *length = own(o, n * (sizeof *length + sizeof(float) + sizeof(int32_t)), "the vocabulary");
-    if (!text || !length) return -1;
-    float *score = (float *)(void *)(length + n);
-    int32_t *type = (int32_t *)(void *)(score + n);
-    struct cursor c = tokens->value;
-    for (int k = 0; k < n; k++) {
-        struct string s = take_string(&c);
-        if (s.n > GEMMA3_PIECE_MAX)
-            return fail(g->err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d", g->name,
-                        k, (unsigned long long)s.n, GEMMA3_PIECE_MAX), -1;
-        text[k] = s.text;
-        length[k] = (uint32_t)s.n;
-        score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
-        type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
-    }
-    m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score, .type = type};
+    m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length, .score = r->score, .type = r->type};
+    if (read_texts(o, &tokens, r)) return -1;
+    for (int k = 0; k < n; k++) r->score[k] = by_rank ? -(float)merges.count : float_of(take_u32(&scores.value));
+    for (int k = 0; k < n; k++) r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
     return 0;
+}
+
+/* A vocabulary without scores (tokenizer.ggml.model "gpt2"): merges "a b" in the order in which they are made.
+ * The rank of the first that makes a piece takes the place of its score. */
+static int rank_merges(struct opening *o, float *score)
+{
+    struct kv merges;
+    if (!string_is(get_string(&o->g, "tokenizer.ggml.model"), "gpt2")) return 0;
+    if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
+        return fail(o->g.err, "%s: tokenizer.ggml.tokens has no token <0x0A>: it is not Gemma's vocabulary", o->g.name);
+    if (!find_kv(&o->g, "tokenizer.ggml.merges", &merges)) return 0;
+    for (uint64_t k = 0; k < merges.count; k++) {
+        char joined[WINDOW];
+        struct string s = take_string(&merges.value);
+        const char *space = s.n > 2 && s.text ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
+        if (!space)
+            return fail(o->g.err, "%s: key tokenizer.ggml.merges: number %llu is no pair of pieces", o->g.name,
+                        (unsigned long long)k);
+        size_t left = (size_t)(space - s.text);
+        memcpy(joined, s.text, left);
+        memcpy(joined + left, space + 1, s.n - left - 1);
+        int32_t id = gemma3_find(o->m->tokenizer, joined, s.n - 1);
+        if (id >= 0 && score[id] == -(float)merges.count) score[id] = -(float)k;
+    }
+    return 0;
+}
+
+/* The ids that a key gives, one or an array: how many, or -1. */
+static int ids_of_key(struct opening *o, const char *key, int32_t *ids, int max)
+{
+    struct kv kv;
+    int n_vocab = o->m->vocab.n_vocab;
+    if (!find_kv(&o->g, key, &kv)) return 0;
+    if (kv.count > (uint64_t)max)
+        return fail(o->g.err, "%s: key %s has %llu ids, expected at most %d", o->g.name, key,
+                    (unsigned long long)kv.count, max);
+    for (uint64_t k = 0; k < kv.count; k++) {
+        double x;
+        if (take_number(&kv.value, &kv, &x)) return -1;
+        if (!(x >= 0 && x < n_vocab))
+            return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, n_vocab);
+        ids[k] = (int32_t)x;
+        if (ids[k] != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x);
+    }
+    return (int)kv.count;
 }
 
 /* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
-static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
+static int special_id(struct opening *o, const char *key, const char *text, int32_t *id)
 {
-    const struct kv *kv = find_kv(&o->g, key);
     const gemma3_vocab *v = &o->m->vocab;
-    double x = -1;
-    if (kv && !read_number(&o->g, kv, &x)) return -1;
-    if (kv && !(x >= 0 && x < v->n_vocab))
-        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, v->n_vocab), -1;
-    *id = (int32_t)x;
-    if (*id != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x), -1;
-    for (int32_t k = 0; !kv && *id < 0 && k < v->n_vocab; k++)
+    int n = ids_of_key(o, key, id, 1);
+    if (n == 0) *id = -1;
+    for (int32_t k = 0; n == 0 && *id < 0 && k < v->n_vocab; k++)
         if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
-    return 0;
+    return n < 0 ? -1 : 0;
 }
 
 static int open_tokenizer(struct opening *o)
 {
+    static const char *const end_keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_token_ids",
+                                            "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
+    struct vocab_room r = {0};
+    struct kv kv;
     double add_bos = 1;
-    if (check_string(&o->g, "tokenizer.ggml.model", "llama", "llama") || read_vocab(o) ||
-        special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
-        special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos) ||
+    if (read_vocab(o, &r) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
-    const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
-    if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
+    for (int k = 0, n; k < 4; k++, v->n_stop += n) {
+        if ((n = ids_of_key(o, end_keys[k], m->stop + v->n_stop, MAX_END_IDS - v->n_stop)) < 0) return -1;
+        if (k == 0 && n > 0) v->eos = m->stop[0];
+        else if (k == 0 && special_id(o, end_keys[k], "<eos>", &v->eos)) return -1;
+    }
+    v->stop = m->stop;
+    if (find_kv(&o->g, "tokenizer.ggml.add_bos_token", &kv) && read_number(&kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    size_t size = gemma3_tokenizer_size(v);
-    void *mem = own(o, size, "the tokenizer");
-    if (!mem) return -1;
-    m->tokenizer = gemma3_tokenizer_init(v, mem, size, o->g.err);
-    return m->tokenizer ? 0 : -1;
+    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->g.err);
+    return m->tokenizer ? rank_merges(o, r.score) : -1;
+}
+
+/* ---- Weights ---- */
+
+enum dim { ONE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
+
+static int dim_of(const gemma3_config *c, enum dim d)
+{
+    const int n[] = {1, c->d_model, c->d_ff, c->head_dim, c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    return n[d];
+}
+
+/* What a layer has: "blk.N.NAME.weight" [rows][cols]; a norm has one row. */
+static const struct layer_tensor {
+    const char *name;
+    size_t at;                       /* in struct layer: a matrix or, of a norm, its numbers */
+    enum dim rows, cols;
+} layer_tensors[] = {
+    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
+    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
+    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
+    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
+    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
+    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
+    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
+    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
+    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
+    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
+    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
+    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
+    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
+};
+enum { N_LAYER_TENSORS = sizeof layer_tensors / sizeof *layer_tensors };
+
+/* One tensor that the model needs. rows 0: as many as the file has. */
+struct slot {
+    char name[NAME];
+    int layer, rows, cols;
+    struct matrix *w;                /* NULL of a norm */
+    const float **norm;
+};
+
+/* Tensor number index, in the order of the forward pass; -1 after the last. */
+static int find_slot(gemma3_model *m, int index, struct slot *t)
+{
+    const gemma3_config *c = &m->config;
+    int l = (index - 1) / N_LAYER_TENSORS, in_layers = c->n_layers * N_LAYER_TENSORS, after = index - 1 - in_layers;
+    *t = (struct slot){.layer = -1, .rows = m->token_embd.rows, .cols = c->d_model};
+    if (index < 0 || after > !m->tied) return -1;
+    if (index == 0) strcpy(t->name, "token_embd.weight"), t->w = &m->token_embd;
+    else if (after == 1) strcpy(t->name, "output.weight"), t->w = &m->output;
+    else if (after == 0) strcpy(t->name, "output_norm.weight"), t->norm = &m->output_norm, t->rows = 1;
+    if (index == 0 || after >= 0) return 0;
+    const struct layer_tensor *k = &layer_tensors[(index - 1) % N_LAYER_TENSORS];
+    char *of_layer = (char *)&m->layer[l] + k->at, *p = t->name;
+    strcpy(p, "blk.");
+    p += 4;
+    for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10) *p++ = (char)('0' + l / unit % 10);
+    strcat(strcat(strcpy(p, "."), k->name), ".weight");
+    t->layer = l, t->rows = dim_of(c, k->rows), t->cols = dim_of(c, k->cols);
+    if (k->rows == ONE) t->norm = (const float **)(void *)of_layer;
+    else t->w = (struct matrix *)(void *)of_layer;
+    return 0;
+}
+
+/* All types of ggml by number, those that were removed too. */
+static const char *const type_names[] = {
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+    "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16",
+    "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4",
+    "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4", "Q1_0"};
+
+/* [ne1][ne0], and what is not 1 before them. */
+static void print_shape(char out[96], const struct tensor *t)
+{
+    int first = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1;
+    for (int k = first; k >= 0; k--, out += strlen(out)) print(out, 24, "[%llu]", (unsigned long long)t->ne[k]);
+}
+
+/* Checks a tensor's type and shape. */
+static int check_tensor(const struct gguf *g, const struct slot *s, const struct tensor *t, const struct format *f)
+{
+    char shape[96], want[24] = "any number of tokens";
+    if (!f && t->type < sizeof type_names / sizeof *type_names) print(want, sizeof want, "%s", type_names[t->type]);
+    else if (!f) print(want, sizeof want, "%u", (unsigned)t->type);
+    if (!f)
+        return fail(g->err, "%s: tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
+                    "Q2_K to Q6_K IQ4_NL are)", g->name, s->name, want);
+    int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
+    if (s->rows) print(want, sizeof want, "%d", s->rows);
+    print_shape(shape, t);
+    if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
+        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, s->name, shape, want, s->cols);
+    if (s->cols % f->elements)
+        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, s->name,
+                    s->cols, f->name, f->elements);
+    if (s->norm && !is_float(f))
+        return fail(g->err, "%s: tensor %s has type %s, expected F32", g->name, s->name, f->name);
+    return 0;
+}
+
+/* A norm's vector, copied out as float32; what is read from the file goes to the end of the same room. */
+static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
+{
+    float *out = piece(&o->arena, w->cols, sizeof *out);
+    if (!out) return no_room(o);
+    if (!w->data) {
+        uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
+        if (o->g.from.read(o->g.from.user, w->offset, bytes, w->row_bytes))
+            return fail(o->g.err, "%s: tensor %s cannot be read", o->g.name, s->name);
+        w->data = bytes;
+    }
+    o->m->kernels->dequantize(w, 0, out);
+    *s->norm = out;
+    return 0;
+}
+
+/* Finds a tensor and checks its type, shape and end. */
+static int bind(struct opening *o, const struct slot *s)
+{
+    struct gguf *g = &o->g;
+    struct tensor t;
+    struct matrix norm, *w = s->w ? s->w : &norm;
+    if (!find_tensor(g, s->name, &t)) return fail(g->err, "%s: tensor %s is missing", g->name, s->name);
+    const struct format *f = find_format(t.type);
+    if (check_tensor(g, s, &t, f)) return -1;
+    size_t row_bytes = (size_t)(s->cols / f->elements) * f->bytes;
+    uint64_t bytes = (uint64_t)row_bytes * t.ne[1], left = g->from.size > g->data ? g->from.size - g->data : 0;
+    if (t.offset % g->alignment)
+        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, s->name,
+                    (unsigned long long)t.offset, (unsigned long long)g->alignment);
+    if (t.offset > left || bytes > left - t.offset)
+        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, s->name,
+                    (unsigned long long)(t.offset + bytes - left));
+    *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
+                         .offset = g->data + t.offset};
+    if (g->from.data) w->data = (const uint8_t *)g->from.data + w->offset;
+    o->m->weight_bytes += (size_t)bytes;
+    if (row_bytes > o->m->row_bytes) o->m->row_bytes = row_bytes;
+    return s->norm ? bind_norm(o, s, w) : 0;
 }
 
 static int bind_weights(struct opening *o)
 {
     gemma3_model *m = o->m;
-    const gemma3_config *c = &m->config;
-    int d = c->d_model, D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D;
-    o->norms = own(o, ((size_t)c->n_layers * (4 * d + 2 * D) + d) * sizeof(float), "the norms");
-    if (!o->norms || bind(o, "token_embd.weight", 0, d, &m->token_embd) ||
-        bind_norm(o, "output_norm.weight", d, &m->output_norm))
-        return -1;
-    m->output = m->token_embd;
-    m->tied = !find_tensor(&o->g, "output.weight");
-    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
-    for (int l = 0; l < c->n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
-            bind_layer(o, l, "attn_q", q, d, &w->attn_q) ||
-            bind_layer(o, l, "attn_k", kv, d, &w->attn_k) ||
-            bind_layer(o, l, "attn_v", kv, d, &w->attn_v) ||
-            bind_layer(o, l, "attn_output", d, q, &w->attn_output) ||
-            bind_layer_norm(o, l, "attn_q_norm", D, &w->attn_q_norm) ||
-            bind_layer_norm(o, l, "attn_k_norm", D, &w->attn_k_norm) ||
-            bind_layer_norm(o, l, "post_attention_norm", d, &w->post_attention_norm) ||
-            bind_layer_norm(o, l, "ffn_norm", d, &w->ffn_norm) ||
-            bind_layer(o, l, "ffn_gate", c->d_ff, d, &w->ffn_gate) ||
-            bind_layer(o, l, "ffn_up", c->d_ff, d, &w->ffn_up) ||
-            bind_layer(o, l, "ffn_down", d, c->d_ff, &w->ffn_down) ||
-            bind_layer_norm(o, l, "post_ffw_norm", d, &w->post_ffw_norm))
-            return -1;
-    }
+    struct slot s;
+    struct tensor t;
+    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
+    if (!m->layer) return no_room(o);
+    m->tied = !find_tensor(&o->g, "output.weight", &t);
+    for (int k = 0; !find_slot(m, k, &s); k++)
+        if (bind(o, &s)) return -1;
+    if (m->tied) m->output = m->token_embd;
     return 0;
 }
 
@@ -3274,13 +3636,13 @@ static void repack_task(void *arg, int index, int worker)
 {
     const struct repack *job = arg;
     const struct matrix *w = job->w;
-    int tile, end, row, last;
+    int tile, end;
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
-    row = tile * TILE_ROWS, last = end * TILE_ROWS < w->rows ? end * TILE_ROWS : w->rows;
+    int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
     const uint8_t *from = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
-        n = last - row < TILE_ROWS ? last - row : TILE_ROWS;
+        n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
@@ -3292,47 +3654,28 @@ static size_t tiled_bytes(const struct matrix *w)
     return is_float(w->format) ? 0 : (size_t)n_tiles(w) * TILE_ROWS * w->row_bytes;
 }
 
-static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
-{
-    size_t bytes = tiled_bytes(w);
-    struct repack job = {o->m, w, *to, MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-    if (!bytes) return;
-    if (o->options.parallel_for && o->options.n_threads > 1)
-        o->options.parallel_for(o->options.pool, job.n_tasks, repack_task, &job);
-    else
-        for (int k = 0; k < job.n_tasks; k++) repack_task(&job, k, 0);
-    w->data = *to;
-    w->tiled = 1;
-    *to += bytes;
-}
-
 static int repack(struct opening *o)
 {
     gemma3_model *m = o->m;
-    int n = 0, n_layers = m->config.n_layers;
-    struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
-    all[n++] = &m->token_embd;
-    if (!m->tied) all[n++] = &m->output;
-    for (int l = 0; l < n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output,
-                                      &w->ffn_gate, &w->ffn_up, &w->ffn_down};
-        for (int k = 0; k < 7; k++) all[n++] = of_layer[k];
-    }
-    size_t bytes = 0;
-    for (int k = 0; k < n; k++) bytes += tiled_bytes(all[k]);
-    if (!bytes) return 0;
-    uint8_t *to = own(o, bytes + 64, "the weights");
-    if (!to) return -1;
-    host_use_large_pages(to, bytes);
-    to += -(uintptr_t)to & 63;
-    for (int k = 0; k < n; k++) {
-        repack_one(o, all[k], &to);
-        if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
+    const gemma3_options *p = &o->options;
+    struct slot s;
+    for (int k = 0, n = 1 + m->config.n_layers * N_LAYER_TENSORS; !find_slot(m, k, &s); k++) {
+        if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
+        if (!s.w || is_float(s.w->format)) continue;
+        struct repack job = {m, s.w, piece(&o->arena, 1, tiled_bytes(s.w)),
+                             MIN_REPACK_TASKS + (int)(tiled_bytes(s.w) / REPACK_BYTES)};
+        if (!job.to) return no_room(o);
+        if (p->parallel_for && p->n_threads > 1) p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
+        else
+            for (int i = 0; i < job.n_tasks; i++) repack_task(&job, i, 0);
+        s.w->data = job.to;
+        s.w->tiled = 1;
     }
     if (m->tied) m->output = m->token_embd;
     return 0;
 }
+
+/* ---- Opening ---- */
 
 static int choose_kernels(struct opening *o)
 {
@@ -3342,99 +3685,244 @@ static int choose_kernels(struct opening *o)
             o->m->kernels = &all_kernels[k];
             return 0;
         }
-    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted), -1;
+    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
 
-static int open_steps(struct opening *o, const void *data, size_t size)
+static int repacks(const struct opening *o) { return o->g.from.data && !o->options.exact && !o->options.no_repack; }
+
+/* The chat template, which stays in the file or is copied, as the vocabulary's texts are. */
+static int read_template(struct opening *o)
 {
     gemma3_model *m = o->m;
-    const char *fault = arithmetic_fault();
-    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1;
-    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
-        return -1;
-    m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (!m->exact && !o->options.no_repack && repack(o)) return -1;
-    struct string name = get_string(&o->g, "general.name");
-    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
+    struct kv kv;
+    if (!find_kv(&o->g, "tokenizer.chat_template", &kv) || kv.type != KV_STRING || kv.bytes <= 8) return 0;
+    m->template_bytes = (size_t)(kv.bytes - 8);
+    advance(&kv.value, 8);
+    if (o->g.from.data) m->chat_template = (const char *)o->g.from.data + kv.value.at;
+    if (!o->copies) return 0;
+    char *to = piece(&o->arena, m->template_bytes, 1);
+    if (!to) return no_room(o);
+    for (size_t n, done = 0; done < m->template_bytes; done += n) {
+        n = m->template_bytes - done < WINDOW ? m->template_bytes - done : WINDOW;
+        const uint8_t *p = take(&kv.value, n);
+        if (!p) return refuse_end(&kv.value);
+        memcpy(to + done, p, n);
+    }
+    m->chat_template = to;
     return 0;
 }
 
-static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
-                                gemma3_error *err, gemma3_model *m)
+static int open_steps(struct opening *o)
+{
+    gemma3_model *m = o->m;
+    const char *fault = arithmetic_fault();
+    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault);
+    struct cursor c = {&o->g, 0, 0};
+    if (choose_kernels(o) || read_header(&c)) return -1;
+    o->g.kv = piece(&o->arena, (size_t)(o->g.n_kv + o->g.n_tensors), sizeof *o->g.kv);
+    if (!o->g.kv) return no_room(o);
+    o->g.tensor = o->g.kv + o->g.n_kv;
+    if (read_gguf(&o->g) || refuse_others(o) || configure(o) || bind_weights(o) || open_tokenizer(o) ||
+        read_template(o))
+        return -1;
+    m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
+    if (repacks(o) && repack(o)) return -1;
+    struct string name = get_string(&o->g, "general.name");
+    if (name.text) memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    return 0;
+}
+
+/* Counts, by the lines that take them, the pieces that a file needs; tensors that are not asked for, too. */
+static int count_pieces(struct opening *o)
+{
+    struct cursor c = {&o->g, 0, 0};
+    struct arena *a = &o->arena;
+    struct kv kv;
+    struct tensor t;
+    double n_layers = 0;
+    uint64_t total = 0;              /* tensors may overlap, but not without end */
+    if (read_header(&c)) return -1;
+    piece(a, 1, sizeof(gemma3_model));
+    piece(a, (size_t)(o->g.n_kv + o->g.n_tensors), sizeof(struct entry));
+    for (uint64_t k = 0; k < o->g.n_kv && !c.failed; k++) {
+        if (read_kv(&c, &kv)) return -1;
+        if (c.failed) break;
+        if (!strcmp(kv.name, "gemma3.block_count") && kv.type != KV_ARRAY && !read_number(&kv, &n_layers) &&
+            n_layers >= 1 && n_layers <= GEMMA3_MAX_LAYERS)
+            piece(a, (size_t)n_layers, sizeof(struct layer));
+        if (!strcmp(kv.name, "tokenizer.ggml.tokens") && is_array_of(&kv, KV_STRING, 1))
+            make_vocab_room(a, &kv, kv.count < 1 << 24 ? (int)kv.count : 1 << 24, o->copies);
+        if (!strcmp(kv.name, "tokenizer.chat_template") && o->copies) piece(a, (size_t)kv.bytes, 1);
+    }
+    for (uint64_t k = 0; k < o->g.n_tensors && !c.failed; k++) {
+        if (read_tensor(&c, &t)) return -1;
+        if (c.failed) break;
+        const struct format *f = find_format(t.type);
+        if (!f || t.ne[0] > 1 << 20 || t.ne[1] > 1 << 24) continue;
+        struct matrix w = {.format = f, .rows = (int)t.ne[1], .cols = (int)t.ne[0],
+                           .row_bytes = (size_t)t.ne[0] / f->elements * f->bytes};
+        total += w.row_bytes * t.ne[1];
+        if (total / 4 > o->g.from.size) break;
+        if (w.rows == 1) piece(a, w.cols, sizeof(float));
+        if (repacks(o)) piece(a, 1, tiled_bytes(&w));
+    }
+    return c.failed ? refuse_end(&c) : 0;
+}
+
+static void start(struct opening *o, const gemma3_source *from, int mapped, const gemma3_options *options,
+                  gemma3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    o->g.from = *from;
+    if (!from->data && !from->read) o->g.from.size = 0;
+    o->g.name = short_path(from->name ? from->name : "a model in memory", o->shortened);
+    o->g.err = err;
+    if (options) o->options = *options;
+    o->copies = mapped || !from->data;
+}
+
+static size_t model_size(const gemma3_source *from, int mapped, const gemma3_options *options, gemma3_error *err)
+{
+    struct opening o;
+    start(&o, from, mapped, options, err);
+    if (count_pieces(&o)) return 0;
+    if (o.arena.used < SIZE_MAX - 64) return o.arena.used + 64; /* to align any memory to 64 */
+    return fail(err, "%s needs more memory than this machine can address", o.g.name), (size_t)0;
+}
+
+static gemma3_model *init_model(const gemma3_source *from, int mapped, const gemma3_options *options, void *mem,
+                                size_t size, gemma3_error *err)
+{
+    struct opening o;
+    size_t to_align = -(uintptr_t)mem & 63;
+    fp_state fp = fp_enter();
+    start(&o, from, mapped, options, err);
+    o.arena = (struct arena){(uint8_t *)mem + to_align, 0, size > to_align ? size - to_align : 0};
+    gemma3_model *m = o.m = piece(&o.arena, 1, sizeof *m);
+    int failed = m ? 0 : no_room(&o);
+    if (m) {
+        memset(m, 0, sizeof *m);
+        m->exact = o.options.exact;
+        m->source = o.g.from;
+        m->mapping = mapped ? from->data : NULL;
+        failed = open_steps(&o);
+    }
+    fp_leave(fp);
+    return failed ? NULL : m;
+}
+
+static gemma3_model *open_source(const gemma3_source *from, int mapped, const gemma3_options *options,
+                                 gemma3_error *err)
 {
     char shortened[SHORT_PATH];
-    struct opening o = {.g = {.name = short_path(name, shortened), .err = err}, .m = m};
-    fp_state fp = fp_enter();
-    if (options) o.options = *options;
-    m->exact = o.options.exact;
-    int failed = open_steps(&o, data, size);
-    free(o.g.kv);
-    free(o.g.tensor);
-    fp_leave(fp);
-    if (failed) gemma3_close(m);
-    return failed ? NULL : m;
+    size_t size = model_size(from, mapped, options, err);
+    if (!size) return NULL;
+    void *mem = malloc(size);
+    if (!mem) {
+        fail(err, "%s: out of memory for a model (%llu bytes)",
+             short_path(from->name ? from->name : "a model in memory", shortened), (unsigned long long)size);
+        return NULL;
+    }
+    host_use_large_pages(mem, size);
+    gemma3_model *m = init_model(from, mapped, options, mem, size, err);
+    if (m) m->allocated = mem;
+    else free(mem);
+    return m;
+}
+
+size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options, gemma3_error *err)
+{
+    return model_size(from, 0, options, err);
+}
+
+gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem, size_t size,
+                                gemma3_error *err)
+{
+    return init_model(from, 0, options, mem, size, err);
+}
+
+gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options, gemma3_error *err)
+{
+    return open_source(from, 0, options, err);
 }
 
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name, const gemma3_options *options,
                                  gemma3_error *err)
 {
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!name) name = "a model in memory";
-    if (!m) return fail(err, "out of memory for a model");
-    return open_bytes(data, size, name, options, err, m);
+    gemma3_source from = {.data = data, .size = size, .name = name};
+    return open_source(&from, 0, options, err);
 }
 
 void gemma3_close(gemma3_model *m)
 {
     if (!m) return;
-    for (int k = 0; k < m->n_owned; k++) free(m->owned[k]);
     host_unmap(m);
-    free(m);
+    free(m->allocated);
 }
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
+const char *gemma3_model_size_name(const gemma3_model *m) { return m->published ? m->published->name : ""; }
 int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->can_chat; }
+int gemma3_model_can_chat(const gemma3_model *m) { return m->template_bytes > 0; }
 size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
+
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
+{
+    *n = m->template_bytes;
+    return m->chat_template;
+}
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
 {
     return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
 }
 
-/* ==== 13. Sizes and states ====================================================================== */
-
-/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
-struct arena {
-    uint8_t *base;
-    size_t used;
-};
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
-static void *piece(struct arena *a, size_t count, size_t bytes)
+const char *gemma3_model_note(const gemma3_model *m, int index)
 {
-    void *p = a->base ? a->base + a->used : NULL;
-    size_t size = times(count, bytes);
-    a->used = plus(a->used, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
-    return p;
+    return index >= 0 && index < m->n_notes ? m->note[index] : NULL;
 }
+
+const char *gemma3_model_origin(const gemma3_model *m, const char *key)
+{
+    if (!strncmp(key, "gemma3.", 7)) key += 7;
+    for (int k = 0; k < m->n_origins; k++)
+        if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
+    return "";
+}
+
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
+{
+    struct slot s;
+    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    *t = (gemma3_tensor){.layer = s.layer, .rows = s.rows, .cols = s.cols, .type = "F32"};
+    memcpy(t->name, s.name, sizeof t->name);
+    if (s.norm) t->norm = (float *)(uintptr_t)*s.norm;
+    else t->type = s.w->format->name, t->offset = s.w->offset, t->bytes = s.w->row_bytes * s.w->rows;
+    return 0;
+}
+
+int gemma3_model_row(const gemma3_model *m, int index, int row, float *out)
+{
+    struct slot s;
+    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s) || row < 0 || row >= s.rows) return -1;
+    if (s.w && !s.w->data) return -1;
+    if (s.norm) memcpy(out, *s.norm, s.cols * sizeof *out);
+    else m->kernels->dequantize(s.w, row, out);
+    return 0;
+}
+
+/* ==== 13. Sizes and states ====================================================================== */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->chunk = p->n_batch < GEMMA3_CHUNK ? p->n_batch : GEMMA3_CHUNK;
-    s->chunk = s->chunk < p->n_ctx ? s->chunk : p->n_ctx;
-    s->pack = s->chunk < 4 ? s->chunk : 4;
+    s->chunk = min_int(min_int(p->n_batch, GEMMA3_CHUNK), p->n_ctx);
+    s->pack = min_int(s->chunk, 4);
     s->n_acc = s->chunk < 16 ? 16 : s->chunk; /* attention has that many queries of a kv head */
-    s->ring = c->window + s->chunk - 1 < p->n_ctx ? c->window + s->chunk - 1 : p->n_ctx;
+    s->ring = min_int(c->window + s->chunk - 1, p->n_ctx);
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3455,9 +3943,11 @@ static int widest_input(const gemma3_config *c)
 /* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->chunk;
     size_t pack_q = (size_t)s->pack * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    size_t n_threads = s->p.n_threads;
+    int exact = s->m->exact, streams = !s->m->source.data;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3467,6 +3957,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
         s->cosine[local] = piece(a, n * (D / 2), sizeof(float));
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
+    s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->x = piece(a, n * c->d_model, sizeof(float));
     s->h = piece(a, n * c->d_model, sizeof(float));
     s->q = piece(a, n * q, sizeof(float));
@@ -3480,64 +3971,94 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->score_sum = piece(a, pack_q, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->score = piece(a, times(pack_q, s->n_score), sizeof(float));
-    s->xq = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->xq);
-    s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
-    s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->xq = piece(a, exact ? 0 : n * blocks, sizeof *s->xq);
+    s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
+    s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
+    s->row_floats = piece(a, exact ? n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->fetched = piece(a, streams ? times(n_threads, TILE_ROWS) : 0, s->m->row_bytes);
+    s->unread = piece(a, n_threads, 1);
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = m->config.n_ctx_train < 4096 ? m->config.n_ctx_train : 4096, .n_batch = 512,
+    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
                        .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
     return p;
 }
 
+static const gemma3_config *config_of(const gemma3_model *m, const gemma3_params *p)
+{
+    return p->config ? p->config : &m->config;
+}
+
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m};
-    struct arena a = {NULL, 0};
-    size_state(&s, &m->config, p);
+    gemma3_state s = {.m = m, .c = config_of(m, p)};
+    struct arena a = {NULL, 0, 0};
+    size_state(&s, s.c, p);
     lay_out(&s, &a);
     return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
+}
+
+/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
+{
+    const struct { const char *name; float x, low; } number[] = {
+        {"rms_eps", c->rms_eps, 0}, {"rope_base_global", c->rope_base_global, 1},
+        {"rope_base_local", c->rope_base_local, 1}, {"rope_factor", c->rope_factor, 0x1p-7f},
+        {"query_scale", c->query_scale, 0}, {"embedding_scale", c->embedding_scale, 0},
+        {"final_softcap", c->final_softcap, 0}};
+    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff || c->n_heads != m->n_heads ||
+        c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim || c->n_vocab != m->n_vocab)
+        return fail(err, "a config with other shapes than the model's");
+    for (size_t k = 0; k < sizeof number / sizeof *number; k++)
+        if (!(number[k].x >= number[k].low && number[k].x <= 1e30f))
+            return fail(err, "a config with %s %g: expected a number from %g to 1e30", number[k].name,
+                        (double)number[k].x, (double)number[k].low);
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->is_local[l] && (c->window < 1 || c->window > 1 << 24))
+            return fail(err, "a config with local layers and a window of %d: expected 1 to %d", c->window, 1 << 24);
+    return 0;
 }
 
 /* -1 and a sentence when no state can be made of these. */
 static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), -1;
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
+    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), -1;
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    if (p->config && check_config(p->config, &m->config, err)) return -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx), -1;
+        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx);
     return 0;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
                                 gemma3_error *err)
 {
-    const gemma3_config *c = &m->config;
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
-    if (size < need)
-        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-                    (unsigned long long)size);
+    if (size < need) {
+        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
+        return NULL;
+    }
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
-    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
+    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0, size};
     memset(s, 0, sizeof *s);
     s->m = m;
-    size_state(s, c, p);
+    s->c = config_of(m, p);
+    size_state(s, s->c, p);
     lay_out(s, &a);
+    memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
-        for (int j = 0; j < c->head_dim / 2; j++) {
-            float base = local ? c->rope_base_local : c->rope_base_global;
-            float turned = (float)power(base, 2.0 * j / c->head_dim);
-            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : c->rope_factor);
+        for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
+            float turned = (float)power(local ? s->c->rope_base_local : s->c->rope_base_global, 2.0 * j / D);
+            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : s->c->rope_factor);
         }
     fp_leave(fp);
     return s;
@@ -3548,8 +4069,10 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem)
-        return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+    if (!mem) {
+        fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+        return NULL;
+    }
     gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
     if (!s) free(mem);
     else s->allocated = mem;
@@ -3564,7 +4087,140 @@ void gemma3_state_free(gemma3_state *s)
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
 int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
+const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
+
+/* ---- States that are kept ----
+ *
+ *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config, 64 hex digits
+ *     u32 ids[n] | for each layer and key-value head: K, then V of the positions that the next token can see
+ *     SHA-256 of all before, 64 hex digits
+ *
+ * Saving and loading are the same steps: only what `pass` does with the bytes differs. */
+
+struct stream {
+    gemma3_write *write;             /* or: */
+    gemma3_read *read;
+    void *user;
+    uint64_t at;
+    int failed;
+    gemma3_sha256 sum;
+};
+
+static void pass(struct stream *f, void *bytes, size_t n)
+{
+    if (!f->failed) f->failed = f->write ? f->write(f->user, bytes, n) : f->read(f->user, f->at, bytes, n);
+    f->at += n;
+    if (!f->failed) gemma3_sha256_add(&f->sum, bytes, n);
+}
+
+/* n elements of the cache, little-endian in the file. */
+static void pass_elements(struct stream *f, uint8_t *p, size_t n, size_t size)
+{
+    for (int back = 0; back < 2; back++) {
+        for (size_t j = 0; BIG_ENDIAN_CPU && j < n; j++)
+            if (size == 2) store_u16_le(p + 2 * j, *(uint16_t *)(void *)(p + 2 * j));
+            else store_u32_le(p + 4 * j, *(uint32_t *)(void *)(p + 4 * j));
+        if (!back) pass(f, p, n * size);
+    }
+}
+
+static void pass_u32(struct stream *f, uint32_t *u)
+{
+    uint8_t bytes[4];
+    store_u32_le(bytes, *u);
+    pass(f, bytes, 4);
+    *u = load_u32_le(bytes);
+}
+
+/* What a state's numbers depend on: the config, and every norm and one row of every matrix. Hashing all of
+ * the weights would take seconds; no two models that were trained share these. */
+static void hash_model(gemma3_state *s, char hex[65])
+{
+    const gemma3_config *c = s->c;
+    const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local, c->rope_factor,
+                            c->query_scale, c->embedding_scale};
+    gemma3_sha256 sum;
+    struct slot t;
+    gemma3_sha256_init(&sum);
+    gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
+    gemma3_sha256_add(&sum, c->is_local, c->n_layers);
+    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
+        gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
+    }
+    gemma3_sha256_end(&sum, hex);
+}
+
+static void pass_cache(struct stream *f, gemma3_state *s, int n)
+{
+    const gemma3_config *c = s->c;
+    int D = c->head_dim;
+    for (int l = 0; l < c->n_layers; l++) {
+        struct attention a = {.s = s, .l = l, .slots = slots_of(s, l)};
+        int first = c->is_local[l] && n > c->window ? n - c->window : 0;
+        for (int g = 0; g < c->n_kv_heads; g++)
+            for (int p = first; p < n; p++) {
+                pass_elements(f, key_at(&a, g, p), D, kv_element(s));
+                for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+                    pass_elements(f, value_at(&a, g, j0, p), slice_width(D, j0), kv_element(s));
+            }
+    }
+}
+
+static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
+{
+    static const char want[16] = "gemma3 state 1\n";
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    char magic[16], model[65], hex[65], sum[65];
+    uint32_t head[4] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type, s->pos}, n;
+    fp_state fp = fp_enter();
+    hash_model(s, model);
+    fp_leave(fp);
+    memcpy(magic, want, sizeof magic);
+    memcpy(hex, model, sizeof hex);
+    gemma3_sha256_init(&f->sum);
+    pass(f, magic, sizeof magic);
+    if (!f->failed && memcmp(magic, want, sizeof want)) return fail(err, "this is not a saved state of gemma3");
+    for (int k = 0; k < 4; k++) {
+        uint32_t ours = head[k];
+        pass_u32(f, &head[k]);
+        if (k < 3 && !f->failed && head[k] != ours)
+            return fail(err, "the state was saved with %s %u, this is %u", field[k], (unsigned)head[k], (unsigned)ours);
+    }
+    pass(f, hex, 64);
+    if (!f->failed && memcmp(hex, model, 64)) return fail(err, "the state was saved with another model or config");
+    n = f->failed ? 0 : head[3];
+    if (n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, more than the context of %d", (unsigned)n, s->p.n_ctx);
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t id = s->ids[i];
+        pass_u32(f, &id);
+        s->ids[i] = (int32_t)id;
+    }
+    pass_cache(f, s, (int)n);
+    gemma3_sha256_end(&f->sum, sum);
+    memcpy(hex, sum, sizeof hex);
+    pass(f, hex, 64);
+    if (f->failed) return fail(err, f->write ? "the state cannot be written" : "the saved state is truncated or cannot be read");
+    if (memcmp(hex, sum, 64)) return fail(err, "the saved state is damaged: its checksum differs");
+    s->pos = (int)n;
+    return 0;
+}
+
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
+{
+    struct stream f = {.write = write, .user = user};
+    return pass_state(&f, s, err);
+}
+
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
+{
+    struct stream f = {.read = read, .user = user};
+    s->pos = 0;
+    return pass_state(&f, s, err);
+}
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
@@ -3888,38 +4544,34 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 
 static void host_unmap(const gemma3_model *m)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, (size_t)m->source.size);
 }
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     struct stat st;
     char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given");
+    if (!path) return fail(err, "no path of a model was given"), NULL;
     const char *name = short_path(path, shortened);
     int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         close(fd);
-        return fail(err, "%s is not a regular file", name);
+        return fail(err, "%s is not a regular file", name), NULL;
     }
     if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
         close(fd);
         return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty");
+                    st.st_size ? "more than this machine can address" : "it is empty"), NULL;
     }
     void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     int map_error = errno;
     close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)st.st_size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error)), NULL;
+    gemma3_source from = {.data = data, .size = (uint64_t)st.st_size, .name = path};
+    gemma3_model *m = open_source(&from, 1, options, err);
+    if (!m) munmap(data, (size_t)st.st_size);
+    return m;
 }
 
 /* The first number in a file, or other. */
@@ -4064,7 +4716,7 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
     gemma3_pool *pool = calloc(1, sizeof *pool);
     if (!pool || !(pool->thread = calloc(n_threads > 0 ? n_threads : 1, sizeof *pool->thread))) {
         free(pool);
-        return fail(err, "out of memory for %d threads", n_threads);
+        return fail(err, "out of memory for %d threads", n_threads), NULL;
     }
     pthread_mutex_init(&pool->round, NULL);
     pthread_mutex_init(&pool->mutex, NULL);

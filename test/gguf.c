@@ -558,7 +558,7 @@ static void tensors(void)
     refused(f, "no embedding", "x.gguf: tensor token_embd.weight is missing");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = 23;
-    refused(f, "IQ4_XS", "x.gguf: tensor blk.2.attn_v.weight has type 23, which is not supported "
+    refused(f, "IQ4_XS", "x.gguf: tensor blk.2.attn_v.weight has type IQ4_XS, which is not supported "
             "(F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = UINT32_MAX;
