@@ -8,25 +8,83 @@
  * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
  *
  *     x = embedding[id] * sqrt(d_model)
- *     for each layer l:
+ *     for each layer:
  *         h = rms(x) * attn_norm
- *         q, k, v = Wq h, Wk h, Wv h             n_heads queries, n_kv_heads keys and values
- *         q, k = rms(q) * q_norm, rms(k) * k_norm      each head for itself
- *         q, k = rope(q), rope(k)                turn pairs (j, j + head_dim/2) by p * theta^(-2j/head_dim)
- *         a = softmax(q . k * query_scale) v     over the past, itself included: all of it in every 6th
- *                                                layer (global), the last `window` tokens in the others (local)
+ *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
+ *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
+ *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
+ *                                                 at position p by p * base^(-2j/head_dim) / factor
+ *         a = softmax(q . k * query_scale) v      over the positions that the token sees
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
- *     logits = embedding . (rms(x) * output_norm)
+ *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
+ *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
- * element by element. query_scale is 1/sqrt(head_dim), in 27B 1/sqrt(168). Query head h uses key-value
- * head h / (n_heads / n_kv_heads): several queries share one K and V (grouped-query attention). K and V
- * of earlier tokens never change, so they are kept: the KV cache. A program repeats: ids -> logits after
- * the last token -> choose an id -> append it. Source: Gemma 3 Technical Report (arXiv 2503.19786),
- * and transformers' modeling_gemma3.py, with which exact mode agrees to float32 rounding.
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
+ * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
+ * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
+ * exact mode agrees to float32 rounding.
+ *
+ * One layer, with the shapes of 1B:
+ *
+ *     x [1152] ---.
+ *        |     attn_norm
+ *        |        | h [1152]
+ *        |        +-------------+-------------.
+ *        |      attn_q        attn_k        attn_v
+ *        |        | [4][256]    | [1][256]    | [1][256]
+ *        |      q_norm        k_norm          |
+ *        |       rope          rope           |
+ *        |        |             |             |
+ *        |        |        .----+-------------+----.
+ *        |        |        | KV cache of the layer |  k, v of the positions so far
+ *        |        |        '----+-------------+----'
+ *        |     softmax(q . k / 16) ---------- v       query head h meets kv head h / (n_heads /
+ *        |        | [4][256]                          n_kv_heads): several queries share one K, V
+ *        |     attn_output
+ *        |        | [1152]
+ *        |     post_attention_norm
+ *       (+)-------'
+ *     x [1152] ---.
+ *        |     ffn_norm
+ *        |        | h [1152]
+ *        |        +-------------.
+ *        |     ffn_gate       ffn_up
+ *        |        | [6912]      | [6912]
+ *        |      gelu -------- times
+ *        |        | [6912]
+ *        |     ffn_down
+ *        |        | [1152]
+ *        |     post_ffw_norm
+ *       (+)-------'
+ *     x [1152]  into the next layer
+ *
+ * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees
+ * the whole past, a local one the last `window` positions, the token's own included. With window 4:
+ *
+ *     token 9 sees    global  0 1 2 3 4 5 6 7 8 9         local              6 7 8 9
+ *
+ * So a local layer need not keep more than the window: its cache is a ring, and position p lies in
+ * slot p mod ring. With a ring of 4 slots, before and after token 10 comes:
+ *
+ *     slot  0 1 2 3          slot  0 1  2 3
+ *     pos   8 9 6 7          pos   8 9 10 7
+ *
+ * The published sizes (the code knows them in section 12 alone):
+ *
+ *             n_layers  d_model   d_ff  heads  kv heads  head_dim  window  factor  query_scale
+ *     270M          18      640   2048      4         1       256     512       1  1/sqrt(256)
+ *     1B            26     1152   6912      4         1       256     512       1  1/sqrt(256)
+ *     4B            34     2560  10240      8         4       256    1024       8  1/sqrt(256)
+ *     12B           48     3840  15360     16         8       256    1024       8  1/sqrt(256)
+ *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
+ *
+ * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
+ * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
+ * the others' by head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -41,22 +99,25 @@
  *     ffn_gate, _up, _down  mlp.{gate,up,down}_proj  blk.N.ffn_{gate,up,down}.weight
  *     post_ffw_norm   post_feedforward_layernorm     blk.N.post_ffw_norm.weight
  *     output_norm     model.norm                     output_norm.weight
+ *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
- * b block of 32 elements (256 in a file's K formats: a super-block), j element or lane. In formats and
- * kernels g counts groups of elements and h registers of rows. n is the number of tokens in this call.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
+ * 4" is rule 4 of the numeric contract in README.md.
  *
  * Contents
- *      1  Arithmetic that is the same everywhere
- *      2  Number formats
- *      3  Activations
- *      4  Dot products: the definition
- *      5  Dot products: AVX2, AVX-512, NEON
- *      6  Element-wise pieces: norm, rope, gelu, softmax
- *      7  The model and the state
- *      8  Matrix times vectors
- *      9  Attention, the KV cache, feed-forward
- *     10  The forward pass
+ *      1  The model and the state
+ *      2  The operations
+ *      3  The forward pass
+ *      4  Attention and the KV cache
+ *      5  Feed-forward
+ *      6  Matrix times vectors, and how threads share
+ *    How each operation is computed:
+ *      7  Arithmetic that is the same everywhere
+ *      8  Number formats
+ *      9  The operations: definitions
+ *     10  The operations: vector kernels
+ *    Around the model:
  *     11  Reading GGUF
  *     12  Opening a model
  *     13  Sizes and states
@@ -65,9 +126,9 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
- * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
- * lines for gcc change speed, never bits. */
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
+ * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
+ * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma float_control(precise, on)
@@ -76,20 +137,24 @@
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
-#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
-#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
+#if defined(__ARM_FEATURE_MVE)
+#pragma GCC optimize("no-tree-vectorize") /* Helium's vectors of floats flush subnormals */
+#endif
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
-#endif
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
+#define _GNU_SOURCE 1
 #endif
+#define _NETBSD_SOURCE 1
+#define _FILE_OFFSET_BITS 64    /* files over 2 GB where pointers have 32 bits */
 #include "gemma3.h"
 
 #include <float.h>
@@ -100,7 +165,7 @@
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#error "float arithmetic is wider than float: x86 wants -msse2 -mfpmath=sse, s390x -std=gnu11"
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
@@ -118,14 +183,835 @@ enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-static inline int min_int(int a, int b) { return a < b ? a : b; }
 #if defined(__GNUC__) && !defined(__clang__)
 #define UNROLL _Pragma("GCC unroll 16")
 #else
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif
 
-/* ==== 1. Arithmetic that is the same everywhere =================================================
+typedef uint64_t fp_state;
+static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
+static void fp_leave(fp_state old);   /* as the caller had them */
+
+INLINE int min_int(int a, int b) { return a < b ? a : b; }
+
+/* ==== 1. The model and the state ============================================================== */
+
+/* Tensor types by their number in GGUF. */
+enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
+       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
+
+enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
+
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or
+ * as tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
+struct matrix {
+    const struct format *format;      /* F32, Q4_0 ...: section 8 */
+    int rows, cols, tiled;
+    size_t row_bytes;
+    const uint8_t *data;              /* NULL: read when it is needed, from */
+    uint64_t offset;                  /* there in the file */
+};
+
+/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
+struct layer {
+    const float *attn_norm;           /* [d_model] */
+    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
+    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
+    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
+    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
+    const float *post_attention_norm; /* [d_model] */
+    const float *ffn_norm;            /* [d_model] */
+    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
+    struct matrix ffn_down;           /* [d_model][d_ff] */
+    const float *post_ffw_norm;       /* [d_model] */
+};
+
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+
+struct string {
+    const char *text;                 /* without NUL */
+    size_t n;
+};
+
+/* Read-only once it is open. */
+struct gemma3_model {
+    gemma3_config config;
+    int exact;                        /* float activations, dequantised weights */
+    const struct kernels *kernels;    /* the operations on this CPU: section 2 */
+    struct matrix token_embd;         /* [n_vocab][d_model] */
+    struct matrix lm_head;            /* token_embd itself in every public Gemma 3 */
+    int tied;                         /* it is: there is no output.weight */
+    const float *output_norm;         /* [d_model] */
+    struct layer *layer;              /* [n_layers] */
+
+    gemma3_tokenizer *tokenizer;
+    gemma3_vocab vocab;
+    int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
+    struct string chat_template;
+    char name[128];
+    const struct published *published; /* the size, when it is one of Google's */
+    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
+    int n_origins, n_notes;
+
+    gemma3_source source;             /* the file */
+    const void *mapping;              /* its bytes, when we mapped it */
+    size_t mapping_bytes;
+    size_t weight_bytes;
+    size_t streamed_row;              /* bytes of the longest row that is not in memory */
+    void *allocated;                  /* by gemma3_open, else NULL */
+};
+
+/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
+ * once. Shapes are said here; where everything lies says lay_out (section 13). */
+struct gemma3_state {
+    const gemma3_model *m;
+    const gemma3_config *c;           /* the model's, unless params have another */
+    gemma3_params p;
+    void *allocated;                  /* by _new, else NULL */
+    int pos;                          /* tokens in the cache */
+    int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
+    int q_block;                      /* tokens whose attention is computed together */
+    int ring;                         /* slots of a local layer's cache */
+    int32_t *ids;                     /* [n_ctx] the tokens in the cache */
+    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
+    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
+    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
+    float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
+    float *x;                         /* [n_ubatch][d_model]        residual stream */
+    float *h;                         /* [n_ubatch][d_model]        branch */
+    float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
+    float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
+    float *gate, *up;                 /* [n_ubatch][d_ff] */
+    float *block_q, *block_out;       /* [n_kv_heads][q_block][heads per kv head][head_dim] */
+    float *score_sum;                 /* [n_kv_heads][q_block][heads per kv head] */
+    float *score;                     /* [n_kv_heads][q_block][heads per kv head][n_score] */
+    size_t n_score;                   /* n_ctx, rounded up to 16 */
+    struct q8_block *q8;              /* [n_ubatch][widest input / 32]   a matrix's input as int8 */
+    int n_acc;                        /* vectors that a worker multiplies at once, at most */
+    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
+    struct unpacked *unpacked;        /* [n_threads] */
+    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
+    uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
+    char error[256];
+};
+
+/* ==== 2. The operations ==========================================================================
+ *
+ * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
+ * A table exists for plain C, which is the definition (section 9), and for each instruction set
+ * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+
+/* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
+struct q8_block {
+    float d;
+    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
+    int32_t sum[2];        /* of the codes in each half */
+    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
+    int32_t unused[3];     /* 64 bytes: a cache line */
+    int8_t code[32];
+};
+
+/* Up to TILE_ROWS rows of a matrix times n vectors. */
+struct product {
+    const struct format *format;
+    const uint8_t *rows;     /* mul_codes: a tile; mul_floats: n_rows rows, row_bytes apart */
+    size_t row_bytes;
+    int n_rows, cols, n;
+    const struct q8_block *q8; /* mul_codes: [n][x_stride] */
+    const float *x;          /* mul_floats: [n][x_stride] */
+    size_t x_stride;
+    float (*acc)[TILE_ROWS]; /* [n][TILE_ROWS] */
+    struct panel *scratch;   /* mul_codes: [PANELS] */
+};
+
+/* Values of the cache, weighted and added up: for n queries and a slice of a head. */
+enum { MIX_WIDTH = 32 };     /* elements of a slice, but at a head's end */
+
+struct mix {
+    int type;                /* of the cache: F16 or F32 */
+    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
+    size_t v_bytes;
+    int n_pos;
+    const float *e;          /* [n][n_pos], e_stride apart */
+    size_t e_stride;
+    float *out;              /* [n][width], out_stride apart */
+    size_t out_stride;
+    int n, width;
+};
+
+struct kernels {
+    const char *name;
+    /* x [n] -> codes: d = amax / 127, code = round(x * (127 / amax)), ties to even (rule 1). */
+    void (*quantize)(struct q8_block *out, const float *x, int n);
+    /* acc[i][r] += row r . q8[i], an integer format's tile: for each block in order
+     * acc = fma(isum, d_row * d, acc), isum the exact integer dot product (rule 2). */
+    void (*mul_codes)(const struct product *p);
+    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
+     * lanes joined as a tree (rule 4). */
+    void (*mul_floats)(const struct product *p);
+    /* out [cols] = row r of w as float32, as its format defines. */
+    void (*dequantize)(const struct matrix *w, int r, float *out);
+    /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
+    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
+    /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
+    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
+    /* to [n] = x rounded to the cache's type, F16 or F32 (rule 6). */
+    void (*store)(uint8_t *to, const float *x, int n, int type);
+    /* s[k] = exp(s[k] - max) for positions first + k; returns their sum, added in the lanes of the
+     * absolute position: softmax's numerators and denominator (rule 6). */
+    float (*exp_scores)(float *s, int n, int first);
+    /* out[i] = fma(e[i][p], v[p], out[i]), positions in order (rule 6). */
+    void (*mix_values)(const struct mix *m);
+    /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
+    void (*gelu)(float *gate, const float *up, int n);
+    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    double (*sum_exp)(const float *logits, int n, float max);
+};
+
+/* From later sections: what the forward pass uses besides the table. */
+static void cos_sin(float angle, float *c, float *s);
+static void softcap(float *logits, size_t n, float cap);
+static const struct format *find_format(uint32_t type);
+static int is_float(const struct format *f);
+
+/* For params.trace, which may look at every tensor, and change it to see what a mistake would
+ * do. */
+static void trace(const gemma3_state *s, const char *name, int l, float *x, int width, int n)
+{
+    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
+}
+
+/* ==== 3. The forward pass ===================================================================== */
+
+/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+struct linear {
+    const struct matrix *w;
+    float *y;
+};
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
+static void embed(gemma3_state *s, const int32_t *ids, int n);
+static void rope_tables(gemma3_state *s, int n);
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
+static void attention(gemma3_state *s, const struct layer *w, int l, int n);
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
+static void add(float *x, const float *y, size_t n);
+
+/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
+ * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * again. */
+static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = s->c;
+    size_t size = (size_t)n * c->d_model;
+    rope_tables(s, n);
+    embed(s, ids, n);
+    trace(s, "inp_scaled", -1, s->x, c->d_model, n);
+    for (int l = 0; l < c->n_layers; l++) {
+        const struct layer *w = &s->m->layer[l];
+        rmsnorm(s, s->h, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->h, c->d_model, n);
+        attention(s, w, l, n);
+        trace(s, "attn_out", l, s->h, c->d_model, n);
+        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->h, c->d_model, n);
+        add(s->x, s->h, size);
+        trace(s, "sa_out", l, s->x, c->d_model, n);
+        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->h, c->d_model, n);
+        feed_forward(s, w, l, n);
+        trace(s, "ffn_out", l, s->h, c->d_model, n);
+        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->h, c->d_model, n);
+        add(s->x, s->h, size);
+        trace(s, "l_out", l, s->x, c->d_model, n);
+    }
+}
+
+/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
+ * this scale makes one matrix serve as both. */
+static void embed(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = s->c;
+    for (int i = 0; i < n; i++) {
+        float *x = s->x + (size_t)i * c->d_model;
+        dequantize_row(s, &s->m->token_embd, ids[i], x);
+        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
+    }
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t j = 0; j < n; j++) x[j] += y[j];
+}
+
+/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear
+ * scaling divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+static void rope_tables(gemma3_state *s, int n)
+{
+    int half = s->c->head_dim / 2;
+    for (int local = 0; local < 2; local++)
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < half; j++)
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i),
+                        &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
+}
+
+/* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
+static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
+{
+    const gemma3_config *c = s->c;
+    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
+    int pos = s->pos + rows[0];
+    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
+        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
+                c->d_model * sizeof(float));
+    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
+    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
+    if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
+    if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
+}
+
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows);
+
+int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
+                   float *logits)
+{
+    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
+    fp_state fp = fp_enter();
+    int before = s->pos;
+    for (int done = 0, take; done < n; done += take) {
+        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
+        take = min_int(n - done, s->n_ubatch);
+        forward_ubatch(s, ids + done, take);
+        for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
+        if (n_here) unembed(s, rows_here, n_here, logits);
+        if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
+        s->pos += take;
+    }
+    fp_leave(fp);
+    if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
+    memset(s->unread, 0, s->p.n_threads);
+    s->pos = before;
+    snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
+    return -1;
+}
+
+/* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
+    int n_vocab = s->c->n_vocab;
+    size_t size = sizeof s->error;
+    if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
+    if (n > s->p.n_ctx - s->pos)
+        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
+                        "%d more were given", s->p.n_ctx, s->pos, n);
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab)
+            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+                            s->pos + i, (int)ids[i], n_vocab);
+    for (int k = 0; k < n_rows; k++)
+        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
+            return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
+                            rows[k], n - 1);
+    return 0;
+}
+
+/* Labels of the trace as they come, llama.cpp's where it has one; from the second to the third from
+ * the end each layer has them. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+static const char *const trace_labels[] = {
+    "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
+    "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
+    "ffn_geglu", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
+
+const char *gemma3_trace_label(int index, int *in_layers)
+{
+    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
+    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
+    return trace_labels[index];
+}
+
+/* ==== 4. Attention and the KV cache ==============================================================
+ *
+ * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
+ * first token of a call sees survives the call's own writes.
+ *
+ * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
+ *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
+ *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
+ *
+ * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
+ * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
+ * queries. */
+
+static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
+static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
+}
+
+/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
+ * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
+ * head. */
+struct attention {
+    gemma3_state *s;
+    const struct layer *w;
+    int l, slots;
+    int i0, n;                        /* tokens i0 .. i0+n-1 of this call */
+    int first_pos;                    /* lowest position that any of them sees */
+    int heads_per_kv;
+};
+
+static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
+static void copy_floats(float *to, const float *from, int n);
+static void norm_heads(void *attention, int i, int worker);
+static void rope_heads(void *attention, int i, int worker);
+static void store_heads(void *attention, int i, int worker);
+static void attend(struct attention *a);
+
+/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+static void attention(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    const gemma3_config *c = s->c;
+    int q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
+    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
+                          .heads_per_kv = c->n_heads / c->n_kv_heads};
+    struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
+    matmul(s, qkv, 3, s->h, n);
+    trace(s, "Qcur_raw", l, s->q, q_width, n);
+    trace(s, "Kcur_raw", l, s->k, kv_width, n);
+    trace(s, "Vcur", l, s->v, kv_width, n);
+    for_each(s, n, norm_heads, &a);
+    trace(s, "Qcur_normed", l, s->q, q_width, n);
+    trace(s, "Kcur_normed", l, s->k, kv_width, n);
+    for_each(s, n, rope_heads, &a);
+    trace(s, "Qcur", l, s->q, q_width, n);
+    trace(s, "Kcur", l, s->k, kv_width, n);
+    for_each(s, n, store_heads, &a);
+    for (a.i0 = 0; a.i0 < n; a.i0 += s->q_block) {
+        a.n = min_int(n - a.i0, s->q_block);
+        attend(&a);
+    }
+    trace(s, "kqv_out", l, s->attended, q_width, n);
+    matmul(s, &(struct linear){&w->attn_output, s->h}, 1, s->attended, n);
+}
+
+/* Head h of token i in q [n][n_heads][head_dim], or in k or v [n][n_kv_heads][head_dim]. */
+static float *head_at(float *x, int n_heads, int head_dim, int i, int h)
+{
+    return x + ((size_t)i * n_heads + h) * head_dim;
+}
+
+static void norm_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    const gemma3_config *c = a->s->c;
+    (void)worker;
+    for (int h = 0; h < c->n_heads; h++) {
+        float *q = head_at(a->s->q, c->n_heads, c->head_dim, i, h);
+        a->s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, c->head_dim, c->rms_eps);
+    }
+    for (int g = 0; g < c->n_kv_heads; g++) {
+        float *k = head_at(a->s->k, c->n_kv_heads, c->head_dim, i, g);
+        a->s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, c->head_dim, c->rms_eps);
+    }
+}
+
+static void rope_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    const gemma3_state *s = a->s;
+    int D = s->c->head_dim, local = s->c->is_local[a->l];
+    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
+    (void)worker;
+    for (int h = 0; h < s->c->n_heads; h++)
+        s->m->kernels->rope(head_at(s->q, s->c->n_heads, D, i, h), cosine, sine, D);
+    for (int g = 0; g < s->c->n_kv_heads; g++)
+        s->m->kernels->rope(head_at(s->k, s->c->n_kv_heads, D, i, g), cosine, sine, D);
+}
+
+/* ---- Where the cache keeps what ---- */
+
+static int slice_width(int head_dim, int j0) { return min_int(head_dim - j0, MIX_WIDTH); }
+static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
+
+/* K of kv head g at position p, and elements j0 .. j0 + slice_width - 1 of V. */
+static uint8_t *key_at(const struct attention *a, int g, int p)
+{
+    size_t before = ((size_t)g * a->slots + p % a->slots) * a->s->c->head_dim;
+    return a->s->k_cache[a->l] + before * kv_element(a->s);
+}
+
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
+{
+    int D = a->s->c->head_dim;
+    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
+    return a->s->v_cache[a->l] + before * kv_element(a->s);
+}
+
+/* K and V of token i go into the cache. */
+static void store_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, p = s->pos + i;
+    (void)worker;
+    for (int g = 0; g < s->c->n_kv_heads; g++) {
+        const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
+        const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
+        s->m->kernels->store(key_at(a, g, p), k, D, cache_type(s));
+        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+            s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), cache_type(s));
+    }
+}
+
+/* First position that the token at position p sees: q - k < window in a local layer. */
+static int first_seen(const struct attention *a, int p)
+{
+    const gemma3_config *c = a->s->c;
+    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
+}
+
+/* ---- softmax(q . k) v ---- */
+
+/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
+ * the positions that the token at position p sees. q is scaled; score has room for those positions.
+ * A test compares it with attend. */
+static float dot(int type, const uint8_t *row, const float *x, int n);
+static float exp_scores_of(float *score, int n, int first);
+static float fma_f32(float a, float b, float c);
+static float value_of(int type, const uint8_t *row, size_t j);
+static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                           float *score, float *out)
+{
+    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
+    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
+    float sum = exp_scores_of(score, n, first);
+    for (int j = 0; j < D; j++) {
+        int j0 = j / MIX_WIDTH * MIX_WIDTH;
+        float o = 0;
+        for (int t = 0; t < n; t++)
+            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
+        out[j] = o / sum;
+    }
+}
+
+static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
+
+/* Number of a query among all of the block: where its row of block_q, score and block_out lies. */
+static size_t query_at(const struct attention *a, int g, int t)
+{
+    return (size_t)g * a->s->q_block * a->heads_per_kv + t;
+}
+
+/* Queries of one kv head side by side, and scaled. */
+static void gather_queries(const struct attention *a)
+{
+    gemma3_state *s = a->s;
+    const gemma3_config *c = s->c;
+    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
+    for (int i = 0; i < a->n; i++)
+        for (int g = 0; g < c->n_kv_heads; g++) {
+            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
+            float *to = s->block_q + ((size_t)g * s->q_block + i) * q_floats;
+            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
+        }
+}
+
+enum { SCORE_RUN = 64 };              /* positions that one task scores */
+
+static int n_score_runs(const struct attention *a)
+{
+    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
+}
+
+/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
+static int run_of(const struct attention *a, int begin, int end)
+{
+    return min_int(end - begin, a->slots - begin % a->slots);
+}
+
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
+ * Among them are positions that a query must not see, later ones and those before its window:
+ * softmax and mix pass over them, which is the causal mask. */
+static void score_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, g = index / n_score_runs(a);
+    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
+    int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
+    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
+                           .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
+    for (; p < end; p += keys.n_rows) {
+        keys.rows = key_at(a, g, p);
+        keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
+        for (int t = 0; t < n_queries(a); t += keys.n) {
+            keys.x = s->block_q + query_at(a, g, t) * D;
+            keys.n = min_int(n_queries(a) - t, s->n_acc);
+            s->m->kernels->mul_floats(&keys);
+            for (int k = 0; k < keys.n; k++)
+                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos),
+                            keys.acc[k], keys.n_rows);
+        }
+    }
+}
+
+/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
+static void softmax_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int g = index / n_queries(a), t = index % n_queries(a);
+    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
+    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
+    (void)worker;
+    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
+}
+
+/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
+static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
+{
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim;
+    for (int t = 0; t < n_queries(a); t++) {
+        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
+        float *to = head_at(s->attended, s->c->n_heads, D, i, h) + j0;
+        float sum = s->score_sum[query_at(a, g, t)];
+        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
+    }
+}
+
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
+ * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
+ * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
+ * of a block:
+ *
+ *     position    5  6  7  8  9  10
+ *     token 8     x  x  x  x              from = 0 until 8
+ *     token 9        x  x  x  x           to = 2 from 6 on
+ *     token 10          x  x  x  x        to = 3 from 7 on, from = 1 at 9, 2 at 10
+ *
+ * Positions are taken up to where either end of the run changes, or the ring wraps. */
+static void mix_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
+    int p0 = s->pos + a->i0, from = 0, to = 1;
+    float *out = s->block_out + query_at(a, g, 0) * D + j0;
+    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s),
+                    .e_stride = s->n_score, .out_stride = D, .width = slice_width(D, j0)};
+    (void)worker;
+    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
+    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
+        while (p0 + from < p) from++;
+        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
+        end = p0 + from + 1;
+        if (to < a->n) end = min_int(end, first_seen(a, p0 + to));
+        end = p + run_of(a, p, end);
+        m.v = value_at(a, g, j0, p);
+        m.n_pos = end - p;
+        m.n = (to - from) * a->heads_per_kv;
+        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
+        m.out = out + (size_t)from * a->heads_per_kv * D;
+        s->m->kernels->mix_values(&m);
+    }
+    divide_and_place(a, g, j0, out);
+}
+
+/* attended [i0 .. i0+n-1][n_heads][head_dim] for one query block: three phases, each shared out. */
+static void attend(struct attention *a)
+{
+    const gemma3_state *s = a->s;
+    a->first_pos = first_seen(a, s->pos + a->i0);
+    gather_queries(a);
+    for_each(s, s->c->n_kv_heads * n_score_runs(a), score_task, a);
+    for_each(s, s->c->n_kv_heads * n_queries(a), softmax_task, a);
+    for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
+}
+
+/* ==== 5. Feed-forward ========================================================================= */
+
+static void gelu_task(void *state, int i, int worker)
+{
+    gemma3_state *s = state;
+    size_t d_ff = s->c->d_ff;
+    (void)worker;
+    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
+}
+
+/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->h, n);
+    trace(s, "ffn_gate", l, s->gate, s->c->d_ff, n);
+    trace(s, "ffn_up", l, s->up, s->c->d_ff, n);
+    for_each(s, n, gelu_task, s);
+    trace(s, "ffn_geglu", l, s->gate, s->c->d_ff, n);
+    matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
+}
+
+/* ==== 6. Matrix times vectors, and how threads share =============================================
+ *
+ * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
+ * change a bit, because no sum is ever divided (rule 7). */
+
+/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
+static void share_of(int total, int n_tasks, int i, int *begin, int *end)
+{
+    *begin = (int)((int64_t)total * i / n_tasks);
+    *end = (int)((int64_t)total * (i + 1) / n_tasks);
+}
+
+/* Things to do for each of n_items, handed out in a few runs for each thread. */
+struct items {
+    int n_items, n_tasks;
+    gemma3_task *each;
+    void *job;
+};
+
+enum { TASKS_PER_THREAD = 6 };        /* 16 gave the same speed */
+
+static void items_task(void *arg, int index, int worker)
+{
+    const struct items *w = arg;
+    fp_state fp = fp_enter(); /* the thread may be the caller's */
+    int i, end;
+    share_of(w->n_items, w->n_tasks, index, &i, &end);
+    for (; i < end; i++) w->each(w->job, i, worker);
+    fp_leave(fp);
+}
+
+/* each(job, i, worker) for every i < n_items, on all threads. */
+static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
+{
+    struct items w = {n_items, min_int(n_items, s->p.n_threads * TASKS_PER_THREAD), each, job};
+    if (n_items > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, w.n_tasks, items_task, &w);
+    else
+        for (int i = 0; i < n_items; i++) each(job, i, 0);
+}
+
+/* y = rms(x) * w; x and y are [n][d_model] */
+struct norm {
+    const gemma3_state *s;
+    float *y;
+    const float *x, *w;
+};
+
+static void norm_task(void *arg, int i, int worker)
+{
+    const struct norm *job = arg;
+    const gemma3_config *c = job->s->c;
+    size_t at = (size_t)i * c->d_model;
+    (void)worker;
+    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
+}
+
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
+{
+    struct norm job = {.s = s, .y = y, .x = x, .w = w};
+    for_each(s, n, norm_task, &job);
+}
+
+static int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
+{
+    return s->acc + (size_t)worker * s->n_acc;
+}
+
+/* n <= 32; nearly always 32, which the compiler then copies in line. */
+static void copy_floats(float *to, const float *from, int n)
+{
+    if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
+    else memcpy(to, from, n * sizeof(float));
+}
+
+/* w itself or, of weights that are not in memory, its rows row .. row + n - 1 as a matrix of their
+ * own, n <= TILE_ROWS, in the worker's room. */
+static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n,
+                                    int worker)
+{
+    struct matrix here = *w;
+    const gemma3_source *from = &s->m->source;
+    if (w->data) return here;
+    uint8_t *room = s->streamed + (size_t)worker * TILE_ROWS * s->m->streamed_row;
+    uint64_t offset = w->offset + (uint64_t)row * w->row_bytes;
+    if (from->read(from->user, offset, room, n * w->row_bytes)) {
+        memset(room, 0, n * w->row_bytes);
+        s->unread[worker] = 1;
+    }
+    here.data = room;
+    here.rows = n;
+    return here;
+}
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
+{
+    struct matrix here = rows_in_memory(s, w, row, 1, 0);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, out);
+}
+
+struct matmul {
+    const gemma3_state *s;
+    const struct linear *to;
+    const float *x;                   /* [n][cols] */
+    int n;
+    size_t blocks;                    /* of a row of q8 */
+};
+
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker);
+
+/* Rows of tile `index`, counted through all the matrices, times every vector. */
+static void matmul_task(void *arg, int index, int worker)
+{
+    const struct matmul *job = arg;
+    const struct linear *to = job->to;
+    for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
+    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
+    int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
+    struct matrix here = rows_in_memory(job->s, to->w, row, n_rows, worker);
+    memset(acc, 0, job->n * sizeof *acc);
+    mul_tile(job, &here, to->w->data ? row : 0, n_rows, worker);
+    for (int i = 0; i < job->n; i++)
+        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
+}
+
+static void quantize_task(void *arg, int i, int worker)
+{
+    const struct matmul *job = arg;
+    int cols = job->to->w->cols;
+    (void)worker;
+    job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
+}
+
+/* Every one of n_to matrices with the same input x [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
+{
+    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
+    int tiles = 0, has_codes = 0;
+    for (int k = 0; k < n_to; k++) {
+        tiles += n_tiles(to[k].w);
+        has_codes |= !is_float(to[k].w->format);
+    }
+    if (has_codes && !s->m->exact) for_each(s, n, quantize_task, &job);
+    for_each(s, tiles, matmul_task, &job);
+}
+
+/* ==== 7. Arithmetic that is the same everywhere =================================================
  *
  * IEEE 754 rounds + - * / and sqrt correctly on every machine. A fused multiply-add is the other
  * operation we build on; exp, sin, cos, pow and log are made of these, because every C library
@@ -213,16 +1099,14 @@ INLINE float exp_of(int hard, float x)
 /* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
  * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
 #if defined(HAVE_X86)
-typedef unsigned fp_state;
 static fp_state fp_enter(void)
 {
     unsigned old = _mm_getcsr();
     _mm_setcsr(0x1f80);
     return old;
 }
-static void fp_leave(fp_state old) { _mm_setcsr(old); }
+static void fp_leave(fp_state old) { _mm_setcsr((unsigned)old); }
 #elif defined(__aarch64__)
-typedef uint64_t fp_state;
 static fp_state fp_enter(void)
 {
     uint64_t old;
@@ -231,20 +1115,37 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#elif defined(__arm__) && defined(__VFP_FP__) && !defined(__SOFTFP__)
+static void fp_leave(fp_state old) { __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)old)); }
+static fp_state fp_enter(void)
+{
+    uint32_t old;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    return old;
+}
 #else
 #include <fenv.h>
-typedef int fp_state;
+#if defined(FE_TONEAREST)
 static fp_state fp_enter(void)
 {
     int old = fegetround();
     fesetround(FE_TONEAREST);
-    return old;
+    return (fp_state)old;
 }
-static void fp_leave(fp_state old) { fesetround(old); }
+static void fp_leave(fp_state old) { fesetround((int)old); }
+#else /* floats in software, which know one way of rounding */
+static fp_state fp_enter(void) { return 0; }
+static void fp_leave(fp_state old) { (void)old; }
+#endif
 #endif
 
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
+
+static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
 
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
@@ -254,11 +1155,8 @@ static double exp_double(double x)
     if (x > 709.78) return (double)float_of(0x7f800000);
     double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
     double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
     double e = 0;
-    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
     for (; n > 1000; n -= 512) e *= 0x1p512;
     for (; n < -1000; n += 512) e *= 0x1p-512;
     uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
@@ -338,15 +1236,26 @@ static void cos_sin(float angle, float *c, float *s)
     *s = (float)(quarter >= 2 ? -sine : sine);
 }
 
+static void softcap(float *logits, size_t n, float cap)
+{
+    for (size_t j = 0; j < n; j++) {
+        float t = logits[j] / cap, e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
+        float tanh_of_abs = (1.0f - e) / (1.0f + e);
+        logits[j] = cap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
+    }
+}
+
 /* Says whether this build on this machine computes as the contract needs it; run by every open. */
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
     if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -356,7 +1265,7 @@ static const char *arithmetic_fault(void)
     return NULL;
 }
 
-/* ==== 2. Number formats =========================================================================
+/* ==== 8. Number formats =========================================================================
  *
  * Weights lie in blocks of 32 or 256 elements that share a scale. Each integer format has one function
  * that unpacks 32 elements to int8 codes and scales: it is the definition of the format. Dequantisation
@@ -424,12 +1333,12 @@ INLINE uint16_t f32_to_f16(float x)
 /* bfloat16 is the upper half of a float. */
 INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-enum { TILE_ROWS = 32 };
-
 /* A panel: 32 elements of each of R rows, made ready for the kernels; the one shape that all formats but
  * Q4_0 take there. With half = j / 16 the value of element j of row r is
  *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
  * Formats whose halves share a scale leave scale and min alone: both count as 1. */
+enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
+
 struct panel {
     const int8_t *code;               /* element 4g + k of row r at (g * R + r) * 4 + k */
     uint8_t unpacked[32 * TILE_ROWS]; /* where code points, unless the file's bytes are the codes */
@@ -628,10 +1537,6 @@ INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *r
     load_f16s(o->d, p + 208 * R, R);
 }
 
-/* Tensor types by their number in GGUF. */
-enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
-       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
-
 /* Group g of the block at p in R interleaved rows. R is a constant in every call. */
 INLINE void unpack(int type, const uint8_t *restrict p, int R, int g, struct panel *restrict o)
 {
@@ -688,19 +1593,7 @@ static const struct format *find_format(uint32_t type)
     return NULL;
 }
 
-INLINE int is_float(const struct format *f) { return f->elements == 1; }
-
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or in
- * tiles of 32 interleaved rows, block after block. The last tile is filled up with zero rows. */
-struct matrix {
-    const struct format *format;
-    int rows, cols, tiled;
-    size_t row_bytes;
-    const uint8_t *data;              /* NULL: in a file that is read in pieces */
-    uint64_t offset;                  /* in the file */
-};
-
-INLINE int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+static int is_float(const struct format *f) { return f->elements == 1; }
 
 /* n units of each row, side by side. */
 INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
@@ -791,44 +1684,81 @@ INLINE void dequantize_plain(const struct matrix *w, int r, float *out)
     }
 }
 
-/* ==== 3. Activations ============================================================================
- *
- * In the default mode a matrix meets its input as int8: blocks of 32 with one float scale (README,
- * rule 1), so that the dot product inside a block is exact in int32 and any order gives it. */
-struct xblock {
-    float d;               /* value of element j: d * code[j] */
-    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
-    int32_t sum[2];        /* of the codes in each half */
-    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
-    int32_t unused[3];     /* 64 bytes: a cache line */
-    int8_t code[32];
-};
+/* ---- A tile times vectors ---- */
 
-INLINE void quantize_plain(struct xblock *out, const float *x, int n)
+/* Our own floats, from now on in the order of a file's bytes. */
+static void to_file_order(float *x, int n)
 {
-    for (; n > 0; n -= 32, x += 32, out++) {
-        uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
-        for (int j = 0; j < 32; j++) {
-            uint32_t a = bits_of(x[j]) & 0x7fffffff;
-            amax_bits = a > amax_bits ? a : amax_bits;
+    for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
+}
+
+enum { ROWS_AT_ONCE = 4 };            /* rows dequantised for exact mode, for all vectors */
+
+/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    const gemma3_state *s = job->s;
+    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
+                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
+                        .acc = acc_of(s, worker)};
+    if (is_float(w->format)) {
+        s->m->kernels->mul_floats(&p);
+        return;
+    }
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)rows;
+    p.row_bytes = 4 * (size_t)w->cols;
+    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
+        p.n_rows = min_int(n_rows - r, ROWS_AT_ONCE);
+        for (int a = 0; a < p.n_rows; a++) {
+            float *to = rows + (size_t)a * w->cols;
+            s->m->kernels->dequantize(w, row + r + a, to);
+            to_file_order(to, w->cols); /* mul_floats reads floats as files have them */
         }
-        float amax = float_of(amax_bits), to_code = 127.0f / amax;
-        out->d = amax / 127.0f;
-        if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
-        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
-        if (amax < 0x1p-100f) out->d = 0;
-        int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
-        for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
-        for (int j = 0; j < 32; j++) out->code[j] = (int8_t)code[j];
-        for (int j = 0; j < 16; j++) sum[0] += code[j], sum[1] += code[j + 16];
-        out->sum[0] = sum[0];
-        out->sum[1] = sum[1];
-        out->minus_8_sums = -8 * (sum[0] + sum[1]);
-        out->d_sum = (float)(sum[0] + sum[1]) * out->d;
+        p.acc = (float (*)[TILE_ROWS])(acc_of(s, worker)[0] + r); /* p.acc[i][0] is acc[i][r] */
+        s->m->kernels->mul_floats(&p);
     }
 }
 
-/* ==== 4. Dot products: the definition ===========================================================
+/* A worker's room for the weights that it is multiplying. */
+struct unpacked {
+    struct panel panel[PANELS];
+    uint8_t tile[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* of a matrix that was not repacked */
+};
+
+/* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
+ * columns at a time. */
+static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    const gemma3_state *s = job->s;
+    struct unpacked *u = &s->unpacked[worker];
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .n_rows = n_rows,
+                        .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
+                        .acc = acc_of(s, worker), .scratch = u->panel};
+    if (w->tiled) {
+        s->m->kernels->mul_codes(&p);
+        return;
+    }
+    int n_blocks = w->cols / w->format->elements, at_once = 32 * PANELS / w->format->elements;
+    const uint8_t *rows = p.rows;
+    p.rows = u->tile;
+    for (int b = 0; b < n_blocks; b += at_once) {
+        int take = min_int(n_blocks - b, at_once);
+        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take, w->format);
+        p.cols = take * w->format->elements;
+        p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
+        s->m->kernels->mul_codes(&p);
+    }
+}
+
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
+    else mul_tile_codes(job, w, row, n_rows, worker);
+}
+
+/* ==== 9. Dot products: the definition ===========================================================
  *
  * There are two kernels for int8 activations (Q4_0 tiles, and panels for every other format): they
  * multiply TILE_ROWS rows by n vectors and add to acc [n][TILE_ROWS]. The one for floats takes at most
@@ -853,16 +1783,16 @@ INLINE void fetch(const uint8_t *p, size_t n_bytes)
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
+typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,
                       int n, float (*acc)[TILE_ROWS]);
 
-static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblock *x,
+static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                             size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int i = 0; i < n; i++)
             for (int r = 0; r < TILE_ROWS; r++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
                 for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
                     int byte = tile[Q4_0_CODES + Q4_0_QUAD * (j / 4) + 4 * r + j % 4];
@@ -874,19 +1804,17 @@ static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblo
 }
 
 /* Every other integer format: panels. */
-enum { PANELS = 8 }; /* unpacked at a time: 256 columns, one super-block */
-
 typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
-                       const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
+                       const struct q8_block *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
 
 static void mul_panel_scalar(const struct panel *p, int n_blocks, const struct format *f,
-                             const struct xblock *x, size_t x_stride, int n,
+                             const struct q8_block *x, size_t x_stride, int n,
                              float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
             for (int r = 0; r < TILE_ROWS; r++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32_t half[2] = {0, 0};
                 for (int j = 0; j < 32; j++)                           /* 1. exact integer dots */
                     half[j / 16] += (p->code[(j / 4 * TILE_ROWS + r) * 4 + j % 4] - f->bias) * xb->code[j];
@@ -936,19 +1864,6 @@ static void mul_floats_scalar(int type, const uint8_t *rows, size_t row_bytes, i
 
 /* Attention's weighted sum of values: out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over positions p
  * in order, for n queries and a slice of a head: width elements, MIX_WIDTH of them but at a head's end. */
-enum { MIX_WIDTH = 32 };
-
-struct mix {
-    int type;
-    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
-    size_t v_bytes;
-    int n_pos;
-    const float *e;          /* [n][n_pos], e_stride apart */
-    size_t e_stride;
-    float *out;              /* [n][width], out_stride apart */
-    size_t out_stride;
-    int n, width;
-};
 typedef void mix_values(const struct mix *m);
 
 static void mix_values_scalar(const struct mix *m)
@@ -963,7 +1878,31 @@ static void mix_values_scalar(const struct mix *m)
         }
 }
 
-/* ==== 5. Dot products: AVX2, AVX-512, NEON ======================================================
+INLINE void quantize_plain(struct q8_block *out, const float *x, int n)
+{
+    for (; n > 0; n -= 32, x += 32, out++) {
+        uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
+        for (int j = 0; j < 32; j++) {
+            uint32_t a = bits_of(x[j]) & 0x7fffffff;
+            amax_bits = a > amax_bits ? a : amax_bits;
+        }
+        float amax = float_of(amax_bits), to_code = 127.0f / amax;
+        out->d = amax / 127.0f;
+        if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
+        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
+        if (amax < 0x1p-100f) out->d = 0;
+        int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
+        for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
+        for (int j = 0; j < 32; j++) out->code[j] = (int8_t)code[j];
+        for (int j = 0; j < 16; j++) sum[0] += code[j], sum[1] += code[j + 16];
+        out->sum[0] = sum[0];
+        out->sum[1] = sum[1];
+        out->minus_8_sums = -8 * (sum[0] + sum[1]);
+        out->d_sum = (float)(sum[0] + sum[1]) * out->d;
+    }
+}
+
+/* ==== 10. Dot products: AVX2, AVX-512, NEON ======================================================
  *
  * The twins: the same numbered steps (step 1 may come after step 2: integer sums have no order), and a
  * reader may pass over this section, because each function computes what its namesake above does.
@@ -993,7 +1932,7 @@ INLINE int32_t load_4_bytes(const int8_t *p)
 }
 
 /* A 256-bit register holds 8 rows x 4 bytes: rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1. */
-INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
+INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                   size_t x_stride, float (*acc)[TILE_ROWS], int NT, int h0, int NH,
                                   size_t ahead)
 {
@@ -1022,7 +1961,7 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
         UNROLL for (int h = 0; h < NH; h++) {                          /* 3. scale, accumulate */
             __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(tile + 16 * (h0 + h))));
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct xblock *xb = x + i * x_stride;
+                const struct q8_block *xb = x + i * x_stride;
                 __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(dot[i][h], ones), /* 1. */
                                                 _mm256_set1_epi32(xb->minus_8_sums));
                 sum[i][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum),
@@ -1034,7 +1973,7 @@ INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struc
         UNROLL for (int h = 0; h < NH; h++) _mm256_storeu_ps(acc[i] + 8 * (h0 + h), sum[i][h]);
 }
 
-AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct xblock *x,
+AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;
@@ -1049,7 +1988,7 @@ AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct x
 
 /* Steps 2 to 4 for rows 8h .. 8h+7. A half's sum times its scale stays below 2^24 (Q6_K: 16 * 32 * 127 *
  * 128, and the two together), so that their float products and sum are exact. */
-INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct xblock *x,
+INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct q8_block *x,
                                      const __m256i half[2], __m256 sum, int h, int HALVES)
 {
     __m256 isum, msum, xd = _mm256_set1_ps(x->d);
@@ -1073,7 +2012,7 @@ INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format 
 /* maddubs wants one unsigned side. Codes of 0 .. 63 are unsigned, and two of their pairs fit int16:
  * 4 * 63 * 127. A wide code goes as |code| * (x with code's sign): 2 * 128 * 127 just fits. */
 INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, float (*acc)[TILE_ROWS],
+                                   const struct q8_block *x, size_t x_stride, float (*acc)[TILE_ROWS],
                                    int h, int NT, int HALVES, int WIDE)
 {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -1082,7 +2021,7 @@ INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const st
     for (int b = 0; b < n_blocks; b++, p++, x++) {
         __m256i half[4][2];
         UNROLL for (int i = 0; i < NT; i++) {
-            const struct xblock *xb = x + i * x_stride;
+            const struct q8_block *xb = x + i * x_stride;
             half[i][0] = _mm256_set1_epi32(-f->bias * (HALVES ? xb->sum[0] : xb->sum[0] + xb->sum[1]));
             half[i][1] = _mm256_set1_epi32(-f->bias * xb->sum[1]);
         }
@@ -1111,7 +2050,7 @@ INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const st
 }
 
 INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, int n,
+                                   const struct q8_block *x, size_t x_stride, int n,
                                    float (*acc)[TILE_ROWS], int HALVES, int WIDE)
 {
     for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
@@ -1121,7 +2060,7 @@ INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const st
 }
 
 AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
-                                const struct xblock *x, size_t x_stride, int n,
+                                const struct q8_block *x, size_t x_stride, int n,
                                 float (*acc)[TILE_ROWS])
 {
     if (f->is_wide) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);
@@ -1254,7 +2193,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
  * x's codes serves two products, and all sums stay in registers. */
 #define MUL_Q4_0_512(target, suffix, START, ADD, FINISH)                                            \
     static inline target __attribute__((always_inline)) void mul_q4_0_##suffix##_nt(               \
-        const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,                \
+        const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,                \
         float (*acc)[TILE_ROWS], int NT, size_t ahead)                                             \
     {                                                                                              \
         const __m512i nibble = _mm512_set1_epi8(15);                                               \
@@ -1283,7 +2222,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
             UNROLL for (int h = 0; h < 2; h++) {                       /* 3. scale, accumulate */  \
                 __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32 * h)));  \
                 UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    const struct xblock *xb = x + i * x_stride;                                    \
+                    const struct q8_block *xb = x + i * x_stride;                                    \
                     __m512i isum = FINISH(dot[i][h], xb->minus_8_sums);     /* 1. code = nibble - 8 */ \
                     sum[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),                          \
                                                 _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i][h]); \
@@ -1293,7 +2232,7 @@ AVX2 static void mix_values_avx2(const struct mix *m)
         UNROLL for (int i = 0; i < NT; i++)                                                        \
             UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
     }                                                                                              \
-    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct xblock *x, \
+    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct q8_block *x, \
                                          size_t x_stride, int n, float (*acc)[TILE_ROWS])          \
     {                                                                                              \
         size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;                         \
@@ -1322,7 +2261,7 @@ MUL_Q4_0_512(AVX512, avx512, start_pairs, add_pairs, finish_pairs)
 
 /* Steps 2 to 4 of the panel kernel, as in AVX2, for rows 16h .. 16h+15. */
 INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
-                                         const struct xblock *x, const __m512i half[2], __m512 sum,
+                                         const struct q8_block *x, const __m512i half[2], __m512 sum,
                                          int h, int HALVES)
 {
     __m512 isum, msum, xd = _mm512_set1_ps(x->d);
@@ -1359,7 +2298,7 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
 /* The panel kernel for one way DOT of multiplying; wide codes of value c come as c + FLIP. */
 #define MUL_PANEL_512(target, suffix, DOT, DOT_WIDE, FLIP)                                          \
     static inline target __attribute__((always_inline)) void mul_panel_##suffix##_nt(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
+        const struct panel *p, int n_blocks, const struct format *f, const struct q8_block *x,       \
         size_t x_stride, float (*acc)[TILE_ROWS], int NT, int HALVES, int WIDE)                    \
     {                                                                                              \
         const int bias = WIDE ? FLIP : f->bias;                                                    \
@@ -1396,7 +2335,7 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
             UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
     }                                                                                              \
     static inline target __attribute__((always_inline)) void mul_panel_##suffix##_of(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
+        const struct panel *p, int n_blocks, const struct format *f, const struct q8_block *x,       \
         size_t x_stride, int n, float (*acc)[TILE_ROWS], int HALVES, int WIDE)                     \
     {                                                                                              \
         const int NT = HALVES ? 4 : 6;                                                             \
@@ -1406,7 +2345,7 @@ INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
             mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 1, HALVES, WIDE);            \
     }                                                                                              \
     target static void mul_panel_##suffix(const struct panel *p, int n_blocks,                     \
-                                          const struct format *f, const struct xblock *x,          \
+                                          const struct format *f, const struct q8_block *x,          \
                                           size_t x_stride, int n, float (*acc)[TILE_ROWS])         \
     {                                                                                              \
         if (f->is_wide) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);        \
@@ -1577,13 +2516,13 @@ INLINE float32x4_t load_4_f16(const uint8_t *p)
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
 }
 
-static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
+static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,
                           int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
                 for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
                     uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
@@ -1598,7 +2537,7 @@ static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock
 }
 
 /* Steps 2 to 4 of the panel kernel for rows 4q .. 4q+3. */
-INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct xblock *x,
+INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct q8_block *x,
                               const int32x4_t half[2], float *acc, int q)
 {
     int32x4_t isum = vaddq_s32(half[0], half[1]), msum = vdupq_n_s32(x->sum[0] + x->sum[1]);
@@ -1617,18 +2556,18 @@ INLINE void finish_panel_neon(const struct panel *p, const struct format *f, con
     vst1q_f32(acc + 4 * q, sum);
 }
 
-INLINE void start_panel_neon(const struct format *f, const struct xblock *x, int32x4_t half[2])
+INLINE void start_panel_neon(const struct format *f, const struct q8_block *x, int32x4_t half[2])
 {
     for (int k = 0; k < 2; k++) half[k] = vdupq_n_s32(-f->bias * x->sum[k]);
 }
 
 static void mul_panel_neon(const struct panel *p, int n_blocks, const struct format *f,
-                           const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
+                           const struct q8_block *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32x4_t half[2];
                 start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
@@ -1699,7 +2638,7 @@ static void mix_values_neon(const struct mix *m)
 }
 
 #if defined(DOTPROD)
-DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct xblock *x,
+DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                      size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
@@ -1712,7 +2651,7 @@ DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const st
             }
             float32x4_t d = load_4_f16(tile + 8 * q);
             for (int i = 0; i < n; i++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int8x16_t x0 = vld1q_s8(xb->code), x1 = vld1q_s8(xb->code + 16);
                 int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
                 isum = vdotq_laneq_s32(isum, low[0], x0, 0);           /* 2. exact integer dot */
@@ -1730,13 +2669,13 @@ DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const st
 }
 
 DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const struct format *f,
-                                      const struct xblock *x, size_t x_stride, int n,
+                                      const struct q8_block *x, size_t x_stride, int n,
                                       float (*acc)[TILE_ROWS])
 {
     for (int b = 0; b < n_blocks; b++, p++)
         for (int i = 0; i < n; i++)
             for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
+                const struct q8_block *xb = x + i * x_stride + b;
                 int32x4_t half[2];
                 start_panel_neon(f, xb, half);
                 for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
@@ -1748,8 +2687,8 @@ DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const
 
 /* smmla multiplies 2 rows x 8 bytes by 2 vectors x 8 bytes: {r0 x0, r0 x1, r1 x0, r1 x1}. Two groups
  * of a tile zipped give 8 bytes of a row; the results are unzipped to a register for each vector. */
-I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0,
-                                    const struct xblock *x1, float *acc0, float *acc1, int q)
+I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct q8_block *x0,
+                                    const struct q8_block *x1, float *acc0, float *acc1, int q)
 {
     int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
     for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
@@ -1771,7 +2710,7 @@ I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0
     vst1q_f32(acc1, vfmaq_f32(vld1q_f32(acc1), vcvtq_f32_s32(isum1), vmulq_n_f32(d, x1->d)));
 }
 
-I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct xblock *x,
+I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct q8_block *x,
                                size_t x_stride, int n, float (*acc)[TILE_ROWS])
 {
     int even = n & ~1;
@@ -1785,7 +2724,7 @@ I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct x
 #endif /* DOTPROD */
 #endif /* HAVE_NEON */
 
-/* ==== 6. Element-wise pieces: norm, rope, gelu, softmax =========================================
+/* ---- Element-wise pieces: norm, rope, gelu, softmax =========================================
  *
  * Written once, in plain C. `hard` is a constant: with it the compiler turns each fma into the
  * instruction and each loop over 16 lanes into vectors; without it the same lines run on soft_fmaf.
@@ -1828,10 +2767,10 @@ INLINE void gelu_plain(int hard, float *gate, const float *up, int n)
 }
 
 /* Rounds n floats into the cache, little-endian like a file's tensors, so that one kernel reads both. */
-INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int is_f16)
+INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int type)
 {
-    for (int j = 0; is_f16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
-    for (int j = 0; !is_f16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
+    for (int j = 0; type == F16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
+    for (int j = 0; type != F16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
 }
 
 /* s[k] = exp(s[k] - max), for scores of positions first .. first+n-1; returns their sum, added up in
@@ -1854,23 +2793,48 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     return join_lanes(lane);
 }
 
-/* ---- The kernels of one instruction set ---- */
+enum { EXP_RUN = 64 };
 
-struct kernels {
-    const char *name;
-    mul_q4_0 *mul_q4_0;
-    mul_panel *mul_panel;
-    mul_floats *mul_floats;
-    mix_values *mix_values;
-    void (*unpack)(int type, const uint8_t *tile, int g, struct panel *out); /* 32 rows */
-    void (*dequantize)(const struct matrix *w, int r, float *out);           /* one row */
-    void (*quantize)(struct xblock *out, const float *x, int n);
-    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
-    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
-    void (*gelu)(float *gate, const float *up, int n);
-    void (*store)(uint8_t *to, const float *x, int n, int is_f16);
-    float (*exp_scores)(float *s, int n, int first);                         /* the numerator of softmax */
-};
+/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
+ * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
+INLINE void add_exp_run(double *lane, const float *logits, double max)
+{
+    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
+    double e[EXP_RUN];
+    for (int j = 0; j < EXP_RUN; j++)
+        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
+    for (int j = 0; j < EXP_RUN; j++) {
+        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
+        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+        e[j] = exp_taylor[13];
+        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
+    }
+    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
+    for (int i = 0; i < EXP_RUN; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
+}
+
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
+ * or below -690, the definition itself runs. */
+INLINE double sum_exp_plain(const float *logits, int n, float max)
+{
+    double lane[16] = {0};
+    int i = 0;
+    for (int run, n_near; i < n; i += run) {
+        run = min_int(n - i, EXP_RUN), n_near = 0;
+        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
+        if (n_near == EXP_RUN)
+            add_exp_run(lane, logits + i, max);
+        else
+            for (int j = 0; j < run; j++)
+                lane[j % 16] += exp_double((double)logits[i + j] - max);
+    }
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
+/* ---- The kernels of one instruction set ---- */
 
 /* The element-wise pieces, compiled for one target. */
 #define FOR_TARGET(target, suffix, hard)                                                                \
@@ -1878,7 +2842,7 @@ struct kernels {
     { unpack(type, tile, TILE_ROWS, g, out); }                                                     \
     target static void dequantize_##suffix(const struct matrix *w, int r, float *out)              \
     { dequantize_plain(w, r, out); }                                                               \
-    target static void quantize_##suffix(struct xblock *out, const float *x, int n)                \
+    target static void quantize_##suffix(struct q8_block *out, const float *x, int n)                \
     { quantize_plain(out, x, n); }                                                                 \
     target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
     { rmsnorm_plain(hard, y, x, w, n, eps); }                                                      \
@@ -1886,10 +2850,12 @@ struct kernels {
     { rope_plain(hard, v, cosine, sine, head_dim); }                                               \
     target static void gelu_##suffix(float *gate, const float *up, int n)                          \
     { gelu_plain(hard, gate, up, n); }                                                             \
-    target static void store_##suffix(uint8_t *to, const float *x, int n, int is_f16)              \
-    { store_plain(to, x, n, is_f16); }                                                             \
+    target static void store_##suffix(uint8_t *to, const float *x, int n, int type)              \
+    { store_plain(to, x, n, type); }                                                             \
     target static float exp_scores_##suffix(float *s, int n, int first)                               \
-    { return exp_scores_plain(hard, s, n, first); }
+    { return exp_scores_plain(hard, s, n, first); }                                                \
+    target static double sum_exp_##suffix(const float *logits, int n, float max)                   \
+    { return sum_exp_plain(logits, n, max); }
 
 #define PLAIN
 FOR_TARGET(PLAIN, scalar, HARD_FMA)
@@ -1898,33 +2864,93 @@ FOR_TARGET(AVX2, avx2, 1)
 FOR_TARGET(AVX512, avx512, 1)
 #endif
 
-#define PLAIN_NAMES(suffix)                                                                         \
-    unpack_##suffix, dequantize_##suffix, quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix,        \
-    store_##suffix, exp_scores_##suffix
+#define FLOATS(suffix, base)                                                                            \
+    static void floats_##suffix(const struct product *p)                                                \
+    { base(p->format->type, p->rows, p->row_bytes, p->n_rows, p->x, p->x_stride, p->n, p->cols, p->acc); }
+#define CODES(suffix, plain, q4, panels)                                                                \
+    static void codes_##suffix(const struct product *p)                                                 \
+    { mul_codes_by(p, q4, panels, unpack_##plain); }
+static void mul_codes_by(const struct product *p, mul_q4_0 *q4, mul_panel *panels,
+                         void (*unpack_one)(int, const uint8_t *, int, struct panel *))
+{
+    const struct format *f = p->format;
+    int blocks = p->cols / 32, groups = f->elements / 32;
+    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    if (f->type == Q4_0) {
+        q4(p->rows, blocks, p->q8, p->x_stride, p->n, p->acc);
+        return;
+    }
+    for (int b = 0; b < blocks; b += PANELS) {
+        int take = min_int(blocks - b, PANELS);
+        for (int a = 0; a < take; a++) {
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+            fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
+            unpack_one(f->type, block, (b + a) % groups, p->scratch + a);
+        }
+        panels(p->scratch, take, f, p->q8 + b, p->x_stride, p->n, p->acc);
+    }
+}
+#define TABLE(name, plain, floats, mix)                                                                 \
+    {#name, quantize_##plain, codes_##name, floats_##floats, dequantize_##plain, rmsnorm_##plain,       \
+     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain, sum_exp_##plain}
+
+FLOATS(scalar, mul_floats_scalar)
+CODES(scalar, scalar, mul_q4_0_scalar, mul_panel_scalar)
+#if defined(HAVE_X86)
+FLOATS(avx2, mul_floats_avx2)
+FLOATS(avx512, mul_floats_avx512)
+CODES(avx2, avx2, mul_q4_0_avx2, mul_panel_avx2)
+CODES(avx512, avx512, mul_q4_0_avx512, mul_panel_avx512)
+CODES(avx512vnni, avx512, mul_q4_0_avx512vnni, mul_panel_avx512vnni)
+#endif
+#if defined(HAVE_NEON)
+FLOATS(neon, mul_floats_neon)
+CODES(neon, scalar, mul_q4_0_neon, mul_panel_neon)
+#if defined(DOTPROD)
+CODES(dotprod, scalar, mul_q4_0_dotprod, mul_panel_dotprod)
+CODES(i8mm, scalar, mul_q4_0_i8mm, mul_panel_dotprod)
+#endif
+#endif
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels all_kernels[] = {
 #if defined(HAVE_X86)
-    {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx512,
-     PLAIN_NAMES(avx512)},
-    {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx512,
-     PLAIN_NAMES(avx512)},
-    {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, PLAIN_NAMES(avx2)},
+    TABLE(avx512vnni, avx512, avx512, mix_values_avx512),
+    TABLE(avx512, avx512, avx512, mix_values_avx512),
+    TABLE(avx2, avx2, avx2, mix_values_avx2),
 #endif
 #if defined(HAVE_NEON)
 #if defined(DOTPROD)
-    {"i8mm", mul_q4_0_i8mm, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
-    {"dotprod", mul_q4_0_dotprod, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
+    TABLE(i8mm, scalar, neon, mix_values_neon),
+    TABLE(dotprod, scalar, neon, mix_values_neon),
 #endif
-    {"neon", mul_q4_0_neon, mul_panel_neon, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
+    TABLE(neon, scalar, neon, mix_values_neon),
 #endif
-    {"scalar", mul_q4_0_scalar, mul_panel_scalar, mul_floats_scalar, mix_values_scalar,
-     PLAIN_NAMES(scalar)},
+    TABLE(scalar, scalar, scalar, mix_values_scalar),
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
+/* What attention_by_definition is made of. */
+static float fma_f32(float a, float b, float c) { return fma_of(HARD_FMA, a, b, c); }
+static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
+static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
+static float dot(int type, const uint8_t *row, const float *x, int n)
+{
+    float acc[1][TILE_ROWS];
+    mul_floats_scalar(type, row, 0, 1, x, 0, 1, n, acc);
+    return acc[0][0];
+}
+
 #if defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int apple_has(const char *feature)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(feature, &has, &size, NULL, 0) && has;
+}
 #endif
 
 static int cpu_has(const char *isa)
@@ -1939,12 +2965,11 @@ static int cpu_has(const char *isa)
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
-#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
-#elif defined(HAVE_NEON)
-    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+    if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
-    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
 const char *gemma3_isa_name(int index)
@@ -1954,727 +2979,6 @@ const char *gemma3_isa_name(int index)
     return NULL;
 }
 
-/* ==== 7. The model and the state ================================================================ */
-
-/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
-struct layer {
-    const float *attn_norm;           /* [d_model] */
-    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
-    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
-    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
-    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
-    const float *post_attention_norm; /* [d_model] */
-    const float *ffn_norm;            /* [d_model] */
-    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
-    struct matrix ffn_down;           /* [d_model][d_ff] */
-    const float *post_ffw_norm;       /* [d_model] */
-};
-
-enum { MAX_END_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
-
-/* Read-only once it is open. */
-struct gemma3_model {
-    gemma3_config config;
-    int exact;                        /* float activations, dequantised weights */
-    const struct kernels *kernels;
-    struct matrix token_embd;         /* [n_vocab][d_model] */
-    struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
-    int tied;                         /* there is no output.weight */
-    const float *output_norm;         /* [d_model] */
-    struct layer *layer;              /* [n_layers] */
-    size_t row_bytes;                 /* of the file's widest row */
-
-    gemma3_tokenizer *tokenizer;
-    gemma3_vocab vocab;
-    int32_t stop[MAX_END_IDS];          /* ids that end an answer */
-    const char *chat_template;        /* not NUL-terminated */
-    size_t template_bytes;
-    char name[128];
-
-    const struct published *published; /* the size, when it is one of Google's */
-    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what does not come from the file */
-    char note[MAX_NOTES][160];        /* sentences about keys that were not obeyed */
-    int n_origins, n_notes;
-
-    size_t weight_bytes;
-    gemma3_source source;             /* the file */
-    void *allocated;                  /* by gemma3_open, else NULL */
-    const void *mapping;              /* the file, when we mapped it */
-};
-
-/* A worker's room for the weights it is multiplying. */
-struct unpacked {
-    struct panel panel[PANELS];
-    uint8_t interleaved[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* no_repack: on the fly */
-};
-
-/* One conversation: the KV cache, and scratch for the chunk of tokens that is taken through the layers at
- * once. The shapes are here, the room in lay_out (section 13). In attention a few tokens make a pack. */
-struct gemma3_state {
-    const gemma3_model *m;
-    const gemma3_config *c;           /* the model's, or the caller's changed copy */
-    gemma3_params p;
-    void *allocated;                  /* by _new, else NULL */
-    int pos;                          /* tokens in the cache */
-    int chunk;                        /* tokens taken at once: min(n_batch, GEMMA3_CHUNK) */
-    int pack;                         /* tokens whose attention is computed together */
-    int ring;                         /* slots of a local layer's cache */
-    int32_t *ids;                     /* [n_ctx] the tokens in the cache */
-    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 9 says how they lie */
-    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
-    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
-    float *cosine[2], *sine[2];       /* [chunk][head_dim/2] */
-    float *x;                         /* [chunk][d_model]           residual stream */
-    float *h;                         /* [chunk][d_model]           branch */
-    float *q, *attended;              /* [chunk][n_heads][head_dim] */
-    float *k, *v;                     /* [chunk][n_kv_heads][head_dim] */
-    float *gate, *up;                 /* [chunk][d_ff] */
-    float *pack_q;                    /* [n_kv_heads][pack][heads per kv head][head_dim] */
-    float *pack_out;                  /* [n_kv_heads][pack][heads per kv head][head_dim] */
-    float *score_sum;                 /* [n_kv_heads][pack][heads per kv head] */
-    float *score;                     /* [n_kv_heads][pack][heads per kv head][n_score] */
-    size_t n_score;                   /* n_ctx, rounded up to 16 */
-    struct xblock *xq;                /* [chunk][widest input / 32] */
-    int n_acc;                        /* vectors that a worker multiplies at once, at most */
-    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
-    struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
-    uint8_t *fetched;                 /* [n_threads][TILE_ROWS][widest row], of weights that are not in memory */
-    uint8_t *unread;                  /* [n_threads] 1 when a worker could not read its weights */
-    char error[256];
-};
-
-static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
-{
-    return s->acc + (size_t)worker * s->n_acc;
-}
-
-/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
-static void share_of(int total, int n_tasks, int i, int *begin, int *end)
-{
-    *begin = (int)((int64_t)total * i / n_tasks);
-    *end = (int)((int64_t)total * (i + 1) / n_tasks);
-}
-
-/* Things to do for each of n_items, handed out in a few runs for each thread. */
-struct items {
-    int n_items, n_tasks;
-    gemma3_task *each;
-    void *job;
-};
-
-enum { TASKS_PER_THREAD = 6 };
-
-static void items_task(void *arg, int index, int worker)
-{
-    const struct items *w = arg;
-    fp_state fp = fp_enter(); /* the thread may be the caller's */
-    int i, end;
-    for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
-    fp_leave(fp);
-}
-
-static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
-{
-    struct items w = {n_items, s->p.n_threads * TASKS_PER_THREAD, each, job};
-    if (w.n_tasks > n_items) w.n_tasks = n_items;
-    if (n_items > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, w.n_tasks, items_task, &w);
-    else
-        for (int i = 0; i < n_items; i++) each(job, i, 0);
-}
-
-static void trace(const gemma3_state *s, const char *name, int l, const float *x, int n, int width)
-{
-    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
-}
-
-/* ==== 8. Matrix times vectors ===================================================================
- *
- * Weights' rows are shared out to threads here, in tiles of 32; which thread takes which tile cannot
- * change a bit, because a row's sum is never divided. */
-
-/* w itself, or, of weights that lie in a file that is read in pieces, its rows row .. row + n - 1, n <= 32, as a
- * matrix of their own in the worker's room. */
-static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n, int worker)
-{
-    struct matrix here = *w;
-    const gemma3_source *from = &s->m->source;
-    uint8_t *room = s->fetched + (size_t)worker * TILE_ROWS * s->m->row_bytes;
-    if (w->data) return here;
-    if (from->read(from->user, w->offset + (uint64_t)row * w->row_bytes, room, n * w->row_bytes)) {
-        memset(room, 0, n * w->row_bytes);
-        s->unread[worker] = 1;
-    }
-    here.data = room;
-    here.rows = n;
-    return here;
-}
-
-static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
-{
-    struct matrix here = rows_in_memory(s, w, row, 1, 0);
-    s->m->kernels->dequantize(&here, w->data ? row : 0, out);
-}
-
-/* n <= 32; nearly always 32, which the compiler then copies in line. */
-INLINE void copy_floats(float *to, const float *from, int n)
-{
-    if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
-    else memcpy(to, from, n * sizeof(float));
-}
-
-enum { MAX_PRODUCTS = 3, ROWS_AT_ONCE = 4 };
-
-struct matmul {
-    const gemma3_state *s;
-    const struct matrix *w[MAX_PRODUCTS];
-    float *y[MAX_PRODUCTS];           /* [n][rows] */
-    int n_products, n;
-    const float *x;                   /* [n][cols] */
-    size_t blocks;                    /* of a row of xq */
-};
-
-/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                            int worker, float (*acc)[TILE_ROWS])
-{
-    const gemma3_state *s = job->s;
-    const struct kernels *k = s->m->kernels;
-    if (is_float(w->format)) {
-        k->mul_floats(w->format->type, w->data + row * w->row_bytes, w->row_bytes, n_rows, job->x,
-                      w->cols, job->n, w->cols, acc);
-        return;
-    }
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
-        for (int a = 0; a < take; a++) k->dequantize(w, row + r + a, rows + (size_t)a * w->cols);
-        float (*part)[TILE_ROWS] = (float (*)[TILE_ROWS])(acc[0] + r); /* part[i][0] is acc[i][r] */
-        k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
-                      w->cols, part);
-    }
-}
-
-/* Int8 activations: Q4_0 straight from its tile, the others through panels, unpacked once for all
- * tokens. A matrix that was not repacked is interleaved here, a few blocks at a time. */
-static void mul_tile_integers(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                              int worker, float (*acc)[TILE_ROWS])
-{
-    const struct kernels *k = job->s->m->kernels;
-    const struct format *f = w->format;
-    struct unpacked *u = &job->s->unpacked[worker];
-    int blocks = w->cols / 32, groups = f->elements / 32, at_once = w->tiled && f->type == Q4_0 ? blocks : PANELS;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
-    for (int b = 0; b < blocks; b += at_once) {
-        int take = blocks - b < at_once ? blocks - b : at_once;
-        const uint8_t *tile = w->data + row * w->row_bytes + b / groups * block_bytes; /* as long as its rows */
-        if (!w->tiled) {
-            make_tile(u->interleaved, w->data + row * w->row_bytes + (size_t)(b / groups) * f->bytes, w->row_bytes,
-                      n_rows, take / groups, f);
-            tile = u->interleaved;
-        }
-        if (f->type == Q4_0) {
-            k->mul_q4_0(tile, take, job->s->xq + b, job->blocks, job->n, acc);
-            continue;
-        }
-        for (int a = 0; a < take; a++) {
-            const uint8_t *block = tile + a / groups * block_bytes;
-            if (w->tiled) fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-            k->unpack(f->type, block, a % groups, u->panel + a);
-        }
-        k->mul_panel(u->panel, take, f, job->s->xq + b, job->blocks, job->n, acc);
-    }
-}
-
-static void mul_tile(const struct matmul *job, int product, int tile, int worker)
-{
-    const struct matrix *w = job->w[product];
-    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
-    int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
-    struct matrix here = rows_in_memory(job->s, w, row, n_rows, worker);
-    int at = w->data ? row : 0;
-    memset(acc, 0, job->n * sizeof *acc);
-    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, &here, at, n_rows, worker, acc);
-    else mul_tile_integers(job, &here, at, n_rows, worker, acc);
-    for (int i = 0; i < job->n; i++) copy_floats(job->y[product] + (size_t)i * w->rows + row, acc[i], n_rows);
-}
-
-static void matmul_task(void *arg, int tile, int worker)
-{
-    const struct matmul *job = arg;
-    int product = 0;
-    for (; tile >= n_tiles(job->w[product]); product++) tile -= n_tiles(job->w[product]);
-    mul_tile(job, product, tile, worker);
-}
-
-static void quantize_task(void *arg, int index, int worker)
-{
-    const struct matmul *job = arg;
-    int cols = job->w[0]->cols;
-    (void)worker;
-    job->s->m->kernels->quantize(job->s->xq + index * job->blocks, job->x + (size_t)index * cols, cols);
-}
-
-/* Every product of job with the same input x [n][cols]. */
-static void matmul(struct matmul *job)
-{
-    const gemma3_state *s = job->s;
-    int integers = 0;
-    int tiles = 0;
-    job->blocks = ((size_t)job->w[0]->cols + 31) / 32;
-    for (int k = 0; k < job->n_products; k++) {
-        tiles += n_tiles(job->w[k]);
-        integers |= !is_float(job->w[k]->format);
-    }
-    if (integers && !s->m->exact) for_each(s, job->n, quantize_task, job);
-    for_each(s, tiles, matmul_task, job);
-}
-
-static void matmul_one(const gemma3_state *s, float *y, const struct matrix *w, const float *x, int n)
-{
-    struct matmul job = {.s = s, .w = {w}, .y = {y}, .n_products = 1, .n = n, .x = x};
-    matmul(&job);
-}
-
-/* y = rms(x) * w; x and y are [n][d_model] */
-struct norm {
-    const gemma3_state *s;
-    float *y;
-    const float *x, *w;
-};
-
-static void norm_task(void *arg, int i, int worker)
-{
-    const struct norm *job = arg;
-    const gemma3_config *c = job->s->c;
-    size_t at = (size_t)i * c->d_model;
-    (void)worker;
-    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
-}
-
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
-{
-    struct norm job = {.s = s, .y = y, .x = x, .w = w};
-    for_each(s, n, norm_task, &job);
-}
-
-static void add(float *x, const float *y, size_t n)
-{
-    for (size_t j = 0; j < n; j++) x[j] += y[j];
-}
-
-/* ==== 9. Attention, the KV cache, feed-forward ==================================================
- *
- * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
- * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
- * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + chunk - 1
- * slots suffice for the oldest key that the first token of a chunk sees to survive the chunk's writes.
- *
- * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
- *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
- *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
- * The cost of a token at position p is thus its bytes: the weights once, and for each layer the K and
- * V of min(p + 1, window) or p + 1 positions, 2 * n_kv_heads * head_dim numbers each. test/bench.c compares
- * this with the clock. */
-
-static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
-
-static int slots_of(const gemma3_state *s, int l)
-{
-    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
-}
-
-/* cos and sin of every angle of this chunk, for both bases; all layers share them. Linear scaling
- * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
-static void rope_tables(gemma3_state *s, int n)
-{
-    int half = s->c->head_dim / 2;
-    for (int local = 0; local < 2; local++)
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < half; j++)
-                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
-                        s->sine[local] + i * half + j);
-}
-
-/* The attention of one pack of tokens in layer l. t counts its queries of one kv head: that of token
- * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
-struct attention {
-    gemma3_state *s;
-    const struct layer *w;
-    int l, slots;
-    int i0, n;                        /* tokens i0 .. i0+n-1 of the chunk */
-    int first_pos;                    /* lowest position that any of them sees */
-    int heads_per_kv;
-};
-
-static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
-
-/* Number of a query among all of the pack: where its row of pack_q, score and pack_out lies. */
-static size_t query_at(const struct attention *a, int g, int t)
-{
-    return (size_t)g * a->s->pack * a->heads_per_kv + t;
-}
-
-static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
-
-/* First position that the token at position p sees: q - k < window in a local layer. */
-static int first_seen(const struct attention *a, int p)
-{
-    const gemma3_config *c = a->s->c;
-    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
-}
-
-static int slice_width(int head_dim, int j0) { return head_dim - j0 < MIX_WIDTH ? head_dim - j0 : MIX_WIDTH; }
-
-/* Where K of kv head g at position p lies, and elements j0 .. j0 + slice_width - 1 of V. */
-static uint8_t *key_at(const struct attention *a, int g, int p)
-{
-    size_t D = a->s->c->head_dim;
-    return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
-}
-
-static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
-{
-    int D = a->s->c->head_dim;
-    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
-    return a->s->v_cache[a->l] + before * kv_element(a->s);
-}
-
-/* Norm and rope for the queries and keys of token i; its K and V go into the cache. */
-static void prepare_token(void *arg, int i, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->c;
-    const struct kernels *kernels = s->m->kernels;
-    int D = c->head_dim, local = c->is_local[a->l], p = s->pos + i, is_f16 = cache_type(s) == F16;
-    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
-    (void)worker;
-    for (int h = 0; h < c->n_heads; h++) {
-        float *q = s->q + ((size_t)i * c->n_heads + h) * D;
-        kernels->rmsnorm(q, q, a->w->attn_q_norm, D, c->rms_eps);
-        kernels->rope(q, cosine, sine, D);
-    }
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D, *v = s->v + ((size_t)i * c->n_kv_heads + g) * D;
-        kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
-        kernels->rope(k, cosine, sine, D);
-        kernels->store(key_at(a, g, p), k, D, is_f16);
-        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
-            kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), is_f16);
-    }
-}
-
-/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
-static int run_of(const struct attention *a, int begin, int end)
-{
-    int run = a->slots - begin % a->slots;
-    return end - begin < run ? end - begin : run;
-}
-
-enum { SCORE_RUN = 64 };
-
-static int n_score_runs(const struct attention *a)
-{
-    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
-}
-
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
- * them are positions that a query must not see, later ones and those before its window: softmax and mix
- * pass over them, which is the causal mask. */
-static void score_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int D = s->c->head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
-    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
-    float (*acc)[TILE_ROWS] = acc_of(s, worker);
-    end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
-    for (int run; p < end; p += run) {
-        run = run_of(a, p, end);
-        run = run < TILE_ROWS ? run : TILE_ROWS;
-        for (int t = 0, count; t < n_queries(a); t += count) {
-            count = n_queries(a) - t < s->n_acc ? n_queries(a) - t : s->n_acc;
-            s->m->kernels->mul_floats(cache_type(s), key_at(a, g, p), D * kv_element(s), run,
-                                      s->pack_q + query_at(a, g, t) * D, D, count, D, acc);
-            for (int k = 0; k < count; k++)
-                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos), acc[k], run);
-        }
-    }
-}
-
-/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
-static void softmax_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int g = index / n_queries(a), t = index % n_queries(a);
-    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
-    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
-    (void)worker;
-    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
-}
-
-/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
-static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->c;
-    int D = c->head_dim;
-    for (int t = 0; t < n_queries(a); t++) {
-        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
-        float *to = s->attended + ((size_t)i * c->n_heads + h) * D + j0, sum = s->score_sum[query_at(a, g, t)];
-        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
-    }
-}
-
-static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
-
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens of
- * the pack see different ranges: [first_seen(p), p]. Both ends grow with the token, so the tokens that see
- * a position are one run [from, to): those not before it whose window has begun. Positions are taken up
- * to where either end of the run changes, or the ring wraps. */
-static void mix_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
-    int p0 = s->pos + a->i0, from = 0, to = 1;
-    float *out = s->pack_out + query_at(a, g, 0) * D + j0;
-    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s), .e_stride = s->n_score,
-                    .out_stride = D, .width = slice_width(D, j0)};
-    (void)worker;
-    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
-    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
-        while (p0 + from < p) from++;
-        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
-        end = p0 + from + 1;
-        if (to < a->n && first_seen(a, p0 + to) < end) end = first_seen(a, p0 + to);
-        end = p + run_of(a, p, end);
-        m.v = value_at(a, g, j0, p);
-        m.n_pos = end - p;
-        m.n = (to - from) * a->heads_per_kv;
-        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
-        m.out = out + (size_t)from * a->heads_per_kv * D;
-        s->m->kernels->mix_values(&m);
-    }
-    divide_and_place(a, g, j0, out);
-}
-
-/* Queries of one kv head side by side, and scaled. */
-static void gather_queries(const struct attention *a)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->c;
-    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
-    for (int i = 0; i < a->n; i++)
-        for (int g = 0; g < c->n_kv_heads; g++) {
-            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
-            float *to = s->pack_q + ((size_t)g * s->pack + i) * q_floats;
-            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
-        }
-}
-
-/* attended [i0 .. i0+n-1][n_heads][head_dim] for one pack of tokens: three phases, each shared out. A pack
- * meets every key and value it sees once for all its queries. */
-static void attend(struct attention *a)
-{
-    const gemma3_state *s = a->s;
-    const gemma3_config *c = s->c;
-    a->first_pos = first_seen(a, s->pos + a->i0);
-    gather_queries(a);
-    for_each(s, c->n_kv_heads * n_score_runs(a), score_task, a);
-    for_each(s, c->n_kv_heads * n_queries(a), softmax_task, a);
-    for_each(s, c->n_kv_heads * n_slices(c->head_dim), mix_task, a);
-}
-
-/* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
-static void trace_normed(const gemma3_state *s, const struct layer *w, int l, int n)
-{
-    const gemma3_config *c = s->c;
-    int D = c->head_dim;
-    for (int h = 0; h < n * c->n_heads; h++)
-        s->m->kernels->rmsnorm(s->attended + (size_t)h * D, s->q + (size_t)h * D, w->attn_q_norm, D, c->rms_eps);
-    trace(s, "Qcur_normed", l, s->attended, n, c->n_heads * D);
-    for (int g = 0; g < n * c->n_kv_heads; g++)
-        s->m->kernels->rmsnorm(s->attended + (size_t)g * D, s->k + (size_t)g * D, w->attn_k_norm, D, c->rms_eps);
-    trace(s, "Kcur_normed", l, s->attended, n, c->n_kv_heads * D);
-}
-
-/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
-static void attention(gemma3_state *s, const struct layer *w, int l, int n)
-{
-    const gemma3_config *c = s->c;
-    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
-                          .heads_per_kv = c->n_heads / c->n_kv_heads};
-    struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
-                         .n_products = 3, .n = n, .x = s->h};
-    matmul(&qkv);
-    if (s->p.trace) trace_normed(s, w, l, n);
-    for_each(s, n, prepare_token, &a);
-    trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
-    trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
-    trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->pack) {
-        a.n = n - a.i0 < s->pack ? n - a.i0 : s->pack;
-        attend(&a);
-    }
-    trace(s, "kqv_out", l, s->attended, n, c->n_heads * c->head_dim);
-    matmul_one(s, s->h, &w->attn_output, s->attended, n);
-}
-
-/* ---- Feed-forward ---- */
-
-static void gelu_task(void *arg, int i, int worker)
-{
-    gemma3_state *s = arg;
-    size_t d_ff = s->c->d_ff;
-    (void)worker;
-    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
-}
-
-/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
-static void feed_forward(gemma3_state *s, const struct layer *w, int n)
-{
-    struct matmul gate_up = {.s = s, .w = {&w->ffn_gate, &w->ffn_up}, .y = {s->gate, s->up},
-                             .n_products = 2, .n = n, .x = s->h};
-    matmul(&gate_up);
-    for_each(s, n, gelu_task, s);
-    matmul_one(s, s->h, &w->ffn_down, s->gate, n);
-}
-
-/* ==== 10. The forward pass ====================================================================== */
-
-/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
- * this scale makes one matrix serve as both. */
-static void embed(gemma3_state *s, const int32_t *ids, int n)
-{
-    const gemma3_config *c = s->c;
-    for (int i = 0; i < n; i++) {
-        float *x = s->x + (size_t)i * c->d_model;
-        dequantize_row(s, &s->m->token_embd, ids[i], x);
-        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
-    }
-}
-
-/* Rows that were asked for: their position is the first one's, the others need not be adjacent. */
-static void trace_rows(const gemma3_state *s, const char *name, const int *rows, const float *x, int n, int width)
-{
-    if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
-}
-
-/* Logits of n_rows tokens of the chunk, each n_vocab long. */
-static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
-{
-    const gemma3_config *c = s->c;
-    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
-        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
-                c->d_model * sizeof(float));
-    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    trace_rows(s, "result_norm", rows, s->h, n_rows, c->d_model);
-    matmul_one(s, logits, &s->m->output, s->h, n_rows);
-    for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
-        float t = logits[j] / c->final_softcap;
-        float e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
-        float tanh_of_abs = (1.0f - e) / (1.0f + e);
-        logits[j] = c->final_softcap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
-    }
-    trace_rows(s, "result_output", rows, logits, n_rows, c->n_vocab);
-}
-
-/* n <= chunk tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
-static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
-{
-    const gemma3_config *c = s->c;
-    size_t size = (size_t)n * c->d_model;
-    rope_tables(s, n);
-    embed(s, ids, n);
-    trace(s, "inp_scaled", -1, s->x, n, c->d_model);
-    for (int l = 0; l < c->n_layers; l++) {
-        const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->h, s->x, w->attn_norm, n);
-        trace(s, "attn_norm", l, s->h, n, c->d_model);
-        attention(s, w, l, n);
-        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
-        trace(s, "attn_post_norm", l, s->h, n, c->d_model);
-        add(s->x, s->h, size);
-        trace(s, "sa_out", l, s->x, n, c->d_model);
-        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
-        trace(s, "ffn_norm", l, s->h, n, c->d_model);
-        feed_forward(s, w, n);
-        trace(s, "ffn_out", l, s->h, n, c->d_model);
-        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
-        trace(s, "ffn_post_norm", l, s->h, n, c->d_model);
-        add(s->x, s->h, size);
-        trace(s, "l_out", l, s->x, n, c->d_model);
-    }
-}
-
-/* Labels of the trace as they come; from the second to the third from the end each layer has them. */
-static const char *const trace_labels[] = {
-    "inp_scaled", "attn_norm", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur", "Vcur", "kqv_out",
-    "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
-enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
-
-const char *gemma3_trace_label(int index, int *in_layers)
-{
-    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
-    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
-    return trace_labels[index];
-}
-
-static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
-{
-    int n_vocab = s->c->n_vocab;
-    if (n < 0) {
-        snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
-        return -1;
-    }
-    if (n > s->p.n_ctx - s->pos) {
-        snprintf(s->error, sizeof s->error, "the context is full: it holds %d tokens, %d are in it and %d more were given",
-                 s->p.n_ctx, s->pos, n);
-        return -1;
-    }
-    for (int i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= n_vocab) {
-            snprintf(s->error, sizeof s->error, "token %d is %d, outside the vocabulary of %d", s->pos + i,
-                     (int)ids[i], n_vocab);
-            return -1;
-        }
-    for (int k = 0; k < n_rows; k++)
-        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1])) {
-            snprintf(s->error, sizeof s->error, "rows[%d] is %d: rows must ascend and lie in 0..%d", k, rows[k], n - 1);
-            return -1;
-        }
-    return 0;
-}
-
-int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows, float *logits)
-{
-    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
-    fp_state fp = fp_enter();
-    int before = s->pos;
-    for (int done = 0, take; done < n; done += take) {
-        int in_chunk = 0, chunk_rows[GEMMA3_CHUNK];
-        take = n - done < s->chunk ? n - done : s->chunk;
-        forward_chunk(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) chunk_rows[in_chunk++] = *rows - done;
-        if (in_chunk) unembed(s, chunk_rows, in_chunk, logits);
-        if (in_chunk) logits += (size_t)in_chunk * s->c->n_vocab;
-        for (int i = 0; i < take; i++) s->ids[s->pos + i] = ids[done + i];
-        s->pos += take;
-    }
-    fp_leave(fp);
-    for (int k = 0; k < s->p.n_threads; k++)
-        if (s->unread[k]) {
-            s->unread[k] = 0;
-            s->pos = before;
-            snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
-            return -1;
-        }
-    return 0;
-}
-
 /* ==== 11. Reading GGUF ==========================================================================
  *
  *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv pairs | n_tensors infos | padding | data
@@ -2682,42 +2986,9 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
  *     info:  string name | u32 n_dims | u64 ne[n_dims] | u32 type | u64 offset from data
  *     array: u32 element type | u64 count | elements
  *
- * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor that
- * knows where the file ends, and every tensor's type, shape and end are checked once, when it is bound.
- * The file may be in memory or behind a function that reads pieces of it. Of its directory we keep where
- * each pair and info begins, sorted by a hash of the name, and read it again when it is asked for. */
-
-#if defined(GEMMA3_NO_ERROR_TEXT)
-INLINE int fail(gemma3_error *err, const char *format, ...)
-{
-    (void)format;
-    if (err) err->text[0] = 0;
-    return -1;
-}
-#else
-static int fail(gemma3_error *err, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    if (err) vsnprintf(err->text, sizeof err->text, format, args);
-    va_end(args);
-    return -1;
-}
-#endif
-
-/* A part of such a sentence. */
-static void print(char *out, size_t n, const char *format, ...)
-{
-#if defined(GEMMA3_NO_ERROR_TEXT)
-    (void)n, (void)format;
-    *out = 0;
-#else
-    va_list args;
-    va_start(args, format);
-    vsnprintf(out, n, format, args);
-    va_end(args);
-#endif
-}
+ * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
+ * that knows what is left, and every tensor's type, shape and end are checked once, when it is
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
 
 /* A path for an error message, whose reason comes after it: the end of a long one. */
 enum { SHORT_PATH = 240 };
@@ -2727,57 +2998,101 @@ static const char *short_path(const char *path, char out[SHORT_PATH])
     if (n < SHORT_PATH) return path;
     path += n - (SHORT_PATH - 4);
     while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    memcpy(out, "...", 3);
-    memcpy(out + 3, path, strlen(path) + 1);
-    return out;
+    return strcat(strcpy(out, "..."), path);
 }
 
-enum { WINDOW = GEMMA3_PIECE_MAX };  /* bytes looked at together, at most */
-
-struct entry {
-    uint64_t hash, at;               /* of a name; where its pair or info begins */
+/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
+struct arena {
+    uint8_t *base;
+    size_t used, size;
 };
 
-struct gguf {
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+static void *piece(struct arena *a, size_t count, size_t bytes)
+{
+    size_t at = a->used;
+    a->used = plus(at, plus(times(count, bytes), 63) & ~(size_t)63);
+    return a->base && a->used <= a->size ? a->base + at : NULL;
+}
+
+/* What a model is opened with. */
+struct opening {
     gemma3_source from;
-    const char *name;                /* of the file, in errors */
+    gemma3_options options;
     gemma3_error *err;
+    const char *name;                /* of the file, shortened if it must be */
+    char short_name[SHORT_PATH];
+    const uint8_t *header;           /* its first bytes, or a copy of them */
+    size_t n_header;
+    size_t *kv, *tensor;             /* where each pair and info begins, sorted by name */
     uint64_t n_kv, n_tensors;
-    struct entry *kv, *tensor;       /* sorted by hash */
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
-    uint8_t window[WINDOW];          /* of a file that is read in pieces */
-    uint64_t window_at;
-    size_t window_bytes;
-    int unreadable;                  /* the function that reads has failed */
+    struct arena arena;              /* the model's memory */
+    gemma3_model *m;
+    const struct published *size;    /* of that many layers, or NULL */
+    int failed;                      /* a number was refused */
+    int repacks;
+    uint64_t counted;                /* bytes of tensors */
 };
+
+/* Leave a sentence in err and return -1; that of refuse begins with the file's name. print: a part
+ * of one. */
+#if defined(GEMMA3_NO_ERROR_TEXT)
+INLINE int fail(gemma3_error *err, const char *format, ...)
+{
+    (void)format;
+    if (err) err->text[0] = 0;
+    return -1;
+}
+INLINE int refuse(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
+INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
+#else
+static int fail(gemma3_error *err, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return -1;
+}
+
+static int refuse(const struct opening *o, const char *format, ...)
+{
+    va_list args;
+    fail(o->err, "%s", o->name);
+    size_t n = o->err ? strlen(o->err->text) : 0;
+    va_start(args, format);
+    if (o->err) vsnprintf(o->err->text + n, sizeof o->err->text - n, format, args);
+    va_end(args);
+    return -1;
+}
+
+static void print(char *out, size_t n, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(out, n, format, args);
+    va_end(args);
+}
+#endif
 
 struct cursor {
-    struct gguf *g;
-    uint64_t at;
-    int failed;                      /* the file ended, or could not be read */
+    const uint8_t *p;
+    size_t left;
+    int failed;
 };
 
-static int advance(struct cursor *c, uint64_t n)
-{
-    if (n > c->g->from.size - c->at) c->failed = 1;
-    if (!c->failed) c->at += n;
-    return !c->failed;
-}
-
-/* The next n <= WINDOW bytes, until more are taken; NULL when the file ends before. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
-    struct gguf *g = c->g;
-    uint64_t at = c->at;
-    if (!advance(c, n)) return NULL;
-    if (g->from.data) return (const uint8_t *)g->from.data + at;
-    if (at < g->window_at || at + n > g->window_at + g->window_bytes) {
-        g->window_at = at;
-        g->window_bytes = (size_t)(g->from.size - at < WINDOW ? g->from.size - at : WINDOW);
-        g->unreadable |= g->from.read(g->from.user, at, g->window, g->window_bytes);
-        c->failed = g->unreadable;
-    }
-    return c->failed ? NULL : g->window + (at - g->window_at);
+    const uint8_t *p = c->p;
+    if (n > c->left) c->failed = 1;
+    if (c->failed) return NULL;
+    c->p += n;
+    c->left -= (size_t)n;
+    return p;
 }
 
 static uint32_t take_u32(struct cursor *c)
@@ -2792,302 +3107,269 @@ static uint64_t take_u64(struct cursor *c)
     return p ? load_u64_le(p) : 0;
 }
 
-struct string {
-    const char *text;                /* NULL when it is longer than WINDOW, or cut */
-    size_t n;
-};
-
 static struct string take_string(struct cursor *c)
 {
-    struct string s = {NULL, 0};
     uint64_t n = take_u64(c);
-    if (n <= WINDOW) s.text = (const char *)take(c, n);
-    else advance(c, n);
-    if (!c->failed) s.n = (size_t)n;
-    return s;
+    struct string s = {(const char *)take(c, n), (size_t)n};
+    return s.text ? s : (struct string){"", 0};
+}
+
+static int compare_strings(struct string a, struct string b)
+{
+    int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
+    return c ? c : (a.n > b.n) - (a.n < b.n);
 }
 
 static int string_is(struct string s, const char *text)
 {
-    return s.text && s.n == strlen(text) && !memcmp(s.text, text, s.n);
+    return !compare_strings(s, (struct string){text, strlen(text)});
 }
 
-/* A name for messages and comparisons: printable, and not too long. */
-enum { NAME = 80 };
-static const char *shown(struct string s, char out[NAME])
+/* A name for an error message: printable, and not too long. */
+static const char *shown(struct string s, char out[80])
 {
-    size_t n = !s.text ? 0 : s.n < NAME - 1 ? s.n : NAME - 1;
+    size_t n = s.n < 79 ? s.n : 79;
     for (size_t j = 0; j < n; j++) out[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
     out[n] = 0;
     return out;
 }
 
-/* FNV-1a. Two names with the same hash, which only malice can make, count as one name that occurs twice. */
-static uint64_t hash_of(const char *text, size_t n)
-{
-    uint64_t h = 0xcbf29ce484222325;
-    for (size_t j = 0; j < n; j++) h = (h ^ (uint8_t)text[j]) * 0x100000001b3;
-    return h;
-}
-
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
        KV_I64, KV_F64, KV_TYPES };
-
-static const uint8_t kv_bytes[KV_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-static const char *const kv_names[KV_TYPES] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool",
-                                               "string", "array", "u64", "i64", "f64"};
+static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
+    {"u8", 1, 0}, {"i8", 1, 1}, {"u16", 2, 0}, {"i16", 2, 1}, {"u32", 4, 0}, {"i32", 4, 1}, {"f32", 4, 0},
+    {"bool", 1, 0}, {"string", 0, 0}, {"array", 0, 0}, {"u64", 8, 0}, {"i64", 8, 1}, {"f64", 8, 0}};
 
 struct kv {
-    char name[NAME];
-    struct entry entry;
+    struct string key;
     uint32_t type, element;          /* element: of an array, else type */
     uint64_t count;                  /* of an array, else 1 */
     struct cursor value;
-    uint64_t bytes;                  /* of the value */
 };
 
 struct tensor {
-    char name[NAME];
-    struct entry entry;
+    struct string name;
     uint32_t type;
     uint64_t ne[4], offset;
 };
 
-static int read_name(struct cursor *c, char name[NAME], struct entry *e)
+static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
-    e->at = c->at;
-    struct string s = take_string(c);
-    if (!c->failed && !s.text)
-        return fail(c->g->err, "%s: a name has %llu bytes, expected at most %d", c->g->name, (unsigned long long)s.n,
-                    WINDOW);
-    e->hash = s.text ? hash_of(s.text, s.n) : 0;
-    shown(s, name);
-    return 0;
-}
-
-static int read_kv(struct cursor *c, struct kv *kv)
-{
-    if (read_name(c, kv->name, &kv->entry)) return -1;
+    char text[80];
+    kv->key = take_string(c);
     kv->element = kv->type = take_u32(c);
     kv->count = 1;
     if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
-        return fail(c->g->err, "%s: key %s is an array of arrays, which is not supported", c->g->name, kv->name);
+        return refuse(o, ": key %s is an array of arrays, which is not supported", shown(kv->key, text));
     if (kv->element >= KV_TYPES)
-        return fail(c->g->err, "%s: key %s has value type %u, which is not one of GGUF's", c->g->name, kv->name,
-                    (unsigned)kv->element);
+        return refuse(o, ": key %s has value type %u, which is not one of GGUF's", shown(kv->key, text),
+                      (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
-    else if (kv->count > c->g->from.size) c->failed = 1; /* before it is multiplied */
-    else advance(c, kv->count * kv_bytes[kv->element]);
-    kv->bytes = c->at - kv->value.at;
+    else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
+    else take(c, kv->count * kv_types[kv->element].bytes);
     return 0;
 }
 
-static int read_tensor(struct cursor *c, struct tensor *t)
+static int read_tensor(const struct opening *o, struct cursor *c, struct tensor *t)
 {
-    if (read_name(c, t->name, &t->entry)) return -1;
+    char text[80];
+    t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return fail(c->g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", c->g->name, t->name,
-                    (unsigned)n_dims);
+        return refuse(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+                      (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
     t->offset = take_u64(c);
     return 0;
 }
 
-/* Why a file of another kind is none of ours, by how it begins. */
+static struct cursor cursor_at(const struct opening *o, size_t at)
+{
+    return (struct cursor){o->header + at, o->n_header - at, 0};
+}
+
+static struct string name_at(const struct opening *o, size_t at)
+{
+    struct cursor c = cursor_at(o, at);
+    return take_string(&c);
+}
+
+static int compare_at(const struct opening *o, size_t a, size_t b)
+{
+    return compare_strings(name_at(o, a), name_at(o, b));
+}
+
+/* Why a file is none of ours, by how it begins. */
 static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
-    {"version https://git-lfs", 23, 0, "is a Git LFS pointer to the model: fetch the file itself (git lfs pull)"},
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer to it: get the file itself (git lfs pull)"},
     {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
     {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
-    {"{\"", 2, 8, "is a safetensors file: convert the model's folder to GGUF first (llama.cpp's convert_hf_to_gguf.py)"},
-    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch checkpoint: unpack it, or convert it to GGUF first"},
-    {"\x80\2", 2, 0, "is a PyTorch checkpoint: convert it to GGUF first"},
-    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it first"},
-};
+    {"{\"", 2, 8, "is a safetensors file: convert its folder to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
+    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
+    {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
+    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
+    {"", 0, 0, "does not begin with \"GGUF\""}};
 
-static int refuse_other_file(struct gguf *g)
+static int read_start(struct opening *o, struct cursor *c)
 {
-    struct cursor start = {g, 0, 0};
-    const uint8_t *p = take(&start, 24);
-    for (size_t k = 0; p && k < sizeof other_files / sizeof *other_files; k++)
-        if (!memcmp(p + other_files[k].at, other_files[k].begin, other_files[k].n))
-            return fail(g->err, "%s is not a GGUF file: it %s", g->name, other_files[k].what);
-    return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name);
-}
-
-/* What stopped a cursor. */
-static int refuse_end(const struct cursor *c)
-{
-    const struct gguf *g = c->g;
-    if (g->unreadable) return fail(g->err, "%s cannot be read at byte %llu", g->name, (unsigned long long)c->at);
-    return fail(g->err, "%s is truncated: it ends inside its header", g->name);
-}
-
-static int read_header(struct cursor *c)
-{
-    struct gguf *g = c->g;
     const uint8_t *magic = take(c, 4);
-    if (g->unreadable) return refuse_end(c);
-    if (!magic || memcmp(magic, "GGUF", 4)) return refuse_other_file(g);
+    size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
+    if (!magic || memcmp(magic, "GGUF", 4)) {
+        while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
+        return refuse(o, " is not a GGUF file: it %s", other_files[k].what);
+    }
     uint32_t version = take_u32(c);
     if (!c->failed && version != 2 && version != 3)
-        return fail(g->err, "%s: GGUF version %u%s, expected 2 or 3", g->name, (unsigned)version,
-                    version && !(version & 0xffff) ? " (a big-endian file)" : "");
-    g->n_tensors = take_u64(c);
-    g->n_kv = take_u64(c);
-    uint64_t left = g->from.size - c->at; /* a pair has 13 bytes or more, an info 32 */
-    if (c->failed || g->n_kv > left / 13 || g->n_tensors > left / 32)
-        return fail(g->err, "%s is truncated: its header promises %llu keys and %llu tensors", g->name,
-                    (unsigned long long)g->n_kv, (unsigned long long)g->n_tensors);
+        return refuse(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
+                      version && !(version & 0xffff) ? " (a big-endian file)" : "");
+    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
+    if (c->failed || o->n_kv > c->left / 13 || o->n_tensors > c->left / 32) /* their least sizes */
+        return refuse(o, " is truncated: its header promises %llu keys and %llu tensors",
+                      (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
     return 0;
 }
 
-/* Heap sort: n log n steps whatever the file, and no memory. */
-static void sift(struct entry *e, size_t i, size_t n)
+static int refuse_end(const struct opening *o)
 {
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        child += child + 1 < n && e[child + 1].hash > e[child].hash;
-        if (e[i].hash >= e[child].hash) return;
-        struct entry swap = e[i];
-        e[i] = e[child], e[child] = swap;
+    if (o->n_header == o->from.size) return refuse(o, " is truncated: it ends inside its header");
+    return refuse(o, ": its header is longer than the first %llu bytes, which were given",
+                  (unsigned long long)o->n_header);
+}
+
+/* Heap sort by name: n log n steps whatever the file, and no memory. */
+static void sort_names(const struct opening *o, size_t *at, size_t n)
+{
+    for (size_t start = n / 2, left = n, i, child; left > 1;) {
+        size_t moved = at[start > 0 ? --start : --left];
+        if (left < n) at[left] = at[0];
+        for (i = start; (child = 2 * i + 1) < left; i = child) {
+            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
+            if (compare_at(o, moved, at[child]) >= 0) break;
+            at[i] = at[child];
+        }
+        at[i] = moved;
     }
 }
 
-/* Sorts entries, and returns where a name occurs for the second time, or 0. */
-static uint64_t sort_entries(struct entry *e, size_t n)
+/* Where what is called name begins, of n things sorted by name; 0: nowhere. */
+static size_t find_name(const struct opening *o, const size_t *at, uint64_t n, const char *name)
 {
-    uint64_t twice = 0;
-    for (size_t i = n / 2; i-- > 0;) sift(e, i, n);
-    for (size_t left = n; left > 1;) {
-        struct entry last = e[--left];
-        e[left] = e[0], e[0] = last;
-        sift(e, 0, left);
+    const struct string wanted = {name, strlen(name)};
+    while (n) {
+        int c = compare_strings(name_at(o, at[n / 2]), wanted);
+        if (c == 0) return at[n / 2];
+        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        else n /= 2;
     }
-    for (size_t i = 1; i < n; i++)
-        if (e[i].hash == e[i - 1].hash) twice = e[i].at;
-    return twice;
+    return 0;
 }
 
-/* A cursor where the pair or info with this name begins; failed when there is none. */
-static struct cursor find_entry(struct gguf *g, const struct entry *e, uint64_t n, const char *name)
+/* 1 and the pair of that key, or 0. */
+static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    uint64_t h = hash_of(name, strlen(name)), low = 0, high = n;
-    while (low < high) {
-        uint64_t middle = low + (high - low) / 2;
-        if (e[middle].hash < h) low = middle + 1;
-        else high = middle;
-    }
-    return (struct cursor){g, low < n ? e[low].at : 0, low == n || e[low].hash != h};
+    size_t at = find_name(o, o->kv, o->n_kv, key);
+    struct cursor c = cursor_at(o, at);
+    return at && !read_kv(o, &c, kv);
 }
 
-/* 1 and the pair, or 0. */
-static int find_kv(struct gguf *g, const char *key, struct kv *kv)
+static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
-    struct cursor c = find_entry(g, g->kv, g->n_kv, key);
-    return !c.failed && !read_kv(&c, kv) && !c.failed && !strcmp(kv->name, key);
+    size_t at = find_name(o, o->tensor, o->n_tensors, name);
+    struct cursor c = cursor_at(o, at);
+    return at && !read_tensor(o, &c, t);
 }
 
-static int find_tensor(struct gguf *g, const char *name, struct tensor *t)
+/* Sorts what the file has and refuses what it has twice. */
+static int sort_directory(struct opening *o)
 {
-    struct cursor c = find_entry(g, g->tensor, g->n_tensors, name);
-    return !c.failed && !read_tensor(&c, t) && !c.failed && !strcmp(t->name, name);
+    char text[80];
+    sort_names(o, o->kv, (size_t)o->n_kv);
+    sort_names(o, o->tensor, (size_t)o->n_tensors);
+    for (size_t k = 1; k < o->n_kv; k++)
+        if (!compare_at(o, o->kv[k - 1], o->kv[k]))
+            return refuse(o, ": key %s occurs twice", shown(name_at(o, o->kv[k]), text));
+    for (size_t k = 1; k < o->n_tensors; k++)
+        if (!compare_at(o, o->tensor[k - 1], o->tensor[k]))
+            return refuse(o, ": tensor %s occurs twice", shown(name_at(o, o->tensor[k]), text));
+    return 0;
 }
 
-/* Reads the directory into g->kv and g->tensor, which have room for it. */
-static int read_gguf(struct gguf *g)
+static int read_alignment(struct opening *o)
 {
-    struct cursor c = {g, 0, 0};
     struct kv kv;
-    struct tensor t;
-    if (read_header(&c)) return -1;
-    for (uint64_t k = 0; k < g->n_kv && !c.failed; g->kv[k++] = kv.entry)
-        if (read_kv(&c, &kv)) return -1;
-    for (uint64_t k = 0; k < g->n_tensors && !c.failed; g->tensor[k++] = t.entry)
-        if (read_tensor(&c, &t)) return -1;
-    if (c.failed) return refuse_end(&c);
-    struct cursor twice = {g, sort_entries(g->kv, (size_t)g->n_kv), 0};
-    if (twice.at) return read_kv(&twice, &kv), fail(g->err, "%s: key %s occurs twice", g->name, kv.name);
-    twice.at = sort_entries(g->tensor, (size_t)g->n_tensors);
-    if (twice.at) return read_tensor(&twice, &t), fail(g->err, "%s: tensor %s occurs twice", g->name, t.name);
-    g->alignment = 32;
-    if (find_kv(g, "general.alignment", &kv)) g->alignment = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
-    if (!g->alignment || (g->alignment & (g->alignment - 1)))
-        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name);
-    g->data = (c.at + g->alignment - 1) & ~(g->alignment - 1);
+    uint64_t a = 32;
+    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return refuse(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
     return 0;
 }
 
 /* The next number of a pair or array as double (exact for every value we accept). */
-static int take_number(struct cursor *c, const struct kv *kv, double *out)
+static int take_number(const struct opening *o, struct kv *kv, double *out)
 {
-    const uint8_t *p = kv->element < KV_TYPES && kv_bytes[kv->element] ? take(c, kv_bytes[kv->element]) : NULL;
+    int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
+    char text[80];
+    uint64_t u = 0;
+    const uint8_t *p = bytes ? take(&kv->value, bytes) : NULL;
     if (!p)
-        return fail(c->g->err, "%s: key %s is a %s, expected a number", c->g->name, kv->name, kv_names[kv->type]);
-    switch (kv->element) {
-    case KV_U8: case KV_BOOL: *out = p[0]; break;
-    case KV_I8: *out = (int8_t)p[0]; break;
-    case KV_U16: *out = load_u16_le(p); break;
-    case KV_I16: *out = (int16_t)load_u16_le(p); break;
-    case KV_U32: *out = load_u32_le(p); break;
-    case KV_I32: *out = (int32_t)load_u32_le(p); break;
-    case KV_F32: *out = float_of(load_u32_le(p)); break;
-    case KV_U64: *out = (double)load_u64_le(p); break;
-    case KV_I64: *out = (double)(int64_t)load_u64_le(p); break;
-    default: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); }
-    }
+        return refuse(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+                      kv_types[kv->type].name);
+    for (int j = bytes; j-- > 0;) u = u << 8 | p[j];
+    if (kv->element == KV_F32) *out = float_of((uint32_t)u);
+    else if (kv->element == KV_F64) memcpy(out, &u, 8);
+    else *out = kv_types[kv->element].is_signed ? (double)((int64_t)(u << unused) >> unused) : (double)u;
     return 0;
 }
 
-static int read_number(const struct kv *kv, double *out)
+static int read_number(const struct opening *o, struct kv kv, double *out)
 {
-    struct cursor c = kv->value;
-    if (kv->type == KV_ARRAY)
-        return fail(c.g->err, "%s: key %s is a %s, expected a number", c.g->name, kv->name, kv_names[kv->type]);
-    return take_number(&c, kv, out);
+    if (kv.type == KV_ARRAY) kv.element = KV_ARRAY; /* which is none */
+    return take_number(o, &kv, out);
 }
 
-/* A string, good until more is read; empty when there is none. */
-static struct string get_string(struct gguf *g, const char *key)
+/* A string; empty when there is none. */
+static struct string get_string(const struct opening *o, const char *key)
 {
     struct kv kv;
-    if (!find_kv(g, key, &kv) || kv.type != KV_STRING) return (struct string){"", 0};
-    return take_string(&kv.value);
+    int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
+    return found ? take_string(&kv.value) : (struct string){"", 0};
 }
 
 /* 0 when a key is absent or one of two strings, of which the first is the usual one. */
-static int check_string(struct gguf *g, const char *key, const char *usual, const char *other)
+static int check_string(const struct opening *o, const char *key, const char *usual, const char *other)
 {
-    char text[NAME];
+    char text[80];
     struct kv kv;
-    if (!find_kv(g, key, &kv)) return 0;
+    if (!find_kv(o, key, &kv)) return 0;
     if (kv.type != KV_STRING)
-        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv.type]);
+        return refuse(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
     struct string s = take_string(&kv.value);
     if (string_is(s, usual) || string_is(s, other)) return 0;
-    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual);
+    return refuse(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
 }
 
 /* ==== 12. Opening a model ======================================================================= */
 
-/* The sizes that Google published: the only place that knows them. What a file leaves out is taken from
- * here, and, when both the layers and d_model are a published size's, so is what its keys contradict. */
+/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
+ * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
 static const struct published {
     const char *name;
     int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
     float rope_factor;               /* of global layers */
-    int query_divisor;               /* queries are scaled by 1/sqrt of it; 27B: d_model / n_heads */
+    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
 } published[] = {
-    /*        layers  d_model   d_ff  heads  kv  head_dim  window  RoPE  query */
-    {"270M",      18,     640,  2048,     4,  1,      256,    512,    1,   256},
-    {"1B",        26,    1152,  6912,     4,  1,      256,    512,    1,   256},
-    {"4B",        34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
-    {"12B",       48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
-    {"27B",       62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
+    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
+    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
+    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
+    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
+    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
 };
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
@@ -3095,87 +3377,54 @@ static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
 
-/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
-struct arena {
-    uint8_t *base;
-    size_t used, size;
-};
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
-static void *piece(struct arena *a, size_t count, size_t bytes)
-{
-    size_t at = a->used, size = times(count, bytes);
-    a->used = plus(at, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
-    return a->base && a->used <= a->size ? a->base + at : NULL;
-}
-
-struct opening {
-    struct gguf g;
-    char shortened[SHORT_PATH];
-    gemma3_model *m;
-    gemma3_options options;
-    struct arena arena;
-    const struct published *size;    /* the published one with as many layers, or NULL */
-    int copies;                      /* the file's strings are copied */
-    int failed;                      /* a number was refused */
-};
-
 static int no_room(const struct opening *o)
 {
-    return fail(o->g.err, "%s needs more than the %llu bytes of memory that were given", o->g.name,
-                (unsigned long long)o->arena.size);
+    return refuse(o, " needs more than the %llu bytes of memory that were given",
+                  (unsigned long long)o->arena.size);
 }
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
-static int refuse_others(struct opening *o)
+static int refuse_others(const struct opening *o)
 {
-    struct gguf *g = &o->g;
     struct kv kv;
-    struct tensor t;
-    double count = 0;
-    if (find_kv(g, "split.count", &kv) && !read_number(&kv, &count) && count > 1) /* only the first part has keys */
-        return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
-                    g->name, count);
-    if (!find_kv(g, "general.architecture", &kv))
-        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name);
-    if (string_is(get_string(g, "general.architecture"), "clip"))
-        return fail(g->err, "%s holds the image encoder (mmproj) of a model: give the file of the text model", g->name);
-    if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
-    for (uint64_t k = 0; k < g->n_tensors; k++) {
-        struct cursor c = {g, g->tensor[k].at, 0};
-        if (read_tensor(&c, &t)) return -1;
-        size_t n = strlen(t.name);
-        if (!strncmp(t.name, "dense", 5))
-            return fail(g->err, "%s: tensor %s belongs to an embedding model (EmbeddingGemma), not to a Gemma 3 text model",
-                        g->name, t.name);
-        if (n > 16 && !strcmp(t.name + n - 15, "attn_qkv.weight"))
-            return fail(g->err, "%s: tensor %s is a fused projection, expected attn_q, attn_k and attn_v", g->name,
-                        t.name);
+    double n = 0;
+    char text[80];
+    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1) /* later parts lack keys */
+        return refuse(o, " is one of %.0f parts of a split model: merge them first "
+                      "(llama-gguf-split --merge)", n);
+    if (!find_kv(o, "general.architecture", &kv))
+        return refuse(o, ": general.architecture is missing, expected \"gemma3\"");
+    if (string_is(get_string(o, "general.architecture"), "clip"))
+        return refuse(o, " is only a model's image encoder (mmproj): give the text model's file");
+    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
+    for (size_t k = 0; k < o->n_tensors; k++) {
+        struct string name = name_at(o, o->tensor[k]);
+        if (name.n > 5 && !memcmp(name.text, "dense", 5))
+            return refuse(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
+                          "Gemma 3 text model", shown(name, text));
+        if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
+            return refuse(o, ": tensor %s is a fused projection, expected attn_q, attn_k and attn_v",
+                          shown(name, text));
     }
     return 0;
 }
 
 /* ---- What the keys say ----
  *
- * Keys that lie. Files exist whose keys contradict the model they hold: Ollama's own gemma3:1b has
- * final_logit_softcapping 30, which belongs to Gemma 2 (transformers' Gemma3 config has null; Ollama took it out later),
- * and obeying it halves the probability of the right word; converters have left out or changed the RoPE
- * factor and the local base. So for the published sizes the definition (technical report, transformers'
- * config.json) wins, and a note says so; options.obey_file lets the file win, for those who check what
- * another engine makes of it and for models whose context was extended. Other shapes obey their file. */
+ * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
+ * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3, and taken
+ * out by Ollama later); obeying it halves the probability of the right word. Others have lost or
+ * changed RoPE's factor or local base. So for a published size its definition (technical report,
+ * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. */
 
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
 
-/* Key "gemma3.KEY", or 0. */
-static int find_own_kv(struct opening *o, const char *key, struct kv *kv)
+static int find_own_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    char full[NAME] = "gemma3.";
-    strcat(full, key);
-    return find_kv(&o->g, full, kv);
+    char full[80] = "gemma3.";
+    return find_kv(o, strcat(full, key), kv);
 }
 
 static void set_origin(gemma3_model *m, const char *key, const char *origin)
@@ -3185,40 +3434,39 @@ static void set_origin(gemma3_model *m, const char *key, const char *origin)
     m->origin[m->n_origins++].origin = origin;
 }
 
-/* Its number in [low, high], an integer unless high is ANY, or, when it is absent, fallback. The first
- * that is refused sets o->failed; low, which does no harm, is returned from then on. */
+/* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
+ * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
 static double get_number(struct opening *o, const char *key, double low, double high, double fallback)
 {
-    const struct gguf *g = &o->g;
     double x = low;
     struct kv kv;
     if (o->failed) return low;
     if (!find_own_kv(o, key, &kv)) {
-        if (fallback == REQUIRED) o->failed = fail(g->err, "%s: key gemma3.%s is missing", g->name, key);
+        if (fallback == REQUIRED) o->failed = refuse(o, ": key gemma3.%s is missing", key);
         else set_origin(o->m, key, "default");
         return o->failed ? low : fallback;
     }
-    o->failed = read_number(&kv, &x);
+    o->failed = read_number(o, kv, &x);
     if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
-        o->failed = fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, kv.name, x,
-                         (int)low, (int)high);
+        o->failed = refuse(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
+                           (int)low, (int)high);
     else if (!o->failed && !(x >= low && x <= high))
-        o->failed = fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, kv.name, x, low);
+        o->failed = refuse(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x, low);
     return o->failed ? low : x;
 }
 
-/* The same for what the model's definition knows; older: another spelling of the key, or NULL. */
-static double get_defined(struct opening *o, const char *key, const char *older, double low, double high,
-                          double definition)
+/* The same for what the definition says; older: another spelling of the key, or NULL. */
+static double get_defined(struct opening *o, const char *key, const char *older, double low,
+                          double high, double definition)
 {
     gemma3_model *m = o->m;
     struct kv kv;
     if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
-    double x = get_number(o, key, low, high, definition), off = x > definition ? x - definition : definition - x;
+    double x = get_number(o, key, low, high, definition), off = x - definition;
     if (o->failed || !m->published || o->options.obey_file) return x;
-    if (off > 1e-6 * definition && m->n_notes < MAX_NOTES) {
-        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, which is used", key, x,
-              m->published->name, definition);
+    if ((off > 0 ? off : -off) > 1e-6 * definition && m->n_notes < MAX_NOTES) {
+        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, "
+              "which is used", key, x, m->published->name, definition);
         set_origin(m, key, "overridden");
     }
     return definition;
@@ -3228,59 +3476,64 @@ static double get_defined(struct opening *o, const char *key, const char *older,
 static int configure_heads(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    struct tensor q, k;
-    int has_q = find_tensor(&o->g, "blk.0.attn_q.weight", &q) && q.ne[1] <= 1 << 20;
-    int has_k = find_tensor(&o->g, "blk.0.attn_k.weight", &k) && k.ne[1] <= 1 << 20;
+    struct tensor t;
+    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
     c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
-    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, has_q ? (int)q.ne[1] / c->n_heads : 0);
+    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
     if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
-        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim);
-    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, has_k ? (int)k.ne[1] / c->head_dim : 0);
+        return refuse(o, ": heads of %d elements, expected an even number", c->head_dim);
+    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
+    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads,
-                    c->n_kv_heads);
-    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
-    if (!o->failed && value_length != c->head_dim)
-        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name,
-                    value_length, c->head_dim);
-    return o->failed;
+        return refuse(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
+                      c->n_kv_heads);
+    if (value_length != c->head_dim)
+        return refuse(o, ": gemma3.attention.value_length is %d, expected key_length's %d",
+                      value_length, c->head_dim);
+    return 0;
 }
 
 /* Which layers are local: gemma3.attention.sliding_window_pattern is absent (6), a number n (every
  * n-th layer is global), or an array with one bool for each layer (true: local). */
 static int configure_layers(struct opening *o)
 {
+    const char *key = "attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
     struct kv kv;
-    int pattern = 0, is_array = find_own_kv(o, "attention.sliding_window_pattern", &kv) && kv.type == KV_ARRAY;
-    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24, o->size ? o->size->window : 0);
+    int is_array = find_own_kv(o, key, &kv) && kv.type == KV_ARRAY;
+    int n = is_array ? 0 : (int)get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
+    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
+                                 o->size ? o->size->window : 0);
     if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
-        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers",
-                    o->g.name, c->n_layers);
-    if (!is_array) pattern = (int)get_number(o, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6);
-    const uint8_t *local = is_array ? take(&kv.value, c->n_layers) : NULL;
-    for (int l = 0; l < c->n_layers; l++)
-        c->is_local[l] = c->window > 0 && (local ? local[l] != 0 : pattern > 1 && (l + 1) % pattern != 0);
+        return refuse(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
+    for (int l = 0; l < c->n_layers; l++) {
+        int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
+        c->is_local[l] = (uint8_t)(local && c->window > 0);
+    }
     return o->failed;
 }
 
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    int no_scaling = string_is(get_string(&o->g, "gemma3.rope.scaling.type"), "none");
-    int is_fixed = o->m->published && !o->options.obey_file;
-    c->rope_base_global = (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
-    c->rope_base_local = (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
-    c->rope_factor = (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY,
-                                        o->size ? o->size->rope_factor : 1);
-    if (!is_fixed && (c->rope_factor == 0 || no_scaling)) c->rope_factor = 1;
-    /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
+    float factor = o->size ? o->size->rope_factor : 1;
+    if (check_string(o, "gemma3.rope.scaling.type", "linear", "none")) return -1;
+    int none = string_is(get_string(o, "gemma3.rope.scaling.type"), "none");
+    c->rope_base_global =
+        (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
+    c->rope_base_local =
+        (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
+    c->rope_factor =
+        (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY, factor);
+    if (!o->m->published || o->options.obey_file)
+        if (none || c->rope_factor == 0) c->rope_factor = 1;
+    /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
     if (!o->failed && c->rope_factor < 0x1p-7f)
-        return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
-                    o->g.name, (double)c->rope_factor);
+        return refuse(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
+                      "stay below 2^31)", (double)c->rope_factor);
     return o->failed;
 }
 
@@ -3293,13 +3546,13 @@ static int configure(struct opening *o)
     c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
     c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
     if (!o->failed && c->rms_eps == 0)
-        return fail(o->g.err, "%s: key gemma3.attention.layer_norm_rms_epsilon is 0, expected more", o->g.name);
+        return refuse(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     for (size_t k = 0; k < sizeof published / sizeof *published; k++)
         if (published[k].n_layers == c->n_layers) o->size = &published[k];
     if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
     c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
+    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
     int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
     float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
     c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
@@ -3309,98 +3562,85 @@ static int configure(struct opening *o)
 
 /* ---- The tokenizer ---- */
 
-/* The arrays that the tokenizer works on. */
+/* What the tokenizer works on; the texts stay in the header. */
 struct vocab_room {
     const char **text;
     uint32_t *length;
     float *score;
     int32_t *type;
-    char *bytes;                     /* of the texts, when they cannot stay in the file */
     void *tokenizer;
     size_t tokenizer_bytes;
 };
 
-/* Strings stay where they are in memory that the caller has promised to keep; those of a mapped file,
- * which somebody may empty, and of one that is read in pieces are copied. */
-static struct vocab_room make_vocab_room(struct arena *a, const struct kv *tokens, int n, int copies)
+static struct vocab_room make_vocab_room(struct arena *a, int n)
 {
     struct vocab_room r;
-    gemma3_vocab v = {.n_vocab = n};
     r.text = piece(a, n, sizeof *r.text);
     r.length = piece(a, n, sizeof *r.length);
     r.score = piece(a, n, sizeof *r.score);
     r.type = piece(a, n, sizeof *r.type);
-    r.bytes = piece(a, copies ? (size_t)(tokens->bytes - 8 * tokens->count) : 0, 1);
-    r.tokenizer_bytes = gemma3_tokenizer_size(&v);
+    r.tokenizer_bytes = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
     r.tokenizer = piece(a, r.tokenizer_bytes, 1);
     return r;
 }
 
-static int is_array_of(const struct kv *kv, uint32_t element, uint64_t n)
+static int is_array_of(const struct kv *kv, uint32_t element, int n)
 {
-    return kv->type == KV_ARRAY && kv->element == element && kv->count >= n;
+    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
 }
 
-static int read_texts(struct opening *o, const struct kv *tokens, const struct vocab_room *r)
-{
-    struct cursor c = tokens->value;
-    char *to = r->bytes;
-    for (int k = 0; k < o->m->vocab.n_vocab; k++) {
-        struct string s = take_string(&c);
-        if (c.failed) return refuse_end(&c);
-        if (!s.text)
-            return fail(o->g.err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d",
-                        o->g.name, k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
-        if (o->copies) s.text = memcpy(to, s.text, s.n), to += s.n;
-        r->text[k] = s.text;
-        r->length[k] = (uint32_t)s.n;
-    }
-    return 0;
-}
-
+/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
+ * (rank_merges). */
 static int read_vocab(struct opening *o, struct vocab_room *r)
 {
-    gemma3_model *m = o->m;
-    struct gguf *g = &o->g;
     struct kv tokens, scores, types, merges;
-    int has_merges = find_kv(g, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1), n;
-    if (check_string(g, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
-    int by_rank = string_is(get_string(g, "tokenizer.ggml.model"), "gpt2");
-    if (!find_kv(g, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
-        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name);
-    n = m->token_embd.rows;
+    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
+    has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
+    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+        return refuse(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
+    int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    if (!by_rank && (!find_kv(g, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
-        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n);
-    int has_types = find_kv(g, "tokenizer.ggml.token_type", &types);
+    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores) && is_array_of(&scores, KV_F32, n);
+    if (!has_merges && !has_scores)
+        return refuse(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
+    int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
-        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n);
-    *r = make_vocab_room(&o->arena, &tokens, n, o->copies);
+        return refuse(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
+    *r = make_vocab_room(&o->arena, n);
     if (!r->tokenizer) return no_room(o);
-    m->config.n_vocab = n;
-    m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length, .score = r->score, .type = r->type};
-    if (read_texts(o, &tokens, r)) return -1;
-    for (int k = 0; k < n; k++) r->score[k] = by_rank ? -(float)merges.count : float_of(take_u32(&scores.value));
-    for (int k = 0; k < n; k++) r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+    for (int k = 0; k < n; k++) {
+        struct string s = take_string(&tokens.value);
+        if (s.n > GEMMA3_PIECE_MAX)
+            return refuse(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d",
+                          k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
+        r->text[k] = s.text;
+        r->length[k] = (uint32_t)s.n;
+        r->score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+    }
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length,
+                                 .score = r->score, .type = r->type, .stop = o->m->stop};
+    o->m->config.n_vocab = n;
     return 0;
 }
 
-/* A vocabulary without scores (tokenizer.ggml.model "gpt2"): merges "a b" in the order in which they are made.
- * The rank of the first that makes a piece takes the place of its score. */
-static int rank_merges(struct opening *o, float *score)
+/* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
+ * takes the place of its score. */
+static int rank_merges(const struct opening *o, float *score)
 {
     struct kv merges;
-    if (!string_is(get_string(&o->g, "tokenizer.ggml.model"), "gpt2")) return 0;
+    if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
-        return fail(o->g.err, "%s: tokenizer.ggml.tokens has no token <0x0A>: it is not Gemma's vocabulary", o->g.name);
-    if (!find_kv(&o->g, "tokenizer.ggml.merges", &merges)) return 0;
+        return refuse(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
+    find_kv(o, "tokenizer.ggml.merges", &merges);
     for (uint64_t k = 0; k < merges.count; k++) {
-        char joined[WINDOW];
+        char joined[GEMMA3_PIECE_MAX];
         struct string s = take_string(&merges.value);
-        const char *space = s.n > 2 && s.text ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
-        if (!space)
-            return fail(o->g.err, "%s: key tokenizer.ggml.merges: number %llu is no pair of pieces", o->g.name,
-                        (unsigned long long)k);
+        const char *space = s.n > 2 ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
+        if (!space || s.n > sizeof joined)
+            return refuse(o, ": key tokenizer.ggml.merges: number %llu is no pair of pieces",
+                          (unsigned long long)k);
         size_t left = (size_t)(space - s.text);
         memcpy(joined, s.text, left);
         memcpy(joined + left, space + 1, s.n - left - 1);
@@ -3411,27 +3651,27 @@ static int rank_merges(struct opening *o, float *score)
 }
 
 /* The ids that a key gives, one or an array: how many, or -1. */
-static int ids_of_key(struct opening *o, const char *key, int32_t *ids, int max)
+static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, int max)
 {
     struct kv kv;
+    double x;
     int n_vocab = o->m->vocab.n_vocab;
-    if (!find_kv(&o->g, key, &kv)) return 0;
+    if (!find_kv(o, key, &kv)) return 0;
     if (kv.count > (uint64_t)max)
-        return fail(o->g.err, "%s: key %s has %llu ids, expected at most %d", o->g.name, key,
-                    (unsigned long long)kv.count, max);
-    for (uint64_t k = 0; k < kv.count; k++) {
-        double x;
-        if (take_number(&kv.value, &kv, &x)) return -1;
+        return refuse(o, ": key %s has %llu ids, expected at most %d", key,
+                      (unsigned long long)kv.count, max);
+    for (int k = 0; k < (int)kv.count; k++) {
+        if (take_number(o, &kv, &x)) return -1;
         if (!(x >= 0 && x < n_vocab))
-            return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, n_vocab);
+            return refuse(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
         ids[k] = (int32_t)x;
-        if (ids[k] != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x);
+        if (ids[k] != x) return refuse(o, ": key %s is %.10g, expected an integer", key, x);
     }
     return (int)kv.count;
 }
 
 /* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
-static int special_id(struct opening *o, const char *key, const char *text, int32_t *id)
+static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
 {
     const gemma3_vocab *v = &o->m->vocab;
     int n = ids_of_key(o, key, id, 1);
@@ -3443,8 +3683,8 @@ static int special_id(struct opening *o, const char *key, const char *text, int3
 
 static int open_tokenizer(struct opening *o)
 {
-    static const char *const end_keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_token_ids",
-                                            "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const end_keys[] = {"tokenizer.ggml.eos_token_ids",
+                                           "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     struct vocab_room r = {0};
@@ -3453,34 +3693,41 @@ static int open_tokenizer(struct opening *o)
     if (read_vocab(o, &r) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
-    for (int k = 0, n; k < 4; k++, v->n_stop += n) {
-        if ((n = ids_of_key(o, end_keys[k], m->stop + v->n_stop, MAX_END_IDS - v->n_stop)) < 0) return -1;
-        if (k == 0 && n > 0) v->eos = m->stop[0];
-        else if (k == 0 && special_id(o, end_keys[k], "<eos>", &v->eos)) return -1;
+    int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
+    if (n > 0) v->eos = m->stop[0];
+    else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
+    for (int k = 0; k < 3 && n >= 0; k++) {
+        v->n_stop += n;
+        n = ids_of_key(o, end_keys[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
     }
-    v->stop = m->stop;
-    if (find_kv(&o->g, "tokenizer.ggml.add_bos_token", &kv) && read_number(&kv, &add_bos)) return -1;
+    if (n < 0) return -1;
+    v->n_stop += n;
+    if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->g.err);
+    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->err);
     return m->tokenizer ? rank_merges(o, r.score) : -1;
 }
 
 /* ---- Weights ---- */
 
-enum dim { ONE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
+enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
 
-static int dim_of(const gemma3_config *c, enum dim d)
+static int dim_of(const gemma3_model *m, enum dim d)
 {
-    const int n[] = {1, c->d_model, c->d_ff, c->head_dim, c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    const gemma3_config *c = &m->config;
+    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
+                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
     return n[d];
 }
 
-/* What a layer has: "blk.N.NAME.weight" [rows][cols]; a norm has one row. */
-static const struct layer_tensor {
+/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
+ * the first and the last two are the model's, those between each layer's. A norm has one row. */
+static const struct tensor_place {
     const char *name;
-    size_t at;                       /* in struct layer: a matrix or, of a norm, its numbers */
+    size_t at;                       /* in the model or the layer: its matrix or norm */
     enum dim rows, cols;
-} layer_tensors[] = {
+} places[] = {
+    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
     {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
     {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
     {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
@@ -3494,87 +3741,83 @@ static const struct layer_tensor {
     {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
     {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
     {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
+    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
+    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
 };
-enum { N_LAYER_TENSORS = sizeof layer_tensors / sizeof *layer_tensors };
+enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
 
 /* One tensor that the model needs. rows 0: as many as the file has. */
 struct slot {
-    char name[NAME];
+    char name[48];
     int layer, rows, cols;
     struct matrix *w;                /* NULL of a norm */
     const float **norm;
 };
 
-/* Tensor number index, in the order of the forward pass; -1 after the last. */
+/* Number index of them; -1 after the last. */
 static int find_slot(gemma3_model *m, int index, struct slot *t)
 {
-    const gemma3_config *c = &m->config;
-    int l = (index - 1) / N_LAYER_TENSORS, in_layers = c->n_layers * N_LAYER_TENSORS, after = index - 1 - in_layers;
-    *t = (struct slot){.layer = -1, .rows = m->token_embd.rows, .cols = c->d_model};
-    if (index < 0 || after > !m->tied) return -1;
-    if (index == 0) strcpy(t->name, "token_embd.weight"), t->w = &m->token_embd;
-    else if (after == 1) strcpy(t->name, "output.weight"), t->w = &m->output;
-    else if (after == 0) strcpy(t->name, "output_norm.weight"), t->norm = &m->output_norm, t->rows = 1;
-    if (index == 0 || after >= 0) return 0;
-    const struct layer_tensor *k = &layer_tensors[(index - 1) % N_LAYER_TENSORS];
-    char *of_layer = (char *)&m->layer[l] + k->at, *p = t->name;
-    strcpy(p, "blk.");
-    p += 4;
-    for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10) *p++ = (char)('0' + l / unit % 10);
-    strcat(strcat(strcpy(p, "."), k->name), ".weight");
-    t->layer = l, t->rows = dim_of(c, k->rows), t->cols = dim_of(c, k->cols);
-    if (k->rows == ONE) t->norm = (const float **)(void *)of_layer;
-    else t->w = (struct matrix *)(void *)of_layer;
+    int in_layers = m->config.n_layers * PER_LAYER, l = (index - 1) / PER_LAYER;
+    int is_layers = index >= 1 && index <= in_layers;
+    const struct tensor_place *p = &places[index < 1 ? 0 : is_layers ? 1 + (index - 1) % PER_LAYER :
+                                           min_int(index - in_layers + PER_LAYER, N_PLACES - 1)];
+    if (index < 0 || index > in_layers + 2 - m->tied) return -1;
+    *t = (struct slot){.layer = is_layers ? l : -1, .rows = dim_of(m, p->rows),
+                       .cols = dim_of(m, p->cols)};
+    char *to = t->name, *owner = is_layers ? (char *)&m->layer[l] : (char *)m;
+    if (is_layers) {
+        to += strlen(strcpy(to, "blk."));
+        for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
+            *to++ = (char)('0' + l / unit % 10);
+        *to++ = '.';
+    }
+    strcat(strcpy(to, p->name), ".weight");
+    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
+    else t->w = (struct matrix *)(void *)(owner + p->at);
     return 0;
 }
 
-/* All types of ggml by number, those that were removed too. */
+/* All types of ggml by number, those that were removed from it too. */
 static const char *const type_names[] = {
-    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-    "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16",
-    "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4",
-    "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4", "Q1_0"};
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
+    "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4", "Q1_0"};
+enum { N_TYPES = sizeof type_names / sizeof *type_names };
 
-/* [ne1][ne0], and what is not 1 before them. */
-static void print_shape(char out[96], const struct tensor *t)
+static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
 {
-    int first = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1;
-    for (int k = first; k >= 0; k--, out += strlen(out)) print(out, 24, "[%llu]", (unsigned long long)t->ne[k]);
-}
-
-/* Checks a tensor's type and shape. */
-static int check_tensor(const struct gguf *g, const struct slot *s, const struct tensor *t, const struct format *f)
-{
-    char shape[96], want[24] = "any number of tokens";
-    if (!f && t->type < sizeof type_names / sizeof *type_names) print(want, sizeof want, "%s", type_names[t->type]);
-    else if (!f) print(want, sizeof want, "%u", (unsigned)t->type);
-    if (!f)
-        return fail(g->err, "%s: tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
-                    "Q2_K to Q6_K IQ4_NL are)", g->name, s->name, want);
+    const struct format *f = find_format(t->type);
+    char shape[96], *to = shape, want[24] = "any number of tokens";
+    if (!f) {
+        if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
+        else print(want, sizeof want, "%u", (unsigned)t->type);
+        return refuse(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 "
+                      "Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)", s->name, want);
+    }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
     if (s->rows) print(want, sizeof want, "%d", s->rows);
-    print_shape(shape, t);
+    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
+        print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
     if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, s->name, shape, want, s->cols);
+        return refuse(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
     if (s->cols % f->elements)
-        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, s->name,
-                    s->cols, f->name, f->elements);
+        return refuse(o, ": tensor %s has rows of %d, expected a multiple of %s's block of %d",
+                      s->name, s->cols, f->name, f->elements);
     if (s->norm && !is_float(f))
-        return fail(g->err, "%s: tensor %s has type %s, expected F32", g->name, s->name, f->name);
+        return refuse(o, ": tensor %s has type %s, expected F32", s->name, f->name);
     return 0;
 }
 
-/* A norm's vector, copied out as float32; what is read from the file goes to the end of the same room. */
+/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
 static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
 {
     float *out = piece(&o->arena, w->cols, sizeof *out);
     if (!out) return no_room(o);
-    if (!w->data) {
-        uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
-        if (o->g.from.read(o->g.from.user, w->offset, bytes, w->row_bytes))
-            return fail(o->g.err, "%s: tensor %s cannot be read", o->g.name, s->name);
-        w->data = bytes;
-    }
+    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
+        return refuse(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = bytes;
     o->m->kernels->dequantize(w, 0, out);
     *s->norm = out;
     return 0;
@@ -3583,25 +3826,24 @@ static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
 /* Finds a tensor and checks its type, shape and end. */
 static int bind(struct opening *o, const struct slot *s)
 {
-    struct gguf *g = &o->g;
     struct tensor t;
     struct matrix norm, *w = s->w ? s->w : &norm;
-    if (!find_tensor(g, s->name, &t)) return fail(g->err, "%s: tensor %s is missing", g->name, s->name);
+    if (!find_tensor(o, s->name, &t)) return refuse(o, ": tensor %s is missing", s->name);
+    if (check_tensor(o, s, &t)) return -1;
     const struct format *f = find_format(t.type);
-    if (check_tensor(g, s, &t, f)) return -1;
     size_t row_bytes = (size_t)(s->cols / f->elements) * f->bytes;
-    uint64_t bytes = (uint64_t)row_bytes * t.ne[1], left = g->from.size > g->data ? g->from.size - g->data : 0;
-    if (t.offset % g->alignment)
-        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, s->name,
-                    (unsigned long long)t.offset, (unsigned long long)g->alignment);
+    uint64_t bytes = row_bytes * t.ne[1], left = o->from.size > o->data ? o->from.size - o->data : 0;
+    if (t.offset % o->alignment)
+        return refuse(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
+                      (unsigned long long)t.offset, (unsigned long long)o->alignment);
     if (t.offset > left || bytes > left - t.offset)
-        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, s->name,
-                    (unsigned long long)(t.offset + bytes - left));
+        return refuse(o, " is truncated: tensor %s ends %llu bytes past the end of the file", s->name,
+                      (unsigned long long)(t.offset + bytes - left));
     *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
-                         .offset = g->data + t.offset};
-    if (g->from.data) w->data = (const uint8_t *)g->from.data + w->offset;
+                         .offset = o->data + t.offset};
+    if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
+    else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
     o->m->weight_bytes += (size_t)bytes;
-    if (row_bytes > o->m->row_bytes) o->m->row_bytes = row_bytes;
     return s->norm ? bind_norm(o, s, w) : 0;
 }
 
@@ -3612,10 +3854,10 @@ static int bind_weights(struct opening *o)
     struct tensor t;
     m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
     if (!m->layer) return no_room(o);
-    m->tied = !find_tensor(&o->g, "output.weight", &t);
+    m->tied = !find_tensor(o, "output.weight", &t);
     for (int k = 0; !find_slot(m, k, &s); k++)
         if (bind(o, &s)) return -1;
-    if (m->tied) m->output = m->token_embd;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3651,7 +3893,7 @@ static void repack_task(void *arg, int index, int worker)
 
 static size_t tiled_bytes(const struct matrix *w)
 {
-    return is_float(w->format) ? 0 : (size_t)n_tiles(w) * TILE_ROWS * w->row_bytes;
+    return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
 static int repack(struct opening *o)
@@ -3659,19 +3901,21 @@ static int repack(struct opening *o)
     gemma3_model *m = o->m;
     const gemma3_options *p = &o->options;
     struct slot s;
-    for (int k = 0, n = 1 + m->config.n_layers * N_LAYER_TENSORS; !find_slot(m, k, &s); k++) {
+    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
         if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
-        if (!s.w || is_float(s.w->format)) continue;
-        struct repack job = {m, s.w, piece(&o->arena, 1, tiled_bytes(s.w)),
-                             MIN_REPACK_TASKS + (int)(tiled_bytes(s.w) / REPACK_BYTES)};
+        size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
+        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
         if (!job.to) return no_room(o);
-        if (p->parallel_for && p->n_threads > 1) p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
+        if (!bytes) continue;
+        if (p->parallel_for && p->n_threads > 1)
+            p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
         else
             for (int i = 0; i < job.n_tasks; i++) repack_task(&job, i, 0);
         s.w->data = job.to;
         s.w->tiled = 1;
     }
-    if (m->tied) m->output = m->token_embd;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3685,30 +3929,57 @@ static int choose_kernels(struct opening *o)
             o->m->kernels = &all_kernels[k];
             return 0;
         }
-    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
+    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
 
-static int repacks(const struct opening *o) { return o->g.from.data && !o->options.exact && !o->options.no_repack; }
-
-/* The chat template, which stays in the file or is copied, as the vocabulary's texts are. */
-static int read_template(struct opening *o)
+/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
+static void count_kv(struct opening *o, struct kv *kv)
 {
-    gemma3_model *m = o->m;
+    double n = 0;
+    if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
+        piece(&o->arena, n < GEMMA3_MAX_LAYERS ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
+        make_vocab_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
+}
+
+static void count_tensor(struct opening *o, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
+                       .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
+    o->counted += (uint64_t)w.row_bytes * t->ne[1];
+    if (o->counted / 4 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+}
+
+/* Walks through the header: notes where pairs and infos begin or, without a model, counts pieces. */
+static int walk(struct opening *o)
+{
+    struct cursor c = cursor_at(o, 0);
     struct kv kv;
-    if (!find_kv(&o->g, "tokenizer.chat_template", &kv) || kv.type != KV_STRING || kv.bytes <= 8) return 0;
-    m->template_bytes = (size_t)(kv.bytes - 8);
-    advance(&kv.value, 8);
-    if (o->g.from.data) m->chat_template = (const char *)o->g.from.data + kv.value.at;
-    if (!o->copies) return 0;
-    char *to = piece(&o->arena, m->template_bytes, 1);
-    if (!to) return no_room(o);
-    for (size_t n, done = 0; done < m->template_bytes; done += n) {
-        n = m->template_bytes - done < WINDOW ? m->template_bytes - done : WINDOW;
-        const uint8_t *p = take(&kv.value, n);
-        if (!p) return refuse_end(&kv.value);
-        memcpy(to + done, p, n);
+    struct tensor t;
+    if (read_start(o, &c)) return -1;
+    o->kv = piece(&o->arena, (size_t)o->n_kv, sizeof *o->kv);
+    o->tensor = piece(&o->arena, (size_t)o->n_tensors, sizeof *o->tensor);
+    if (o->m && !o->tensor) return no_room(o);
+    for (size_t k = 0; k < o->n_kv && !c.failed; k++) {
+        if (o->m) o->kv[k] = o->n_header - c.left;
+        if (read_kv(o, &c, &kv)) return -1;
+        if (!o->m && !c.failed) count_kv(o, &kv);
     }
-    m->chat_template = to;
+    for (size_t k = 0; k < o->n_tensors && !c.failed; k++) {
+        if (o->m) o->tensor[k] = o->n_header - c.left;
+        if (read_tensor(o, &c, &t)) return -1;
+        if (!o->m && !c.failed) count_tensor(o, &t);
+    }
+    if (c.failed) return refuse_end(o);
+    o->data = o->n_header -= c.left;
+    if (!o->from.is_mapped) return 0;
+    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
+    if (o->m && !copy) return no_room(o);
+    if (copy) o->header = memcpy(copy, o->header, o->n_header);
     return 0;
 }
 
@@ -3716,141 +3987,85 @@ static int open_steps(struct opening *o)
 {
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
-    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault);
-    struct cursor c = {&o->g, 0, 0};
-    if (choose_kernels(o) || read_header(&c)) return -1;
-    o->g.kv = piece(&o->arena, (size_t)(o->g.n_kv + o->g.n_tensors), sizeof *o->g.kv);
-    if (!o->g.kv) return no_room(o);
-    o->g.tensor = o->g.kv + o->g.n_kv;
-    if (read_gguf(&o->g) || refuse_others(o) || configure(o) || bind_weights(o) || open_tokenizer(o) ||
-        read_template(o))
+    if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
+    if (choose_kernels(o) || walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) ||
+        configure(o) || bind_weights(o) || open_tokenizer(o))
         return -1;
-    m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (repacks(o) && repack(o)) return -1;
-    struct string name = get_string(&o->g, "general.name");
-    if (name.text) memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    return 0;
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
+    struct string name = get_string(o, "general.name");
+    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    m->chat_template = get_string(o, "tokenizer.chat_template");
+    return o->repacks ? repack(o) : 0;
 }
 
-/* Counts, by the lines that take them, the pieces that a file needs; tensors that are not asked for, too. */
-static int count_pieces(struct opening *o)
-{
-    struct cursor c = {&o->g, 0, 0};
-    struct arena *a = &o->arena;
-    struct kv kv;
-    struct tensor t;
-    double n_layers = 0;
-    uint64_t total = 0;              /* tensors may overlap, but not without end */
-    if (read_header(&c)) return -1;
-    piece(a, 1, sizeof(gemma3_model));
-    piece(a, (size_t)(o->g.n_kv + o->g.n_tensors), sizeof(struct entry));
-    for (uint64_t k = 0; k < o->g.n_kv && !c.failed; k++) {
-        if (read_kv(&c, &kv)) return -1;
-        if (c.failed) break;
-        if (!strcmp(kv.name, "gemma3.block_count") && kv.type != KV_ARRAY && !read_number(&kv, &n_layers) &&
-            n_layers >= 1 && n_layers <= GEMMA3_MAX_LAYERS)
-            piece(a, (size_t)n_layers, sizeof(struct layer));
-        if (!strcmp(kv.name, "tokenizer.ggml.tokens") && is_array_of(&kv, KV_STRING, 1))
-            make_vocab_room(a, &kv, kv.count < 1 << 24 ? (int)kv.count : 1 << 24, o->copies);
-        if (!strcmp(kv.name, "tokenizer.chat_template") && o->copies) piece(a, (size_t)kv.bytes, 1);
-    }
-    for (uint64_t k = 0; k < o->g.n_tensors && !c.failed; k++) {
-        if (read_tensor(&c, &t)) return -1;
-        if (c.failed) break;
-        const struct format *f = find_format(t.type);
-        if (!f || t.ne[0] > 1 << 20 || t.ne[1] > 1 << 24) continue;
-        struct matrix w = {.format = f, .rows = (int)t.ne[1], .cols = (int)t.ne[0],
-                           .row_bytes = (size_t)t.ne[0] / f->elements * f->bytes};
-        total += w.row_bytes * t.ne[1];
-        if (total / 4 > o->g.from.size) break;
-        if (w.rows == 1) piece(a, w.cols, sizeof(float));
-        if (repacks(o)) piece(a, 1, tiled_bytes(&w));
-    }
-    return c.failed ? refuse_end(&c) : 0;
-}
-
-static void start(struct opening *o, const gemma3_source *from, int mapped, const gemma3_options *options,
+static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
                   gemma3_error *err)
 {
     memset(o, 0, sizeof *o);
-    o->g.from = *from;
-    if (!from->data && !from->read) o->g.from.size = 0;
-    o->g.name = short_path(from->name ? from->name : "a model in memory", o->shortened);
-    o->g.err = err;
+    o->from = *from;
+    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->read && !from->data) o->from.size = 0;
+    o->header = from->data ? from->data : (const uint8_t *)"";
+    o->n_header = o->from.n_data;
+    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
+    o->err = err;
     if (options) o->options = *options;
-    o->copies = mapped || !from->data;
+    o->repacks = !o->options.exact && !o->options.no_repack;
 }
 
-static size_t model_size(const gemma3_source *from, int mapped, const gemma3_options *options, gemma3_error *err)
+size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
+                         gemma3_error *err)
 {
     struct opening o;
-    start(&o, from, mapped, options, err);
-    if (count_pieces(&o)) return 0;
-    if (o.arena.used < SIZE_MAX - 64) return o.arena.used + 64; /* to align any memory to 64 */
-    return fail(err, "%s needs more memory than this machine can address", o.g.name), (size_t)0;
+    start(&o, from, options, err);
+    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
+    if (walk(&o)) return 0;
+    if (o.arena.used < SIZE_MAX) return o.arena.used;
+    refuse(&o, " needs more memory than this machine can address");
+    return 0;
 }
 
-static gemma3_model *init_model(const gemma3_source *from, int mapped, const gemma3_options *options, void *mem,
+gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
                                 size_t size, gemma3_error *err)
 {
     struct opening o;
     size_t to_align = -(uintptr_t)mem & 63;
     fp_state fp = fp_enter();
-    start(&o, from, mapped, options, err);
-    o.arena = (struct arena){(uint8_t *)mem + to_align, 0, size > to_align ? size - to_align : 0};
-    gemma3_model *m = o.m = piece(&o.arena, 1, sizeof *m);
-    int failed = m ? 0 : no_room(&o);
-    if (m) {
-        memset(m, 0, sizeof *m);
-        m->exact = o.options.exact;
-        m->source = o.g.from;
-        m->mapping = mapped ? from->data : NULL;
-        failed = open_steps(&o);
+    start(&o, from, options, err);
+    o.arena.base = (uint8_t *)mem + to_align;
+    o.arena.size = size > to_align ? size - to_align : 0;
+    o.m = piece(&o.arena, 1, sizeof *o.m);
+    if (o.m) {
+        memset(o.m, 0, sizeof *o.m);
+        o.m->source = o.from;
+        o.m->mapping = from->is_mapped ? from->data : NULL;
+        o.m->mapping_bytes = o.from.n_data;
+        o.m->exact = o.options.exact;
     }
+    int failed = o.m ? open_steps(&o) : no_room(&o);
     fp_leave(fp);
-    return failed ? NULL : m;
+    return failed ? NULL : o.m;
 }
 
-static gemma3_model *open_source(const gemma3_source *from, int mapped, const gemma3_options *options,
+gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options,
                                  gemma3_error *err)
 {
-    char shortened[SHORT_PATH];
-    size_t size = model_size(from, mapped, options, err);
-    if (!size) return NULL;
-    void *mem = malloc(size);
-    if (!mem) {
-        fail(err, "%s: out of memory for a model (%llu bytes)",
-             short_path(from->name ? from->name : "a model in memory", shortened), (unsigned long long)size);
-        return NULL;
-    }
+    size_t size = gemma3_model_size(from, options, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem) fail(err, "out of memory for a model (%llu bytes)", (unsigned long long)size);
+    if (!mem) return NULL;
     host_use_large_pages(mem, size);
-    gemma3_model *m = init_model(from, mapped, options, mem, size, err);
+    gemma3_model *m = gemma3_model_init(from, options, mem, size, err);
     if (m) m->allocated = mem;
     else free(mem);
     return m;
 }
 
-size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options, gemma3_error *err)
-{
-    return model_size(from, 0, options, err);
-}
-
-gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem, size_t size,
-                                gemma3_error *err)
-{
-    return init_model(from, 0, options, mem, size, err);
-}
-
-gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options, gemma3_error *err)
-{
-    return open_source(from, 0, options, err);
-}
-
-gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name, const gemma3_options *options,
-                                 gemma3_error *err)
+gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
+                                 const gemma3_options *options, gemma3_error *err)
 {
     gemma3_source from = {.data = data, .size = size, .name = name};
-    return open_source(&from, 0, options, err);
+    return gemma3_open_source(&from, options, err);
 }
 
 void gemma3_close(gemma3_model *m)
@@ -3864,20 +4079,24 @@ const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->con
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
-const char *gemma3_model_size_name(const gemma3_model *m) { return m->published ? m->published->name : ""; }
 int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->template_bytes > 0; }
+int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
 size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
-
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
-{
-    *n = m->template_bytes;
-    return m->chat_template;
-}
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
 {
     return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
+}
+
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
+{
+    *n = m->chat_template.n;
+    return *n ? m->chat_template.text : NULL;
+}
+
+const char *gemma3_model_size_name(const gemma3_model *m)
+{
+    return m->published ? m->published->name : "";
 }
 
 const char *gemma3_model_note(const gemma3_model *m, int index)
@@ -3887,7 +4106,7 @@ const char *gemma3_model_note(const gemma3_model *m, int index)
 
 const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
-    if (!strncmp(key, "gemma3.", 7)) key += 7;
+    key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
         if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
     return "";
@@ -3897,20 +4116,10 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
 {
     struct slot s;
     if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
-    *t = (gemma3_tensor){.layer = s.layer, .rows = s.rows, .cols = s.cols, .type = "F32"};
-    memcpy(t->name, s.name, sizeof t->name);
-    if (s.norm) t->norm = (float *)(uintptr_t)*s.norm;
-    else t->type = s.w->format->name, t->offset = s.w->offset, t->bytes = s.w->row_bytes * s.w->rows;
-    return 0;
-}
-
-int gemma3_model_row(const gemma3_model *m, int index, int row, float *out)
-{
-    struct slot s;
-    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s) || row < 0 || row >= s.rows) return -1;
-    if (s.w && !s.w->data) return -1;
-    if (s.norm) memcpy(out, *s.norm, s.cols * sizeof *out);
-    else m->kernels->dequantize(s.w, row, out);
+    *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
+    strcpy(t->name, s.name);
+    if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
+    else t->format = s.w->format->name, t->data = s.w->data, t->bytes = s.w->row_bytes * s.w->rows;
     return 0;
 }
 
@@ -3919,10 +4128,10 @@ int gemma3_model_row(const gemma3_model *m, int index, int row, float *out)
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->chunk = min_int(min_int(p->n_batch, GEMMA3_CHUNK), p->n_ctx);
-    s->pack = min_int(s->chunk, 4);
-    s->n_acc = s->chunk < 16 ? 16 : s->chunk; /* attention has that many queries of a kv head */
-    s->ring = min_int(c->window + s->chunk - 1, p->n_ctx);
+    s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
+    s->q_block = min_int(s->n_ubatch, 4);
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a query block has that many to a kv head */
+    s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3940,14 +4149,14 @@ static int widest_input(const gemma3_config *c)
     return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
 }
 
-/* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
+/* Where everything of a state lies: the one place that knows, and the sizes are counted by it. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
     const gemma3_config *c = s->c;
-    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->chunk;
-    size_t pack_q = (size_t)s->pack * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
-    size_t n_threads = s->p.n_threads;
-    int exact = s->m->exact, streams = !s->m->source.data;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
+    size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
+    size_t blocks = ((size_t)widest_input(c) + 31) / 32;
+    int exact = s->m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3966,16 +4175,16 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->v = piece(a, times(n, kv), sizeof(float));
     s->gate = piece(a, n * c->d_ff, sizeof(float));
     s->up = piece(a, n * c->d_ff, sizeof(float));
-    s->pack_q = piece(a, pack_q * D, sizeof(float));
-    s->pack_out = piece(a, pack_q * D, sizeof(float));
-    s->score_sum = piece(a, pack_q, sizeof(float));
+    s->block_q = piece(a, n_queries * D, sizeof(float));
+    s->block_out = piece(a, n_queries * D, sizeof(float));
+    s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(pack_q, s->n_score), sizeof(float));
-    s->xq = piece(a, exact ? 0 : n * blocks, sizeof *s->xq);
+    s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
+    s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
     s->row_floats = piece(a, exact ? n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
-    s->fetched = piece(a, streams ? times(n_threads, TILE_ROWS) : 0, s->m->row_bytes);
+    s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
     s->unread = piece(a, n_threads, 1);
 }
 
@@ -4007,17 +4216,15 @@ static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_e
         {"rms_eps", c->rms_eps, 0}, {"rope_base_global", c->rope_base_global, 1},
         {"rope_base_local", c->rope_base_local, 1}, {"rope_factor", c->rope_factor, 0x1p-7f},
         {"query_scale", c->query_scale, 0}, {"embedding_scale", c->embedding_scale, 0},
-        {"final_softcap", c->final_softcap, 0}};
-    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff || c->n_heads != m->n_heads ||
-        c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim || c->n_vocab != m->n_vocab)
+        {"final_softcap", c->final_softcap, 0}, {"window", (float)c->window, 1}};
+    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
+        c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
+        c->n_vocab != m->n_vocab)
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
         if (!(number[k].x >= number[k].low && number[k].x <= 1e30f))
-            return fail(err, "a config with %s %g: expected a number from %g to 1e30", number[k].name,
-                        (double)number[k].x, (double)number[k].low);
-    for (int l = 0; l < c->n_layers; l++)
-        if (c->is_local[l] && (c->window < 1 || c->window > 1 << 24))
-            return fail(err, "a config with local layers and a window of %d: expected 1 to %d", c->window, 1 << 24);
+            return fail(err, "a config with %s %g: expected a number from %g to 1e30",
+                        number[k].name, (double)number[k].x, (double)number[k].low);
     return 0;
 }
 
@@ -4033,17 +4240,19 @@ static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_er
         return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
     if (p->config && check_config(p->config, &m->config, err)) return -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx);
+        return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                    p->n_ctx);
     return 0;
 }
 
-gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
-                                gemma3_error *err)
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
+                                size_t size, gemma3_error *err)
 {
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
     if (size < need) {
-        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need, (unsigned long long)size);
+        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+             (unsigned long long)size);
         return NULL;
     }
     fp_state fp = fp_enter();
@@ -4057,7 +4266,8 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
     memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
         for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
-            float turned = (float)power(local ? s->c->rope_base_local : s->c->rope_base_global, 2.0 * j / D);
+            float base = local ? s->c->rope_base_local : s->c->rope_base_global;
+            float turned = (float)power(base, 2.0 * j / D);
             s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : s->c->rope_factor);
         }
     fp_leave(fp);
@@ -4070,7 +4280,8 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
     if (!mem) {
-        fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+        fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
+             (unsigned long long)size);
         return NULL;
     }
     gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
@@ -4092,11 +4303,11 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
 /* ---- States that are kept ----
  *
- *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config, 64 hex digits
- *     u32 ids[n] | for each layer and key-value head: K, then V of the positions that the next token can see
- *     SHA-256 of all before, 64 hex digits
+ *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config as hex
+ *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
+ *     SHA-256 of all before as hex
  *
- * Saving and loading are the same steps: only what `pass` does with the bytes differs. */
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
 
 struct stream {
     gemma3_write *write;             /* or: */
@@ -4109,20 +4320,10 @@ struct stream {
 
 static void pass(struct stream *f, void *bytes, size_t n)
 {
-    if (!f->failed) f->failed = f->write ? f->write(f->user, bytes, n) : f->read(f->user, f->at, bytes, n);
+    if (f->failed) return;
+    f->failed = f->write ? f->write(f->user, bytes, n) : f->read(f->user, f->at, bytes, n);
     f->at += n;
-    if (!f->failed) gemma3_sha256_add(&f->sum, bytes, n);
-}
-
-/* n elements of the cache, little-endian in the file. */
-static void pass_elements(struct stream *f, uint8_t *p, size_t n, size_t size)
-{
-    for (int back = 0; back < 2; back++) {
-        for (size_t j = 0; BIG_ENDIAN_CPU && j < n; j++)
-            if (size == 2) store_u16_le(p + 2 * j, *(uint16_t *)(void *)(p + 2 * j));
-            else store_u32_le(p + 4 * j, *(uint32_t *)(void *)(p + 4 * j));
-        if (!back) pass(f, p, n * size);
-    }
+    gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
 }
 
 static void pass_u32(struct stream *f, uint32_t *u)
@@ -4133,13 +4334,13 @@ static void pass_u32(struct stream *f, uint32_t *u)
     *u = load_u32_le(bytes);
 }
 
-/* What a state's numbers depend on: the config, and every norm and one row of every matrix. Hashing all of
- * the weights would take seconds; no two models that were trained share these. */
+/* What a state's numbers depend on: the config, every norm and one row of every matrix, which no two
+ * trained models share. All the weights would take seconds. */
 static void hash_model(gemma3_state *s, char hex[65])
 {
     const gemma3_config *c = s->c;
-    const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local, c->rope_factor,
-                            c->query_scale, c->embedding_scale};
+    const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
+                            c->rope_factor, c->query_scale, c->embedding_scale};
     gemma3_sha256 sum;
     struct slot t;
     gemma3_sha256_init(&sum);
@@ -4156,15 +4357,14 @@ static void hash_model(gemma3_state *s, char hex[65])
 static void pass_cache(struct stream *f, gemma3_state *s, int n)
 {
     const gemma3_config *c = s->c;
-    int D = c->head_dim;
     for (int l = 0; l < c->n_layers; l++) {
         struct attention a = {.s = s, .l = l, .slots = slots_of(s, l)};
-        int first = c->is_local[l] && n > c->window ? n - c->window : 0;
+        int first = c->is_local[l] && n > c->window ? n - c->window : 0, D = c->head_dim;
         for (int g = 0; g < c->n_kv_heads; g++)
             for (int p = first; p < n; p++) {
-                pass_elements(f, key_at(&a, g, p), D, kv_element(s));
+                pass(f, key_at(&a, g, p), D * kv_element(s));
                 for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
-                    pass_elements(f, value_at(&a, g, j0, p), slice_width(D, j0), kv_element(s));
+                    pass(f, value_at(&a, g, j0, p), slice_width(D, j0) * kv_element(s));
             }
     }
 }
@@ -4173,38 +4373,37 @@ static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 {
     static const char want[16] = "gemma3 state 1\n";
     static const char *const field[] = {"contract", "exact mode", "KV type"};
-    char magic[16], model[65], hex[65], sum[65];
-    uint32_t head[4] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type, s->pos}, n;
-    fp_state fp = fp_enter();
+    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
+    char magic[16], model[65], hex[65];
+    uint32_t n = s->pos;
     hash_model(s, model);
-    fp_leave(fp);
-    memcpy(magic, want, sizeof magic);
     memcpy(hex, model, sizeof hex);
+    memcpy(magic, want, sizeof magic);
     gemma3_sha256_init(&f->sum);
     pass(f, magic, sizeof magic);
-    if (!f->failed && memcmp(magic, want, sizeof want)) return fail(err, "this is not a saved state of gemma3");
-    for (int k = 0; k < 4; k++) {
-        uint32_t ours = head[k];
-        pass_u32(f, &head[k]);
-        if (k < 3 && !f->failed && head[k] != ours)
-            return fail(err, "the state was saved with %s %u, this is %u", field[k], (unsigned)head[k], (unsigned)ours);
+    if (!f->failed && memcmp(magic, want, sizeof want))
+        return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++) {
+        uint32_t u = ours[k];
+        pass_u32(f, &u);
+        if (!f->failed && u != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
+                        (unsigned)ours[k]);
     }
+    pass_u32(f, &n);
     pass(f, hex, 64);
-    if (!f->failed && memcmp(hex, model, 64)) return fail(err, "the state was saved with another model or config");
-    n = f->failed ? 0 : head[3];
-    if (n > (uint32_t)s->p.n_ctx)
-        return fail(err, "the state holds %u tokens, more than the context of %d", (unsigned)n, s->p.n_ctx);
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t id = s->ids[i];
-        pass_u32(f, &id);
-        s->ids[i] = (int32_t)id;
-    }
-    pass_cache(f, s, (int)n);
-    gemma3_sha256_end(&f->sum, sum);
-    memcpy(hex, sum, sizeof hex);
+    if (!f->failed && memcmp(hex, model, 64))
+        return fail(err, "the state was saved with another model or config");
+    if (!f->failed && n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
+    for (uint32_t i = 0; i < n && !f->failed; i++) pass_u32(f, (uint32_t *)&s->ids[i]);
+    if (!f->failed) pass_cache(f, s, (int)n);
+    gemma3_sha256_end(&f->sum, model);
+    memcpy(hex, model, sizeof hex);
     pass(f, hex, 64);
-    if (f->failed) return fail(err, f->write ? "the state cannot be written" : "the saved state is truncated or cannot be read");
-    if (memcmp(hex, sum, 64)) return fail(err, "the saved state is damaged: its checksum differs");
+    if (f->failed && f->write) return fail(err, "the state cannot be written");
+    if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
+    if (memcmp(hex, model, 64)) return fail(err, "the saved state is damaged: its SHA-256 differs");
     s->pos = (int)n;
     return 0;
 }
@@ -4212,63 +4411,62 @@ static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
 {
     struct stream f = {.write = write, .user = user};
-    return pass_state(&f, s, err);
+    fp_state fp = fp_enter();
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
 }
 
 int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
 {
     struct stream f = {.read = read, .user = user};
+    fp_state fp = fp_enter();
     s->pos = 0;
-    return pass_state(&f, s, err);
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
 }
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
-/* Logits are looked at SCAN at a time: only where the largest of them could matter, one by one. */
-enum { SCAN = 256 };
-
 #define MINUS_INFINITY float_of(0xff800000)
 
-/* The largest of n <= SCAN logits; -infinity when all are NaN. */
+/* The largest of n logits; -infinity when all are NaN. */
 static float largest_of(const float *logits, int n)
 {
     float lane[16];
-    int j = 0;
-    for (int k = 0; k < 16; k++) lane[k] = MINUS_INFINITY;
-    for (; j + 16 <= n; j += 16)
-        for (int k = 0; k < 16; k++) lane[k] = logits[j + k] > lane[k] ? logits[j + k] : lane[k];
-    for (; j < n; j++) lane[0] = logits[j] > lane[0] ? logits[j] : lane[0];
-    for (int k = 1; k < 16; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    int i = 0;
+    for (int j = 0; j < 16; j++) lane[j] = MINUS_INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
+    for (; i < n; i++) lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (int j = 1; j < 16; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     return lane[0];
 }
 
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
     fp_state fp = fp_enter();
-    int32_t best = 0;
-    float top = MINUS_INFINITY;
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (!(largest_of(logits + first, n) > top)) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if (logits[id] > top) top = logits[id], best = id;
-    }
+    float top = largest_of(logits, n_vocab);
+    int32_t id = 0;
+    while (top > MINUS_INFINITY && logits[id] != top) id++;
     fp_leave(fp);
-    return best;
+    return id;
 }
 
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = logits[gemma3_argmax(logits, n_vocab)];
-    double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + log_double(lane[0]);
+    float max = largest_of(logits, n_vocab);
+    const struct kernels *k = all_kernels;
+    while (!cpu_has(k->name)) k++;
+    double sum = k->sum_exp(logits, n_vocab, max);
+    double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
+
+/* ---- Sampling (README, rule 8) ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -4295,81 +4493,67 @@ static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
     return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
 }
 
-/* Whether the repeat penalty changes this token, and its logit then. */
-static int is_penalized(const gemma3_sampler *s, int32_t id)
+/* Whether the repeat penalty changes id: whether it is among the first n of the last ids. */
+static int is_recent(const gemma3_sampler *s, int n, int32_t id)
 {
-    int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int k = 0; k < n && s->repeat_penalty != 1; k++)
-        if (s->last[k] == id) return 1;
+    n = s->repeat_penalty == 1 ? 0 : min_int(n, s->n_last);
+    for (int j = 0; j < n; j++)
+        if (s->last[j] == id) return 1;
     return 0;
 }
 
 static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
 {
-    float l = logits[id] == logits[id] ? logits[id] : MINUS_INFINITY; /* NaN never wins */
-    if (is_penalized(s, id)) l = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-    return (gemma3_candidate){l, id};
+    float r = is_recent(s, GEMMA3_PENALTY_WINDOW, id) ? s->repeat_penalty : 1;
+    float l = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    return (gemma3_candidate){l == l ? l : MINUS_INFINITY, id}; /* NaN never wins */
 }
 
-/* 1 when a comes before b: logit down, id up. */
-static int before(gemma3_candidate a, gemma3_candidate b)
+/* Orders of candidates: the best first, which is logit down and id up; and id up. */
+static int is_better(gemma3_candidate a, gemma3_candidate b)
 {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-static int compare_ids(const void *a, const void *b)
+static int has_lower_id(gemma3_candidate a, gemma3_candidate b) { return a.id < b.id; }
+
+/* Shell's sort: insertion sort of every gap-th element, for gaps down to 1. */
+INLINE void sort(gemma3_candidate *c, int n, int (*before)(gemma3_candidate, gemma3_candidate))
 {
-    return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
+    for (int gap = n; gap > 1;) {
+        gap = gap < 5 ? 1 : (int)(gap * (5 / 11.0));
+        for (int i = gap, j; i < n; i++) {
+            gemma3_candidate new = c[i];
+            for (j = i; j >= gap && before(new, c[j - gap]); j -= gap) c[j] = c[j - gap];
+            c[j] = new;
+        }
+    }
 }
 
-/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
- * last_on_top, last. */
-static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
+/* Puts the k best of n_vocab candidates into c, the best first. They gather until there are 2k;
+ * then the worse half goes, and only what is better than the last one left may still come. Runs of
+ * 256 logits below it are passed over; recent ids come first, as the penalty changes theirs. */
+static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
+                      gemma3_candidate *c, int k)
 {
-    gemma3_candidate new = c[root];
-    for (int child; (child = 2 * root + 1) < n; root = child) {
-        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
-        if (before(new, c[child]) != last_on_top) break;
-        c[root] = c[child];
+    gemma3_candidate last = {MINUS_INFINITY, INT32_MAX};
+    int n = 0, n_recent = s->repeat_penalty == 1 ? 0 : min_int(s->n_last, GEMMA3_PENALTY_WINDOW);
+    for (int j = 0; j < n_recent; j++)
+        if (s->last[j] >= 0 && s->last[j] < n_vocab && !is_recent(s, j, s->last[j]))
+            c[n++] = candidate(s, logits, s->last[j]);
+    for (int32_t id = 0, end; id < n_vocab; id = end) {
+        end = id + min_int(n_vocab - id, 256);
+        if (largest_of(logits + id, end - id) < last.logit) continue;
+        for (; id < end; id++) {
+            if (logits[id] < last.logit || is_recent(s, GEMMA3_PENALTY_WINDOW, id)) continue;
+            gemma3_candidate new = candidate(s, logits, id);
+            if (is_better(new, last)) c[n++] = new;
+        }
+        if (n - k < k) continue;
+        sort(c, n, is_better);
+        last = c[(n = k) - 1];
     }
-    c[root] = new;
-}
-
-static void make_heap(gemma3_candidate *c, int n, int last_on_top)
-{
-    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
-}
-
-/* Puts one more into a heap of the k that come first, the last of them on top. */
-static int offer(gemma3_candidate *c, int n, int k, gemma3_candidate new)
-{
-    if (n < k) {
-        c[n++] = new;
-        if (n == k) make_heap(c, k, 1);
-    } else if (before(new, c[0])) {
-        c[0] = new;
-        sink(c, k, 0, 1);
-    }
-    return n;
-}
-
-/* Puts the k <= n_vocab candidates that come first into c[0 .. k-1], by selection. Penalised tokens are
- * offered ahead of the others: then a run of logits below the last one kept can be passed over. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c, int k)
-{
-    int kept = 0, n_last = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int a = 0; a < n_last && s->repeat_penalty != 1; a++) {
-        int again = s->last[a] < 0 || s->last[a] >= n_vocab;
-        for (int b = 0; b < a; b++) again |= s->last[b] == s->last[a];
-        if (!again) kept = offer(c, kept, k, candidate(s, logits, s->last[a]));
-    }
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (kept == k && largest_of(logits + first, n) < c[0].logit) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if ((kept < k || !(logits[id] < c[0].logit)) && !is_penalized(s, id))
-                kept = offer(c, kept, k, candidate(s, logits, id));
-    }
+    sort(c, n, is_better);
 }
 
 static float weight(const gemma3_sampler *s, float logit, float top)
@@ -4377,27 +4561,22 @@ static float weight(const gemma3_sampler *s, float logit, float top)
     return exp_of(HARD_FMA, (logit - top) / s->temperature);
 }
 
-/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
- * behind it, the first one last, with their weight in place of their logit. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
+/* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
+ * may want them. Far below min_p nothing can be drawn any more: the rest is not looked at. */
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, int more, float top, float limit)
 {
-    float sum = 0, kept = 0, limit = s->top_p * total;
-    int left = n;
-    make_heap(c, n, 0);
-    while (left > 0 && (left == n || sum < limit)) {
-        gemma3_candidate first = c[0];
-        c[0] = c[--left];
-        sink(c, left, 0, 0);
-        first.logit = weight(s, first.logit, top);
-        sum += first.logit;
-        c[left] = first;
+    float sum = 0, total = 0, e = s->min_p;
+    int kept = 0;
+    for (; kept < n && (kept == 0 || (sum < limit && !(e < s->min_p / 2))); kept++) {
+        c[kept].logit = e = weight(s, c[kept].logit, top);
+        sum += e;
+        if (e >= s->min_p) total += e;
     }
-    for (int j = n - 1; j >= left; j--)
-        if (c[j].logit >= s->min_p) kept += c[j].logit;
-    float u = next_uniform(s) * kept;
-    int32_t chosen = c[n - 1].id;
+    if (kept == n && more) return -1;
+    float u = next_uniform(s) * total;
+    int32_t chosen = c[0].id;
     sum = 0;
-    for (int j = n - 1; j >= left && !(sum > u); j--)
+    for (int j = 0; j < kept && !(sum > u); j++)
         if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
     return chosen;
 }
@@ -4406,28 +4585,32 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 {
     fp_state fp = fp_enter();
     float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1, best = 0;
-    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
-    if (n < n_vocab) {
-        keep_best(s, logits, n_vocab, c, n);
-        qsort(c, n, sizeof *c, compare_ids);
-    } else
-        for (int32_t id = 0; id < n_vocab; id++) c[id] = candidate(s, logits, id);
-    for (int j = 1; j < n; j++)
-        if (c[j].logit > c[best].logit) best = j;
-    int32_t chosen = c[best].id;
-    float top = c[best].logit;
+    int n = s->temperature > 0 ? n_vocab : 1;
+    if (s->top_k > 0) n = min_int(n, s->top_k);
+    int all = n == n_vocab, k = all ? min_int(n, 1024) : n; /* of all, the best may do for top-p */
+    keep_best(s, logits, n_vocab, c, k);
+    int32_t chosen = c[0].id;
+    float top = c[0].logit;
     if (n > 1 && top - top == 0) {
-        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
-        chosen = draw(s, c, n, top, join_lanes(lane));
+        if (!all) sort(c, n, has_lower_id);
+        for (int j = 0; j < n; j++) {
+            gemma3_candidate next = all ? candidate(s, logits, j) : c[j];
+            lane[next.id % 16] += weight(s, next.logit, top);
+        }
+        if (!all) sort(c, n, is_better);
+        float limit = s->top_p * join_lanes(lane);
+        while ((chosen = draw(s, c, k, k < n, top, limit)) < 0) {
+            k = k > n / 8 ? n : 8 * k;
+            keep_best(s, logits, n_vocab, c, k);
+        }
     }
     fp_leave(fp);
     return chosen;
 }
 
-/* ---- SHA-256 ---- */
+/* ---- SHA-256 (FIPS 180-4) ---- */
 
-static uint32_t turn_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
 /* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
@@ -4442,21 +4625,20 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)c->block[4 * i] << 24 | (uint32_t)c->block[4 * i + 1] << 16 |
-               (uint32_t)c->block[4 * i + 2] << 8 | c->block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (turn_right(a, 7) ^ turn_right(a, 18) ^ a >> 3) + w[i - 7] +
-               (turn_right(b, 17) ^ turn_right(b, 19) ^ b >> 10);
-    }
+    uint32_t w[64], v[8]; /* v: a b c d e f g h of the standard */
     memcpy(v, c->h, sizeof v);
     for (int i = 0; i < 64; i++) {
-        uint32_t t1 = v[7] + (turn_right(v[4], 6) ^ turn_right(v[4], 11) ^ turn_right(v[4], 25)) +
-                      ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i];
-        uint32_t t2 = (turn_right(v[0], 2) ^ turn_right(v[0], 13) ^ turn_right(v[0], 22)) +
-                      ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        const uint8_t *p = c->block + 4 * (i % 16);
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+        if (i >= 16) {
+            uint32_t x = w[i - 15], y = w[i - 2];
+            w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+                   w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+        }
+        uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
+                      (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
+        uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
+                      (rotate_right(v[0], 2) ^ rotate_right(v[0], 13) ^ rotate_right(v[0], 22));
         memmove(v + 1, v, 7 * sizeof *v);
         v[4] += t1;
         v[0] = t1 + t2;
@@ -4466,31 +4648,24 @@ static void sha256_block(gemma3_sha256 *c)
 
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
-    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memset(c, 0, sizeof *c);
-    memcpy(c->h, h, sizeof h);
+    *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, 0, 0, {0}};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
-    const uint8_t *p = data;
-    while (n > 0) {
-        size_t at = c->n_low % 64, room = 64 - at, now = n < room ? n : room;
-        memcpy(c->block + at, p, now);
-        p += now;
-        n -= now;
-        c->n_low += (uint32_t)now;
-        c->n_high += c->n_low < now;
-        if (at + now == 64) sha256_block(c);
+    for (size_t i = 0; i < n; i++) {
+        c->block[c->n_low++ % 64] = ((const uint8_t *)data)[i];
+        c->n_high += c->n_low == 0;
+        if (c->n_low % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        uint32_t u = bits_of(x[i]);
-        const uint8_t bytes[4] = {(uint8_t)u, (uint8_t)(u >> 8), (uint8_t)(u >> 16), (uint8_t)(u >> 24)};
+        uint8_t bytes[4];
+        store_u32_le(bytes, bits_of(x[i]));
         gemma3_sha256_add(c, bytes, 4);
     }
 }
@@ -4503,21 +4678,56 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     gemma3_sha256_add(c, &pad, 1);
     for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
     gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    for (int i = 0; i < 64; i++)
+        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
     hex[64] = 0;
 }
 
-/* ==== 15. Threads and files of the host ========================================================= */
+/* ==== 15. Threads and files of the host =========================================================
+ *
+ * What is asked of an operating system: map a file, count cores, say how much memory there is, start
+ * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+};
+static void worker_main(struct worker *w);
+
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
+static int host_open(const char *path, long long *size)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    return data == MAP_FAILED ? NULL : data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+}
 
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
@@ -4542,173 +4752,346 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-static void host_unmap(const gemma3_model *m)
+/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
+static void numbers_in(const char *folder, const char *name, double *a, double *b)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, (size_t)m->source.size);
-}
-
-gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
-{
-    struct stat st;
-    char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given"), NULL;
-    const char *name = short_path(path, shortened);
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(err, "%s is not a regular file", name), NULL;
-    }
-    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty"), NULL;
-    }
-    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int map_error = errno;
-    close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error)), NULL;
-    gemma3_source from = {.data = data, .size = (uint64_t)st.st_size, .name = path};
-    gemma3_model *m = open_source(&from, 1, options, err);
-    if (!m) munmap(data, (size_t)st.st_size);
-    return m;
-}
-
-/* The first number in a file, or other. */
-static long number_in(const char *path, long other)
-{
-    long number;
+    char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
+    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
     if (f) fclose(f);
-    return number;
+}
+
+/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
+ * file for each. */
+struct limits {
+    double cpus, bytes;
+};
+
+static void limit_by_group(const char *folder, struct limits *least)
+{
+    double quota = -1, period = 1e5, bytes = -1, unused;
+    numbers_in(folder, "cpu.max", &quota, &period);
+    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
+    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
+    numbers_in(folder, "memory.max", &bytes, &unused);
+    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
+    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
+    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+}
+
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
+ * controllers in a folder of that name below root. The groups above bind a group too. */
+static struct limits cgroup_limits(const char *self, const char *root)
+{
+    struct limits least = {1e9, 1e18};
+    char line[4096], folder[4200];
+    FILE *f = fopen(self, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+        if (!path) continue;
+        line[strcspn(line, "\n")] = 0;
+        *path++ = 0;
+        char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
+        memcpy(end, path, strlen(path) + 1);
+        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
+            if (cut > folder) *cut = 0;
+            limit_by_group(folder, &least);
+        }
+    }
+    if (f) fclose(f);
+    return least;
 }
 
 /* The cores this process may use: of the hardware threads that share a core one counts (two of them
  * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
  * to whoever is free. */
-static int usable_cores(void)
+static int host_cores(void)
 {
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
     enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
     uint8_t seen[MAX_CPUS] = {0};
-    int cores = 0;
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
+    cores = 0;
     for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
+        char folder[96];
+        double core = cpu, unused; /* named by the first of its threads */
         if (!CPU_ISSET(cpu, &may_use)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        long core = number_in(path, cpu); /* named by the first of its threads */
-        if (core < 0 || core >= MAX_CPUS) core = cpu;
-        cores += !seen[core];
-        seen[core] = 1;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        numbers_in(folder, "thread_siblings_list", &core, &unused);
+        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
+        cores += !seen[(int)core];
+        seen[(int)core] = 1;
     }
-    return cores;
-#else
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
+    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
 }
 
-/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
- * usually 100000, or "max". */
+static double host_memory(void)
+{
+    struct rlimit space;
+    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
+    if (group < bytes) bytes = group;
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
+        bytes = (double)space.rlim_cur;
+    return bytes;
+}
+
+struct host_lock { /* and a bell for those who wait under it */
+    pthread_mutex_t mutex;
+    pthread_cond_t bell;
+};
+static void lock_init(struct host_lock *l)
+{
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->bell, NULL);
+}
+static void lock_free(struct host_lock *l)
+{
+    pthread_cond_destroy(&l->bell);
+    pthread_mutex_destroy(&l->mutex);
+}
+static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
+static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
+static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
+
+typedef pthread_t host_thread;
+static void *thread_main(void *worker)
+{
+    worker_main(worker);
+    return NULL;
+}
+static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
+static void host_join(host_thread t) { pthread_join(t, NULL); }
+static void host_yield(void) { sched_yield(); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <sys/stat.h>
+
+/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
+static wchar_t *wide_path(const char *path)
+{
+    enum { MOST = 32768 };
+    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
+    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
+    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
+    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
+    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
+    return wide;
+}
+
+static int host_open(const char *path, long long *size)
+{
+    struct _stat64 st;
+    wchar_t *wide = wide_path(path);
+    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    free(wide);
+    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { _close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (file) CloseHandle(file);
+    if (!data) errno = ENOMEM;
+    return data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) UnmapViewOfFile(m->mapping);
+}
+
+/* Unlocking pages that are not locked drops them from the working set. */
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+}
+
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+
+static int host_cores(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
+    DWORD bytes = sizeof all;
+    DWORD_PTR may_use = 1, exist;
+    int cores = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
+    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
+    for (DWORD k = 0; k < bytes / sizeof *all; k++)
+        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
+    return cores;
+}
+
+static double host_memory(void)
+{
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+}
+
+struct host_lock {
+    SRWLOCK mutex;
+    CONDITION_VARIABLE bell;
+};
+static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
+static void lock_free(struct host_lock *l) { (void)l; }
+static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
+static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
+static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
+
+typedef HANDLE host_thread;
+static DWORD WINAPI thread_main(void *worker)
+{
+    worker_main(worker);
+    return 0;
+}
+static int host_start(host_thread *t, struct worker *w)
+{
+    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
+    return *t ? 0 : -1;
+}
+static void host_join(host_thread t)
+{
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void host_yield(void) { SwitchToThread(); }
+#endif
+
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
+{
+    char shortened[SHORT_PATH];
+    long long size;
+    if (!path) return fail(err, "no path of a model was given"), NULL;
+    const char *name = short_path(path, shortened);
+    int fd = host_open(path, &size);
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
+    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
+    const char *why = strerror(errno);
+    host_close(fd);
+    if (size < 0) return fail(err, "%s is not a regular file", name), NULL;
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
+    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, why), NULL;
+    gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
+    gemma3_model *m = gemma3_open_source(&from, options, err);
+    if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
+    return m;
+}
+
 int gemma3_default_threads(void)
 {
-    int cores = usable_cores();
-    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
-    if (n < cores) cores = (int)n;
+    int cores = host_cores();
     return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
 }
 
-/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
- * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
- * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
- * next round, then sleeps. */
+size_t gemma3_memory_limit(void)
+{
+    double bytes = host_memory();
+    return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
+
+/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
+ * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
+ * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
 struct gemma3_pool {
     int n_threads;
-    pthread_t *thread;
-    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
-    _Atomic int done, sleepers, stop;
-    gemma3_task *_Atomic task;
-    void *_Atomic job;
-    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    host_thread *thread;
+    gemma3_task *task;                /* of this round, with the next two */
+    void *job;
+    int n_tasks;
+    atomic_int next;                  /* the first task that nobody has claimed */
+    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
+    atomic_uint round;                /* how many there were: a new number wakes the workers */
+    atomic_int sleepers, stop;
+    struct host_lock turn;            /* held during a round: states that share a pool take turns */
+    struct host_lock sleep;
 };
 
-enum { LEFT_BITS = 24, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-};
+enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) host_yield();
 }
 
-/* Claims and runs tasks of the current round until none is left. */
-static void work(gemma3_pool *pool, int worker)
+static void claim_tasks(gemma3_pool *pool, int worker)
 {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool->ticket);
-        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
-        if (left == 0) return;
-        gemma3_task *task = atomic_load(&pool->task);
-        void *job = atomic_load(&pool->job);
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
-        task(job, left - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-    }
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
 }
 
-static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+static int enter_round(gemma3_pool *pool)
 {
-    pthread_mutex_lock(&pool->mutex);
+    int inside = atomic_load(&pool->inside);
+    while (inside >= OPEN)
+        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
+    return 0;
+}
+
+static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+{
+    lock(&pool->sleep);
     atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
     atomic_fetch_sub(&pool->sleepers, 1);
-    pthread_mutex_unlock(&pool->mutex);
+    unlock(&pool->sleep);
 }
 
-static void *worker_main(void *arg)
+static void wake_workers(gemma3_pool *pool)
 {
-    struct worker me = *(struct worker *)arg;
+    lock(&pool->sleep);
+    ring(&pool->sleep);
+    unlock(&pool->sleep);
+}
+
+static void worker_main(struct worker *w)
+{
+    struct worker me = *w;
     gemma3_pool *pool = me.pool;
-    uint64_t seen = 0;
-    free(arg);
+    unsigned seen = 0;
+    free(w);
     fp_enter();
     while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
-        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
-        work(pool, me.id);
+        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
+        seen = atomic_load(&pool->round);
+        if (!enter_round(pool)) continue;
+        claim_tasks(pool, me.id);
+        atomic_fetch_sub(&pool->inside, 1);
     }
-    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    pthread_mutex_lock(&pool->round);
-    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
-    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
-    atomic_store(&pool->job, job);
-    atomic_store(&pool->done, 0);
-    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    work(pool, 0);
-    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
-    pthread_mutex_unlock(&pool->round);
+    lock(&pool->turn);
+    pool->task = task;
+    pool->job = job;
+    pool->n_tasks = n_tasks;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->inside, OPEN);
+    atomic_fetch_add(&pool->round, 1);
+    if (atomic_load(&pool->sleepers)) wake_workers(pool);
+    claim_tasks(pool, 0);
+    atomic_fetch_sub(&pool->inside, OPEN);
+    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -4718,13 +5101,12 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads), NULL;
     }
-    pthread_mutex_init(&pool->round, NULL);
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    lock_init(&pool->turn);
+    lock_init(&pool->sleep);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
         struct worker *w = malloc(sizeof *w);
         if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
+        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
             fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
             free(w);
             gemma3_pool_free(pool);
@@ -4737,14 +5119,11 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->stop, 1);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_mutex_destroy(&pool->round);
+    wake_workers(pool);
+    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
+    lock_free(&pool->sleep);
+    lock_free(&pool->turn);
     free(pool->thread);
     free(pool);
 }
@@ -5346,7 +5725,7 @@ static void append_floats(struct watch *w, const struct tensor_seen *t, const fl
 
 /* The library calls this with every tensor inside. */
 static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       const float *data)
+                       float *data)
 {
     struct watch *w = user;
     char with_layer[64];
@@ -5542,7 +5921,7 @@ static int open_state(struct session *s)
         return complain("%s", err.text);
 
     size_t n_vocab = (size_t)s->config->n_vocab;
-    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_CHUNK) : 1;
+    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_MAX_UBATCH) : 1;
     s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
     if (!s->logits)
         return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
@@ -5933,7 +6312,7 @@ static int score_row(struct session *s, struct rows_out *o, int position, const 
 /* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
  * since --top and text come after it. */
 static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
-                       int rows[GEMMA3_CHUNK])
+                       int rows[GEMMA3_MAX_UBATCH])
 {
     const struct args *a = s->args;
     int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
@@ -5951,7 +6330,7 @@ static int score_prompt(struct session *s, struct rows_out *o)
     int code = 0, n_rows = 0;
     double start = seconds();
     for (int i = 0; i < s->n_ids && !code;) {
-        int rows[GEMMA3_CHUNK], n = lesser(s->n_ids - i, s->max_rows);
+        int rows[GEMMA3_MAX_UBATCH], n = lesser(s->n_ids - i, s->max_rows);
         n_rows = rows_needed(s, o, i, n, rows);
         if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
             return complain("%s", gemma3_state_error(s->state));
@@ -6080,8 +6459,8 @@ static int score_chunk(struct session *s, const int32_t *ids, int n, struct scor
     size_t n_vocab = (size_t)s->config->n_vocab;
     gemma3_state_reset(s->state);
     for (int i = 0; i < n - 1;) {
-        int rows[GEMMA3_CHUNK], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
-        int32_t tile[GEMMA3_CHUNK];
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
+        int32_t tile[GEMMA3_MAX_UBATCH];
         memcpy(tile, ids + i, (size_t)count * sizeof *tile);
         if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
             tile[0] = v->bos;

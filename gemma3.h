@@ -2,7 +2,7 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
- *                              gemma3_default_threads
+ *                              gemma3_default_threads, gemma3_memory_limit
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors about models and states
  *
  * A whole program:
@@ -55,7 +55,7 @@ extern "C" {
 enum {
     GEMMA3_CONTRACT = 1,     /* version of the numeric contract */
     GEMMA3_MAX_LAYERS = 128,
-    GEMMA3_CHUNK = 64,        /* tokens taken through the layers at once, at most */
+    GEMMA3_MAX_UBATCH = 64,        /* tokens taken through the layers at once, at most */
     GEMMA3_MAX_THREADS = 256,
     GEMMA3_PENALTY_WINDOW = 64, /* tokens the repeat penalty looks back at */
 };
@@ -124,15 +124,19 @@ void gemma3_close(gemma3_model *m);  /* of a model from _init: before its memory
 typedef int gemma3_read(void *user, uint64_t offset, void *buffer, size_t n);
 typedef int gemma3_write(void *user, const void *bytes, size_t n);
 
-/* A model file in memory, or behind a function that reads pieces of it, for machines whose memory is
- * smaller than the file: then weights are read, 32 rows at a time and with the same bits, whenever
- * they are multiplied, so that a token costs the time of reading gemma3_model_token_bytes. */
+/* Where a model file is. For machines whose memory is smaller than the file, only its beginning need
+ * be in memory, if that has the whole header: weights behind it are read, 32 rows at a time and with
+ * the same bits, whenever they are multiplied, so that a token costs the time of reading
+ * gemma3_model_token_bytes. */
 typedef struct gemma3_source {
-    const void *data;        /* its bytes, which must outlive the model, or NULL */
+    const void *data;        /* the file's first bytes, which must outlive the model */
+    size_t n_data;           /* how many; without read it is the whole file */
     uint64_t size;           /* bytes of the file */
-    gemma3_read *read;       /* when data is NULL; all workers of a state may call it at once */
+    gemma3_read *read;       /* NULL, or reads the rest; all workers of a state may call it at once */
     void *user;
     const char *name;        /* for errors, may be NULL */
+    int is_mapped;           /* 1: data is a mapped file: it is not trusted to stay once it is open,
+                                but for the weights */
 } gemma3_source;
 
 /* Opens one, in memory that is allocated at once. */
@@ -166,27 +170,27 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key);
 size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
 size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
 
-/* One of the tensors that the model is made of. */
+/* A weight. data is as in the file where it lies there: with no_repack or exact, or floats. */
 typedef struct gemma3_tensor {
-    char name[48];           /* "blk.0.attn_q.weight" */
-    int layer;               /* -1 outside the layers */
+    char name[64];           /* blk.0.attn_q.weight */
+    const char *format;      /* "Q4_0" */
     int rows, cols;          /* [rows][cols]; a norm has one row */
-    const char *type;        /* "Q4_0" ...; norms are held as "F32" */
-    uint64_t offset;         /* of a matrix: where it begins in the file, */
-    size_t bytes;            /* and how many bytes it has there */
-    float *norm;             /* [cols] of a norm: a test may change it and see what breaks; else NULL */
+    const void *data;        /* NULL: not in memory */
+    size_t bytes;
+    const float *floats;     /* of a norm: its values; NULL for matrices */
 } gemma3_tensor;
-
-/* Tensor number index, in the order in which the forward pass uses them. 0, or -1 after the last. */
-int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t);
-/* A row of it as float32, out [cols]. 0, or -1: no such row, or it is not in memory. */
-int gemma3_model_row(const gemma3_model *m, int index, int row, float *out);
+/* Tensor number index, in the order of the forward pass. 0, or -1 past the last. */
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *out);
 
 /* Names of the kernels this CPU can run, best first; NULL after the last. */
 const char *gemma3_isa_name(int index);
 
-/* Threads that are worth having on this machine: its physical cores. */
+/* Threads that are worth having: the physical cores that this process, or its container, may use. */
 int gemma3_default_threads(void);
+
+/* Bytes of memory that this process may use: the machine's, its container's limit or the user's (ulimit
+ * -v), whichever is least; 0 when the system does not say. */
+size_t gemma3_memory_limit(void);
 
 /* ---- A conversation --------------------------------------------------------------------------- */
 
@@ -197,14 +201,14 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
  * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
  * pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
-                          const float *data);
+                          float *data);
 
 /* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
 const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
-    int n_batch;             /* tokens taken at once; more than GEMMA3_CHUNK count as that many */
+    int n_batch;             /* tokens taken at once; more than GEMMA3_MAX_UBATCH count as that many */
     gemma3_kv_type kv_type;
     int n_threads;           /* workers that parallel_for has, 1 without it */
     gemma3_parallel_for *parallel_for; /* NULL: one thread */

@@ -761,7 +761,7 @@ static void a_head_that_shares_bytes(void)
         gemma3_error err = { "" };
         gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
         if (!ok(m && !compute(m, got[no_repack]), "a head at the embedding's place in the file opens")) diag("  %s", err.text);
-        ok(m && m->output.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
+        ok(m && m->lm_head.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
         if (m) is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34, "a token reads all but the embedding");
         gemma3_close(m);
         free(b.p);
