@@ -2981,7 +2981,7 @@ const char *gemma3_isa_name(int index)
 
 /* ==== 11. Reading GGUF ==========================================================================
  *
- *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv pairs | n_tensors infos | padding | data
+ *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | pairs | infos of tensors | padding | data
  *     pair:  string key | u32 type | value          string: u64 length | bytes
  *     info:  string name | u32 n_dims | u64 ne[n_dims] | u32 type | u64 offset from data
  *     array: u32 element type | u64 count | elements
@@ -3027,7 +3027,8 @@ struct opening {
     char short_name[SHORT_PATH];
     const uint8_t *header;           /* its first bytes, or a copy of them */
     size_t n_header;
-    size_t *kv, *tensor;             /* where each pair and info begins, sorted by name */
+    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
+    size_t infos;                    /* where infos begin */
     uint64_t n_kv, n_tensors;
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
     struct arena arena;              /* the model's memory */
@@ -3038,7 +3039,7 @@ struct opening {
     uint64_t counted;                /* bytes of tensors */
 };
 
-/* Leave a sentence in err and return -1; that of refuse begins with the file's name. print: a part
+/* Leave a sentence in err and return -1; that of reject begins with the file's name. print: a part
  * of one. */
 #if defined(GEMMA3_NO_ERROR_TEXT)
 INLINE int fail(gemma3_error *err, const char *format, ...)
@@ -3047,7 +3048,7 @@ INLINE int fail(gemma3_error *err, const char *format, ...)
     if (err) err->text[0] = 0;
     return -1;
 }
-INLINE int refuse(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
+INLINE int reject(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
 INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
 #else
 static int fail(gemma3_error *err, const char *format, ...)
@@ -3059,7 +3060,7 @@ static int fail(gemma3_error *err, const char *format, ...)
     return -1;
 }
 
-static int refuse(const struct opening *o, const char *format, ...)
+static int reject(const struct opening *o, const char *format, ...)
 {
     va_list args;
     fail(o->err, "%s", o->name);
@@ -3095,17 +3096,17 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
     return p;
 }
 
-static uint32_t take_u32(struct cursor *c)
+/* A little-endian number of n bytes. */
+static uint64_t take_int(struct cursor *c, int n)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_u32_le(p) : 0;
+    const uint8_t *p = take(c, n);
+    uint64_t u = 0;
+    for (int j = n; p && j-- > 0;) u = u << 8 | p[j];
+    return u;
 }
 
-static uint64_t take_u64(struct cursor *c)
-{
-    const uint8_t *p = take(c, 8);
-    return p ? load_u64_le(p) : 0;
-}
+static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
+static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
@@ -3137,8 +3138,9 @@ static const char *shown(struct string s, char out[80])
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
        KV_I64, KV_F64, KV_TYPES };
 static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
-    {"u8", 1, 0}, {"i8", 1, 1}, {"u16", 2, 0}, {"i16", 2, 1}, {"u32", 4, 0}, {"i32", 4, 1}, {"f32", 4, 0},
-    {"bool", 1, 0}, {"string", 0, 0}, {"array", 0, 0}, {"u64", 8, 0}, {"i64", 8, 1}, {"f64", 8, 0}};
+    {"u8", 1, 0}, {"i8", 1, 1}, {"u16", 2, 0}, {"i16", 2, 1}, {"u32", 4, 0}, {"i32", 4, 1},
+    {"f32", 4, 0}, {"bool", 1, 0}, {"string", 0, 0}, {"array", 0, 0}, {"u64", 8, 0}, {"i64", 8, 1},
+    {"f64", 8, 0}};
 
 struct kv {
     struct string key;
@@ -3163,10 +3165,11 @@ static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
-        return refuse(o, ": key %s is an array of arrays, which is not supported", shown(kv->key, text));
+        return reject(o, ": key %s is an array of arrays, which is not supported",
+                      shown(kv->key, text));
     if (kv->element >= KV_TYPES)
-        return refuse(o, ": key %s has value type %u, which is not one of GGUF's", shown(kv->key, text),
-                      (unsigned)kv->element);
+        return reject(o, ": key %s has value type %u, which is not one of GGUF's",
+                      shown(kv->key, text), (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
     else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
@@ -3180,7 +3183,7 @@ static int read_tensor(const struct opening *o, struct cursor *c, struct tensor 
     t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return refuse(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
                       (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
@@ -3206,10 +3209,10 @@ static int compare_at(const struct opening *o, size_t a, size_t b)
 
 /* Why a file is none of ours, by how it begins. */
 static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
-    {"version https://git-lfs", 23, 0, "is a Git LFS pointer to it: get the file itself (git lfs pull)"},
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer: get the file itself (git lfs pull)"},
     {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
     {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
-    {"{\"", 2, 8, "is a safetensors file: convert its folder to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
+    {"{\"", 2, 8, "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
     {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
     {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
     {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
@@ -3221,29 +3224,30 @@ static int read_start(struct opening *o, struct cursor *c)
     size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
     if (!magic || memcmp(magic, "GGUF", 4)) {
         while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
-        return refuse(o, " is not a GGUF file: it %s", other_files[k].what);
+        return reject(o, " is not a GGUF file: it %s", other_files[k].what);
     }
     uint32_t version = take_u32(c);
     if (!c->failed && version != 2 && version != 3)
-        return refuse(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
+        return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
     o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
     if (c->failed || o->n_kv > c->left / 13 || o->n_tensors > c->left / 32) /* their least sizes */
-        return refuse(o, " is truncated: its header promises %llu keys and %llu tensors",
+        return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
     return 0;
 }
 
 static int refuse_end(const struct opening *o)
 {
-    if (o->n_header == o->from.size) return refuse(o, " is truncated: it ends inside its header");
-    return refuse(o, ": its header is longer than the first %llu bytes, which were given",
+    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
+    return reject(o, ": its header is longer than the first %llu bytes, which were given",
                   (unsigned long long)o->n_header);
 }
 
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
-static void sort_names(const struct opening *o, size_t *at, size_t n)
+static void sort_names(const struct opening *o)
 {
+    size_t *at = o->names, n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
         size_t moved = at[start > 0 ? --start : --left];
         if (left < n) at[left] = at[0];
@@ -3256,11 +3260,23 @@ static void sort_names(const struct opening *o, size_t *at, size_t n)
     }
 }
 
-/* Where what is called name begins, of n things sorted by name; 0: nowhere. */
-static size_t find_name(const struct opening *o, const size_t *at, uint64_t n, const char *name)
+static int sort_directory(const struct opening *o)
+{
+    char text[80];
+    sort_names(o);
+    for (size_t k = 1; k < o->n_names; k++)
+        if (!compare_at(o, o->names[k - 1], o->names[k]))
+            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, o->names[k]), text));
+    return 0;
+}
+
+/* Where the pair or info of that name begins; 0: nowhere. */
+static size_t find_name(const struct opening *o, const char *name)
 {
     const struct string wanted = {name, strlen(name)};
-    while (n) {
+    const size_t *at = o->names;
+    for (size_t n = o->n_names; n;) {
         int c = compare_strings(name_at(o, at[n / 2]), wanted);
         if (c == 0) return at[n / 2];
         if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
@@ -3272,31 +3288,16 @@ static size_t find_name(const struct opening *o, const size_t *at, uint64_t n, c
 /* 1 and the pair of that key, or 0. */
 static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    size_t at = find_name(o, o->kv, o->n_kv, key);
+    size_t at = find_name(o, key);
     struct cursor c = cursor_at(o, at);
-    return at && !read_kv(o, &c, kv);
+    return at && at < o->infos && !read_kv(o, &c, kv);
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
-    size_t at = find_name(o, o->tensor, o->n_tensors, name);
+    size_t at = find_name(o, name);
     struct cursor c = cursor_at(o, at);
-    return at && !read_tensor(o, &c, t);
-}
-
-/* Sorts what the file has and refuses what it has twice. */
-static int sort_directory(struct opening *o)
-{
-    char text[80];
-    sort_names(o, o->kv, (size_t)o->n_kv);
-    sort_names(o, o->tensor, (size_t)o->n_tensors);
-    for (size_t k = 1; k < o->n_kv; k++)
-        if (!compare_at(o, o->kv[k - 1], o->kv[k]))
-            return refuse(o, ": key %s occurs twice", shown(name_at(o, o->kv[k]), text));
-    for (size_t k = 1; k < o->n_tensors; k++)
-        if (!compare_at(o, o->tensor[k - 1], o->tensor[k]))
-            return refuse(o, ": tensor %s occurs twice", shown(name_at(o, o->tensor[k]), text));
-    return 0;
+    return at >= o->infos && !read_tensor(o, &c, t);
 }
 
 static int read_alignment(struct opening *o)
@@ -3304,7 +3305,7 @@ static int read_alignment(struct opening *o)
     struct kv kv;
     uint64_t a = 32;
     if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
-    if (!a || (a & (a - 1))) return refuse(o, ": general.alignment must be a u32 power of two");
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
     o->alignment = a;
     o->data = (o->data + a - 1) & ~(a - 1);
     return 0;
@@ -3315,15 +3316,14 @@ static int take_number(const struct opening *o, struct kv *kv, double *out)
 {
     int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
     char text[80];
-    uint64_t u = 0;
-    const uint8_t *p = bytes ? take(&kv->value, bytes) : NULL;
-    if (!p)
-        return refuse(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+    if (!bytes)
+        return reject(o, ": key %s is a %s, expected a number", shown(kv->key, text),
                       kv_types[kv->type].name);
-    for (int j = bytes; j-- > 0;) u = u << 8 | p[j];
+    uint64_t u = take_int(&kv->value, bytes);
     if (kv->element == KV_F32) *out = float_of((uint32_t)u);
     else if (kv->element == KV_F64) memcpy(out, &u, 8);
-    else *out = kv_types[kv->element].is_signed ? (double)((int64_t)(u << unused) >> unused) : (double)u;
+    else if (kv_types[kv->element].is_signed) *out = (double)((int64_t)(u << unused) >> unused);
+    else *out = (double)u;
     return 0;
 }
 
@@ -3342,19 +3342,20 @@ static struct string get_string(const struct opening *o, const char *key)
 }
 
 /* 0 when a key is absent or one of two strings, of which the first is the usual one. */
-static int check_string(const struct opening *o, const char *key, const char *usual, const char *other)
+static int check_string(const struct opening *o, const char *key, const char *usual,
+                        const char *other)
 {
     char text[80];
     struct kv kv;
     if (!find_kv(o, key, &kv)) return 0;
     if (kv.type != KV_STRING)
-        return refuse(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
+        return reject(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
     struct string s = take_string(&kv.value);
     if (string_is(s, usual) || string_is(s, other)) return 0;
-    return refuse(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
+    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
 }
 
-/* ==== 12. Opening a model ======================================================================= */
+/* ==== 12. Opening a model ===================================================================== */
 
 /* The sizes that Google published: the only place that knows them. What a file leaves out is taken
  * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
@@ -3379,7 +3380,7 @@ static void host_unmap(const gemma3_model *m);
 
 static int no_room(const struct opening *o)
 {
-    return refuse(o, " needs more than the %llu bytes of memory that were given",
+    return reject(o, " needs more than the %llu bytes of memory that were given",
                   (unsigned long long)o->arena.size);
 }
 
@@ -3389,22 +3390,24 @@ static int refuse_others(const struct opening *o)
     struct kv kv;
     double n = 0;
     char text[80];
-    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1) /* later parts lack keys */
-        return refuse(o, " is one of %.0f parts of a split model: merge them first "
+    /* First, because later parts have no other keys. */
+    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1)
+        return reject(o, " is one of %.0f parts of a split model: merge them first "
                       "(llama-gguf-split --merge)", n);
     if (!find_kv(o, "general.architecture", &kv))
-        return refuse(o, ": general.architecture is missing, expected \"gemma3\"");
+        return reject(o, ": general.architecture is missing, expected \"gemma3\"");
     if (string_is(get_string(o, "general.architecture"), "clip"))
-        return refuse(o, " is only a model's image encoder (mmproj): give the text model's file");
+        return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
     if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
-    for (size_t k = 0; k < o->n_tensors; k++) {
-        struct string name = name_at(o, o->tensor[k]);
+    for (size_t k = 0; k < o->n_names; k++) {
+        struct string name = name_at(o, o->names[k]);
+        if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
-            return refuse(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
+            return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
                           "Gemma 3 text model", shown(name, text));
         if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
-            return refuse(o, ": tensor %s is a fused projection, expected attn_q, attn_k and attn_v",
-                          shown(name, text));
+            return reject(o, ": tensor %s is a fused projection, expected attn_q, attn_k and "
+                          "attn_v", shown(name, text));
     }
     return 0;
 }
@@ -3412,8 +3415,8 @@ static int refuse_others(const struct opening *o)
 /* ---- What the keys say ----
  *
  * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
- * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3, and taken
- * out by Ollama later); obeying it halves the probability of the right word. Others have lost or
+ * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
+ * took it out later); obeying it halves the probability of the right word. Others have lost or
  * changed RoPE's factor or local base. So for a published size its definition (technical report,
  * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
  * engine makes of it, and for models whose context was extended. */
@@ -3436,22 +3439,24 @@ static void set_origin(gemma3_model *m, const char *key, const char *origin)
 
 /* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
  * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
-static double get_number(struct opening *o, const char *key, double low, double high, double fallback)
+static double get_number(struct opening *o, const char *key, double low, double high,
+                         double fallback)
 {
     double x = low;
     struct kv kv;
     if (o->failed) return low;
     if (!find_own_kv(o, key, &kv)) {
-        if (fallback == REQUIRED) o->failed = refuse(o, ": key gemma3.%s is missing", key);
+        if (fallback == REQUIRED) o->failed = reject(o, ": key gemma3.%s is missing", key);
         else set_origin(o->m, key, "default");
         return o->failed ? low : fallback;
     }
     o->failed = read_number(o, kv, &x);
     if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
-        o->failed = refuse(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
+        o->failed = reject(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
                            (int)low, (int)high);
     else if (!o->failed && !(x >= low && x <= high))
-        o->failed = refuse(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x, low);
+        o->failed = reject(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x,
+                           low);
     return o->failed ? low : x;
 }
 
@@ -3483,15 +3488,15 @@ static int configure_heads(struct opening *o)
     c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
     if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
-        return refuse(o, ": heads of %d elements, expected an even number", c->head_dim);
+        return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
     c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
     int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return refuse(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
+        return reject(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
                       c->n_kv_heads);
     if (value_length != c->head_dim)
-        return refuse(o, ": gemma3.attention.value_length is %d, expected key_length's %d",
+        return reject(o, ": gemma3.attention.value_length is %d, expected key_length's %d",
                       value_length, c->head_dim);
     return 0;
 }
@@ -3508,7 +3513,7 @@ static int configure_layers(struct opening *o)
     c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
                                  o->size ? o->size->window : 0);
     if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
-        return refuse(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
+        return reject(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
         c->is_local[l] = (uint8_t)(local && c->window > 0);
@@ -3532,7 +3537,7 @@ static int configure_rope(struct opening *o)
         if (none || c->rope_factor == 0) c->rope_factor = 1;
     /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
     if (!o->failed && c->rope_factor < 0x1p-7f)
-        return refuse(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
+        return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
                       "stay below 2^31)", (double)c->rope_factor);
     return o->failed;
 }
@@ -3546,7 +3551,7 @@ static int configure(struct opening *o)
     c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
     c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
     if (!o->failed && c->rms_eps == 0)
-        return refuse(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
+        return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     for (size_t k = 0; k < sizeof published / sizeof *published; k++)
         if (published[k].n_layers == c->n_layers) o->size = &published[k];
     if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
@@ -3594,26 +3599,27 @@ static int is_array_of(const struct kv *kv, uint32_t element, int n)
 static int read_vocab(struct opening *o, struct vocab_room *r)
 {
     struct kv tokens, scores, types, merges;
-    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
+                     is_array_of(&merges, KV_STRING, 1);
     if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
     has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
     if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
-        return refuse(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
+        return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
     int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores) && is_array_of(&scores, KV_F32, n);
-    if (!has_merges && !has_scores)
-        return refuse(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
+    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
+    if (!has_merges && !(has_scores && is_array_of(&scores, KV_F32, n)))
+        return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
-        return refuse(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
+        return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
     *r = make_vocab_room(&o->arena, n);
     if (!r->tokenizer) return no_room(o);
     for (int k = 0; k < n; k++) {
         struct string s = take_string(&tokens.value);
         if (s.n > GEMMA3_PIECE_MAX)
-            return refuse(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d",
-                          k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
+            return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
+                          "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
         r->text[k] = s.text;
         r->length[k] = (uint32_t)s.n;
         r->score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
@@ -3632,14 +3638,14 @@ static int rank_merges(const struct opening *o, float *score)
     struct kv merges;
     if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
-        return refuse(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
+        return reject(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
     find_kv(o, "tokenizer.ggml.merges", &merges);
     for (uint64_t k = 0; k < merges.count; k++) {
         char joined[GEMMA3_PIECE_MAX];
         struct string s = take_string(&merges.value);
         const char *space = s.n > 2 ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
         if (!space || s.n > sizeof joined)
-            return refuse(o, ": key tokenizer.ggml.merges: number %llu is no pair of pieces",
+            return reject(o, ": key tokenizer.ggml.merges: number %llu is no pair of pieces",
                           (unsigned long long)k);
         size_t left = (size_t)(space - s.text);
         memcpy(joined, s.text, left);
@@ -3658,14 +3664,14 @@ static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, in
     int n_vocab = o->m->vocab.n_vocab;
     if (!find_kv(o, key, &kv)) return 0;
     if (kv.count > (uint64_t)max)
-        return refuse(o, ": key %s has %llu ids, expected at most %d", key,
+        return reject(o, ": key %s has %llu ids, expected at most %d", key,
                       (unsigned long long)kv.count, max);
     for (int k = 0; k < (int)kv.count; k++) {
         if (take_number(o, &kv, &x)) return -1;
         if (!(x >= 0 && x < n_vocab))
-            return refuse(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
+            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
         ids[k] = (int32_t)x;
-        if (ids[k] != x) return refuse(o, ": key %s is %.10g, expected an integer", key, x);
+        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
     }
     return (int)kv.count;
 }
@@ -3683,8 +3689,8 @@ static int special_id(const struct opening *o, const char *key, const char *text
 
 static int open_tokenizer(struct opening *o)
 {
-    static const char *const end_keys[] = {"tokenizer.ggml.eos_token_ids",
-                                           "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const more[] = {
+        "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     struct vocab_room r = {0};
@@ -3698,7 +3704,7 @@ static int open_tokenizer(struct opening *o)
     else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
     for (int k = 0; k < 3 && n >= 0; k++) {
         v->n_stop += n;
-        n = ids_of_key(o, end_keys[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+        n = ids_of_key(o, more[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
     }
     if (n < 0) return -1;
     v->n_stop += n;
@@ -3782,7 +3788,8 @@ static const char *const type_names[] = {
     "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
     "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
     "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
-    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4", "Q1_0"};
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4",
+    "Q1_0"};
 enum { N_TYPES = sizeof type_names / sizeof *type_names };
 
 static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
@@ -3792,20 +3799,20 @@ static int check_tensor(const struct opening *o, const struct slot *s, const str
     if (!f) {
         if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
         else print(want, sizeof want, "%u", (unsigned)t->type);
-        return refuse(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 "
-                      "Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)", s->name, want);
+        return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)", s->name, want);
     }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
     if (s->rows) print(want, sizeof want, "%d", s->rows);
     for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
         print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
     if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
-        return refuse(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
+        return reject(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
     if (s->cols % f->elements)
-        return refuse(o, ": tensor %s has rows of %d, expected a multiple of %s's block of %d",
+        return reject(o, ": tensor %s has rows of %d, expected a multiple of %s's block of %d",
                       s->name, s->cols, f->name, f->elements);
     if (s->norm && !is_float(f))
-        return refuse(o, ": tensor %s has type %s, expected F32", s->name, f->name);
+        return reject(o, ": tensor %s has type %s, expected F32", s->name, f->name);
     return 0;
 }
 
@@ -3816,7 +3823,7 @@ static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
     if (!out) return no_room(o);
     uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
     if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
-        return refuse(o, ": tensor %s cannot be read", s->name);
+        return reject(o, ": tensor %s cannot be read", s->name);
     if (!w->data) w->data = bytes;
     o->m->kernels->dequantize(w, 0, out);
     *s->norm = out;
@@ -3828,17 +3835,18 @@ static int bind(struct opening *o, const struct slot *s)
 {
     struct tensor t;
     struct matrix norm, *w = s->w ? s->w : &norm;
-    if (!find_tensor(o, s->name, &t)) return refuse(o, ": tensor %s is missing", s->name);
+    if (!find_tensor(o, s->name, &t)) return reject(o, ": tensor %s is missing", s->name);
     if (check_tensor(o, s, &t)) return -1;
     const struct format *f = find_format(t.type);
     size_t row_bytes = (size_t)(s->cols / f->elements) * f->bytes;
-    uint64_t bytes = row_bytes * t.ne[1], left = o->from.size > o->data ? o->from.size - o->data : 0;
+    uint64_t bytes = row_bytes * t.ne[1], left = 0;
+    if (o->from.size > o->data) left = o->from.size - o->data;
     if (t.offset % o->alignment)
-        return refuse(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
+        return reject(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
                       (unsigned long long)t.offset, (unsigned long long)o->alignment);
     if (t.offset > left || bytes > left - t.offset)
-        return refuse(o, " is truncated: tensor %s ends %llu bytes past the end of the file", s->name,
-                      (unsigned long long)(t.offset + bytes - left));
+        return reject(o, " is truncated: tensor %s ends %llu bytes past the end of the file",
+                      s->name, (unsigned long long)(t.offset + bytes - left));
     *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
                          .offset = o->data + t.offset};
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
@@ -3937,7 +3945,7 @@ static void count_kv(struct opening *o, struct kv *kv)
 {
     double n = 0;
     if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
-        piece(&o->arena, n < GEMMA3_MAX_LAYERS ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
+        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
     if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
         make_vocab_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
 }
@@ -3954,26 +3962,27 @@ static void count_tensor(struct opening *o, const struct tensor *t)
     if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
 }
 
-/* Walks through the header: notes where pairs and infos begin or, without a model, counts pieces. */
+/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
 static int walk(struct opening *o)
 {
     struct cursor c = cursor_at(o, 0);
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
-    o->kv = piece(&o->arena, (size_t)o->n_kv, sizeof *o->kv);
-    o->tensor = piece(&o->arena, (size_t)o->n_tensors, sizeof *o->tensor);
-    if (o->m && !o->tensor) return no_room(o);
-    for (size_t k = 0; k < o->n_kv && !c.failed; k++) {
-        if (o->m) o->kv[k] = o->n_header - c.left;
+    size_t n = 0, *at = o->names = piece(&o->arena, (size_t)(o->n_kv + o->n_tensors), sizeof *at);
+    if (o->m && !at) return no_room(o);
+    for (uint64_t k = 0; k < o->n_kv && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
         if (read_kv(o, &c, &kv)) return -1;
         if (!o->m && !c.failed) count_kv(o, &kv);
     }
-    for (size_t k = 0; k < o->n_tensors && !c.failed; k++) {
-        if (o->m) o->tensor[k] = o->n_header - c.left;
+    o->infos = o->n_header - c.left;
+    for (uint64_t k = 0; k < o->n_tensors && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
         if (read_tensor(o, &c, &t)) return -1;
         if (!o->m && !c.failed) count_tensor(o, &t);
     }
+    o->n_names = n;
     if (c.failed) return refuse_end(o);
     o->data = o->n_header -= c.left;
     if (!o->from.is_mapped) return 0;
@@ -3988,10 +3997,10 @@ static int open_steps(struct opening *o)
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
-    if (choose_kernels(o) || walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) ||
-        configure(o) || bind_weights(o) || open_tokenizer(o))
+    if (choose_kernels(o) || walk(o) || sort_directory(o) || read_alignment(o) ||
+        refuse_others(o) || configure(o) || bind_weights(o) || open_tokenizer(o))
         return -1;
-    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
     struct string name = get_string(o, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
     m->chat_template = get_string(o, "tokenizer.chat_template");
@@ -4021,7 +4030,7 @@ size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *option
     piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
     if (walk(&o)) return 0;
     if (o.arena.used < SIZE_MAX) return o.arena.used;
-    refuse(&o, " needs more memory than this machine can address");
+    reject(&o, " needs more memory than this machine can address");
     return 0;
 }
 
@@ -4123,7 +4132,7 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
     return 0;
 }
 
-/* ==== 13. Sizes and states ====================================================================== */
+/* ==== 13. Sizes and states ==================================================================== */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
@@ -4334,8 +4343,8 @@ static void pass_u32(struct stream *f, uint32_t *u)
     *u = load_u32_le(bytes);
 }
 
-/* What a state's numbers depend on: the config, every norm and one row of every matrix, which no two
- * trained models share. All the weights would take seconds. */
+/* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
+ * two trained models share. All the weights would take seconds. */
 static void hash_model(gemma3_state *s, char hex[65])
 {
     const gemma3_config *c = s->c;
