@@ -4805,7 +4805,7 @@ struct file_out {
 
 /* What the options say, and an opened model with all that belongs to it. */
 struct session {
-    const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 1];
+    const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 2];
     const char *state_file, *logits_file, *positions, *tokenize, *detokenize, *kv;
     int chats, special, no_bos, prints_ids, hash, info, version, help;
     int n_predict;           /* -1: until a stop token */
@@ -4835,159 +4835,154 @@ struct session {
     double read_seconds, write_seconds;
 };
 
-enum option_kind { HEADING, FLAG, WHOLE, REAL, TEXT };
-
-struct option {
-    const char *name;        /* as typed; of a HEADING, the heading */
-    const char *value;       /* what --help calls the value; in [ ]: it may be absent */
-    enum option_kind kind;
-    size_t field;            /* where it goes: an int, int, float or const char * of the session */
-    double least, most;      /* of a number; most of a TEXT: how many may be given */
-    const char *help;
+/* The arguments on their way into a session. arg NULL: the options are described instead. */
+struct reader {
+    char **arg;              /* the next one */
+    int taken;               /* an option was it */
 };
 
-#define FIELD(name) offsetof(struct session, name)
+static const char absent[] = ""; /* the value of a flag, and of a value in [ ] that was not given */
 
-static const struct option options[] = {
-    {"What to read", "", HEADING, 0, 0, 0, ""},
-    {"-m", "MODEL", TEXT, FIELD(path), 0, 1, "a Gemma 3 GGUF; default: the small one in weights/"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 1, "continue TEXT, as it stands, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 1, "continue the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 1, "continue exactly the ids in FILE; - is stdin"},
-    {"-i", "", FLAG, FIELD(chats), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer;\n"
-     "                       a line that ends in \\ goes on in the next"},
-    {"--system", "TEXT", TEXT, FIELD(system), 0, 1, "put before the first turn of a chat"},
-    {"--state", "FILE", TEXT, FIELD(state_file), 0, 1,
-     "where a prompt's state, or a --system text's, is kept: computed once, then read"},
-    {"--special", "", FLAG, FIELD(special), 0, 0, "read and print control tokens as their text"},
-    {"--no-bos", "", FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
-    {"What to write", "", HEADING, 0, 0, 0, ""},
-    {"-n", "N", WHOLE, FIELD(n_predict), 0, INT_MAX,
-     "tokens to generate; default: until a stop token or a full context"},
-    {"--temp", "T", REAL, FIELD(sampler.temperature), 0, 1e6, "0: the likeliest always; default 1"},
-    {"--top-k", "K", WHOLE, FIELD(sampler.top_k), 0, INT_MAX,
-     "choose among the K likeliest; 0: all; default 64"},
-    {"--top-p", "P", REAL, FIELD(sampler.top_p), 0, 1,
-     "among the likeliest that have probability P together; default 0.95"},
-    {"--min-p", "P", REAL, FIELD(sampler.min_p), 0, 1,
-     "among those with P times the largest probability; default 0"},
-    {"--repeat-penalty", "R", REAL, FIELD(sampler.repeat_penalty), 1e-6, 1e6,
-     "against repeating any of the last 64 tokens; default 1: none"},
-    {"--seed", "S", TEXT, FIELD(seed), 0, 1, "a seed gives the same text everywhere; default 42"},
-    {"--stop", "TEXT", TEXT, FIELD(stop), 0, MAX_STOPS, "end before TEXT; may be given repeatedly"},
-    {"--out-ids", "", FLAG, FIELD(prints_ids), 0, 0, "print the ids generated, not their text"},
-    {"Numbers instead of text (with -n text is generated too)", "", HEADING, 0, 0, 0, ""},
-    {"--logits", "FILE", TEXT, FIELD(logits_file), 0, 1,
-     "float32, little-endian, [positions][n_vocab]; -: stdout, the rest on stderr"},
-    {"--positions", "LIST", TEXT, FIELD(positions), 0, 1,
-     "which rows, ascending, as 0,5,-1; from the end when negative; default: all"},
-    {"--hash", "", FLAG, FIELD(hash), 0, 0, "contract, mode, cache, SHA-256 of those same logits"},
-    {"--tokenize", "[TEXT]", TEXT, FIELD(tokenize), 0, 1, "ids of TEXT, or of the text of -f"},
-    {"--detokenize", "IDS", TEXT, FIELD(detokenize), 0, 1, "bytes of the ids, as \"2 818 5279\""},
-    {"How to compute", "", HEADING, 0, 0, 0, ""},
-    {"-c", "N", WHOLE, FIELD(params.n_ctx), 1, 1 << 24,
-     "context in tokens; default: the smaller of the model's and 4096"},
-    {"-t", "N", WHOLE, FIELD(params.n_threads), 1, GEMMA3_MAX_THREADS, "default: physical cores"},
-    {"-b", "N", WHOLE, FIELD(params.n_batch), 1, INT_MAX, "prompt's tokens at once; default 512"},
-    {"--exact", "", FLAG, FIELD(options.exact), 0, 0, "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 1, "type of the cache; default f16, with --exact f32"},
-    {"--isa", "NAME", TEXT, FIELD(options.isa), 0, 1, "force kernels; list: what this CPU can run"},
-    {"--no-repack", "", FLAG, FIELD(options.no_repack), 0, 0,
-     "use the weights where they lie: opens faster, runs slower, same bits"},
-    {"--obey-file", "", FLAG, FIELD(options.obey_file), 0, 0,
-     "keys of the file win even where they contradict what the model is"},
-    {"About", "", HEADING, 0, 0, 0, ""},
-    {"--info", "", FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
-    {"--version", "", FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
-    {"--help", "", FLAG, FIELD(help), 0, 0, "this text"},
-    {NULL, NULL, HEADING, 0, 0, 0, NULL},
-};
+/* The value when the next argument is this option, "-n 7" or "--seed=7"; NULL: it is another. */
+static const char *take(struct reader *r, const char *form, const char *help)
+{
+    int n = (int)strcspn(form, " ");
+    if (!r->arg) printf("  %-20s %s\n", form, help);
+    if (!r->arg || r->taken || strncmp(*r->arg, form, (size_t)n) != 0) return NULL;
+    const char *rest = *r->arg + n, *next = r->arg[1];
+    int has_value = form[n] != 0, is_joined = *rest == '=' && n > 2;
+    if (*rest && !is_joined) return NULL;
+    r->taken = 1;
+    r->arg++;
+    if (is_joined && !has_value) say(WRONG, "%s takes no value", form);
+    if (is_joined) return rest + 1;
+    int next_is_option = !next || (*next == '-' && (next[1] == '-' || next[1] > '9'));
+    if (!has_value || (form[n + 1] == '[' && next_is_option)) return absent;
+    if (!next) say(WRONG, "%.*s needs a value: %s", n, form, form + n + 1);
+    return *r->arg++;
+}
 
-static void print_help(void)
+static void flag(struct reader *r, const char *form, int *x, const char *help)
+{
+    if (take(r, form, help)) *x = 1;
+}
+
+static void text(struct reader *r, const char *form, const char **x, const char *help)
+{
+    const char *value = take(r, form, help);
+    if (value) *x = value;
+}
+
+static void real(struct reader *r, const char *form, float *x, double least, double most,
+                 const char *help)
+{
+    const char *value = take(r, form, help);
+    char *end;
+    if (!value) return;
+    double number = strtod(value, &end);
+    if (end == value || *end || !(number >= least && number <= most))
+        say(WRONG, "%.*s %s: expected a number from %.10g to %.10g", (int)strcspn(form, " "), form,
+            value, least, most);
+    *x = (float)number;
+}
+
+static void whole(struct reader *r, const char *form, int *x, int least, int most, const char *help)
+{
+    const char *value = take(r, form, help);
+    char *end;
+    if (!value) return;
+    errno = 0;
+    long number = strtol(value, &end, 10);
+    if (end == value || *end || errno || number < least || number > most)
+        say(WRONG, "%.*s %s: expected a whole number from %d to %d", (int)strcspn(form, " "), form,
+            value, least, most);
+    *x = (int)number;
+}
+
+static void heading(const struct reader *r, const char *title)
+{
+    if (!r->arg) printf("\n%s:\n", title);
+}
+
+/* Every option: tries the next argument as each of them, or describes them. */
+static void read_option(struct session *s, struct reader *r)
+{
+    int n = 0;
+    while (n < MAX_STOPS && s->stop[n]) n++;
+    heading(r, "What to read");
+    text(r, "-m MODEL", &s->path, "a Gemma 3 GGUF; default: the small one in weights/");
+    text(r, "-p TEXT", &s->prompt, "continue TEXT, as it stands, after <bos>");
+    text(r, "-f FILE", &s->file, "continue the text in FILE; - is stdin");
+    text(r, "--ids FILE", &s->ids_file, "continue the ids in FILE as they are; - is stdin");
+    flag(r, "-i", &s->chats, "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an\n"
+         "                       answer; a line that ends in \\ goes on in the next");
+    text(r, "--system TEXT", &s->system, "put before the first turn of a chat");
+    text(r, "--state FILE", &s->state_file, "keep the computed prompt, or --system, for next time");
+    flag(r, "--special", &s->special, "read and print control tokens as their text");
+    flag(r, "--no-bos", &s->no_bos, "no <bos> before the text");
+    heading(r, "What to write");
+    whole(r, "-n N", &s->n_predict, 0, INT_MAX, "tokens; default: until a stop token or no room");
+    real(r, "--temp T", &s->sampler.temperature, 0, 1e6, "0: always the likeliest; default 1");
+    whole(r, "--top-k K", &s->sampler.top_k, 0, INT_MAX, "of the K likeliest; 0: all; default 64");
+    real(r, "--top-p P", &s->sampler.top_p, 0, 1, "of those that have P together; default 0.95");
+    real(r, "--min-p P", &s->sampler.min_p, 0, 1, "of those with P times the largest; default 0");
+    real(r, "--repeat-penalty R", &s->sampler.repeat_penalty, 1e-6, 1e6,
+         "against repeating any of the last 64 tokens; default 1: none");
+    text(r, "--seed S", &s->seed, "a seed gives the same text everywhere; default 42");
+    text(r, "--stop TEXT", &s->stop[n], "end before TEXT; may be given several times");
+    flag(r, "--out-ids", &s->prints_ids, "print the ids generated, without the stop token");
+    heading(r, "Numbers instead of text (nothing is generated unless -n is given)");
+    text(r, "--logits FILE", &s->logits_file, "float32, little-endian, [positions][n_vocab]; - is\n"
+         "                       stdout, and what else is asked for goes to stderr");
+    text(r, "--positions LIST", &s->positions, "rows, ascending, as 0,5,-1 (last); default: all");
+    flag(r, "--hash", &s->hash, "contract, mode, type of the cache, SHA-256 of those same logits");
+    text(r, "--tokenize [TEXT]", &s->tokenize, "ids of TEXT; without it, of -f's");
+    text(r, "--detokenize IDS", &s->detokenize, "bytes of the ids, as \"2 818 5279\"");
+    heading(r, "How to compute");
+    whole(r, "-c N", &s->params.n_ctx, 1, 1 << 24, "context; default: the model's, at most 4096");
+    whole(r, "-t N", &s->params.n_threads, 1, GEMMA3_MAX_THREADS, "default: physical cores");
+    whole(r, "-b N", &s->params.n_batch, 1, INT_MAX, "prompt tokens at once; default 512");
+    flag(r, "--exact", &s->options.exact, "weights and activations in float32");
+    text(r, "--kv f16|f32", &s->kv, "numbers in the cache; default f16, with --exact f32");
+    text(r, "--isa NAME", &s->options.isa, "force kernels; list: those that this CPU can run");
+    flag(r, "--no-repack", &s->options.no_repack, "opens faster, runs slower");
+    flag(r, "--obey-file", &s->options.obey_file, "also keys that contradict what the model is");
+    heading(r, "About");
+    flag(r, "--info", &s->info, "the model's hyperparameters, and memory in bytes");
+    flag(r, "--version", &s->version, "of the program and of the numeric contract");
+    flag(r, "--help", &s->help, "this text");
+}
+
+static void print_help(struct session *s)
 {
     puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
          "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
          "one bit pattern of logits, on every machine and with every other option.");
-    for (const struct option *o = options; o->name; o++)
-        if (o->kind == HEADING) printf("\n%s:\n", o->name);
-        else printf("  %s %-*s%s\n", o->name, 20 - (int)strlen(o->name), o->value, o->help);
+    read_option(s, &(struct reader){.arg = NULL});
     puts("\nScores and tensors inside: make conform, then test/conform --help.\n"
          "Exit: 0, 1 when the job failed, 2 when the command line was wrong.");
 }
 
-static const struct option *find_option(const char *name, size_t n)
-{
-    for (const struct option *o = options; o->name; o++)
-        if (o->kind != HEADING && strlen(o->name) == n && memcmp(o->name, name, n) == 0) return o;
-    return NULL;
-}
-
-static const char no_text[] = ""; /* --tokenize without its text: the one given by -f is meant */
-
-static void set_option(struct session *s, const struct option *o, const char *text)
-{
-    char *field = (char *)s + o->field, *end;
-    const char **slot = (const char **)(void *)field;
-    if (o->kind == FLAG) {
-        *(int *)(void *)field = 1;
-    } else if (o->kind == TEXT) {
-        for (int i = 1; *slot && i < (int)o->most; i++) slot++;
-        if (*slot && o->most > 1) say(WRONG, "%s: %.0f of them are possible", o->name, o->most);
-        *slot = text;
-    } else {
-        int whole = o->kind == WHOLE, digits = text[strspn(text, "0123456789")] == 0;
-        double x = strtod(text, &end);
-        if (end == text || *end || (whole && !digits) || !(x >= o->least && x <= o->most))
-            say(WRONG, "%s %s: expected a %s from %.10g to %.10g", o->name, text,
-                whole ? "whole number" : "number", o->least, o->most);
-        if (whole) *(int *)(void *)field = (int)x;
-        else *(float *)(void *)field = (float)x;
-    }
-}
-
-/* What measures numbers is a program of its own now. */
-static void refuse_name(const char *name, size_t n)
+static void read_options(struct session *s, char **args)
 {
     static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
-    for (int i = 0; i < 5; i++)
-        if (strlen(moved[i]) == n && memcmp(moved[i], name, n) == 0)
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(name + 2, "-="), name + 2);
-    say(WRONG, *name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
-}
-
-/* Both "--seed 7" and "--seed=7". */
-static void parse_options(struct session *s, char **arg)
-{
-    while (*arg) {
-        const char *name = *arg++, *text = *arg;
-        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
-        const struct option *o = find_option(name, n);
-        if (!o) refuse_name(name, n);
-        if (name[n] == '=' && o->kind == FLAG) say(WRONG, "%s takes no value", o->name);
-        if (name[n] == '=') text = name + n + 1;
-        else if (o->value[0] == '[' && (!text || find_option(text, strlen(text)))) text = no_text;
-        else if (o->kind != FLAG && !*arg++) say(WRONG, "%s needs a value: %s", o->name, o->value);
-        set_option(s, o, text);
+    struct reader r = {.arg = args};
+    for (const char *name; (name = *r.arg); r.taken = 0) {
+        size_t n = strcspn(name, "=");
+        read_option(s, &r);
+        for (int i = 0; i < 5 && !r.taken; i++)
+            if (strlen(moved[i]) == n && memcmp(moved[i], name, n) == 0)
+                say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
+                    (int)strcspn(name + 2, "-="), name + 2);
+        if (!r.taken)
+            say(WRONG, *name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
     }
-}
-
-static void check_isa(const char *isa)
-{
-    char list[256] = "";
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
-    }
-    say(WRONG, "--isa %s: this CPU can run%s", isa, list);
 }
 
 /* One thing to do, and nothing that would have no effect. */
 static void check_options(struct session *s)
 {
-    int of_file = s->tokenize == no_text, n_prompts = !!s->prompt + !!s->file + !!s->ids_file;
+    int of_file = s->tokenize == absent, n_prompts = !!s->prompt + !!s->file + !!s->ids_file;
     int n_jobs = n_prompts + s->chats + (s->tokenize && !of_file) + !!s->detokenize + s->info;
     int continues = n_prompts && !of_file;
     s->numbers = s->logits_file || s->hash;
@@ -5009,11 +5004,17 @@ static void check_options(struct session *s)
     if (s->system && !s->chats) say(WRONG, "--system needs -i");
     if (s->state_file && (s->numbers || !(continues || s->chats)))
         say(WRONG, "--state needs a text to continue, and neither --logits nor --hash");
+    if (s->stop[MAX_STOPS]) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
     for (const char **stop = s->stop; *stop; stop++)
         if (!**stop || strlen(*stop) > MAX_STOP_BYTES)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-    if (s->options.isa) check_isa(s->options.isa);
-    char *end;
+    char isas[256] = "", *end;
+    int known = !s->options.isa;
+    for (int i = 0; gemma3_isa_name(i); i++) {
+        snprintf(isas + strlen(isas), sizeof isas - strlen(isas), " %s", gemma3_isa_name(i));
+        known = known || strcmp(gemma3_isa_name(i), s->options.isa) == 0;
+    }
+    if (!known) say(WRONG, "--isa %s: this CPU can run%s", s->options.isa, isas);
     errno = 0;
     s->sampler.rng = gemma3_sampler_new(strtoull(s->seed, &end, 10)).rng;
     if (*s->seed < '0' || *s->seed > '9' || *end || errno)
@@ -5060,7 +5061,7 @@ static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
     return NULL;
 }
 
-/* What will not fit is said before it is tried. Weights used where they lie in the file need none. */
+/* What will not fit is said before it is tried. Weights used where they lie need no memory. */
 static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
 {
     size_t limit = gemma3_memory_limit();
@@ -5095,8 +5096,8 @@ static void open_model(struct session *s, int computes)
     if (s->kv) s->params.kv_type = strcmp(s->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (computes && s->params.n_ctx > s->config->n_ctx_train)
-        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what it "
-            "writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
+            "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
             (double)s->config->rope_factor);
 }
 
@@ -5543,21 +5544,23 @@ static char *read_line(void)
     return NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says: where it says something else, so do we. */
+/* We write Gemma's turns, whatever the file's template says. */
 static void check_template(const struct session *s)
 {
-    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
+    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer",
+                                        "tools"};
     size_t n = 0;
-    const char *template = gemma3_model_chat_template(s->model, &n);
-    if (!template)
+    const char *text = gemma3_model_chat_template(s->model, &n);
+    if (!text)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    for (int i = 0; template && i < 4; i++) {
-        size_t length = strlen(words[i]), at = 0;
-        while (at + length <= n && memcmp(template + at, words[i], length) != 0) at++;
-        int has = at + length <= n;
-        if (i == 0 && !has) say(NOTE, "the file's chat template has no <start_of_turn>: it is not Gemma's, "
-                                "whose turns are used here");
-        if (i > 0 && has) say(NOTE, "the file's chat template asks for %s, which a chat here has not", words[i]);
+    for (int i = 0; text && i < 4; i++) {
+        size_t n_word = strlen(words[i]), at = 0;
+        while (at + n_word <= n && memcmp(text + at, words[i], n_word) != 0) at++;
+        int has_it = at + n_word <= n;
+        if (i == 0 && !has_it)
+            say(NOTE, "the file's chat template has no <start_of_turn>; turns here are Gemma's");
+        if (i > 0 && has_it)
+            say(NOTE, "the file's chat template asks for %s, which turns here lack", words[i]);
     }
 }
 
@@ -5568,10 +5571,10 @@ static void chat(struct session *s)
     char *line;
     open_state(s);
     check_template(s);
-    while (goes_on && (line = read_line())) {
+    while (goes_on && s->fault < 0 && (line = read_line())) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = (answer(s, line) || is_terminal(stdin)) && s->fault < 0;
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
         free(line);
     }
 }
@@ -5629,14 +5632,15 @@ static void run_job(struct session *s)
 int main(int argc, char **argv)
 {
     struct session s = {
-        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
+        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42),
+        .out = stdout,
         .params = {.n_batch = 512, .n_threads = gemma3_default_threads()},
     };
     char found[MAX_PATH_BYTES];
     argv = start_program(argv);
-    if (argc > 0) parse_options(&s, argv + 1);
+    if (argc > 0) read_options(&s, argv + 1);
     if (s.help) {
-        print_help();
+        print_help(&s);
     } else if (s.version) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
     } else if (s.options.isa && strcmp(s.options.isa, "list") == 0) {
