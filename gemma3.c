@@ -4698,18 +4698,12 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links, or what has no slash through $PATH as well. */
+/* Where a path leads through links; where we lie ourselves, when the name of the program is given. */
 static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
 {
-    const char *dir = is_program && !strchr(path, '/') ? getenv("PATH") : NULL;
-    snprintf(real, MAX_PATH_BYTES, "%s", path);
-    for (size_t n; dir && *dir; dir += n + (dir[n] == ':')) {
-        n = strcspn(dir, ":");
-        snprintf(real, MAX_PATH_BYTES, "%.*s/%s", n ? (int)n : 1, n ? dir : ".", path);
-        if (file_size(real) >= 0 && access(real, X_OK) == 0) break;
-    }
-    char *found = realpath(real, NULL);
-    if (found) snprintf(real, MAX_PATH_BYTES, "%s", found);
+    char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
+    if (!found) found = realpath(path, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
     free(found);
 }
 
@@ -4914,8 +4908,7 @@ static void check_options(char **args)
 struct session {
     char **args;
     const char *stop[MAX_STOPS + 1];
-    int chats, special, prints_ids;
-    int n_predict;           /* -1: until a stop token */
+    int chats, special, prints_ids, n_predict; /* n_predict -1: until a stop token */
     gemma3_pool *pool;
     gemma3_model *model;
     const gemma3_config *config;
@@ -4927,16 +4920,15 @@ struct session {
     float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
     int n_ids;
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    FILE *out;               /* of text: stdout, or stderr while the logits go to stdout */
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    FILE *file;              /* --logits or --state: until it is whole it has another name, */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* unless it is a device or a pipe */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters only, and */
-    char held[MAX_STOP_BYTES + 1]; /* nothing that may begin a --stop text before that is decided */
+    FILE *out, *file;        /* of text; of --logits or --state, which until it is whole has */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* another name, but devices and pipes */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing held back that */
+    char held[MAX_STOP_BYTES + 1]; /* may begin a --stop text */
     size_t n_held;
     int n_printed, stopped;  /* ids of this text; a --stop text came */
+    int fault;               /* first position whose logits are not numbers, or -1 */
     int n_read, n_written;   /* tokens, for the speed */
     double read_seconds, write_seconds;
 };
@@ -5005,10 +4997,11 @@ static void open_model(struct session *s, const char *path, int computes)
     if (!computes) return;
 
     size_t n_vocab = (size_t)s->config->n_vocab;
+    size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     size_t need = gemma3_state_size(s->model, &s->params), limit = gemma3_memory_limit();
-    if (limit && need > limit)
-        say(FAILED, "out of memory: -c %d needs %zu MB and this process may use %zu MB",
-            s->params.n_ctx, need >> 20, limit >> 20);
+    if (limit && (need > limit || weights > limit - need))
+        say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
+            "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
     if (s->params.n_ctx > s->config->n_ctx_train)
         say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
             "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
@@ -5309,27 +5302,24 @@ static void print_info(const struct session *s)
         {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
         {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
         {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
-        {"head_dim", "attention.key_length", c->head_dim},
-        {"n_ctx_train", "context_length", c->n_ctx_train},
-        {"window", "attention.sliding_window", c->window},
-        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_ctx_train", "", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window}, {"rms_eps", "", c->rms_eps},
         {"rope_base_global", "rope.freq_base", c->rope_base_global},
         {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
         {"rope_factor", "rope.scaling.factor", c->rope_factor},
-        {"query_scale", "attention.scale", c->query_scale},
-        {"embedding_scale", "", c->embedding_scale},
+        {"query_scale", "attention.scale", c->query_scale}, {"embedding_scale", "", c->embedding_scale},
         {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
     print_safe(stdout, gemma3_model_name(s->model));
     printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
-    printf("contract               %d\n", GEMMA3_CONTRACT);
-    printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
-    printf("isa                    %s\n", gemma3_model_isa(s->model));
+    printf("contract               %d\nmode                   %s\nisa                    %s\n",
+           GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
+           gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
-        printf("%-22s %.9g%s%s%s\n", fields[i].name, fields[i].value, *origin ? " (" : "", origin,
-               *origin ? ")" : "");
+        printf("%-22s %.9g", fields[i].name, fields[i].value);
+        printf(*origin ? " (%s)\n" : "\n", origin);
     }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
@@ -5347,32 +5337,30 @@ static void print_info(const struct session *s)
 static int answer(struct session *s, const char *text)
 {
     const char *system = option(s->args, "--system"), *state = option(s->args, "--state");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_same = 0;
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0, n_bare = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
     if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
     int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
     int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
-    if (n > left)
+    if (n > left) {
         say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
             "starts again, -c gives more", s->params.n_ctx, n, left);
-    else {
-        int n_bare = state && pos == 0 ?
-                     gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
-        while (n_same < n && n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
-        int n_kept = n_same ? keep_tokens(s, state, ids, n_same) : 0;
-        interrupted = 0;
-        signal(SIGINT, note_interrupt);
-        read_tokens(s, ids + n_kept, n - n_kept);
-        write_tokens(s);
-        signal(SIGINT, SIG_DFL);
-        /* Whatever ended the answer, the model finds it closed when the next turn comes. */
-        ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
-        if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+        return free(ids), 0;
     }
-    free(ids);
-    return n <= left;
+    if (state && pos == 0) n_bare = gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room);
+    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* what depends not on text */
+    if (n_kept) n_kept = keep_tokens(s, state, ids, n_kept);
+    interrupted = 0;
+    signal(SIGINT, note_interrupt);
+    read_tokens(s, ids + n_kept, n - n_kept);
+    write_tokens(s);
+    signal(SIGINT, SIG_DFL);
+    /* Whatever ended the answer, the model finds it closed when the next turn comes. */
+    ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
+    if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+    return free(ids), 1;
 }
 
 /* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
@@ -5398,19 +5386,17 @@ static char *read_line(void)
 /* We write Gemma's turns, whatever the file's template says. */
 static void check_template(const struct session *s)
 {
-    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer",
-                                        "tools"};
+    static const char *const more[] = {"source_lang_code", "developer", "tools", "<start_of_turn>"};
     size_t n = 0;
     const char *text = gemma3_model_chat_template(s->model, &n);
     if (!text)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
     for (int i = 0; text && i < 4; i++) {
-        size_t n_word = strlen(words[i]), at = 0;
-        while (at + n_word <= n && memcmp(text + at, words[i], n_word) != 0) at++;
-        if (i == 0 && at + n_word > n)
-            say(NOTE, "the file's chat template has no <start_of_turn>; turns here are Gemma's");
-        if (i > 0 && at + n_word <= n)
-            say(NOTE, "the file's chat template asks for %s, which turns here lack", words[i]);
+        size_t length = strlen(more[i]), at = 0;
+        while (at + length <= n && memcmp(text + at, more[i], length) != 0) at++;
+        if ((at + length <= n) != (i == 3))
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", more[i]);
     }
 }
 
@@ -5452,18 +5438,19 @@ static void explain_fault(struct session *s)
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
+/* Everything but --help and the like. */
 static void run_job(struct session *s, const char *path)
 {
     const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
     const char *detokenize = option(s->args, "--detokenize");
+    char piece[GEMMA3_PIECE_MAX];
     open_model(s, path, !tokenize && !detokenize && !info);
     if (tokenize) read_prompt(s);
     if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
-    for (int i = 0; i < s->n_ids && tokenize; i++) printf(i ? " %d" : "%d", (int)s->ids[i]);
-    for (int i = 0; i < s->n_ids && detokenize; i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int flags = s->special ? GEMMA3_SPECIAL : 0;
-        fwrite(piece, 1, (size_t)gemma3_decode(s->tokenizer, s->ids[i], flags, piece), stdout);
+    for (int i = 0, n; i < s->n_ids; i++) {
+        n = gemma3_decode(s->tokenizer, s->ids[i], s->special ? GEMMA3_SPECIAL : 0, piece);
+        if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
+        else fwrite(piece, 1, (size_t)n, stdout);
     }
     if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
     else if (info) print_info(s);
@@ -5477,10 +5464,7 @@ static void run_job(struct session *s, const char *path)
     gemma3_state_free(s->state);
     gemma3_close(s->model);
     gemma3_pool_free(s->pool);
-    free(s->candidates);
-    free(s->logits);
-    free(s->wanted);
-    free(s->ids);
+    free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
 /* The model that comes with the program lies in weights/ or beside it, or where we are. */
