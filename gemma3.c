@@ -126,13 +126,18 @@
  *     16  The command line
  */
 
+#if !defined(INSTANCE) /* the file includes itself: section 9 */
+
 /* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
  * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
  * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* some targets do not know the first */
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
+#pragma clang diagnostic pop
 #endif
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
@@ -198,7 +203,7 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
 /* Tensor types by their number in GGUF. */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
-       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
+       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30 };
 
 enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
 
@@ -298,7 +303,7 @@ struct q8_block {
 /* Up to TILE_ROWS rows of a matrix times n vectors. */
 struct product {
     const struct format *format;
-    const uint8_t *rows;     /* mul_codes: a tile; mul_floats: n_rows rows, row_bytes apart */
+    const uint8_t *rows;     /* n_rows rows, row_bytes apart, or a tile */
     size_t row_bytes;
     int n_rows, cols, n;
     const struct q8_block *q8; /* mul_codes: [n][x_stride] */
@@ -325,6 +330,7 @@ struct mix {
 
 struct kernels {
     const char *name;
+    int tiles;               /* mul_codes takes a tile; 0: rows as they lie in the file */
     /* x [n] -> codes: d = amax / 127, code = round(x * (127 / amax)), ties to even (rule 1). */
     void (*quantize)(struct q8_block *out, const float *x, int n);
     /* acc[i][r] += row r . q8[i], an integer format's tile: for each block in order
@@ -355,6 +361,8 @@ struct kernels {
 /* From later sections: what the forward pass uses besides the table. */
 static void cos_sin(float angle, float *c, float *s);
 static void softcap(float *logits, size_t n, float cap);
+static float fma_f32(float a, float b, float c);
+static float exp_f32(float x);
 static const struct format *find_format(uint32_t type);
 static int is_float(const struct format *f);
 
@@ -666,7 +674,6 @@ static int first_seen(const struct attention *a, int p)
  * A test compares it with attend. */
 static float dot(int type, const uint8_t *row, const float *x, int n);
 static float exp_scores_of(float *score, int n, int first);
-static float fma_f32(float a, float b, float c);
 static float value_of(int type, const uint8_t *row, size_t j);
 static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
                                            float *score, float *out)
@@ -1005,12 +1012,6 @@ enum { HARD_FMA = 1 };
 enum { HARD_FMA = 0 };
 #endif
 
-/* hard is a constant wherever this is called: 1 only where the instruction exists. */
-INLINE float fma_of(int hard, float a, float b, float c)
-{
-    return hard ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
-}
-
 INLINE float sqrt_of(float x)
 {
     return __builtin_sqrtf(x);
@@ -1024,26 +1025,11 @@ INLINE int32_t round_to_int(float x)
     return (int32_t)(bits_of(x + ROUNDER) - bits_of(ROUNDER));
 }
 
-/* exp of a float, at most 0.92 ulp wrong: x = n ln2 + r, |r| <= ln2 / 2; Taylor's polynomial of
- * degree 7 in r; then n goes into the exponent. */
-INLINE float exp_of(int hard, float x)
+INLINE float join_lanes(float lane[16])
 {
-    float shifted = fma_of(hard, x, 0x1.715476p+0f, ROUNDER); /* 1/ln2 */
-    float n = shifted - ROUNDER;
-    float r = fma_of(hard, n, -0x1.62e430p-1f, x);            /* ln2, leading part */
-    r = fma_of(hard, n, 0x1.05c610p-29f, r);                  /* and the rest */
-    float e = 1.0f / 5040;
-    e = fma_of(hard, e, r, 1.0f / 720);
-    e = fma_of(hard, e, r, 1.0f / 120);
-    e = fma_of(hard, e, r, 1.0f / 24);
-    e = fma_of(hard, e, r, 1.0f / 6);
-    e = fma_of(hard, e, r, 0.5f);
-    e = fma_of(hard, e, r, 1.0f);
-    e = fma_of(hard, e, r, 1.0f);
-    e = float_of(bits_of(e) + (bits_of(shifted) << 23));      /* ROUNDER's own low 9 bits are 0 */
-    e = x < -87.0f ? 0.0f : e;
-    e = x > 88.7f ? float_of(0x7f800000) : e;
-    return x != x ? x : e;
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
 }
 
 /* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
@@ -1189,7 +1175,7 @@ static void cos_sin(float angle, float *c, float *s)
 static void softcap(float *logits, size_t n, float cap)
 {
     for (size_t j = 0; j < n; j++) {
-        float t = logits[j] / cap, e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
+        float t = logits[j] / cap, e = exp_f32(-2.0f * float_of(bits_of(t) & 0x7fffffff));
         float tanh_of_abs = (1.0f - e) / (1.0f + e);
         logits[j] = cap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
     }
@@ -1208,28 +1194,18 @@ static const char *arithmetic_fault(void)
     if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
-    if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
+    if (fma_f32(a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
     if (one / 3 != 0x1.555556p-2f || sqrt_of(2 * one) != 0x1.6a09e6p0f)
         return "division or square root is not correctly rounded";
-    if (bits_of(exp_of(HARD_FMA, one)) != 0x402df854) return "exp(1) is wrong";
+    if (bits_of(exp_f32(one)) != 0x402df854) return "exp(1) is wrong";
     return NULL;
 }
 
 /* ==== 8. Number formats =========================================================================
  *
- * Weights lie in blocks of 32 or 256 elements that share a scale. Each integer format has one function
- * that unpacks 32 elements to int8 codes and scales: it is the definition of the format. Dequantisation
- * and dot products use it; only Q4_0's dot products, the hottest, take the nibbles themselves. All
- * numbers in a file are little-endian.
- *
- * The functions unpack R rows at once. R is 1 for a row as it lies in the file, or 32 for a tile: 32
- * rows whose bytes are interleaved, so that each 32-bit lane of a vector register holds 4 bytes of one
- * row: a lane's sum is that row's, and none is needed across lanes. What lies at byte `at` of a block
- * lies at R * at in the tile: codes in units of 4 bytes, scales in units of one number. With R = 1 both
- * are the same, and the drawings below hold. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
- *
- *     0                   64                                                 192            576
- *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
+ * Weights lie in blocks of 32 or 256 elements that share a scale. All numbers in a file are
+ * little-endian. Here is what a block of one row means; how 32 rows are interleaved for the vector
+ * kernels, which read the same drawings, comes at the end. */
 
 INLINE uint16_t load_u16_le(const uint8_t *p)
 {
@@ -1283,234 +1259,76 @@ INLINE uint16_t f32_to_f16(float x)
 /* bfloat16 is the upper half of a float. */
 INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-/* A panel: 32 elements of each of R rows, made ready for the kernels; the one shape that all formats but
- * Q4_0 take there. With half = j / 16 the value of element j of row r is
- *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
- * Formats whose halves share a scale leave scale and min alone: both count as 1. */
-enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
-
-struct panel {
-    const int8_t *code;               /* element 4g + k of row r at (g * R + r) * 4 + k */
-    uint8_t unpacked[32 * TILE_ROWS]; /* where code points, unless the file's bytes are the codes */
-    int32_t scale[2][TILE_ROWS], min[2][TILE_ROWS];
-    float d[TILE_ROWS], m[TILE_ROWS];
-};
-
-INLINE void load_f16s(float *restrict out, const uint8_t *restrict p, int R)
+/* Element j of a row of floats as a file or the KV cache stores them. */
+INLINE float load_float(int type, const uint8_t *row, size_t j)
 {
-    for (int r = 0; r < R; r++) out[r] = f16_to_f32(load_u16_le(p + 2 * r));
+    if (type == F16) return f16_to_f32(load_u16_le(row + 2 * j));
+    if (type == BF16) return bf16_to_f32(load_u16_le(row + 2 * j));
+    return float_of(load_u32_le(row + 4 * j));
 }
 
-/* out[j] = (in[j] >> shift) & mask for n bytes, four at a time: what a shift moves from one byte into
- * the next is masked away, in either byte order. mask is one byte's, shift at most 7. */
-INLINE void take_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask)
-{
-    for (int j = 0; j < n; j += 4) {
-        uint32_t four;
-        memcpy(&four, in + j, 4);
-        four = four >> shift & mask * 0x01010101;
-        memcpy(out + j, &four, 4);
-    }
-}
-
-/* The same with more bits on top: out[j] = ((in[j] >> shift) & mask) | ((top[j] >> top_shift) & top_mask) << up */
-INLINE void join_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask,
-                      const uint8_t *restrict top, int top_shift, uint32_t top_mask, int up)
-{
-    for (int j = 0; j < n; j += 4) {
-        uint32_t low, high;
-        memcpy(&low, in + j, 4);
-        memcpy(&high, top + j, 4);
-        low = (low >> shift & mask * 0x01010101) | (high >> top_shift & top_mask * 0x01010101) << up;
-        memcpy(out + j, &low, 4);
-    }
-}
-
-/* 16 bytes of nibbles for each row: the low one element j, the high one element j + 16. */
-INLINE void unpack_nibbles(struct panel *restrict o, const uint8_t *restrict qs, int R)
-{
-    take_bits(o->unpacked, qs, 16 * R, 0, 15);
-    take_bits(o->unpacked + 16 * R, qs, 16 * R, 4, 15);
-}
-
-/* high: one u32 for each row; its bit j is the fifth bit of element j. The product copies bit k of
- * four to the lowest bit of byte k. */
-INLINE void add_fifth_bits(struct panel *restrict o, const uint8_t *restrict high, int R)
-{
-    for (int g = 0; g < 8; g++)
-        for (int r = 0; r < R; r++) {
-            uint8_t *four = o->unpacked + 4 * (g * R + r);
-            uint32_t bits = load_u32_le(high + 4 * r) >> 4 * g & 15;
-            store_u32_le(four, load_u32_le(four) | (bits * 0x00204081 & 0x01010101) << 4);
-        }
-}
-
-/* Q4_0, 18 bytes for 32 elements: value = d * (q - 8)
- *     0      2                                       18
- *     | d f16 | 16 bytes: low nibble element j,      |
- *     |       |           high nibble element j + 16 |   Q4_1, Q5_0, Q5_1, IQ4_NL pair them alike */
-INLINE void unpack_q4_0(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    unpack_nibbles(o, p + 2 * R, R);
-}
-
-/* Q4_1, 20 bytes for 32:  | d f16 | m f16 | 16 bytes of nibbles |   value = d * q + m */
-INLINE void unpack_q4_1(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    load_f16s(o->m, p + 2 * R, R);
-    unpack_nibbles(o, p + 4 * R, R);
-}
-
-/* Q5_0, 22 bytes for 32:  | d f16 | h u32: bit j is the fifth bit of element j | 16 bytes of nibbles |
- * value = d * (q - 16) */
-INLINE void unpack_q5_0(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    unpack_nibbles(o, p + 6 * R, R);
-    add_fifth_bits(o, p + 2 * R, R);
-}
-
-/* Q5_1, 24 bytes for 32:  | d f16 | m f16 | h u32 | 16 bytes of nibbles |   value = d * q + m */
-INLINE void unpack_q5_1(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    load_f16s(o->m, p + 2 * R, R);
-    unpack_nibbles(o, p + 8 * R, R);
-    add_fifth_bits(o, p + 4 * R, R);
-}
-
-/* Q8_0, 34 bytes for 32:  | d f16 | 32 x int8 |   value = d * q */
-INLINE void unpack_q8_0(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    o->code = (const int8_t *)p + 2 * R;
-}
-
-/* IQ4_NL, 18 bytes for 32, laid out as Q4_0; a nibble is an index into 16 unevenly spaced levels. */
-INLINE void unpack_iq4_nl(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    static const int8_t level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                     1,    13,   25,  38,  53,  69,  89,  113};
-    unpack_q4_0(p, R, o);
-    for (int j = 0; j < 32 * R; j++) o->unpacked[j] = (uint8_t)level[o->unpacked[j]];
-}
-
-/* The K formats: blocks of 256 elements = 8 groups of 32 with sub-scales; g is the group wanted.
+/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 .. 31 an
+ * element of it, h = j / 16 its half. q is the code as the bits say it.
  *
- * Q2_K, 84 bytes:  | scales[16] | qs[64] | d f16 | dmin f16 |
- *     scales[i]: low nibble scale, high nibble min of elements 16i .. 16i+15
- *     qs: bytes 0-31 hold groups 0-3, bytes 32-63 groups 4-7, two bits each, lowest first
- *     value = d * scale * q - dmin * min */
-INLINE void unpack_q2_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (16 + 32 * (g / 4)) * R, *scales = p + 2 * g * R;
-    take_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3);
-    for (int k = 0; k < 2; k++)
-        for (int r = 0; r < R; r++) {
-            o->scale[k][r] = scales[k * R + r] & 15;
-            o->min[k][r] = scales[k * R + r] >> 4;
-        }
-    load_f16s(o->d, p + 80 * R, R);
-    load_f16s(o->m, p + 82 * R, R);
-    for (int r = 0; r < R; r++) o->m[r] = -o->m[r];
-}
+ *     Q4_0    | d f16 | qs[16] |                       18 bytes, 32 elements      d * (q - 8)
+ *             qs[j % 16]: low nibble element j, high nibble element j + 16; so in all that follow
+ *     Q4_1    | d f16 | m f16 | qs[16] |               20, 32     d * q + m
+ *     Q5_0    | d f16 | fifth u32 | qs[16] |           22, 32     d * (q - 16)
+ *             bit j of fifth is the fifth bit of element j
+ *     Q5_1    | d f16 | m f16 | fifth u32 | qs[16] |   24, 32     d * q + m
+ *     Q8_0    | d f16 | qs[32] int8 |                  34, 32     d * q
+ *     IQ4_NL  | d f16 | qs[16] |                       18, 32     d * iq4_level[q]
+ *     IQ4_XS  | d f16 | sh u16 | sl[4] | qs[8][16] |  136, 256    d * (scale - 32) * iq4_level[q]
+ *             scale: nibble g % 2 of sl[g / 2] below bits 2g, 2g + 1 of sh
+ *     Q2_K    | scales[16] | qs[64] | d f16 | dmin f16 |   84, 256    d * scale * q - dmin * min
+ *             scales[2g + h]: low nibble scale, high nibble min
+ *             qs: bytes 0-31 hold groups 0-3, bytes 32-63 groups 4-7, two bits each, lowest first
+ *     Q3_K    | third[32] | qs[64] | scales[12] | d f16 |  110, 256   d * (scale - 32) * (q - 4)
+ *             qs as in Q2_K; bit g of third[j] is the third bit of element j
+ *             scale i = 2g + h: nibble i / 8 of byte i % 8 below bits 2(i / 4) of byte 8 + i % 4
+ *     Q4_K    | d f16 | dmin f16 | scales[12] | qs[128] |  144, 256   d * scale * q - dmin * min
+ *             32 bytes of qs hold two groups, the even one in the low nibbles
+ *             scales: byte 0-3: scale 0-3 in bits 0-5; bits 6-7: the top of scale 4-7
+ *                     byte 4-7: min 0-3 likewise; bits 6-7: the top of min 4-7
+ *                     byte 8-11: low nibble scale 4-7, high nibble min 4-7
+ *     Q5_K    | d f16 | dmin f16 | scales[12] | fifth[32] | qs[128] |   176, 256    as Q4_K
+ *             bit g of fifth[j] is the fifth bit of element j
+ *     Q6_K    | ql[128] | qh[64] | scales[16] int8 | d f16 |   210, 256   d * scale * (q - 32)
+ *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits in
+ *             nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
+static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-/* Q3_K, 110 bytes:  | hmask[32] | qs[64] | scales[12] | d f16 |
- *     qs as in Q2_K; bit g of hmask[j] is the third bit of element j of group g
- *     scales: 16 x 6 bits; low four bits of scale i: nibble i/8 of byte i%8; high two bits: bits
- *     2(i/4) of byte 8 + i%4
- *     value = d * (scale - 32) * (q - 4) */
-INLINE void unpack_q3_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (32 + 32 * (g / 4)) * R, *scales = p + 96 * R;
-    join_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3, p, g, 1, 2);
-    for (int i = 2 * g; i < 2 * g + 2; i++)
-        for (int r = 0; r < R; r++) {
-            int low = scales[i % 8 * R + r] >> 4 * (i / 8) & 15;
-            int top = scales[(8 + i % 4) * R + r] >> 2 * (i / 4) & 3;
-            o->scale[i % 2][r] = (low | top << 4) - 32;
-        }
-    load_f16s(o->d, p + 108 * R, R);
-}
+/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte j of
+ * `top` has, shifted left by up. A mask of 0: there is no top. */
+struct code_bits { int low, shift, mask, top, top_shift, top_mask, up; };
 
-/* Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes:
- *     byte 0-3    scale 0-3 in bits 0-5, bits 6-7: the top of scale 4-7
- *     byte 4-7    min 0-3 likewise,      bits 6-7: the top of min 4-7
- *     byte 8-11   low nibble scale 4-7, high nibble min 4-7
- * value = d * scale * q - dmin * min; both products are exact, so they become d and m. */
-INLINE void unpack_k_scales(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
+INLINE struct code_bits find_codes(int type, int g, int h)
 {
-    const uint8_t *s = p + 4 * R;
-    load_f16s(o->d, p, R);
-    load_f16s(o->m, p + 2 * R, R);
-    for (int r = 0; r < R; r++) {
-        int first = s[g % 4 * R + r], second = s[(g % 4 + 4) * R + r], third = s[(g % 4 + 8) * R + r];
-        int scale = g < 4 ? first & 63 : (third & 15) | first >> 6 << 4;
-        int min = g < 4 ? second & 63 : third >> 4 | second >> 6 << 4;
-        o->d[r] *= (float)scale;
-        o->m[r] *= -(float)min;
-    }
-}
-
-/* Q4_K, 144 bytes:  | d f16 | dmin f16 | scales[12] | qs[128] |
- *     32 bytes of qs hold two groups: the even one in the low nibbles */
-INLINE void unpack_q4_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (16 + 32 * (g / 2)) * R;
-    take_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15);
-    unpack_k_scales(p, R, g, o);
-}
-
-/* Q5_K, 176 bytes:  | d f16 | dmin f16 | scales[12] | qh[32] | qs[128] |
- *     bit g of qh[j] is the fifth bit of element j of group g */
-INLINE void unpack_q5_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (48 + 32 * (g / 2)) * R, *qh = p + 16 * R;
-    join_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15, qh, g, 1, 4);
-    unpack_k_scales(p, R, g, o);
-}
-
-/* Q6_K, 210 bytes:  | ql[128] | qh[64] | scales[16] int8 | d f16 |
- *     in each half of 128 elements (64 bytes of ql, 32 of qh) group k = 0..3 has its low four bits in
- *     nibble k/2 of ql[32 (k%2) + j] and its high two in bits 2k of qh[j]
- *     value = d * scale * (q - 32) */
-INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    int half = g / 4, k = g % 4;
-    const uint8_t *ql = p + (64 * half + 32 * (k % 2)) * R, *qh = p + (128 + 32 * half) * R;
-    const uint8_t *scales = p + (192 + 2 * g) * R;
-    join_bits(o->unpacked, ql, 32 * R, 4 * (k / 2), 15, qh, 2 * k, 3, 4);
-    for (int h = 0; h < 2; h++)
-        for (int r = 0; r < R; r++) o->scale[h][r] = (int8_t)scales[h * R + r];
-    load_f16s(o->d, p + 208 * R, R);
-}
-
-/* Group g of the block at p in R interleaved rows. R is a constant in every call. */
-INLINE void unpack(int type, const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    o->code = (const int8_t *)o->unpacked;
+    int k = g % 4, nibble = 4 * h, j = 16 * h;
     switch (type) {
-    case Q4_0: unpack_q4_0(p, R, o); break;
-    case Q4_1: unpack_q4_1(p, R, o); break;
-    case Q5_0: unpack_q5_0(p, R, o); break;
-    case Q5_1: unpack_q5_1(p, R, o); break;
-    case Q8_0: unpack_q8_0(p, R, o); break;
-    case Q2_K: unpack_q2_k(p, R, g, o); break;
-    case Q3_K: unpack_q3_k(p, R, g, o); break;
-    case Q4_K: unpack_q4_k(p, R, g, o); break;
-    case Q5_K: unpack_q5_k(p, R, g, o); break;
-    case Q6_K: unpack_q6_k(p, R, g, o); break;
-    case IQ4_NL: unpack_iq4_nl(p, R, o); break;
+    case Q4_1: return (struct code_bits){4, nibble, 15, 0, 0, 0, 0};
+    case Q5_0: return (struct code_bits){6, nibble, 15, 0, 0, 0, 0}; /* and fifth_bits */
+    case Q5_1: return (struct code_bits){8, nibble, 15, 0, 0, 0, 0}; /* likewise */
+    case Q8_0: return (struct code_bits){2 + j, 0, 255, 0, 0, 0, 0};
+    case IQ4_XS: return (struct code_bits){8 + 16 * g, nibble, 15, 0, 0, 0, 0};
+    case Q2_K: return (struct code_bits){16 + 32 * (g / 4) + j, 2 * k, 3, 0, 0, 0, 0};
+    case Q3_K: return (struct code_bits){32 + 32 * (g / 4) + j, 2 * k, 3, j, g, 1, 2};
+    case Q4_K: return (struct code_bits){16 + 32 * (g / 2) + j, 4 * (g % 2), 15, 0, 0, 0, 0};
+    case Q5_K: return (struct code_bits){48 + 32 * (g / 2) + j, 4 * (g % 2), 15, 16 + j, g, 1, 4};
+    case Q6_K: return (struct code_bits){64 * (g / 4) + 32 * (k % 2) + j, 4 * (k / 2), 15,
+                                         128 + 32 * (g / 4) + j, 2 * k, 3, 4};
+    default: return (struct code_bits){2, nibble, 15, 0, 0, 0, 0}; /* Q4_0, IQ4_NL */
     }
 }
+
+/* Byte offset of Q5_0's and Q5_1's fifth; other formats have none, and 0 */
+INLINE int fifth_bits(int type) { return type == Q5_0 ? 2 : type == Q5_1 ? 4 : 0; }
 
 struct format {
     int type;
     const char *name;
     int elements, bytes;              /* of a block */
-    int bias;                         /* what codes are too large by */
+    int bias;                         /* what q is too large by */
     int has_min, has_halves;          /* m and min; scales that differ between the halves */
     int is_wide;                      /* codes use all 8 bits and are signed; others are 0 .. 63 */
     struct { int at, bytes, unit; } field[3]; /* how a tile interleaves a block's bytes */
@@ -1532,6 +1350,7 @@ static const struct format formats[] = {
     {Q5_K, "Q5_K", 256, 176, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
     {Q6_K, "Q6_K", 256, 210, 32, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
     {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
+    {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
 };
 
 enum { MAX_BLOCK_BYTES = 210, MAX_BYTES_OF_32 = 34 }; /* Q6_K; Q8_0 */
@@ -1544,6 +1363,73 @@ static const struct format *find_format(uint32_t type)
 }
 
 static int is_float(const struct format *f) { return f->elements == 1; }
+
+/* 32 elements of one row: element j is d * scale[j / 16] * code[j] + m * min[j / 16]. */
+struct group {
+    int8_t code[32];
+    int scale[2], min[2];             /* 1 where the halves share one */
+    float d, m;
+};
+
+INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t code[32])
+{
+    uint32_t fifth = fifth_bits(f->type) ? load_u32_le(p + fifth_bits(f->type)) : 0;
+    for (int h = 0; h < 2; h++) {
+        struct code_bits b = find_codes(f->type, g, h);
+        for (int j = 0; j < 16; j++) {
+            int q = (p[b.low + j] >> b.shift & b.mask) | (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
+            q |= (int)(fifth >> (16 * h + j) & 1) << 4;
+            code[16 * h + j] = (int8_t)(q - f->bias);
+        }
+    }
+    if (f->type == IQ4_NL || f->type == IQ4_XS)
+        for (int j = 0; j < 32; j++) code[j] = iq4_level[code[j]];
+}
+
+/* Products of d and a sub-scale of at most 8 bits are exact. */
+INLINE void unpack_scales(int type, const uint8_t *p, int g, struct group *o)
+{
+    int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
+    o->d = f16_to_f32(load_u16_le(p + d_at));
+    o->m = f16_to_f32(load_u16_le(p + (type == Q2_K ? 82 : type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K ? 2 : d_at)));
+    for (int h = 0; h < 2; h++) o->scale[h] = o->min[h] = 1;
+    if (type == IQ4_XS)
+        o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
+    if (type == Q2_K) {
+        for (int h = 0; h < 2; h++) o->scale[h] = p[2 * g + h] & 15, o->min[h] = p[2 * g + h] >> 4;
+        o->m = -o->m;
+    }
+    if (type == Q3_K)
+        for (int h = 0; h < 2; h++) {
+            const uint8_t *s = p + 96;
+            int i = 2 * g + h;
+            o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        }
+    if (type == Q4_K || type == Q5_K) {
+        int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
+        o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+        o->m *= -(float)(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+    }
+    if (type == Q6_K)
+        for (int h = 0; h < 2; h++) o->scale[h] = (int8_t)p[192 + 2 * g + h];
+}
+
+/* Group g of the block at p. */
+INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group *o)
+{
+    unpack_codes(f, p, g, o->code);
+    unpack_scales(f->type, p, g, o);
+}
+
+/* ---- Tiles ----
+ *
+ * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so that
+ * each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's, and none is
+ * needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile: codes in units of
+ * 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
+ *
+ *     0                   64                                                 192            576
+ *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
 
 /* n units of each row, side by side. */
 INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
@@ -1600,40 +1486,6 @@ static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t
     return buffer;
 }
 
-/* 32 elements, unpacked from one row, as float32: the values of the `gguf` package, bit for bit. An
- * f16 times a sub-scale of at most 8 bits is exact, so each value is rounded at most twice, as there. */
-INLINE void dequantize_group(const struct format *f, const struct panel *o, float *out)
-{
-    for (int half = 0; half < 2; half++, out += 16) {
-        const int8_t *code = o->code + 16 * half;
-        float d = o->d[0] * (float)(f->has_halves ? o->scale[half][0] : 1);
-        float m = f->has_min ? o->m[0] * (float)(f->has_halves ? o->min[half][0] : 1) : 0;
-        for (int j = 0; j < 16; j++) out[j] = d * (float)(code[j] - f->bias);
-        for (int j = 0; f->has_min && j < 16; j++) out[j] += m;
-    }
-}
-
-INLINE void dequantize_plain(const struct matrix *w, int r, float *out)
-{
-    const struct format *f = w->format;
-    const uint8_t *p = w->data + r * w->row_bytes;
-    uint8_t buffer[MAX_BLOCK_BYTES];
-    struct panel o;
-    if (f->type == F32)
-        for (int j = 0; j < w->cols; j++) out[j] = float_of(load_u32_le(p + 4 * (size_t)j));
-    if (f->type == F16)
-        for (int j = 0; j < w->cols; j++) out[j] = f16_to_f32(load_u16_le(p + 2 * (size_t)j));
-    if (f->type == BF16)
-        for (int j = 0; j < w->cols; j++) out[j] = bf16_to_f32(load_u16_le(p + 2 * (size_t)j));
-    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
-        const uint8_t *block = block_of_row(w, r, k, buffer);
-        for (int g = 0; g < f->elements / 32; g++, out += 32) {
-            unpack(f->type, block, 1, g, &o);
-            dequantize_group(f, &o, out);
-        }
-    }
-}
-
 /* ---- A tile times vectors ---- */
 
 /* Our own floats, from now on in the order of a file's bytes. */
@@ -1671,6 +1523,14 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
     }
 }
 
+/* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
+enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
+
+struct panel {
+    uint8_t code[32 * TILE_ROWS];     /* element 4q + k of row r at (q * TILE_ROWS + r) * 4 + k */
+    float d[TILE_ROWS], m[TILE_ROWS], scale[2][TILE_ROWS], min[2][TILE_ROWS]; /* as struct group */
+};
+
 /* A worker's room for the weights that it is multiplying. */
 struct unpacked {
     struct panel panel[PANELS];
@@ -1683,10 +1543,10 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
 {
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .n_rows = n_rows,
-                        .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
+                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
                         .acc = acc_of(s, worker), .scratch = u->panel};
-    if (w->tiled) {
+    if (w->tiled || !s->m->kernels->tiles) {
         s->m->kernels->mul_codes(&p);
         return;
     }
@@ -1708,127 +1568,57 @@ static void mul_tile(const struct matmul *job, const struct matrix *w, int row, 
     else mul_tile_codes(job, w, row, n_rows, worker);
 }
 
-/* ==== 9. Dot products: the definition ===========================================================
+enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
+
+#endif /* !INSTANCE */
+
+#if defined(INSTANCE)
+/* ==== 9. The operations: definitions ============================================================
  *
- * There are two kernels for int8 activations (Q4_0 tiles, and panels for every other format): they
- * multiply TILE_ROWS rows by n vectors and add to acc [n][TILE_ROWS]. The one for floats takes at most
- * as many rows and sets acc. The fourth is attention's weighted sum. Every twin in section 5 has the
- * signature of its definition here and the same numbered steps; tests compare them with memcmp. */
+ * From here to the end of section 10 the text is compiled once for plain C and once for each instruction
+ * set: the file includes itself there, with INSTANCE set to the name that ends the names of all functions,
+ * and LANES to the number of floats in a vector register, 1 in plain C. What stands in this section is the
+ * definition of each operation. The pieces that go element by element are plain C in every instance: the
+ * compiler makes vectors of their loops, and since every operation is one IEEE rounding, all give the
+ * same bits. The three that take nearly all of the time, mul_codes, mul_floats and mix_values, are
+ * written a second time, for vectors, in section 10. */
 
-enum {
-    Q4_0_TILE_BLOCK = TILE_ROWS * 18,   /* bytes of 32 rows x 32 columns: 9 cache lines */
-    Q4_0_CODES = TILE_ROWS * 2,   /* where the nibbles begin: 4 groups of 4 bytes for each row */
-    Q4_0_QUAD = TILE_ROWS * 4,
-};
+#define PASTE_(x, suffix) x##_##suffix
+#define PASTE(x, suffix) PASTE_(x, suffix)
+#define NAME(x) PASTE(x, INSTANCE)
+#define fma_of NAME(fma_of)
+#define exp_of NAME(exp_of)
 
-/* Asks for memory before it is needed, a little with each block, because a burst stalls. FETCH_FROM: with
- * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
- * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
- * no help. FETCH_AHEAD: bytes ahead of panels, which are unpacked field by field, as no machine foresees
- * (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). FETCH_STREAM: bytes ahead in attention's values. */
-enum { FETCH_FROM = 4, FETCH_AHEAD = 8192, FETCH_STREAM = 2048 };
-
-INLINE void fetch(const uint8_t *p, size_t n_bytes)
+INLINE float fma_of(float a, float b, float c)
 {
-    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
+    return LANES > 1 || HARD_FMA ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
 }
 
-typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,
-                      int n, float (*acc)[TILE_ROWS]);
-
-static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct q8_block *x,
-                            size_t x_stride, int n, float (*acc)[TILE_ROWS])
+/* exp of a float, at most 0.92 ulp wrong: x = n ln2 + r, |r| <= ln2 / 2; Taylor's polynomial of
+ * degree 7 in r; then n goes into the exponent. */
+INLINE float exp_of(float x)
 {
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < TILE_ROWS; r++) {
-                const struct q8_block *xb = x + i * x_stride + b;
-                int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
-                for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
-                    int byte = tile[Q4_0_CODES + Q4_0_QUAD * (j / 4) + 4 * r + j % 4];
-                    isum += (byte & 15) * xb->code[j] + (byte >> 4) * xb->code[j + 16];
-                }
-                float d = f16_to_f32(load_u16_le(tile + 2 * r));       /* 3. scale, accumulate */
-                acc[i][r] = fma_of(HARD_FMA, (float)isum, d * xb->d, acc[i][r]);
-            }
+    float shifted = fma_of(x, 0x1.715476p+0f, ROUNDER);       /* 1/ln2 */
+    float n = shifted - ROUNDER;
+    float r = fma_of(n, -0x1.62e430p-1f, x);                  /* ln2, leading part */
+    r = fma_of(n, 0x1.05c610p-29f, r);                        /* and the rest */
+    float e = 1.0f / 5040;
+    e = fma_of(e, r, 1.0f / 720);
+    e = fma_of(e, r, 1.0f / 120);
+    e = fma_of(e, r, 1.0f / 24);
+    e = fma_of(e, r, 1.0f / 6);
+    e = fma_of(e, r, 0.5f);
+    e = fma_of(e, r, 1.0f);
+    e = fma_of(e, r, 1.0f);
+    e = float_of(bits_of(e) + (bits_of(shifted) << 23));      /* ROUNDER's own low 9 bits are 0 */
+    e = x < -87.0f ? 0.0f : e;
+    e = x > 88.7f ? float_of(0x7f800000) : e;
+    return x != x ? x : e;
 }
 
-/* Every other integer format: panels. */
-typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
-                       const struct q8_block *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
-
-static void mul_panel_scalar(const struct panel *p, int n_blocks, const struct format *f,
-                             const struct q8_block *x, size_t x_stride, int n,
-                             float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, p++)
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < TILE_ROWS; r++) {
-                const struct q8_block *xb = x + i * x_stride + b;
-                int32_t half[2] = {0, 0};
-                for (int j = 0; j < 32; j++)                           /* 1. exact integer dots */
-                    half[j / 16] += (p->code[(j / 4 * TILE_ROWS + r) * 4 + j % 4] - f->bias) * xb->code[j];
-                int32_t isum = half[0] + half[1], msum = xb->sum[0] + xb->sum[1];
-                if (f->has_halves) isum = half[0] * p->scale[0][r] + half[1] * p->scale[1][r]; /* 2. */
-                acc[i][r] = fma_of(HARD_FMA, (float)isum, p->d[r] * xb->d, acc[i][r]); /* 3. scale */
-                if (!f->has_min) continue;
-                if (f->has_halves) msum = xb->sum[0] * p->min[0][r] + xb->sum[1] * p->min[1][r];
-                acc[i][r] = fma_of(HARD_FMA, p->m[r], (float)msum * xb->d, acc[i][r]); /* 4. minimum */
-            }
-}
-
-/* Element j of a row of floats as a file or the KV cache stores them. */
-INLINE float load_float(int type, const uint8_t *row, size_t j)
-{
-    if (type == F16) return f16_to_f32(load_u16_le(row + 2 * j));
-    if (type == BF16) return bf16_to_f32(load_u16_le(row + 2 * j));
-    return float_of(load_u32_le(row + 4 * j));
-}
-
-/* Floats (README, rule 4): element j goes to lane j mod 16 by fma, then the lanes join as a tree. A row of
- * floats stays as it is, so a register holds 16 columns of one row here, not 16 rows: that is why the
- * contract's order has 16 lanes. n_rows <= 32. */
-typedef void mul_floats(int type, const uint8_t *rows, size_t row_bytes, int n_rows, const float *x,
-                        size_t x_stride, int n, int cols, float (*acc)[TILE_ROWS]);
-
-INLINE float join_lanes(float lane[16])
-{
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    return lane[0];
-}
-
-static void mul_floats_scalar(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                              const float *x, size_t x_stride, int n, int cols,
-                              float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n; i++, x += x_stride)
-        for (int r = 0; r < n_rows; r++) {
-            float lane[16] = {0};
-            for (int j = 0; j < cols; j++)                             /* 1. into 16 lanes */
-                lane[j % 16] = fma_of(HARD_FMA, load_float(type, rows + r * row_bytes, j), x[j],
-                                      lane[j % 16]);
-            acc[i][r] = join_lanes(lane);                              /* 2. the tree */
-        }
-}
-
-/* Attention's weighted sum of values: out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over positions p
- * in order, for n queries and a slice of a head: width elements, MIX_WIDTH of them but at a head's end. */
-typedef void mix_values(const struct mix *m);
-
-static void mix_values_scalar(const struct mix *m)
-{
-    for (int i = 0; i < m->n; i++)
-        for (int j = 0; j < m->width; j++) {
-            float sum = m->out[i * m->out_stride + j];
-            for (int p = 0; p < m->n_pos; p++)
-                sum = fma_of(HARD_FMA, m->e[i * m->e_stride + p],
-                             load_float(m->type, m->v + p * m->v_bytes, j), sum);
-            m->out[i * m->out_stride + j] = sum;
-        }
-}
-
-INLINE void quantize_plain(struct q8_block *out, const float *x, int n)
+/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0 becomes
+ * all 0. */
+static void NAME(quantize)(struct q8_block *out, const float *x, int n)
 {
     for (; n > 0; n -= 32, x += 32, out++) {
         uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
@@ -1839,7 +1629,7 @@ INLINE void quantize_plain(struct q8_block *out, const float *x, int n)
         float amax = float_of(amax_bits), to_code = 127.0f / amax;
         out->d = amax / 127.0f;
         if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
-        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
+        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0;
         if (amax < 0x1p-100f) out->d = 0;
         int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
         for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
@@ -1852,880 +1642,72 @@ INLINE void quantize_plain(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* ==== 10. Dot products: AVX2, AVX-512, NEON ======================================================
- *
- * The twins: the same numbered steps (step 1 may come after step 2: integer sums have no order), and a
- * reader may pass over this section, because each function computes what its namesake above does.
- *
- * A vector register holds 4, 8 or 16 numbers (lanes); one instruction does the same to all. On x86: set1
- * copies a number to all lanes, loadu and storeu move memory, maddubs multiplies unsigned by signed bytes
- * and adds neighbours to int16, madd adds int16 neighbours to int32, dpbusd (VNNI) does both at once, cvtph
- * widens F16, fmadd is fma in each lane. On ARM: vdup, vld1, vst1, vmull and vpadal, vdot, vmmla.
- *
- * NT is the number of vectors taken at once: a constant in each call, so that INLINE makes a copy of the
- * code for it and sums stay in registers; what is left over is taken one by one. Suffixes: _nt the inner
- * kernel, _of the loop over vectors for one kind of format. */
-
-#if defined(HAVE_X86)
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
-#define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define INLINE_AVX2 static inline AVX2 __attribute__((always_inline))
-#define INLINE_AVX512 static inline AVX512 __attribute__((always_inline))
-#define INLINE_VNNI static inline VNNI __attribute__((always_inline))
-
-INLINE int32_t load_4_bytes(const int8_t *p)
+/* The values of the `gguf` package, bit for bit: each is rounded at most twice, as there. */
+static void NAME(dequantize)(const struct matrix *w, int r, float *out)
 {
-    int32_t x;
-    memcpy(&x, p, 4);
-    return x;
-}
-
-/* A 256-bit register holds 8 rows x 4 bytes: rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1. */
-INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct q8_block *x,
-                                  size_t x_stride, float (*acc)[TILE_ROWS], int NT, int h0, int NH,
-                                  size_t ahead)
-{
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 sum[8][4];
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = _mm256_loadu_ps(acc[i] + 8 * (h0 + h));
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK, x++) {
-        const uint8_t *codes = tile + Q4_0_CODES + 32 * h0;
-        if (ahead) fetch(tile + ahead, Q4_0_TILE_BLOCK);
-        __m256i dot[8][4];
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) dot[i][h] = _mm256_setzero_si256();
-        UNROLL for (int g = 0; g < 4; g++)                             /* 2. exact integer dot: */
-            UNROLL for (int h = 0; h < NH; h++) {                      /* 16 * 15 * 127 fits int16 */
-                __m256i w = _mm256_loadu_si256((const __m256i *)(codes + Q4_0_QUAD * g + 32 * h));
-                __m256i low = _mm256_and_si256(w, nibble);
-                __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-                UNROLL for (int i = 0; i < NT; i++) {
-                    const int8_t *c = x[i * x_stride].code + 4 * g;
-                    __m256i a = _mm256_maddubs_epi16(low, _mm256_set1_epi32(load_4_bytes(c)));
-                    __m256i z = _mm256_maddubs_epi16(high, _mm256_set1_epi32(load_4_bytes(c + 16)));
-                    dot[i][h] = _mm256_add_epi16(_mm256_add_epi16(dot[i][h], a), z);
-                }
-            }
-        UNROLL for (int h = 0; h < NH; h++) {                          /* 3. scale, accumulate */
-            __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(tile + 16 * (h0 + h))));
-            UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xb = x + i * x_stride;
-                __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(dot[i][h], ones), /* 1. */
-                                                _mm256_set1_epi32(xb->minus_8_sums));
-                sum[i][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum),
-                                            _mm256_mul_ps(d, _mm256_set1_ps(xb->d)), sum[i][h]);
+    const struct format *f = w->format;
+    uint8_t buffer[MAX_BLOCK_BYTES];
+    struct group o;
+    if (is_float(f))
+        for (int j = 0; j < w->cols; j++) out[j] = load_float(f->type, w->data + r * w->row_bytes, j);
+    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
+        const uint8_t *block = block_of_row(w, r, k, buffer);
+        for (int g = 0; g < f->elements / 32; g++, out += 32) {
+            unpack(f, block, g, &o);
+            for (int h = 0; h < 2; h++) {
+                float d = o.d * (float)o.scale[h], m = o.m * (float)o.min[h];
+                for (int j = 16 * h; j < 16 * h + 16; j++) out[j] = d * (float)o.code[j];
+                for (int j = 16 * h; f->has_min && j < 16 * h + 16; j++) out[j] += m;
             }
         }
     }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) _mm256_storeu_ps(acc[i] + 8 * (h0 + h), sum[i][h]);
 }
 
-AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct q8_block *x,
-                               size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;
-    for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)
-        for (int h = 0; h < 4; h++, ahead = 0)
-            mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 8, h, 1, ahead);
-    for (; n >= 2; n -= 2, x += 2 * x_stride, acc += 2)
-        for (int h = 0; h < 4; h += 2, ahead = 0)
-            mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 2, h, 2, ahead);
-    if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 4, 0);
-}
-
-/* Steps 2 to 4 for rows 8h .. 8h+7. A half's sum times its scale stays below 2^24 (Q6_K: 16 * 32 * 127 *
- * 128, and the two together), so that their float products and sum are exact. */
-INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct q8_block *x,
-                                     const __m256i half[2], __m256 sum, int h, int HALVES)
-{
-    __m256 isum, msum, xd = _mm256_set1_ps(x->d);
-    if (HALVES) {                                                      /* 2. halves */
-        __m256 s0 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->scale[0] + 8 * h)));
-        __m256 s1 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->scale[1] + 8 * h)));
-        isum = _mm256_fmadd_ps(s1, _mm256_cvtepi32_ps(half[1]), _mm256_mul_ps(s0, _mm256_cvtepi32_ps(half[0])));
-    } else isum = _mm256_cvtepi32_ps(half[0]);
-    sum = _mm256_fmadd_ps(isum, _mm256_mul_ps(_mm256_loadu_ps(p->d + 8 * h), xd), sum); /* 3. scale */
-    if (!f->has_min) return sum;                                       /* 4. minimum */
-    msum = _mm256_set1_ps(x->d_sum);
-    if (HALVES) {
-        __m256 m0 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->min[0] + 8 * h)));
-        __m256 m1 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->min[1] + 8 * h)));
-        msum = _mm256_mul_ps(_mm256_set1_ps((float)x->sum[0]), m0);
-        msum = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps((float)x->sum[1]), m1, msum), xd);
-    }
-    return _mm256_fmadd_ps(_mm256_loadu_ps(p->m + 8 * h), msum, sum);
-}
-
-/* maddubs wants one unsigned side. Codes of 0 .. 63 are unsigned, and two of their pairs fit int16:
- * 4 * 63 * 127. A wide code goes as |code| * (x with code's sign): 2 * 128 * 127 just fits. */
-INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct q8_block *x, size_t x_stride, float (*acc)[TILE_ROWS],
-                                   int h, int NT, int HALVES, int WIDE)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256 sum[4];
-    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm256_loadu_ps(acc[i] + 8 * h);
-    for (int b = 0; b < n_blocks; b++, p++, x++) {
-        __m256i half[4][2];
-        UNROLL for (int i = 0; i < NT; i++) {
-            const struct q8_block *xb = x + i * x_stride;
-            half[i][0] = _mm256_set1_epi32(-f->bias * (HALVES ? xb->sum[0] : xb->sum[0] + xb->sum[1]));
-            half[i][1] = _mm256_set1_epi32(-f->bias * xb->sum[1]);
-        }
-        UNROLL for (int g = 0; g < 8; g += 2) {                        /* 1. exact integer dots */
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)(p->code + 4 * TILE_ROWS * g + 32 * h));
-            __m256i w1 = _mm256_loadu_si256((const __m256i *)(p->code + 4 * TILE_ROWS * (g + 1) + 32 * h));
-            UNROLL for (int i = 0; i < NT; i++) {
-                const int8_t *c = x[i * x_stride].code + 4 * g;
-                __m256i x0 = _mm256_set1_epi32(load_4_bytes(c)), x1 = _mm256_set1_epi32(load_4_bytes(c + 4));
-                __m256i *to = &half[i][HALVES ? g / 4 : 0];
-                if (WIDE) {
-                    x0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x0, w0));
-                    x1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
-                    *to = _mm256_add_epi32(*to, _mm256_add_epi32(_mm256_madd_epi16(x0, ones),
-                                                                 _mm256_madd_epi16(x1, ones)));
-                } else {
-                    x0 = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
-                    *to = _mm256_add_epi32(*to, _mm256_madd_epi16(x0, ones));
-                }
-            }
-        }
-        UNROLL for (int i = 0; i < NT; i++)
-            sum[i] = finish_panel_avx2(p, f, x + i * x_stride, half[i], sum[i], h, HALVES);
-    }
-    UNROLL for (int i = 0; i < NT; i++) _mm256_storeu_ps(acc[i] + 8 * h, sum[i]);
-}
-
-INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct q8_block *x, size_t x_stride, int n,
-                                   float (*acc)[TILE_ROWS], int HALVES, int WIDE)
-{
-    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
-        for (int h = 0; h < 4; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 4, HALVES, WIDE);
-    for (; n >= 1; n--, x += x_stride, acc++)
-        for (int h = 0; h < 4; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 1, HALVES, WIDE);
-}
-
-AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
-                                const struct q8_block *x, size_t x_stride, int n,
-                                float (*acc)[TILE_ROWS])
-{
-    if (f->is_wide) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);
-    else if (f->has_halves) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 1, 0);
-    else mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 0);
-}
-
-INLINE_AVX2 __m256 load_8_avx2(int type, const uint8_t *row, size_t j)
-{
-    if (type == F32) return _mm256_loadu_ps((const float *)(const void *)(row + 4 * j));
-    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * j));
-    if (type == F16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-/* low: lanes 0-7, high: lanes 8-15 */
-INLINE_AVX2 float join_avx2(__m256 low, __m256 high)
-{
-    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-/* Elements past the last multiple of 16 reach their lanes through memory. */
-INLINE_AVX2 float finish_avx2(int type, const uint8_t *row, const float *x, int j, int cols,
-                              const __m256 sum[2])
-{
-    if (j == cols) return join_avx2(sum[0], sum[1]);
-    float lane[16];
-    _mm256_storeu_ps(lane, sum[0]);
-    _mm256_storeu_ps(lane + 8, sum[1]);
-    for (; j < cols; j++) lane[j % 16] = fma_of(1, load_float(type, row, j), x[j], lane[j % 16]);
-    return join_lanes(lane);
-}
-
-INLINE_AVX2 void mul_floats_avx2_nt(int type, const uint8_t *rows, size_t row_bytes, const float *x,
-                                    size_t x_stride, int cols, float (*acc)[TILE_ROWS], int r0,
-                                    int RT, int NT)
-{
-    __m256 sum[4][4][2];
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) sum[r][i][0] = sum[r][i][1] = _mm256_setzero_ps();
-    int j = 0;
-    for (; j + 16 <= cols; j += 16)                                    /* 1. into 16 lanes */
-        UNROLL for (int k = 0; k < 2; k++)
-            UNROLL for (int r = 0; r < RT; r++) {
-                __m256 w = load_8_avx2(type, rows + (r0 + r) * row_bytes, j + 8 * k);
-                UNROLL for (int i = 0; i < NT; i++)
-                    sum[r][i][k] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * x_stride + j + 8 * k),
-                                                   sum[r][i][k]);
-            }
-    UNROLL for (int r = 0; r < RT; r++)                                /* 2. the tree */
-        UNROLL for (int i = 0; i < NT; i++)
-            acc[i][r0 + r] = finish_avx2(type, rows + (r0 + r) * row_bytes, x + i * x_stride, j, cols,
-                                         sum[r][i]);
-}
-
-INLINE_AVX2 void mul_floats_avx2_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                    const float *x, size_t x_stride, int n, int cols,
-                                    float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n;) {
-        int r = 0, nt = n - i >= 2 ? 2 : 1;
-        const float *xi = x + i * x_stride;
-        if (nt == 2) {
-            for (; r + 2 <= n_rows; r += 2)
-                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 2, 2);
-            for (; r < n_rows; r++)
-                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 1, 2);
-        } else {
-            for (; r < n_rows; r++)
-                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 1, 1);
-        }
-        i += nt;
-    }
-}
-
-AVX2 static void mul_floats_avx2(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                 const float *x, size_t x_stride, int n, int cols,
-                                 float (*acc)[TILE_ROWS])
-{
-    switch (type) { /* the type becomes a constant of the loop */
-    case F32: mul_floats_avx2_of(F32, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    case F16: mul_floats_avx2_of(F16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    default: mul_floats_avx2_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
-    }
-}
-
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
-INLINE_AVX2 void mix_avx2_nt(const struct mix *m, int type, int i0, int NT)
-{
-    __m256 sum[2][4];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_loadu_ps(out + i * m->out_stride + 8 * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        __m256 v[4];
-        __builtin_prefetch(m->v + p * m->v_bytes + FETCH_STREAM);
-        UNROLL for (int k = 0; k < 4; k++) v[k] = load_8_avx2(type, m->v + p * m->v_bytes, 8 * k);
-        UNROLL for (int i = 0; i < NT; i++) {
-            __m256 ep = _mm256_set1_ps(e[i * m->e_stride + p]);
-            UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_fmadd_ps(ep, v[k], sum[i][k]);
-        }
-    }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 4; k++) _mm256_storeu_ps(out + i * m->out_stride + 8 * k, sum[i][k]);
-}
-
-INLINE_AVX2 void mix_avx2_of(const struct mix *m, int type)
-{
-    int i = 0;
-    for (; i + 2 <= m->n; i += 2) mix_avx2_nt(m, type, i, 2);
-    if (i < m->n) mix_avx2_nt(m, type, i, 1);
-}
-
-AVX2 static void mix_values_avx2(const struct mix *m)
-{
-    if (m->width < MIX_WIDTH) mix_values_scalar(m);
-    else if (m->type == F16) mix_avx2_of(m, F16);
-    else mix_avx2_of(m, F32);
-}
-
-/* ---- AVX-512: a register holds 16 rows x 4 bytes, two of them the tile ---- */
-
-/* Macros, because a function compiled for VNNI cannot be inlined into one compiled without it. This is
- * the kernel for one way of adding up products of nibbles: START with what step 1 adds or with nothing,
- * ADD(dot, u, x), FINISH to int32. Six vectors times two registers of rows: each broadcast of four of
- * x's codes serves two products, and all sums stay in registers. */
-#define MUL_Q4_0_512(target, suffix, START, ADD, FINISH)                                            \
-    static inline target __attribute__((always_inline)) void mul_q4_0_##suffix##_nt(               \
-        const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,                \
-        float (*acc)[TILE_ROWS], int NT, size_t ahead)                                             \
-    {                                                                                              \
-        const __m512i nibble = _mm512_set1_epi8(15);                                               \
-        __m512 sum[6][2];                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
-        for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK, x++) {                               \
-            if (ahead) fetch(tile + ahead, Q4_0_TILE_BLOCK);                                             \
-            __m512i dot[6][2];                                                                     \
-            UNROLL for (int i = 0; i < NT; i++) dot[i][0] = dot[i][1] = START(x[i * x_stride].minus_8_sums); \
-            UNROLL for (int g = 0; g < 4; g++) {                       /* 2. exact integer dot */  \
-                __m512i low[2], high[2];                                                           \
-                UNROLL for (int h = 0; h < 2; h++) {                                               \
-                    __m512i w = _mm512_loadu_si512(tile + Q4_0_CODES + Q4_0_QUAD * g + 64 * h);   \
-                    low[h] = _mm512_and_si512(w, nibble);                                          \
-                    high[h] = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);                   \
-                }                                                                                  \
-                UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    const int8_t *c = x[i * x_stride].code + 4 * g;                                \
-                    __m512i c0 = _mm512_set1_epi32(load_4_bytes(c));                               \
-                    __m512i c1 = _mm512_set1_epi32(load_4_bytes(c + 16));                          \
-                    UNROLL for (int h = 0; h < 2; h++) dot[i][h] = ADD(dot[i][h], low[h], c0);     \
-                    UNROLL for (int h = 0; h < 2; h++) dot[i][h] = ADD(dot[i][h], high[h], c1);    \
-                }                                                                                  \
-            }                                                                                      \
-            UNROLL for (int h = 0; h < 2; h++) {                       /* 3. scale, accumulate */  \
-                __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32 * h)));  \
-                UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    const struct q8_block *xb = x + i * x_stride;                                    \
-                    __m512i isum = FINISH(dot[i][h], xb->minus_8_sums);     /* 1. code = nibble - 8 */ \
-                    sum[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),                          \
-                                                _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i][h]); \
-                }                                                                                  \
-            }                                                                                      \
-        }                                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
-    }                                                                                              \
-    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct q8_block *x, \
-                                         size_t x_stride, int n, float (*acc)[TILE_ROWS])          \
-    {                                                                                              \
-        size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;                         \
-        for (; n >= 6; n -= 6, x += 6 * x_stride, acc += 6, ahead = 0)                             \
-            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 6, ahead);                    \
-        for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, ahead = 0)                             \
-            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 4, ahead);                    \
-        for (; n >= 1; n--, x += x_stride, acc++)                                                  \
-            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 1, 0);                        \
-    }
-
-INLINE_VNNI __m512i dot4_vnni(__m512i isum, __m512i u, __m512i x) { return _mm512_dpbusd_epi32(isum, u, x); }
-INLINE_VNNI __m512i start_vnni(int32_t minus_8_sums) { return _mm512_set1_epi32(minus_8_sums); }
-INLINE_VNNI __m512i finish_vnni(__m512i dot, int32_t minus_8_sums) { (void)minus_8_sums; return dot; }
-INLINE_AVX512 __m512i start_pairs(int32_t minus_8_sums) { (void)minus_8_sums; return _mm512_setzero_si512(); }
-INLINE_AVX512 __m512i add_pairs(__m512i dot, __m512i u, __m512i x) /* 16 * 15 * 127 fits int16 */
-{
-    return _mm512_add_epi16(dot, _mm512_maddubs_epi16(u, x));
-}
-INLINE_AVX512 __m512i finish_pairs(__m512i dot, int32_t minus_8_sums)
-{
-    return _mm512_add_epi32(_mm512_madd_epi16(dot, _mm512_set1_epi16(1)), _mm512_set1_epi32(minus_8_sums));
-}
-MUL_Q4_0_512(VNNI, avx512vnni, start_vnni, dot4_vnni, finish_vnni)
-MUL_Q4_0_512(AVX512, avx512, start_pairs, add_pairs, finish_pairs)
-
-/* Steps 2 to 4 of the panel kernel, as in AVX2, for rows 16h .. 16h+15. */
-INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
-                                         const struct q8_block *x, const __m512i half[2], __m512 sum,
-                                         int h, int HALVES)
-{
-    __m512 isum, msum, xd = _mm512_set1_ps(x->d);
-    if (HALVES) {                                                      /* 2. halves */
-        __m512 s0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[0] + 16 * h));
-        __m512 s1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[1] + 16 * h));
-        isum = _mm512_fmadd_ps(s1, _mm512_cvtepi32_ps(half[1]), _mm512_mul_ps(s0, _mm512_cvtepi32_ps(half[0])));
-    } else isum = _mm512_cvtepi32_ps(half[0]);
-    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d + 16 * h), xd), sum); /* 3. scale */
-    if (!f->has_min) return sum;                                       /* 4. minimum */
-    msum = _mm512_set1_ps(x->d_sum);
-    if (HALVES) {
-        __m512 m0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[0] + 16 * h));
-        __m512 m1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[1] + 16 * h));
-        msum = _mm512_mul_ps(_mm512_set1_ps((float)x->sum[0]), m0);
-        msum = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps((float)x->sum[1]), m1, msum), xd);
-    }
-    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m + 16 * h), msum, sum);
-}
-
-/* VNNI multiplies unsigned by signed in one step. Without it: two steps through int16, where codes of
- * 0 .. 63 fit; a wide code goes as |code| * (x with code's sign). */
-INLINE_AVX512 __m512i dot4_avx512(__m512i isum, __m512i u, __m512i x)
-{
-    __m512i pairs = _mm512_maddubs_epi16(u, x);
-    return _mm512_add_epi32(isum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
-{
-    __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
-    return dot4_avx512(isum, _mm512_abs_epi8(w), signed_x);
-}
-
-/* The panel kernel for one way DOT of multiplying; wide codes of value c come as c + FLIP. */
-#define MUL_PANEL_512(target, suffix, DOT, DOT_WIDE, FLIP)                                          \
-    static inline target __attribute__((always_inline)) void mul_panel_##suffix##_nt(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct q8_block *x,       \
-        size_t x_stride, float (*acc)[TILE_ROWS], int NT, int HALVES, int WIDE)                    \
-    {                                                                                              \
-        const int bias = WIDE ? FLIP : f->bias;                                                    \
-        __m512 sum[6][2];                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
-        for (int b = 0; b < n_blocks; b++, p++, x++) {                                             \
-            __m512i half[6][2][2];                                                                 \
-            UNROLL for (int i = 0; i < NT; i++) {                                                  \
-                const int32_t *s = x[i * x_stride].sum;                                            \
-                half[i][0][0] = half[i][1][0] = _mm512_set1_epi32(-bias * (HALVES ? s[0] : s[0] + s[1])); \
-                half[i][0][1] = half[i][1][1] = _mm512_set1_epi32(-bias * s[1]);                   \
-            }                                                                                      \
-            UNROLL for (int g = 0; g < 8; g++) {                       /* 1. exact integer dots */ \
-                __m512i w[2];                                                                      \
-                UNROLL for (int h = 0; h < 2; h++) {                                               \
-                    w[h] = _mm512_loadu_si512(p->code + 4 * TILE_ROWS * g + 64 * h);               \
-                    if (WIDE && FLIP) w[h] = _mm512_xor_si512(w[h], _mm512_set1_epi8((char)FLIP)); \
-                }                                                                                  \
-                UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    __m512i c = _mm512_set1_epi32(load_4_bytes(x[i * x_stride].code + 4 * g));     \
-                    UNROLL for (int h = 0; h < 2; h++) {                                           \
-                        __m512i *to = &half[i][h][HALVES ? g / 4 : 0];                             \
-                        *to = WIDE ? DOT_WIDE(*to, w[h], c) : DOT(*to, w[h], c);                   \
-                    }                                                                              \
-                }                                                                                  \
-            }                                                                                      \
-            UNROLL for (int i = 0; i < NT; i++)                                                    \
-                UNROLL for (int h = 0; h < 2; h++)                                                 \
-                    sum[i][h] = finish_panel_avx512(p, f, x + i * x_stride, half[i][h], sum[i][h], \
-                                                    h, HALVES);                                    \
-        }                                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
-    }                                                                                              \
-    static inline target __attribute__((always_inline)) void mul_panel_##suffix##_of(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct q8_block *x,       \
-        size_t x_stride, int n, float (*acc)[TILE_ROWS], int HALVES, int WIDE)                     \
-    {                                                                                              \
-        const int NT = HALVES ? 4 : 6;                                                             \
-        for (; n >= NT; n -= NT, x += NT * x_stride, acc += NT)                                    \
-            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, NT, HALVES, WIDE);           \
-        for (; n >= 1; n--, x += x_stride, acc++)                                                  \
-            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 1, HALVES, WIDE);            \
-    }                                                                                              \
-    target static void mul_panel_##suffix(const struct panel *p, int n_blocks,                     \
-                                          const struct format *f, const struct q8_block *x,          \
-                                          size_t x_stride, int n, float (*acc)[TILE_ROWS])         \
-    {                                                                                              \
-        if (f->is_wide) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);        \
-        else if (f->has_halves) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 1, 0); \
-        else mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 0);                   \
-    }
-MUL_PANEL_512(AVX512, avx512, dot4_avx512, dot4_wide_avx512, 0)
-MUL_PANEL_512(VNNI, avx512vnni, dot4_vnni, dot4_vnni, 128)
-
-INLINE_AVX512 __m512 load_16_avx512(int type, const uint8_t *row, size_t j)
-{
-    if (type == F32) return _mm512_loadu_ps(row + 4 * j);
-    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * j));
-    if (type == F16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-/* Sixteen sums of 16 lanes joined at once: every step adds the halves of two registers and leaves the
- * results side by side in one. sum[r][i] becomes element 4i + r. */
-INLINE_AVX512 __m512 join_16_avx512(__m512 sum[4][4])
-{
-    __m512 eight[8], four[4], two[2];
-    UNROLL for (int k = 0; k < 8; k++) {                               /* lane j + lane j+8 */
-        __m512 a = sum[k / 2][2 * (k % 2)], b = sum[k / 2][2 * (k % 2) + 1];
-        eight[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    UNROLL for (int k = 0; k < 4; k++) {                               /* + 4 */
-        __m512 a = eight[2 * k], b = eight[2 * k + 1];
-        four[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-    UNROLL for (int k = 0; k < 2; k++)                                 /* + 2 */
-        two[k] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * k], four[2 * k + 1], 0x44),
-                               _mm512_shuffle_ps(four[2 * k], four[2 * k + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88),      /* + 1 */
-                         _mm512_shuffle_ps(two[0], two[1], 0xdd));
-}
-
-INLINE_AVX512 float join_avx512(__m512 sum)
-{
-    return join_avx2(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
-}
-
-/* RT rows times NT vectors: 4 times 4, or 1 times 1. Columns past the last multiple of 16 are masked,
- * so that they leave their lanes untouched. */
-INLINE_AVX512 void mul_floats_avx512_nt(int type, const uint8_t *rows, size_t row_bytes,
-                                        const float *x, size_t x_stride, int cols,
-                                        float (*acc)[TILE_ROWS], int r0, int RT, int NT)
-{
-    __m512 sum[4][4];
-    const __mmask16 rest = (__mmask16)((1 << cols % 16) - 1);
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) sum[r][i] = _mm512_setzero_ps();
-    int j = 0;
-    for (; j + 16 <= cols; j += 16)                                    /* 1. into 16 lanes */
-        UNROLL for (int r = 0; r < RT; r++) {
-            __m512 w = load_16_avx512(type, rows + (r0 + r) * row_bytes, j);
-            UNROLL for (int i = 0; i < NT; i++)
-                sum[r][i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + i * x_stride + j), sum[r][i]);
-        }
-    for (int r = 0; r < RT && rest; r++)
-        for (int i = 0; i < NT; i++) {
-            float w[16] = {0};
-            for (int k = 0; j + k < cols; k++) w[k] = load_float(type, rows + (r0 + r) * row_bytes, j + k);
-            sum[r][i] = _mm512_mask3_fmadd_ps(_mm512_loadu_ps(w), _mm512_maskz_loadu_ps(rest, x + i * x_stride + j),
-                                              sum[r][i], rest);
-        }
-    if (RT == 4) {                                                     /* 2. the tree */
-        __m512 joined = join_16_avx512(sum);
-        _mm_storeu_ps(acc[0] + r0, _mm512_castps512_ps128(joined));
-        _mm_storeu_ps(acc[1] + r0, _mm512_extractf32x4_ps(joined, 1));
-        _mm_storeu_ps(acc[2] + r0, _mm512_extractf32x4_ps(joined, 2));
-        _mm_storeu_ps(acc[3] + r0, _mm512_extractf32x4_ps(joined, 3));
-    } else
-        UNROLL for (int i = 0; i < NT; i++) acc[i][r0] = join_avx512(sum[0][i]);
-}
-
-INLINE_AVX512 void mul_floats_avx512_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                        const float *x, size_t x_stride, int n, int cols,
-                                        float (*acc)[TILE_ROWS])
-{
-    for (int first = 1; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, first = 0) {
-        int r = 0;
-        for (; r + 4 <= n_rows; r += 4) {
-            if (first) fetch(rows + (r + 8) * row_bytes, 4 * row_bytes); /* four short rows end too soon */
-            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 4, 4);
-        }
-        for (; r < n_rows; r++)
-            for (int i = 0; i < 4; i++)
-                mul_floats_avx512_nt(type, rows, row_bytes, x + i * x_stride, x_stride, cols, acc + i, r, 1, 1);
-    }
-    for (; n > 0; n--, x += x_stride, acc++) /* in one stream: four at once read 24 GB/s where this reads 32 */
-        for (int r = 0; r < n_rows; r++)
-            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 1);
-}
-
-AVX512 static void mul_floats_avx512(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                     const float *x, size_t x_stride, int n, int cols,
-                                     float (*acc)[TILE_ROWS])
-{
-    switch (type) {
-    case F32: mul_floats_avx512_of(F32, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    case F16: mul_floats_avx512_of(F16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    default: mul_floats_avx512_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
-    }
-}
-
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
-INLINE_AVX512 void mix_avx512_nt(const struct mix *m, int type, int i0, int NT)
-{
-    __m512 sum[8][2];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 2; k++) sum[i][k] = _mm512_loadu_ps(out + i * m->out_stride + 16 * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        __builtin_prefetch(m->v + p * m->v_bytes + FETCH_STREAM);
-        __m512 v0 = load_16_avx512(type, m->v + p * m->v_bytes, 0);
-        __m512 v1 = load_16_avx512(type, m->v + p * m->v_bytes, 16);
-        UNROLL for (int i = 0; i < NT; i++) {
-            __m512 ep = _mm512_set1_ps(e[i * m->e_stride + p]);
-            sum[i][0] = _mm512_fmadd_ps(ep, v0, sum[i][0]);
-            sum[i][1] = _mm512_fmadd_ps(ep, v1, sum[i][1]);
-        }
-    }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 2; k++) _mm512_storeu_ps(out + i * m->out_stride + 16 * k, sum[i][k]);
-}
-
-INLINE_AVX512 void mix_avx512_of(const struct mix *m, int type)
-{
-    int i = 0;
-    for (; i + 8 <= m->n; i += 8) mix_avx512_nt(m, type, i, 8);
-    for (; i + 4 <= m->n; i += 4) mix_avx512_nt(m, type, i, 4);
-    for (; i < m->n; i++) mix_avx512_nt(m, type, i, 1);
-}
-
-AVX512 static void mix_values_avx512(const struct mix *m)
-{
-    if (m->width < MIX_WIDTH) mix_values_scalar(m);
-    else if (m->type == F16) mix_avx512_of(m, F16);
-    else mix_avx512_of(m, F32);
-}
-#endif /* HAVE_X86 */
-
-#if defined(HAVE_NEON)
-/* ---- NEON: a register holds 4 rows x 4 bytes, rows 4q .. 4q+3; eight of them the tile ---- */
-#if !defined(__clang__) || __clang_major__ >= 16
-#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
-#define I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
-#endif
-
-INLINE int8x16_t repeat_4_bytes(const int8_t *p)
-{
-    int32_t x;
-    memcpy(&x, p, 4);
-    return vreinterpretq_s8_s32(vdupq_n_s32(x));
-}
-
-/* pairs of products fit int16: 2 * 128 * 127 */
-INLINE int32x4_t dot4_neon(int32x4_t isum, int8x16_t w, int8x16_t x)
-{
-    int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
-    return vpadalq_s16(isum, vpaddq_s16(low, high));
-}
-
-INLINE float32x4_t load_4_f16(const uint8_t *p)
-{
-    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
-}
-
-static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct q8_block *x, size_t x_stride,
-                          int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
-        for (int i = 0; i < n; i++)
-            for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct q8_block *xb = x + i * x_stride + b;
-                int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
-                for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
-                    uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
-                    int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
-                    int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
-                    isum = dot4_neon(isum, low, repeat_4_bytes(xb->code + 4 * g));
-                    isum = dot4_neon(isum, high, repeat_4_bytes(xb->code + 16 + 4 * g));
-                }
-                float32x4_t d = vmulq_n_f32(load_4_f16(tile + 8 * q), xb->d); /* 3. scale */
-                vst1q_f32(acc[i] + 4 * q, vfmaq_f32(vld1q_f32(acc[i] + 4 * q), vcvtq_f32_s32(isum), d));
-            }
-}
-
-/* Steps 2 to 4 of the panel kernel for rows 4q .. 4q+3. */
-INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct q8_block *x,
-                              const int32x4_t half[2], float *acc, int q)
-{
-    int32x4_t isum = vaddq_s32(half[0], half[1]), msum = vdupq_n_s32(x->sum[0] + x->sum[1]);
-    if (f->has_halves) {                                                           /* 2. halves */
-        isum = vmulq_s32(half[0], vld1q_s32(p->scale[0] + 4 * q));
-        isum = vmlaq_s32(isum, half[1], vld1q_s32(p->scale[1] + 4 * q));
-    }
-    float32x4_t sum = vld1q_f32(acc + 4 * q), d = vmulq_n_f32(vld1q_f32(p->d + 4 * q), x->d);
-    sum = vfmaq_f32(sum, vcvtq_f32_s32(isum), d);                                  /* 3. scale */
-    if (f->has_min && f->has_halves) {                                             /* 4. minimum */
-        msum = vmulq_n_s32(vld1q_s32(p->min[0] + 4 * q), x->sum[0]);
-        msum = vmlaq_n_s32(msum, vld1q_s32(p->min[1] + 4 * q), x->sum[1]);
-    }
-    if (f->has_min)
-        sum = vfmaq_f32(sum, vld1q_f32(p->m + 4 * q), vmulq_n_f32(vcvtq_f32_s32(msum), x->d));
-    vst1q_f32(acc + 4 * q, sum);
-}
-
-INLINE void start_panel_neon(const struct format *f, const struct q8_block *x, int32x4_t half[2])
-{
-    for (int k = 0; k < 2; k++) half[k] = vdupq_n_s32(-f->bias * x->sum[k]);
-}
-
-static void mul_panel_neon(const struct panel *p, int n_blocks, const struct format *f,
-                           const struct q8_block *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, p++)
-        for (int i = 0; i < n; i++)
-            for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct q8_block *xb = x + i * x_stride + b;
-                int32x4_t half[2];
-                start_panel_neon(f, xb, half);
-                for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code + 4 * TILE_ROWS * g + 16 * q),
-                                            repeat_4_bytes(xb->code + 4 * g));
-                finish_panel_neon(p, f, xb, half, acc[i], q);
-            }
-}
-
-INLINE float32x4_t load_4_neon(int type, const uint8_t *row, size_t j)
-{
-    if (type == F32) return vreinterpretq_f32_u8(vld1q_u8(row + 4 * j));
-    if (type == F16) return load_4_f16(row + 2 * j);
-    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(row + 2 * j)), 16));
-}
-
-static void mul_floats_neon(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                            const float *x, size_t x_stride, int n, int cols,
-                            float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n; i++, x += x_stride)
-        for (int r = 0; r < n_rows; r++) {
-            const uint8_t *row = rows + r * row_bytes;
-            float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-            int j = 0;
-            for (; j + 16 <= cols; j += 16)                            /* 1. into 16 lanes */
-                for (int k = 0; k < 4; k++)
-                    sum[k] = vfmaq_f32(sum[k], load_4_neon(type, row, j + 4 * k),
-                                       vld1q_f32(x + j + 4 * k));
-            float lane[16];
-            for (int k = 0; k < 4; k++) vst1q_f32(lane + 4 * k, sum[k]);
-            for (; j < cols; j++)
-                lane[j % 16] = fma_of(1, load_float(type, row, j), x[j], lane[j % 16]);
-            acc[i][r] = join_lanes(lane);                              /* 2. the tree */
-        }
-}
-
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
-INLINE void mix_neon_nt(const struct mix *m, int type, int i0, int NT)
-{
-    float32x4_t sum[2][8];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 8; k++) sum[i][k] = vld1q_f32(out + i * m->out_stride + 4 * k);
-    for (int p = 0; p < m->n_pos; p++)
-        UNROLL for (int k = 0; k < 8; k++) {
-            float32x4_t v = load_4_neon(type, m->v + p * m->v_bytes, 4 * k);
-            UNROLL for (int i = 0; i < NT; i++)
-                sum[i][k] = vfmaq_n_f32(sum[i][k], v, e[i * m->e_stride + p]);
-        }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 8; k++) vst1q_f32(out + i * m->out_stride + 4 * k, sum[i][k]);
-}
-
-INLINE void mix_neon_of(const struct mix *m, int type)
-{
-    int i = 0;
-    for (; i + 2 <= m->n; i += 2) mix_neon_nt(m, type, i, 2);
-    if (i < m->n) mix_neon_nt(m, type, i, 1);
-}
-
-static void mix_values_neon(const struct mix *m)
-{
-    if (m->width < MIX_WIDTH) mix_values_scalar(m);
-    else if (m->type == F16) mix_neon_of(m, F16);
-    else mix_neon_of(m, F32);
-}
-
-#if defined(DOTPROD)
-DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct q8_block *x,
-                                     size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
-        for (int q = 0; q < TILE_ROWS / 4; q++) {
-            int8x16_t low[4], high[4];
-            for (int g = 0; g < 4; g++) {
-                uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
-                low[g] = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
-                high[g] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
-            }
-            float32x4_t d = load_4_f16(tile + 8 * q);
-            for (int i = 0; i < n; i++) {
-                const struct q8_block *xb = x + i * x_stride + b;
-                int8x16_t x0 = vld1q_s8(xb->code), x1 = vld1q_s8(xb->code + 16);
-                int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
-                isum = vdotq_laneq_s32(isum, low[0], x0, 0);           /* 2. exact integer dot */
-                isum = vdotq_laneq_s32(isum, low[1], x0, 1);
-                isum = vdotq_laneq_s32(isum, low[2], x0, 2);
-                isum = vdotq_laneq_s32(isum, low[3], x0, 3);
-                isum = vdotq_laneq_s32(isum, high[0], x1, 0);
-                isum = vdotq_laneq_s32(isum, high[1], x1, 1);
-                isum = vdotq_laneq_s32(isum, high[2], x1, 2);
-                isum = vdotq_laneq_s32(isum, high[3], x1, 3);
-                float32x4_t sum = vld1q_f32(acc[i] + 4 * q);           /* 3. scale, accumulate */
-                vst1q_f32(acc[i] + 4 * q, vfmaq_f32(sum, vcvtq_f32_s32(isum), vmulq_n_f32(d, xb->d)));
-            }
-        }
-}
-
-DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const struct format *f,
-                                      const struct q8_block *x, size_t x_stride, int n,
-                                      float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, p++)
-        for (int i = 0; i < n; i++)
-            for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct q8_block *xb = x + i * x_stride + b;
-                int32x4_t half[2];
-                start_panel_neon(f, xb, half);
-                for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code + 4 * TILE_ROWS * g + 16 * q),
-                                            repeat_4_bytes(xb->code + 4 * g));
-                finish_panel_neon(p, f, xb, half, acc[i], q);
-            }
-}
-
-/* smmla multiplies 2 rows x 8 bytes by 2 vectors x 8 bytes: {r0 x0, r0 x1, r1 x0, r1 x1}. Two groups
- * of a tile zipped give 8 bytes of a row; the results are unzipped to a register for each vector. */
-I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct q8_block *x0,
-                                    const struct q8_block *x1, float *acc0, float *acc1, int q)
-{
-    int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
-    for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
-        uint8x16_t w0 = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
-        uint8x16_t w1 = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * (g + 1) + 16 * q);
-        for (int high = 0; high < 2; high++) {
-            uint32x4_t a = vreinterpretq_u32_u8(high ? vshrq_n_u8(w0, 4) : vandq_u8(w0, vdupq_n_u8(15)));
-            uint32x4_t z = vreinterpretq_u32_u8(high ? vshrq_n_u8(w1, 4) : vandq_u8(w1, vdupq_n_u8(15)));
-            int8x16_t v = vcombine_s8(vld1_s8(x0->code + 16 * high + 4 * g),
-                                      vld1_s8(x1->code + 16 * high + 4 * g));
-            pair[0] = vmmlaq_s32(pair[0], vreinterpretq_s8_u32(vzip1q_u32(a, z)), v);
-            pair[1] = vmmlaq_s32(pair[1], vreinterpretq_s8_u32(vzip2q_u32(a, z)), v);
-        }
-    }
-    int32x4_t isum0 = vaddq_s32(vuzp1q_s32(pair[0], pair[1]), vdupq_n_s32(x0->minus_8_sums)); /* 1. */
-    int32x4_t isum1 = vaddq_s32(vuzp2q_s32(pair[0], pair[1]), vdupq_n_s32(x1->minus_8_sums));
-    float32x4_t d = load_4_f16(tile + 8 * q);                          /* 3. scale, accumulate */
-    vst1q_f32(acc0, vfmaq_f32(vld1q_f32(acc0), vcvtq_f32_s32(isum0), vmulq_n_f32(d, x0->d)));
-    vst1q_f32(acc1, vfmaq_f32(vld1q_f32(acc1), vcvtq_f32_s32(isum1), vmulq_n_f32(d, x1->d)));
-}
-
-I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct q8_block *x,
-                               size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    int even = n & ~1;
-    for (int b = 0; b < n_blocks; b++)
-        for (int i = 0; i < even; i += 2)
-            for (int q = 0; q < TILE_ROWS / 4; q++)
-                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_0_TILE_BLOCK, x + i * x_stride + b,
-                                   x + (i + 1) * x_stride + b, acc[i] + 4 * q, acc[i + 1] + 4 * q, q);
-    if (n > even) mul_q4_0_dotprod(tile, n_blocks, x + even * x_stride, x_stride, 1, acc + even);
-}
-#endif /* DOTPROD */
-#endif /* HAVE_NEON */
-
-/* ---- Element-wise pieces: norm, rope, gelu, softmax =========================================
- *
- * Written once, in plain C. `hard` is a constant: with it the compiler turns each fma into the
- * instruction and each loop over 16 lanes into vectors; without it the same lines run on soft_fmaf.
- * Every operation is one IEEE rounding, so both give the same bits. */
-
-/* y = x / sqrt(mean(x^2) + eps) * w (RMSNorm, arXiv 1910.07467). Gemma's formula has (1 + w): the
- * converters to GGUF have already added the 1. */
-INLINE void rmsnorm_plain(int hard, float *y, const float *x, const float *w, int n, float eps)
+/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
+ * the 1. */
+static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
 {
     float lane[16] = {0};
     int i = 0;
     for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) lane[j] = fma_of(hard, x[i + j], x[i + j], lane[j]);
-    for (; i < n; i++) lane[i % 16] = fma_of(hard, x[i], x[i], lane[i % 16]);
+        for (int j = 0; j < 16; j++) lane[j] = fma_of(x[i + j], x[i + j], lane[j]);
+    for (; i < n; i++) lane[i % 16] = fma_of(x[i], x[i], lane[i % 16]);
     float r = 1.0f / sqrt_of(join_lanes(lane) / (float)n + eps);
     for (i = 0; i < n; i++) y[i] = (x[i] * r) * w[i];
 }
 
 /* Rotary position embedding (arXiv 2104.09864). The pairs are (j, j + D/2), as in GPT-NeoX and
  * transformers, not neighbours (2j, 2j+1) as in the paper. */
-INLINE void rope_plain(int hard, float *v, const float *cosine, const float *sine, int head_dim)
+static void NAME(rope)(float *v, const float *cosine, const float *sine, int head_dim)
 {
     int half = head_dim / 2;
     for (int j = 0; j < half; j++) {
         float a = v[j], b = v[j + half], c = cosine[j], s = sine[j];
-        v[j] = fma_of(hard, a, c, -(b * s));
-        v[j + half] = fma_of(hard, b, c, a * s);
+        v[j] = fma_of(a, c, -(b * s));
+        v[j + half] = fma_of(b, c, a * s);
     }
 }
 
-/* gate = gelu(gate) * up, with the tanh form of GELU: tanh(y) = 2 / (1 + exp(-2y)) - 1, so
- * 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3). */
-INLINE void gelu_plain(int hard, float *gate, const float *up, int n)
+/* With the tanh form of GELU: tanh(y) = 2 / (1 + exp(-2y)) - 1, so 0.5 x (1 + tanh(u)) =
+ * x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3). */
+static void NAME(gelu)(float *gate, const float *up, int n)
 {
     const float c0 = float_of(0x3f4c422a), c1 = float_of(0x3d122279); /* sqrt(2/pi), 0.044715 c0 */
     for (int j = 0; j < n; j++) {
-        float x = gate[j], u = x * fma_of(hard, c1, x * x, c0);
-        gate[j] = x / (1.0f + exp_of(hard, -2.0f * u)) * up[j];
+        float x = gate[j], u = x * fma_of(c1, x * x, c0);
+        gate[j] = x / (1.0f + exp_of(-2.0f * u)) * up[j];
     }
 }
 
-/* Rounds n floats into the cache, little-endian like a file's tensors, so that one kernel reads both. */
-INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int type)
+/* Little-endian like a file's tensors, so that one kernel reads both. */
+static void NAME(store)(uint8_t *restrict to, const float *restrict x, int n, int type)
 {
     for (int j = 0; type == F16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
     for (int j = 0; type != F16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
 }
 
-/* s[k] = exp(s[k] - max), for scores of positions first .. first+n-1; returns their sum, added up in
- * the lane of the absolute position, so that it does not matter where the window begins. */
-INLINE float exp_scores_plain(int hard, float *s, int n, int first)
+/* The lane is the absolute position's, so that it does not matter where the window begins. */
+static float NAME(exp_scores)(float *s, int n, int first)
 {
     float top[16], lane[16] = {0};
     for (int j = 0; j < 16; j++) top[j] = s[0];
@@ -2735,7 +1717,7 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     for (; k < n; k++) top[0] = s[k] > top[0] ? s[k] : top[0];
     float max = top[0];
     for (int j = 1; j < 16; j++) max = top[j] > max ? top[j] : max;
-    for (k = 0; k < n; k++) s[k] = exp_of(hard, s[k] - max);
+    for (k = 0; k < n; k++) s[k] = exp_of(s[k] - max);
     for (k = 0; k < n && (first + k) % 16; k++) lane[(first + k) % 16] += s[k];
     for (; k + 16 <= n; k += 16)
         for (int j = 0; j < 16; j++) lane[j] += s[k + j];
@@ -2743,11 +1725,9 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     return join_lanes(lane);
 }
 
-enum { EXP_RUN = 64 };
-
 /* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
  * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
-INLINE void add_exp_run(double *lane, const float *logits, double max)
+static void NAME(add_exp_run)(double *lane, const float *logits, double max)
 {
     union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
     double e[EXP_RUN];
@@ -2766,7 +1746,7 @@ INLINE void add_exp_run(double *lane, const float *logits, double max)
 
 /* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
  * or below -690, the definition itself runs. */
-INLINE double sum_exp_plain(const float *logits, int n, float max)
+static double NAME(sum_exp)(const float *logits, int n, float max)
 {
     double lane[16] = {0};
     int i = 0;
@@ -2774,7 +1754,7 @@ INLINE double sum_exp_plain(const float *logits, int n, float max)
         run = min_int(n - i, EXP_RUN), n_near = 0;
         for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
         if (n_near == EXP_RUN)
-            add_exp_run(lane, logits + i, max);
+            NAME(add_exp_run)(lane, logits + i, max);
         else
             for (int j = 0; j < run; j++)
                 lane[j % 16] += exp_double((double)logits[i + j] - max);
@@ -2784,110 +1764,661 @@ INLINE double sum_exp_plain(const float *logits, int n, float max)
     return lane[0];
 }
 
-/* ---- The kernels of one instruction set ---- */
-
-/* The element-wise pieces, compiled for one target. */
-#define FOR_TARGET(target, suffix, hard)                                                                \
-    target static void unpack_##suffix(int type, const uint8_t *tile, int g, struct panel *out)    \
-    { unpack(type, tile, TILE_ROWS, g, out); }                                                     \
-    target static void dequantize_##suffix(const struct matrix *w, int r, float *out)              \
-    { dequantize_plain(w, r, out); }                                                               \
-    target static void quantize_##suffix(struct q8_block *out, const float *x, int n)                \
-    { quantize_plain(out, x, n); }                                                                 \
-    target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
-    { rmsnorm_plain(hard, y, x, w, n, eps); }                                                      \
-    target static void rope_##suffix(float *v, const float *cosine, const float *sine, int head_dim) \
-    { rope_plain(hard, v, cosine, sine, head_dim); }                                               \
-    target static void gelu_##suffix(float *gate, const float *up, int n)                          \
-    { gelu_plain(hard, gate, up, n); }                                                             \
-    target static void store_##suffix(uint8_t *to, const float *x, int n, int type)              \
-    { store_plain(to, x, n, type); }                                                             \
-    target static float exp_scores_##suffix(float *s, int n, int first)                               \
-    { return exp_scores_plain(hard, s, n, first); }                                                \
-    target static double sum_exp_##suffix(const float *logits, int n, float max)                   \
-    { return sum_exp_plain(logits, n, max); }
-
-#define PLAIN
-FOR_TARGET(PLAIN, scalar, HARD_FMA)
-#if defined(HAVE_X86)
-FOR_TARGET(AVX2, avx2, 1)
-FOR_TARGET(AVX512, avx512, 1)
-#endif
-
-#define FLOATS(suffix, base)                                                                            \
-    static void floats_##suffix(const struct product *p)                                                \
-    { base(p->format->type, p->rows, p->row_bytes, p->n_rows, p->x, p->x_stride, p->n, p->cols, p->acc); }
-#define CODES(suffix, plain, q4, panels)                                                                \
-    static void codes_##suffix(const struct product *p)                                                 \
-    { mul_codes_by(p, q4, panels, unpack_##plain); }
-static void mul_codes_by(const struct product *p, mul_q4_0 *q4, mul_panel *panels,
-                         void (*unpack_one)(int, const uint8_t *, int, struct panel *))
+#if LANES == 1
+/* Rows of integer formats, as they lie in the file (rule 2). */
+static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
-    int blocks = p->cols / 32, groups = f->elements / 32;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    for (int r = 0; r < p->n_rows; r++)
+        for (int b = 0; b < p->cols / 32; b++) {
+            const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
+            struct group w;
+            unpack(f, block, b % (f->elements / 32), &w);
+            for (int i = 0; i < p->n; i++) {
+                const struct q8_block *x = &p->q8[i * p->x_stride + b];
+                int32_t half[2] = {0, 0};
+                for (int j = 0; j < 32; j++) half[j / 16] += w.code[j] * x->code[j];
+                int32_t isum = w.scale[0] * half[0] + w.scale[1] * half[1];
+                int32_t msum = w.min[0] * x->sum[0] + w.min[1] * x->sum[1];
+                float *acc = &p->acc[i][r];
+                *acc = fma_of((float)isum, w.d * x->d, *acc);
+                if (f->has_min) *acc = fma_of(w.m, (float)msum * x->d, *acc);
+            }
+        }
+}
+
+/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats stay as
+ * they are; that is why the contract's order has 16 lanes. */
+static void NAME(mul_floats)(const struct product *p)
+{
+    for (int i = 0; i < p->n; i++)
+        for (int r = 0; r < p->n_rows; r++) {
+            const float *x = p->x + i * p->x_stride;
+            float lane[16] = {0};
+            for (int j = 0; j < p->cols; j++)
+                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j), x[j], lane[j % 16]);
+            p->acc[i][r] = join_lanes(lane);
+        }
+}
+
+static void NAME(mix_values)(const struct mix *m)
+{
+    for (int i = 0; i < m->n; i++)
+        for (int j = 0; j < m->width; j++) {
+            float sum = m->out[i * m->out_stride + j];
+            for (int p = 0; p < m->n_pos; p++)
+                sum = fma_of(m->e[i * m->e_stride + p], load_float(m->type, m->v + p * m->v_bytes, j), sum);
+            m->out[i * m->out_stride + j] = sum;
+        }
+}
+
+#else
+/* ==== 10. The operations: vector kernels ========================================================
+ *
+ * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers of 32
+ * bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector counts for
+ * every lane. */
+
+#define floats NAME(floats)
+#define ints NAME(ints)
+#define dot_sum NAME(dot_sum)         /* the sum of products of bytes, on its way to int32 */
+#define load_ints NAME(load_ints)
+#define store_ints NAME(store_ints)
+#define load_floats NAME(load_floats)
+#define store_floats NAME(store_floats)
+#define to_floats NAME(to_floats)
+#define widen_bytes NAME(widen_bytes)
+#define widen_f16 NAME(widen_f16)
+#define widen NAME(widen)             /* LANES of F32, F16 or BF16 from memory */
+#define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
+#define splat NAME(splat)                 /* a float in every lane */
+#define mul_add NAME(mul_add)         /* a * b + c rounded once */
+#define join_floats NAME(join_floats)               /* 16 lanes as rule 4's tree */
+#define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
+#define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
+#define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
+#define dot_add_signed NAME(dot_add_signed) /* which starts with it if begin did not; w is signed */
+#define dot_end NAME(dot_end)
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#if LANES == 8
+/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
+ * that at once. */
+INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
+INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE ints look_up(ints c)
+{
+    __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
+    return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
+}
+INLINE float join_floats(const floats sum[2])
+{
+    __m256 eight = (__m256)(sum[0] + sum[1]);                          /* lane j + lane j+8 */
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+typedef ints dot_sum;
+#if defined(HAS_DPBUSD)
+enum { NAME(INT16_SUMS) = 0 };
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+}
+INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); } /* not used */
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
+#else
+enum { NAME(INT16_SUMS) = 1 };
+INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return (ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+}
+INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 128 * 127 fits */
+{
+    return dot_add(sum, (ints)_mm256_abs_epi8((__m256i)w), (ints)_mm256_sign_epi8((__m256i)x, (__m256i)w));
+}
+INLINE ints dot_end(dot_sum sum, int32_t start)
+{
+    return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) + start;
+}
+#endif
+
+#elif LANES == 16
+/* AVX-512 with VNNI */
+INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
+INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE ints look_up(ints c)
+{
+    __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
+    return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
+}
+INLINE float join_floats(const floats sum[1])
+{
+    __m256 low = _mm512_castps512_ps256((__m512)sum[0]), high = _mm512_extractf32x8_ps((__m512)sum[0], 1);
+    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+typedef ints dot_sum;
+enum { NAME(INT16_SUMS) = 0 };
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); } /* not used */
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
+
+#else
+/* NEON. vmull makes int16 products; with dotprod vdot does all at once. */
+INLINE floats splat(float x) { return vdupq_n_f32(x); }
+INLINE floats mul_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
+INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+INLINE ints look_up(ints c)
+{
+    return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
+}
+INLINE float join_floats(const floats sum[4])
+{
+    float32x4_t four = (sum[0] + sum[2]) + (sum[1] + sum[3]);          /* lane j + j+8, + 4 */
+    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+#if defined(HAS_DPBUSD)
+enum { NAME(INT16_SUMS) = 0 };
+typedef ints dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
+}
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
+#else
+enum { NAME(INT16_SUMS) = 1 };
+typedef struct { int16x8_t low, high; } dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
+    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
+}
+INLINE ints dot_end(dot_sum sum, int32_t start)
+{
+    return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
+}
+#endif
+INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); }
+#endif
+
+/* The same in every instruction set. */
+INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
+INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
+INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
+INLINE ints repeat_4(const int8_t *p)
+{
+    int32_t x;
+    memcpy(&x, p, 4);
+    return (ints){0} + x;
+}
+INLINE ints widen_bytes(const uint8_t *p)
+{
+    uint8_t v __attribute__((vector_size(LANES)));
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, ints);
+}
+INLINE floats widen(int type, const uint8_t *p)
+{
+    if (type == F16) return widen_f16(p);
+    if (type == F32) return load_floats(p);
+    uint16_t v __attribute__((vector_size(2 * LANES)));
+    memcpy(&v, p, sizeof v);
+    return (floats)(__builtin_convertvector(v, ints) << 16);
+}
+
+/* ---- Integer formats ---- */
+
+/* Asks for memory before it is needed, a little with each block, because a burst stalls. PREFETCH_FROM: with
+ * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
+ * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
+ * no help. PREFETCH_AHEAD: bytes ahead of other formats, which are unpacked field by field, as no machine
+ * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
+ * values. */
+#define prefetch NAME(prefetch)
+enum { NAME(PREFETCH_FROM) = 4, NAME(PREFETCH_AHEAD) = 8192, NAME(PREFETCH_STREAM) = 2048 };
+INLINE void prefetch(const uint8_t *p, size_t n_bytes)
+{
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
+}
+
+/* Scales of LANES rows: d and m as unpack_scales makes them; scale and min of the halves. */
+struct NAME(scales) { floats d, m, scale[2], min[2]; };
+
+/* Codes 4q .. 4q+3 of group g, for each of LANES rows from row r on. From a tile ... */
+#define codes_of NAME(codes_of)
+INLINE ints codes_of(int type, const uint8_t *tile, int g, int q, int r)
+{
+    struct code_bits b = find_codes(type, g, q / 4);
+    const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
+    ints c = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101;
+    if (b.top_mask) c |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101) << b.up;
+    if (fifth_bits(type)) /* the product copies bit k of four to the lowest bit of byte k */
+        c |= ((load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15) * 0x00204081 & 0x01010101) << 4;
+    if (type == IQ4_NL || type == IQ4_XS) c = look_up(c);
+    if (NAME(INT16_SUMS) == 0 && LANES > 4 && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS))
+        c ^= (int32_t)0x80808080; /* dpbusd wants code + 128 */
+    return c;
+}
+
+#define scales_of NAME(scales_of)
+INLINE struct NAME(scales) scales_of(int type, const uint8_t *tile, int g, int r)
+{
+    struct NAME(scales) s = {.scale = {splat(1), splat(1)}, .min = {splat(1), splat(1)}};
+    const uint8_t *f16 = tile + 2 * r, *bytes = tile + r;
+    int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
+    s.d = s.m = widen_f16(f16 + TILE_ROWS * d_at);
+    if (type == Q4_1 || type == Q5_1) s.m = widen_f16(f16 + TILE_ROWS * 2);
+    if (type == IQ4_XS) {
+        uint16_t v __attribute__((vector_size(2 * LANES)));
+        memcpy(&v, f16 + TILE_ROWS * 2, sizeof v);
+        ints top = __builtin_convertvector(v, ints) >> 2 * g & 3;
+        s.d *= to_floats(((widen_bytes(bytes + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15) | top << 4) - 32);
+    }
+    if (type == Q2_K) {
+        s.m = -widen_f16(f16 + TILE_ROWS * 82);
+        for (int h = 0; h < 2; h++) {
+            ints both = widen_bytes(bytes + TILE_ROWS * (2 * g + h));
+            s.scale[h] = to_floats(both & 15);
+            s.min[h] = to_floats(both >> 4);
+        }
+    }
+    for (int h = 0; h < 2 && type == Q3_K; h++) {
+        int i = 2 * g + h;
+        ints low = widen_bytes(bytes + TILE_ROWS * (96 + i % 8)), top = widen_bytes(bytes + TILE_ROWS * (104 + i % 4));
+        s.scale[h] = to_floats(((low >> 4 * (i / 8) & 15) | (top >> 2 * (i / 4) & 3) << 4) - 32);
+    }
+    if (type == Q4_K || type == Q5_K) {
+        const uint8_t *k = bytes + TILE_ROWS * (4 + g % 4);
+        ints low = widen_bytes(k), mid = widen_bytes(k + TILE_ROWS * 4), high = widen_bytes(k + TILE_ROWS * 8);
+        s.d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+        s.m = widen_f16(f16 + TILE_ROWS * 2) * -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+    }
+    for (int h = 0; h < 2 && type == Q6_K; h++)
+        s.scale[h] = to_floats((widen_bytes(bytes + TILE_ROWS * (192 + 2 * g + h)) ^ 128) - 128);
+    return s;
+}
+
+/* ... or from a panel: a group that was unpacked into memory, because several vectors need it. */
+enum { NAME(PANEL) = 100, NAME(PANEL_HALVES), NAME(PANEL_WIDE) };
+
+/* The same from a panel, */
+#define group_codes NAME(group_codes)
+INLINE ints group_codes(int kind, const uint8_t *from, int g, int q, int r)
+{
+    if (kind < NAME(PANEL)) return codes_of(kind, from, g, q, r);
+    return load_ints(((const struct panel *)from)->code + 4 * (TILE_ROWS * q + r));
+}
+
+#define group_scales NAME(group_scales)
+INLINE struct NAME(scales) group_scales(int kind, const uint8_t *from, int g, int r)
+{
+    if (kind < NAME(PANEL)) return scales_of(kind, from, g, r);
+    const struct panel *p = (const struct panel *)from;
+    struct NAME(scales) s = {.d = load_floats(p->d + r), .m = load_floats(p->m + r),
+                             .scale = {splat(1), splat(1)}, .min = {splat(1), splat(1)}};
+    for (int h = 0; h < 2 && kind == NAME(PANEL_HALVES); h++)
+        s.scale[h] = load_floats(p->scale[h] + r), s.min[h] = load_floats(p->min[h] + r);
+    return s;
+}
+
+/* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
+ * each call, so that INLINE makes a copy of the code in which sums stay in registers. */
+#define mul_part NAME(mul_part)
+INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
+{
+    const struct format *f = p->format;
+    const int halves = kind == Q2_K || kind == Q3_K || kind == Q6_K || kind == NAME(PANEL_HALVES);
+    const int is_wide = kind == Q8_0 || kind == IQ4_NL || kind == IQ4_XS || kind == NAME(PANEL_WIDE);
+    const int six_bits = kind == Q6_K || kind == NAME(PANEL_HALVES);
+    const int five_bits = kind == Q5_0 || kind == Q5_1 || kind == Q5_K || kind == NAME(PANEL);
+    const int per_half = halves ? 4 : 8;
+    const int flips = !NAME(INT16_SUMS) && LANES > 4, signed_codes = is_wide && !flips;
+    /* quads whose products fit int16: 8 * 2 * 15 * 127, 4 * 2 * 31 * 127, 2 * 2 * 63 * 127, 2 * 128 * 127 */
+    const int at_once = !NAME(INT16_SUMS) ? per_half : is_wide ? 1 : six_bits ? 2 : five_bits || halves ? 4 : 8;
+    const int bias = f->is_wide && flips ? 128 : f->bias;
+    const int groups = kind < NAME(PANEL) ? f->elements / 32 : 1;
+    const size_t block_bytes = kind < NAME(PANEL) ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int ahead = kind == Q4_0 && i0 == 0 && r0 == 0 && p->n >= NAME(PREFETCH_FROM);
+    const uint8_t *from = p->rows;
+    floats sum[8][8];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
+    for (int b = 0, g = 0; b < p->cols / 32; b++) {
+        const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
+        floats isum[8][8];
+        if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
+        UNROLL for (int half = 0; half < 1 + halves; half++) {
+            ints total[8][8];
+            UNROLL for (int q0 = 0; q0 < per_half; q0 += at_once) {
+                dot_sum part[8][8];
+                int32_t start[8];
+                UNROLL for (int i = 0; i < NT; i++) {
+                    const struct q8_block *xi = x + i * p->x_stride;
+                    start[i] = q0 ? 0 : kind == Q4_0 ? xi->minus_8_sums :
+                               -bias * (halves ? xi->sum[half] : xi->sum[0] + xi->sum[1]);
+                    UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+                }
+                UNROLL for (int q = q0; q < q0 + at_once; q++)
+                    UNROLL for (int h = 0; h < NH; h++) {
+                        ints w = group_codes(kind, from, g, per_half * half + q, r0 + LANES * h);
+                        UNROLL for (int i = 0; i < NT; i++) {
+                            ints c = repeat_4(x[i * p->x_stride].code + 4 * (per_half * half + q));
+                            part[i][h] = signed_codes ? dot_add_signed(part[i][h], w, c) : dot_add(part[i][h], w, c);
+                        }
+                    }
+                UNROLL for (int i = 0; i < NT; i++)
+                    UNROLL for (int h = 0; h < NH; h++)
+                        total[i][h] = q0 ? total[i][h] + dot_end(part[i][h], 0) : dot_end(part[i][h], start[i]);
+            }
+            UNROLL for (int h = 0; h < NH && halves; h++) {
+                floats scale = group_scales(kind, from, g, r0 + LANES * h).scale[half];
+                UNROLL for (int i = 0; i < NT; i++)
+                    isum[i][h] = half ? mul_add(scale, to_floats(total[i][h]), isum[i][h]) : scale * to_floats(total[i][h]);
+            }
+            UNROLL for (int h = 0; h < NH && !halves; h++)
+                UNROLL for (int i = 0; i < NT; i++) isum[i][h] = to_floats(total[i][h]);
+        }
+        UNROLL for (int h = 0; h < NH; h++) {
+            struct NAME(scales) s = group_scales(kind, from, g, r0 + LANES * h);
+            UNROLL for (int i = 0; i < NT; i++) {
+                const struct q8_block *xi = x + i * p->x_stride;
+                sum[i][h] = mul_add(isum[i][h], s.d * splat(xi->d), sum[i][h]);
+                if (!f->has_min) continue;
+                floats msum = splat(xi->d_sum);
+                if (halves) msum = mul_add(splat((float)xi->sum[1]), s.min[1], splat((float)xi->sum[0]) * s.min[0]) * splat(xi->d);
+                sum[i][h] = mul_add(s.m, msum, sum[i][h]);
+            }
+        }
+        if (++g == groups) g = 0, from += block_bytes;
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
+}
+
+#define mul_all NAME(mul_all)
+INLINE void mul_all(const struct product *p, int kind)
+{
+    enum { NT = LANES == 8 ? 4 : 6, NH = LANES == 4 ? 2 : 2 };
+    int i = 0;
+    for (; i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
+    for (; i < p->n; i++)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, 1, r, NH);
+}
+
+/* One vector: codes go from the tile into registers. */
+#define mul_few NAME(mul_few)
+INLINE void mul_few(const struct product *p, int kind)
+{
+    for (int i = 0; i < p->n; i++)
+        for (int r = 0; r < TILE_ROWS; r += 2 * LANES) mul_part(p, kind, i, 1, r, 2);
+}
+
+static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct panel *out)
+{
+    for (int r = 0; r < TILE_ROWS; r += LANES) {
+        for (int q = 0; q < 8; q++) store_ints(out->code + 4 * (TILE_ROWS * q + r), codes_of(type, tile, g, q, r));
+        struct NAME(scales) s = scales_of(type, tile, g, r);
+        store_floats(out->d + r, s.d);
+        store_floats(out->m + r, s.m);
+        for (int h = 0; h < 2; h++) store_floats(out->scale[h] + r, s.scale[h]), store_floats(out->min[h] + r, s.min[h]);
+    }
+}
+
+static void NAME(mul_codes)(const struct product *p)
+{
+    const struct format *f = p->format;
     if (f->type == Q4_0) {
-        q4(p->rows, blocks, p->q8, p->x_stride, p->n, p->acc);
+        mul_all(p, Q4_0);
         return;
     }
+    if (p->n < 4)
+        switch (f->type) {
+        case Q4_1: mul_few(p, Q4_1); return;
+        case Q5_0: mul_few(p, Q5_0); return;
+        case Q5_1: mul_few(p, Q5_1); return;
+        case Q8_0: mul_few(p, Q8_0); return;
+        case Q2_K: mul_few(p, Q2_K); return;
+        case Q3_K: mul_few(p, Q3_K); return;
+        case Q4_K: mul_few(p, Q4_K); return;
+        case Q5_K: mul_few(p, Q5_K); return;
+        case Q6_K: mul_few(p, Q6_K); return;
+        case IQ4_NL: mul_few(p, IQ4_NL); return;
+        case IQ4_XS: mul_few(p, IQ4_XS); return;
+        }
+    int blocks = p->cols / 32, groups = f->elements / 32;
+    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    struct product some = *p;
+    some.rows = (const uint8_t *)p->scratch;
     for (int b = 0; b < blocks; b += PANELS) {
         int take = min_int(blocks - b, PANELS);
         for (int a = 0; a < take; a++) {
             const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-            fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-            unpack_one(f->type, block, (b + a) % groups, p->scratch + a);
+            prefetch(block + NAME(PREFETCH_AHEAD) + a % groups * (block_bytes / groups), block_bytes / groups);
+            NAME(unpack_panel)(f->type, block, (b + a) % groups, p->scratch + a);
         }
-        panels(p->scratch, take, f, p->q8 + b, p->x_stride, p->n, p->acc);
+        some.cols = 32 * take;
+        some.q8 = p->q8 + b;
+        if (f->is_wide && NAME(INT16_SUMS)) mul_all(&some, NAME(PANEL_WIDE));
+        else if (f->has_halves) mul_all(&some, NAME(PANEL_HALVES));
+        else mul_all(&some, NAME(PANEL));
     }
 }
-#define TABLE(name, plain, floats, mix)                                                                 \
-    {#name, quantize_##plain, codes_##name, floats_##floats, dequantize_##plain, rmsnorm_##plain,       \
-     rope_##plain, store_##plain, exp_scores_##plain, mix, gelu_##plain, sum_exp_##plain}
 
-FLOATS(scalar, mul_floats_scalar)
-CODES(scalar, scalar, mul_q4_0_scalar, mul_panel_scalar)
-#if defined(HAVE_X86)
-FLOATS(avx2, mul_floats_avx2)
-FLOATS(avx512, mul_floats_avx512)
-CODES(avx2, avx2, mul_q4_0_avx2, mul_panel_avx2)
-CODES(avx512, avx512, mul_q4_0_avx512, mul_panel_avx512)
-CODES(avx512vnni, avx512, mul_q4_0_avx512vnni, mul_panel_avx512vnni)
+/* ---- Floats ---- */
+
+#define mul_floats_part NAME(mul_floats_part)
+INLINE void mul_floats_part(const struct product *p, int type, int r0, int RT, int i0, int NT)
+{
+    enum { PARTS = 16 / LANES };
+    floats sum[4][4][PARTS];
+    UNROLL for (int r = 0; r < RT; r++)
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int k = 0; k < PARTS; k++) sum[r][i][k] = splat(0);
+    const uint8_t *rows = p->rows + r0 * p->row_bytes;
+    const float *x = p->x + i0 * p->x_stride;
+    const int size = type == F32 ? 4 : 2;
+    int j = 0;
+    for (; j + 16 <= p->cols; j += 16)
+        UNROLL for (int k = 0; k < PARTS; k++)
+            UNROLL for (int r = 0; r < RT; r++) {
+                floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                UNROLL for (int i = 0; i < NT; i++)
+                    sum[r][i][k] = mul_add(w, load_floats(x + i * p->x_stride + j + LANES * k), sum[r][i][k]);
+            }
+    UNROLL for (int r = 0; r < RT; r++)
+        UNROLL for (int i = 0; i < NT; i++) {
+            float lane[16];
+            if (j == p->cols) {
+                p->acc[i0 + i][r0 + r] = join_floats(sum[r][i]);
+                continue;
+            }
+            memcpy(lane, sum[r][i], sizeof lane); /* elements past the last multiple of 16 */
+            for (int jj = j; jj < p->cols; jj++)
+                lane[jj % 16] = fma_of(load_float(type, rows + r * p->row_bytes, jj), x[i * p->x_stride + jj], lane[jj % 16]);
+            p->acc[i0 + i][r0 + r] = join_lanes(lane);
+        }
+}
+
+#define mul_floats_of NAME(mul_floats_of)
+INLINE void mul_floats_of(const struct product *p, int type)
+{
+    enum { RT = LANES == 16 ? 4 : 2, NT = RT };
+    int i = 0;
+    for (; i + NT <= p->n; i += NT) {
+        int r = 0;
+        for (; r + RT <= p->n_rows; r += RT) mul_floats_part(p, type, r, RT, i, NT);
+        for (; r < p->n_rows; r++)
+            for (int k = 0; k < NT; k++) mul_floats_part(p, type, r, 1, i + k, 1);
+    }
+    for (; i < p->n; i++)
+        for (int r = 0; r < p->n_rows; r++) mul_floats_part(p, type, r, 1, i, 1);
+}
+
+static void NAME(mul_floats)(const struct product *p)
+{
+    switch (p->format->type) { /* the type becomes a constant of the loop */
+    case F32: mul_floats_of(p, F32); break;
+    case F16: mul_floats_of(p, F16); break;
+    default: mul_floats_of(p, BF16);
+    }
+}
+
+/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+#define mix_part NAME(mix_part)
+INLINE void mix_part(const struct mix *m, int type, int i0, int NT)
+{
+    enum { PARTS = MIX_WIDTH / LANES };
+    floats sum[8][PARTS];
+    float *out = m->out + i0 * m->out_stride;
+    const float *e = m->e + i0 * m->e_stride;
+    const int size = type == F32 ? 4 : 2;
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < PARTS; k++) sum[i][k] = load_floats(out + i * m->out_stride + LANES * k);
+    for (int p = 0; p < m->n_pos; p++) {
+        const uint8_t *v = m->v + p * m->v_bytes;
+        __builtin_prefetch(v + NAME(PREFETCH_STREAM));
+        UNROLL for (int k = 0; k < PARTS; k++) {
+            floats part = widen(type, v + size * LANES * k);
+            UNROLL for (int i = 0; i < NT; i++) sum[i][k] = mul_add(splat(e[i * m->e_stride + p]), part, sum[i][k]);
+        }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int k = 0; k < PARTS; k++) store_floats(out + i * m->out_stride + LANES * k, sum[i][k]);
+}
+
+#define mix_of NAME(mix_of)
+INLINE void mix_of(const struct mix *m, int type)
+{
+    int i = 0;
+    for (; LANES == 16 && i + 8 <= m->n; i += 8) mix_part(m, type, i, 8);
+    for (; i + 2 <= m->n; i += 2) mix_part(m, type, i, 2);
+    for (; i < m->n; i++) mix_part(m, type, i, 1);
+}
+
+static void NAME(mix_values)(const struct mix *m)
+{
+    if (m->width < MIX_WIDTH) mix_values_scalar(m);
+    else if (m->type == F16) mix_of(m, F16);
+    else mix_of(m, F32);
+}
+#endif /* LANES > 1 */
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+static const struct kernels NAME(kernels) = {
+    STRING(INSTANCE), LANES > 1, NAME(quantize), NAME(mul_codes), NAME(mul_floats), NAME(dequantize), NAME(rmsnorm),
+    NAME(rope), NAME(store), NAME(exp_scores), NAME(mix_values), NAME(gelu), NAME(sum_exp)};
+
+#undef INSTANCE
+#undef LANES
+#undef HAS_DPBUSD
+
+#else /* INSTANCE is not defined */
+
+/* ---- The instances ---- */
+
+/* All functions between BEGIN and END may use these instructions. */
+#define PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
 #endif
+
+#define INSTANCE scalar
+#define LANES 1
+#include "gemma3.c"
+
+#if defined(HAVE_X86)
+BEGIN_TARGET("avx2,fma,f16c")
+#define INSTANCE avx2
+#define LANES 8
+#include "gemma3.c"
+END_TARGET
+BEGIN_TARGET("avx2,fma,f16c,avxvnni")
+#define INSTANCE avxvnni
+#define LANES 8
+#define HAS_DPBUSD
+#include "gemma3.c"
+END_TARGET
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define INSTANCE avx512vnni
+#define LANES 16
+#include "gemma3.c"
+END_TARGET
+#endif
+
 #if defined(HAVE_NEON)
-FLOATS(neon, mul_floats_neon)
-CODES(neon, scalar, mul_q4_0_neon, mul_panel_neon)
-#if defined(DOTPROD)
-CODES(dotprod, scalar, mul_q4_0_dotprod, mul_panel_dotprod)
-CODES(i8mm, scalar, mul_q4_0_i8mm, mul_panel_dotprod)
+#define INSTANCE neon
+#define LANES 4
+#include "gemma3.c"
+/* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
+#if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
+#define HAVE_DOTPROD 1
+#if defined(__clang__) && __clang_major__ >= 16
+BEGIN_TARGET("+dotprod")
+#elif defined(__clang__)
+#elif defined(__ARM_FEATURE_DOTPROD) || defined(__ARM_FEATURE_SVE) || defined(__ARM_FEATURE_COMPLEX)
+BEGIN_TARGET("+dotprod")
+#else /* "arch=" replaces the command line's: keep what such cores may have */
+BEGIN_TARGET("arch=armv8.2-a+crypto+fp16+dotprod")
+#endif
+#define INSTANCE dotprod
+#define LANES 4
+#define HAS_DPBUSD
+#include "gemma3.c"
+#if !defined(__clang__) || __clang_major__ >= 16
+END_TARGET
+#endif
 #endif
 #endif
 
 /* Best first. The last is the definition, which runs everywhere. */
-static const struct kernels all_kernels[] = {
+static const struct kernels *const all_kernels[] = {
 #if defined(HAVE_X86)
-    TABLE(avx512vnni, avx512, avx512, mix_values_avx512),
-    TABLE(avx512, avx512, avx512, mix_values_avx512),
-    TABLE(avx2, avx2, avx2, mix_values_avx2),
+    &kernels_avx512vnni, &kernels_avxvnni, &kernels_avx2,
+#endif
+#if defined(HAVE_DOTPROD)
+    &kernels_dotprod,
 #endif
 #if defined(HAVE_NEON)
-#if defined(DOTPROD)
-    TABLE(i8mm, scalar, neon, mix_values_neon),
-    TABLE(dotprod, scalar, neon, mix_values_neon),
+    &kernels_neon,
 #endif
-    TABLE(neon, scalar, neon, mix_values_neon),
-#endif
-    TABLE(scalar, scalar, scalar, mix_values_scalar),
+    &kernels_scalar,
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-/* What attention_by_definition is made of. */
-static float fma_f32(float a, float b, float c) { return fma_of(HARD_FMA, a, b, c); }
+/* What the rest of the program needs of the definition. */
+static float fma_f32(float a, float b, float c) { return fma_of_scalar(a, b, c); }
+static float exp_f32(float x) { return exp_of_scalar(x); }
 static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
 static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
 static float dot(int type, const uint8_t *row, const float *x, int n)
 {
     float acc[1][TILE_ROWS];
-    mul_floats_scalar(type, row, 0, 1, x, 0, 1, n, acc);
+    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1, .cols = n, .n = 1,
+                                        .x = x, .acc = acc});
     return acc[0][0];
 }
 
@@ -2910,7 +2441,7 @@ static int cpu_has(const char *isa)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(isa, "avx2")) return avx2; /* every CPU with AVX2 and FMA has F16C */
-    if (!strcmp(isa, "avx512")) return avx512;
+    if (!strcmp(isa, "avxvnni")) return avx2 && __builtin_cpu_supports("avxvnni");
     if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
@@ -2925,7 +2456,7 @@ static int cpu_has(const char *isa)
 const char *gemma3_isa_name(int index)
 {
     for (int i = 0; i < N_KERNELS; i++)
-        if (cpu_has(all_kernels[i].name) && index-- == 0) return all_kernels[i].name;
+        if (cpu_has(all_kernels[i]->name) && index-- == 0) return all_kernels[i]->name;
     return NULL;
 }
 
@@ -3646,8 +3177,8 @@ static int choose_kernels(struct opening *o)
 {
     const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
-        if (!strcmp(all_kernels[k].name, wanted) && cpu_has(wanted)) {
-            o->m->kernels = &all_kernels[k];
+        if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
+            o->m->kernels = all_kernels[k];
             return 0;
         }
     return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted), -1;
@@ -3662,7 +3193,7 @@ static int open_steps(struct opening *o, const void *data, size_t size)
         bind_weights(o) || open_tokenizer(o))
         return -1;
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (!m->exact && !o->options.no_repack && repack(o)) return -1;
+    if (!m->exact && m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
     struct string name = get_string(&o->g, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
     m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
@@ -3909,9 +3440,9 @@ double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
     float max = largest_of(logits, n_vocab);
-    const struct kernels *k = all_kernels;
-    while (!cpu_has(k->name)) k++;
-    double sum = k->sum_exp(logits, n_vocab, max);
+    int k = 0;
+    while (!cpu_has(all_kernels[k]->name)) k++;
+    double sum = all_kernels[k]->sum_exp(logits, n_vocab, max);
     double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
@@ -4009,7 +3540,7 @@ static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
 
 static float weight(const gemma3_sampler *s, float logit, float top)
 {
-    return exp_of(HARD_FMA, (logit - top) / s->temperature);
+    return exp_f32((logit - top) / s->temperature);
 }
 
 /* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
@@ -5377,6 +4908,7 @@ static char *read_line(void)
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
+    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
     free(line);
@@ -5503,3 +5035,4 @@ int main(int argc, char **argv)
 }
 
 #endif
+#endif /* INSTANCE */

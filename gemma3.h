@@ -263,6 +263,8 @@ typedef struct gemma3_vocab {
     const int32_t *type;     /* SentencePiece: 1 normal 2 unknown 3 control 4 user 5 unused 6 byte */
     int32_t bos, eos, unknown; /* ids, -1 when there is none */
     int add_bos;             /* the file's add_bos_token, 1 when absent */
+    const int32_t *stop;     /* [n_stop] more ids that end an answer: eot_token_id, eos_token_ids .. */
+    int n_stop;
 } gemma3_vocab;
 
 enum {
