@@ -164,6 +164,7 @@
 
 #include <float.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -213,7 +214,8 @@ struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
     size_t row_bytes;
-    const uint8_t *data;
+    const uint8_t *data;              /* NULL: read when it is needed, from */
+    uint64_t offset;                  /* there in the file */
 };
 
 /* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
@@ -230,6 +232,13 @@ struct layer {
     const float *post_ffw_norm;       /* [d_model] */
 };
 
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+
+struct string {
+    const char *text;                 /* without NUL */
+    size_t n;
+};
+
 /* Read-only once it is open. */
 struct gemma3_model {
     gemma3_config config;
@@ -239,17 +248,24 @@ struct gemma3_model {
     struct matrix lm_head;            /* token_embd itself in every public Gemma 3 */
     int tied;                         /* it is: there is no output.weight */
     const float *output_norm;         /* [d_model] */
-    struct layer layer[GEMMA3_MAX_LAYERS];
+    struct layer *layer;              /* [n_layers] */
 
     gemma3_tokenizer *tokenizer;
     gemma3_vocab vocab;
-    int can_chat;
+    int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
+    struct string chat_template;
     char name[128];
-    size_t weight_bytes;
-    void *owned[8];                   /* blocks to free on close */
-    int n_owned;
-    const void *mapping;              /* the file, when we mapped it */
+    const struct published *published; /* the size, when it is one of Google's */
+    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
+    int n_origins, n_notes;
+
+    gemma3_source source;             /* the file */
+    const void *mapping;              /* its bytes, when we mapped it */
     size_t mapping_bytes;
+    size_t weight_bytes;
+    size_t streamed_row;              /* bytes of the longest row that is not in memory */
+    void *allocated;                  /* by gemma3_open, else NULL */
 };
 
 /* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
@@ -263,6 +279,7 @@ struct gemma3_state {
     int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
     int q_block;                      /* tokens whose attention is computed together */
     int ring;                         /* slots of a local layer's cache */
+    int32_t *ids;                     /* [n_ctx] the tokens in the cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
@@ -281,6 +298,8 @@ struct gemma3_state {
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
     float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
+    uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
     char error[256];
 };
 
@@ -382,6 +401,7 @@ struct linear {
 };
 static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
 
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
 static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
@@ -427,7 +447,7 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     const gemma3_config *c = s->c;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
+        dequantize_row(s, &s->m->token_embd, ids[i], x);
         for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
     }
 }
@@ -471,9 +491,8 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
                    float *logits)
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
-    void standin_keep(int pos, const int32_t *ids, int n); /* stand-in, drop at merge */
-    standin_keep(s->pos, ids, n);
     fp_state fp = fp_enter();
+    int before = s->pos;
     for (int done = 0, take; done < n; done += take) {
         int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
         take = min_int(n - done, s->n_ubatch);
@@ -481,10 +500,15 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
-    return 0;
+    if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
+    memset(s->unread, 0, s->p.n_threads);
+    s->pos = before;
+    snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
+    return -1;
 }
 
 /* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
@@ -922,6 +946,31 @@ static void copy_floats(float *to, const float *from, int n)
     else memcpy(to, from, n * sizeof(float));
 }
 
+/* w itself or, of weights that are not in memory, its rows row .. row + n - 1 as a matrix of their
+ * own, n <= TILE_ROWS, in the worker's room. */
+static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n,
+                                    int worker)
+{
+    struct matrix here = *w;
+    const gemma3_source *from = &s->m->source;
+    if (w->data) return here;
+    uint8_t *room = s->streamed + (size_t)worker * TILE_ROWS * s->m->streamed_row;
+    uint64_t offset = w->offset + (uint64_t)row * w->row_bytes;
+    if (from->read(from->user, offset, room, n * w->row_bytes)) {
+        memset(room, 0, n * w->row_bytes);
+        s->unread[worker] = 1;
+    }
+    here.data = room;
+    here.rows = n;
+    return here;
+}
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
+{
+    struct matrix here = rows_in_memory(s, w, row, 1, 0);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, out);
+}
+
 struct matmul {
     const gemma3_state *s;
     const struct linear *to;
@@ -941,8 +990,9 @@ static void matmul_task(void *arg, int index, int worker)
     for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
     float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
     int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
+    struct matrix here = rows_in_memory(job->s, to->w, row, n_rows, worker);
     memset(acc, 0, job->n * sizeof *acc);
-    mul_tile(job, to->w, row, n_rows, worker);
+    mul_tile(job, &here, to->w->data ? row : 0, n_rows, worker);
     for (int i = 0; i < job->n; i++)
         copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
@@ -2394,6 +2444,8 @@ END_TARGET
 #endif
 #endif
 
+#undef floats /* a field's name in gemma3.h */
+
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels *const all_kernels[] = {
 #if defined(HAVE_X86)
@@ -2461,17 +2513,17 @@ static int cpu_has(const char *isa)
 /* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
  * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
  * flush those, or a port may read its own floats in the order of a file's. */
-static const char *kernel_fault(const gemma3_model *m)
+static const char *kernel_fault(const struct kernels *k)
 {
     static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
                                       0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
-    const struct kernels *k = m->kernels;
     struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .row_bytes = 18, .data = block};
     float x[32] = {127 * 0x1p-106f, 0x1p-106f}, one[32], small[32], rows[ROWS_AT_ONCE * 32];
     float codes[1][TILE_ROWS] = {{0}}, floats[1][TILE_ROWS] = {{0}};
     uint8_t tile[18 * TILE_ROWS];
     struct q8_block q8;
-    gemma3_state s = {.m = m, .row_floats = rows, .acc = floats, .n_acc = 1};
+    gemma3_model m = {.kernels = k};
+    gemma3_state s = {.m = &m, .row_floats = rows, .acc = floats, .n_acc = 1};
     make_tile(tile, block, 18, 1, 1, w.format);
     k->quantize(&q8, x, 32);
     k->mul_codes(&(struct product){.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
@@ -2493,22 +2545,14 @@ const char *gemma3_isa_name(int index)
 
 /* ==== 11. Reading GGUF ==========================================================================
  *
- *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv pairs | n_tensors infos | padding | data
+ *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | pairs | infos of tensors | padding | data
  *     pair:  string key | u32 type | value          string: u64 length | bytes
  *     info:  string name | u32 n_dims | u64 ne[n_dims] | u32 type | u64 offset from data
  *     array: u32 element type | u64 count | elements
  *
- * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor that
- * knows what is left, and every tensor's type, shape and end are checked once, when it is bound. */
-
-static void *fail(gemma3_error *err, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    if (err) vsnprintf(err->text, sizeof err->text, format, args);
-    va_end(args);
-    return NULL;
-}
+ * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
+ * that knows what is left, and every tensor's type, shape and end are checked once, when it is
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
 
 /* A path for an error message, whose reason comes after it: the end of a long one. */
 enum { SHORT_PATH = 240 };
@@ -2518,9 +2562,88 @@ static const char *short_path(const char *path, char out[SHORT_PATH])
     if (n < SHORT_PATH) return path;
     path += n - (SHORT_PATH - 4);
     while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    snprintf(out, SHORT_PATH, "...%s", path);
-    return out;
+    return strcat(strcpy(out, "..."), path);
 }
+
+/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
+struct arena {
+    uint8_t *base;
+    size_t used, size;
+};
+
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+static void *piece(struct arena *a, size_t count, size_t bytes)
+{
+    size_t at = a->used;
+    a->used = plus(at, plus(times(count, bytes), 63) & ~(size_t)63);
+    return a->base && a->used <= a->size ? a->base + at : NULL;
+}
+
+/* What a model is opened with. */
+struct opening {
+    gemma3_source from;
+    gemma3_options options;
+    gemma3_error *err;
+    const char *name;                /* of the file, shortened if it must be */
+    char short_name[SHORT_PATH];
+    const uint8_t *header;           /* its first bytes, or a copy of them */
+    size_t n_header;
+    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
+    size_t infos;                    /* where infos begin */
+    uint64_t n_kv, n_tensors;
+    uint64_t data, alignment;        /* where tensors begin; of every tensor */
+    struct arena arena;              /* the model's memory */
+    gemma3_model *m;                 /* NULL: only count its pieces */
+    const struct kernels *kernels;
+    const struct published *size;    /* of that many layers, or NULL */
+    int failed;                      /* a number was refused */
+    int repacks;
+    uint64_t counted;                /* bytes of tensors */
+};
+
+/* Leave a sentence in err and return -1; that of reject begins with the file's name. print: a part
+ * of one. */
+#if defined(GEMMA3_NO_ERROR_TEXT)
+INLINE int fail(gemma3_error *err, const char *format, ...)
+{
+    (void)format;
+    if (err) err->text[0] = 0;
+    return -1;
+}
+INLINE int reject(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
+INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
+#else
+static int fail(gemma3_error *err, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return -1;
+}
+
+static int reject(const struct opening *o, const char *format, ...)
+{
+    va_list args;
+    fail(o->err, "%s", o->name);
+    size_t n = o->err ? strlen(o->err->text) : 0;
+    va_start(args, format);
+    if (o->err) vsnprintf(o->err->text + n, sizeof o->err->text - n, format, args);
+    va_end(args);
+    return -1;
+}
+
+static void print(char *out, size_t n, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(out, n, format, args);
+    va_end(args);
+}
+#endif
 
 struct cursor {
     const uint8_t *p;
@@ -2531,89 +2654,41 @@ struct cursor {
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->p;
-    if (c->failed || n > c->left) {
-        c->failed = 1;
-        return NULL;
-    }
+    if (n > c->left) c->failed = 1;
+    if (c->failed) return NULL;
     c->p += n;
     c->left -= (size_t)n;
     return p;
 }
 
-static uint32_t take_u32(struct cursor *c)
+/* A little-endian number of n bytes. */
+static uint64_t take_int(struct cursor *c, int n)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_u32_le(p) : 0;
+    const uint8_t *p = take(c, n);
+    uint64_t u = 0;
+    for (int j = n; p && j-- > 0;) u = u << 8 | p[j];
+    return u;
 }
 
-static uint64_t take_u64(struct cursor *c)
-{
-    const uint8_t *p = take(c, 8);
-    return p ? load_u64_le(p) : 0;
-}
-
-struct string {
-    const char *text;
-    size_t n;
-};
-static struct string standin_template; /* stand-ins, drop at merge */
-static int standin_obey;
-static float standin_cap;
+static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
+static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
     uint64_t n = take_u64(c);
     struct string s = {(const char *)take(c, n), (size_t)n};
-    if (!s.text) s.n = 0;
-    return s;
+    return s.text ? s : (struct string){"", 0};
 }
-
-enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
-       KV_I64, KV_F64, KV_TYPES };
-
-static const uint8_t kv_bytes[KV_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-static const char *const kv_names[KV_TYPES] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool",
-                                               "string", "array", "u64", "i64", "f64"};
-
-struct kv {
-    struct string key;
-    uint32_t type, element;      /* element: of an array */
-    uint64_t count;              /* of an array, else 1 */
-    struct cursor value;
-};
-
-struct tensor {
-    struct string name;
-    uint32_t type;
-    uint64_t ne[4], offset;
-};
-
-struct gguf {
-    const char *name;            /* of the file */
-    const uint8_t *data;         /* tensors */
-    size_t data_bytes;
-    uint64_t alignment;          /* of every tensor in data */
-    struct kv *kv;               /* sorted by key */
-    struct tensor *tensor;       /* sorted by name */
-    size_t n_kv, n_tensors;
-    gemma3_error *err;
-};
 
 static int compare_strings(struct string a, struct string b)
 {
-    size_t n = a.n < b.n ? a.n : b.n;
-    int c = n ? memcmp(a.text, b.text, n) : 0;
+    int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
     return c ? c : (a.n > b.n) - (a.n < b.n);
 }
 
-static int compare_kv(const void *a, const void *b)
+static int string_is(struct string s, const char *text)
 {
-    return compare_strings(((const struct kv *)a)->key, ((const struct kv *)b)->key);
-}
-
-static int compare_tensors(const void *a, const void *b)
-{
-    return compare_strings(((const struct tensor *)a)->name, ((const struct tensor *)b)->name);
+    return !compare_strings(s, (struct string){text, strlen(text)});
 }
 
 /* A name for an error message: printable, and not too long. */
@@ -2625,341 +2700,369 @@ static const char *shown(struct string s, char out[80])
     return out;
 }
 
-static int read_kv(struct gguf *g, struct cursor *c, struct kv *kv)
+enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
+       KV_I64, KV_F64, KV_TYPES };
+static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
+    {"u8", 1, 0}, {"i8", 1, 1}, {"u16", 2, 0}, {"i16", 2, 1}, {"u32", 4, 0}, {"i32", 4, 1},
+    {"f32", 4, 0}, {"bool", 1, 0}, {"string", 0, 0}, {"array", 0, 0}, {"u64", 8, 0}, {"i64", 8, 1},
+    {"f64", 8, 0}};
+
+struct kv {
+    struct string key;
+    uint32_t type, element;          /* element: of an array, else type */
+    uint64_t count;                  /* of an array, else 1 */
+    struct cursor value;
+};
+
+struct tensor {
+    struct string name;
+    uint32_t type;
+    uint64_t ne[4], offset;
+};
+
+static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
     char text[80];
     kv->key = take_string(c);
-    kv->type = take_u32(c);
-    kv->element = kv->type;
+    kv->element = kv->type = take_u32(c);
     kv->count = 1;
-    if (!c->failed && kv->type == KV_ARRAY) {
-        kv->element = take_u32(c);
-        kv->count = take_u64(c);
-    }
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
-        return fail(g->err, "%s: key %s is an array of arrays, which is not supported", g->name,
-                    shown(kv->key, text)), -1;
+        return reject(o, ": key %s is an array of arrays, which is not supported",
+                      shown(kv->key, text));
     if (kv->element >= KV_TYPES)
-        return fail(g->err, "%s: key %s has value type %u, which is not one of GGUF's", g->name,
-                    shown(kv->key, text), (unsigned)kv->element), -1;
+        return reject(o, ": key %s has value type %u, which is not one of GGUF's",
+                      shown(kv->key, text), (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
-    else if (kv->count > c->left) c->failed = 1;
-    else take(c, kv->count * kv_bytes[kv->element]);
+    else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
+    else take(c, kv->count * kv_types[kv->element].bytes);
     return 0;
 }
 
-static int read_tensor(struct gguf *g, struct cursor *c, struct tensor *t)
+static int read_tensor(const struct opening *o, struct cursor *c, struct tensor *t)
 {
     char text[80];
     t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return fail(g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", g->name,
-                    shown(t->name, text), (unsigned)n_dims), -1;
+        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+                      (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
     t->offset = take_u64(c);
     return 0;
 }
 
-static const struct kv *find_kv(const struct gguf *g, const char *key)
+static struct cursor cursor_at(const struct opening *o, size_t at)
 {
-    struct kv wanted = {.key = {key, strlen(key)}};
-    return g->n_kv ? bsearch(&wanted, g->kv, g->n_kv, sizeof wanted, compare_kv) : NULL;
+    return (struct cursor){o->header + at, o->n_header - at, 0};
 }
 
-static const struct tensor *find_tensor(const struct gguf *g, const char *name)
+static struct string name_at(const struct opening *o, size_t at)
 {
-    struct tensor wanted = {.name = {name, strlen(name)}};
-    return g->n_tensors ? bsearch(&wanted, g->tensor, g->n_tensors, sizeof wanted, compare_tensors) : NULL;
-}
-
-static int read_header(struct gguf *g, struct cursor *c)
-{
-    const uint8_t *magic = take(c, 4);
-    if (!magic || memcmp(magic, "GGUF", 4))
-        return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name), -1;
-    uint32_t version = take_u32(c);
-    if (!c->failed && version != 2 && version != 3)
-        return fail(g->err, "%s: GGUF version %u%s, expected 2 or 3", g->name, (unsigned)version,
-                    version && !(version & 0xffff) ? " (a big-endian file)" : ""), -1;
-    uint64_t n_tensors = take_u64(c), n_kv = take_u64(c);
-    if (c->failed || n_kv > c->left / 13 || n_tensors > c->left / 32) /* their least sizes */
-        return fail(g->err, "%s is truncated: its header promises %llu keys and %llu tensors", g->name,
-                    (unsigned long long)n_kv, (unsigned long long)n_tensors), -1;
-    g->n_kv = (size_t)n_kv;
-    g->n_tensors = (size_t)n_tensors;
-    g->kv = calloc(g->n_kv + 1, sizeof *g->kv);
-    g->tensor = calloc(g->n_tensors + 1, sizeof *g->tensor);
-    if (!g->kv || !g->tensor) return fail(g->err, "%s: out of memory for its keys", g->name), -1;
-    return 0;
-}
-
-static int sort_directory(struct gguf *g)
-{
-    char text[80];
-    qsort(g->kv, g->n_kv, sizeof *g->kv, compare_kv);
-    qsort(g->tensor, g->n_tensors, sizeof *g->tensor, compare_tensors);
-    for (size_t k = 1; k < g->n_kv; k++)
-        if (!compare_kv(g->kv + k - 1, g->kv + k))
-            return fail(g->err, "%s: key %s occurs twice", g->name, shown(g->kv[k].key, text)), -1;
-    for (size_t k = 1; k < g->n_tensors; k++)
-        if (!compare_tensors(g->tensor + k - 1, g->tensor + k))
-            return fail(g->err, "%s: tensor %s occurs twice", g->name, shown(g->tensor[k].name, text)), -1;
-    return 0;
-}
-
-static int read_gguf(struct gguf *g, const void *data, size_t size)
-{
-    struct cursor c = {data, size, 0};
-    if (read_header(g, &c)) return -1;
-    for (size_t k = 0; k < g->n_kv && !c.failed; k++)
-        if (read_kv(g, &c, g->kv + k)) return -1;
-    for (size_t k = 0; k < g->n_tensors && !c.failed; k++)
-        if (read_tensor(g, &c, g->tensor + k)) return -1;
-    if (c.failed) return fail(g->err, "%s is truncated: it ends inside its header", g->name), -1;
-    if (sort_directory(g)) return -1;
-    const struct kv *a = find_kv(g, "general.alignment");
-    uint64_t alignment = a && a->type == KV_U32 ? load_u32_le(a->value.p) : 32;
-    if ((a && a->type != KV_U32) || alignment == 0 || (alignment & (alignment - 1)))
-        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name), -1;
-    uint64_t start = (size - c.left + alignment - 1) & ~(alignment - 1);
-    g->alignment = alignment;
-    g->data = (const uint8_t *)data + (start < size ? start : size);
-    g->data_bytes = start < size ? (size_t)(size - start) : 0;
-    return 0;
-}
-
-/* A number of any type as double (exact for every value we accept); 0 and a sentence if it is none. */
-static int read_number(const struct gguf *g, const struct kv *kv, double *out)
-{
-    const uint8_t *p = kv->value.p;
-    char text[80];
-    switch (kv->type) {
-    case KV_U8: case KV_BOOL: *out = p[0]; return 1;
-    case KV_I8: *out = (int8_t)p[0]; return 1;
-    case KV_U16: *out = load_u16_le(p); return 1;
-    case KV_I16: *out = (int16_t)load_u16_le(p); return 1;
-    case KV_U32: *out = load_u32_le(p); return 1;
-    case KV_I32: *out = (int32_t)load_u32_le(p); return 1;
-    case KV_F32: *out = float_of(load_u32_le(p)); return 1;
-    case KV_U64: *out = (double)load_u64_le(p); return 1;
-    case KV_I64: *out = (double)(int64_t)load_u64_le(p); return 1;
-    case KV_F64: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); return 1; }
-    default:
-        fail(g->err, "%s: key %s is a %s, expected a number", g->name, shown(kv->key, text),
-             kv_names[kv->type]);
-        return 0;
-    }
-}
-
-/* Key "gemma3.NAME" as an integer in [low, high], or, when it is absent, fallback (< 0: required). */
-static int get_int(const struct gguf *g, const char *name, int low, int high, int fallback, int *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    *out = fallback;
-    if (!kv && fallback < 0) return fail(g->err, "%s: key %s is missing", g->name, key), -1;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= low && x <= high) || x != (int)x)
-        return fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, key, x,
-                    low, high), -1;
-    *out = (int)x;
-    return 0;
-}
-
-/* The same for a float of at least `least`; other: an older spelling of the key, or NULL. */
-static int get_float(const struct gguf *g, const char *name, const char *other, float least, float fallback,
-                     float *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    if (!kv && other) {
-        snprintf(key, sizeof key, "gemma3.%s", other);
-        kv = find_kv(g, key);
-    }
-    *out = fallback;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= least && x <= 1e30))
-        return fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, key, x, (double)least), -1;
-    *out = (float)x;
-    return 0;
-}
-
-static struct string get_string(const struct gguf *g, const char *key)
-{
-    const struct kv *kv = find_kv(g, key);
-    struct cursor c;
-    struct string none = {"", 0};
-    if (!kv || kv->type != KV_STRING) return none;
-    c = kv->value;
+    struct cursor c = cursor_at(o, at);
     return take_string(&c);
 }
 
-static int string_is(struct string s, const char *text)
+static int compare_at(const struct opening *o, size_t a, size_t b)
 {
-    return s.n == strlen(text) && !memcmp(s.text, text, s.n);
+    return compare_strings(name_at(o, a), name_at(o, b));
+}
+
+/* Why a file is none of ours, by how it begins. */
+static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer: get the file itself (git lfs pull)"},
+    {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
+    {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
+    {"{\"", 2, 8, "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
+    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
+    {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
+    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
+    {"", 0, 0, "does not begin with \"GGUF\""}};
+
+static int read_start(struct opening *o, struct cursor *c)
+{
+    const uint8_t *magic = take(c, 4);
+    size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
+    if (!magic || memcmp(magic, "GGUF", 4)) {
+        while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
+        return reject(o, " is not a GGUF file: it %s", other_files[k].what);
+    }
+    uint32_t version = take_u32(c);
+    if (!c->failed && version != 2 && version != 3)
+        return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
+                      version && !(version & 0xffff) ? " (a big-endian file)" : "");
+    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
+    if (c->failed || o->n_kv > c->left / 13 || o->n_tensors > c->left / 32) /* their least sizes */
+        return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
+                      (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
+    return 0;
+}
+
+static int refuse_end(const struct opening *o)
+{
+    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
+    return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                  (unsigned long long)o->n_header);
+}
+
+/* Heap sort by name: n log n steps whatever the file, and no memory. */
+static void sort_names(const struct opening *o)
+{
+    size_t *at = o->names, n = o->n_names;
+    for (size_t start = n / 2, left = n, i, child; left > 1;) {
+        size_t moved = at[start > 0 ? --start : --left];
+        if (left < n) at[left] = at[0];
+        for (i = start; (child = 2 * i + 1) < left; i = child) {
+            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
+            if (compare_at(o, moved, at[child]) >= 0) break;
+            at[i] = at[child];
+        }
+        at[i] = moved;
+    }
+}
+
+static int sort_directory(const struct opening *o)
+{
+    char text[80];
+    sort_names(o);
+    for (size_t k = 1; k < o->n_names; k++)
+        if (!compare_at(o, o->names[k - 1], o->names[k]))
+            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, o->names[k]), text));
+    return 0;
+}
+
+/* Where the pair or info of that name begins; 0: nowhere. */
+static size_t find_name(const struct opening *o, const char *name)
+{
+    const struct string wanted = {name, strlen(name)};
+    const size_t *at = o->names;
+    for (size_t n = o->n_names; n;) {
+        int c = compare_strings(name_at(o, at[n / 2]), wanted);
+        if (c == 0) return at[n / 2];
+        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        else n /= 2;
+    }
+    return 0;
+}
+
+/* 1 and the pair of that key, or 0. */
+static int find_kv(const struct opening *o, const char *key, struct kv *kv)
+{
+    size_t at = find_name(o, key);
+    struct cursor c = cursor_at(o, at);
+    return at && at < o->infos && !read_kv(o, &c, kv);
+}
+
+static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
+{
+    size_t at = find_name(o, name);
+    struct cursor c = cursor_at(o, at);
+    return at >= o->infos && !read_tensor(o, &c, t);
+}
+
+static int read_alignment(struct opening *o)
+{
+    struct kv kv;
+    uint64_t a = 32;
+    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
+    return 0;
+}
+
+/* The next number of a pair or array as double (exact for every value we accept). */
+static int take_number(const struct opening *o, struct kv *kv, double *out)
+{
+    int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
+    char text[80];
+    if (!bytes)
+        return reject(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+                      kv_types[kv->type].name);
+    uint64_t u = take_int(&kv->value, bytes);
+    if (kv->element == KV_F32) *out = float_of((uint32_t)u);
+    else if (kv->element == KV_F64) memcpy(out, &u, 8);
+    else if (kv_types[kv->element].is_signed) *out = (double)((int64_t)(u << unused) >> unused);
+    else *out = (double)u;
+    return 0;
+}
+
+static int read_number(const struct opening *o, struct kv kv, double *out)
+{
+    if (kv.type == KV_ARRAY) kv.element = KV_ARRAY; /* which is none */
+    return take_number(o, &kv, out);
+}
+
+/* A string; empty when there is none. */
+static struct string get_string(const struct opening *o, const char *key)
+{
+    struct kv kv;
+    int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
+    return found ? take_string(&kv.value) : (struct string){"", 0};
 }
 
 /* 0 when a key is absent or one of two strings, of which the first is the usual one. */
-static int check_string(const struct gguf *g, const char *key, const char *usual, const char *other)
+static int check_string(const struct opening *o, const char *key, const char *usual,
+                        const char *other)
 {
     char text[80];
-    const struct kv *kv = find_kv(g, key);
-    if (!kv) return 0;
-    if (kv->type != KV_STRING)
-        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv->type]), -1;
-    struct string s = get_string(g, key);
+    struct kv kv;
+    if (!find_kv(o, key, &kv)) return 0;
+    if (kv.type != KV_STRING)
+        return reject(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
+    struct string s = take_string(&kv.value);
     if (string_is(s, usual) || string_is(s, other)) return 0;
-    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual), -1;
+    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
 }
 
-/* ==== 12. Opening a model ======================================================================= */
+/* ==== 12. Opening a model ===================================================================== */
+
+/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
+ * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
+static const struct published {
+    const char *name;
+    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    float rope_factor;               /* of global layers */
+    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
+} published[] = {
+    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
+    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
+    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
+    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
+    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
+    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+};
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
 
-struct opening {
-    struct gguf g;
-    gemma3_model *m;
-    gemma3_options options;
-    float *norms;                /* where the next norm goes */
-};
-
-static void *own(struct opening *o, size_t bytes, const char *what)
+static int no_room(const struct opening *o)
 {
-    gemma3_model *m = o->m;
-    void *p = m->n_owned < 8 ? malloc(bytes ? bytes : 1) : NULL;
-    if (!p) return fail(o->g.err, "%s: out of memory for %s (%llu bytes)", o->g.name, what, (unsigned long long)bytes);
-    return m->owned[m->n_owned++] = p;
+    return reject(o, " needs more than the %llu bytes of memory that were given",
+                  (unsigned long long)o->arena.size);
 }
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
 static int refuse_others(const struct opening *o)
 {
-    const struct gguf *g = &o->g;
+    struct kv kv;
+    double n = 0;
     char text[80];
-    double count = 0;
-    const struct kv *split = find_kv(g, "split.count"); /* only the first part has the model's keys */
-    if (split && read_number(g, split, &count) && count > 1)
-        return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
-                    g->name, count), -1;
-    if (!find_kv(g, "general.architecture"))
-        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
-    if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
-    for (size_t k = 0; k < g->n_tensors; k++) {
-        struct string name = g->tensor[k].name;
+    /* First, because later parts have no other keys. */
+    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1)
+        return reject(o, " is one of %.0f parts of a split model: merge them first "
+                      "(llama-gguf-split --merge)", n);
+    if (!find_kv(o, "general.architecture", &kv))
+        return reject(o, ": general.architecture is missing, expected \"gemma3\"");
+    if (string_is(get_string(o, "general.architecture"), "clip"))
+        return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
+    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
+    for (size_t k = 0; k < o->n_names; k++) {
+        struct string name = name_at(o, o->names[k]);
+        if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
-            return fail(g->err, "%s: tensor %s belongs to an embedding model (EmbeddingGemma), not to a Gemma 3 text model",
-                        g->name, shown(name, text)), -1;
+            return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
+                          "Gemma 3 text model", shown(name, text));
         if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
-            return fail(g->err, "%s: tensor %s is a fused projection, expected attn_q, attn_k and attn_v", g->name,
-                        shown(name, text)), -1;
+            return reject(o, ": tensor %s is a fused projection, expected attn_q, attn_k and "
+                          "attn_v", shown(name, text));
     }
     return 0;
 }
 
-/* [ne1][ne0], and what is not 1 before them. */
-static const char *shape_of(const struct tensor *t, char out[96])
+/* ---- What the keys say ----
+ *
+ * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
+ * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
+ * took it out later); obeying it halves the probability of the right word. Others have lost or
+ * changed RoPE's factor or local base. So for a published size its definition (technical report,
+ * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. */
+
+static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
+enum { REQUIRED = -1 };
+
+static int find_own_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    int n = 0;
-    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--)
-        n += snprintf(out + n, 96 - n, "[%llu]", (unsigned long long)t->ne[k]);
-    return out;
+    char full[80] = "gemma3.";
+    return find_kv(o, strcat(full, key), kv);
 }
 
-/* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
-static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
+static void set_origin(gemma3_model *m, const char *key, const char *origin)
 {
-    const struct gguf *g = &o->g;
-    const struct tensor *t = find_tensor(g, name);
-    if (!t) return fail(g->err, "%s: tensor %s is missing", g->name, name), -1;
-    w->format = find_format(t->type);
-    if (!w->format)
-        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
-                    "Q2_K to Q6_K IQ4_NL are)", g->name, name, (unsigned)t->type), -1;
-    char shape[96], want[32] = "any number of tokens";
-    if (rows) snprintf(want, sizeof want, "%d", rows);
-    if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
-        t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, name, shape_of(t, shape), want,
-                    cols), -1;
-    if (cols % w->format->elements)
-        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
-                    cols, w->format->name, w->format->elements), -1;
-    w->rows = (int)t->ne[1];
-    w->cols = cols;
-    w->tiled = 0;
-    w->row_bytes = (size_t)(cols / w->format->elements) * w->format->bytes;
-    uint64_t bytes = (uint64_t)w->row_bytes * w->rows;
-    if (t->offset % g->alignment)
-        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, name,
-                    (unsigned long long)t->offset, (unsigned long long)g->alignment), -1;
-    if (t->offset > g->data_bytes || bytes > g->data_bytes - t->offset)
-        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, name,
-                    (unsigned long long)(t->offset + bytes - g->data_bytes)), -1;
-    w->data = g->data + t->offset;
-    o->m->weight_bytes += (size_t)bytes;
-    return 0;
+    if (m->n_origins == MAX_ORIGINS) return;
+    m->origin[m->n_origins].key = key;
+    m->origin[m->n_origins++].origin = origin;
 }
 
-static int bind_layer(struct opening *o, int l, const char *name, int rows, int cols, struct matrix *w)
+/* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
+ * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
+static double get_number(struct opening *o, const char *key, double low, double high,
+                         double fallback)
 {
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind(o, full, rows, cols, w);
+    double x = low;
+    struct kv kv;
+    if (o->failed) return low;
+    if (!find_own_kv(o, key, &kv)) {
+        if (fallback == REQUIRED) o->failed = reject(o, ": key gemma3.%s is missing", key);
+        else set_origin(o->m, key, "default");
+        return o->failed ? low : fallback;
+    }
+    o->failed = read_number(o, kv, &x);
+    if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
+        o->failed = reject(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
+                           (int)low, (int)high);
+    else if (!o->failed && !(x >= low && x <= high))
+        o->failed = reject(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x,
+                           low);
+    return o->failed ? low : x;
 }
 
-/* A norm's vector: any float type, copied out as float32. */
-static int bind_norm(struct opening *o, const char *name, int n, const float **out)
+/* The same for what the definition says; older: another spelling of the key, or NULL. */
+static double get_defined(struct opening *o, const char *key, const char *older, double low,
+                          double high, double definition)
 {
-    struct matrix w;
-    if (bind(o, name, 1, n, &w)) return -1;
-    if (!is_float(w.format))
-        return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    o->m->kernels->dequantize(&w, 0, o->norms);
-    *out = o->norms;
-    o->norms += n;
-    return 0;
-}
-
-static int bind_layer_norm(struct opening *o, int l, const char *name, int n, const float **out)
-{
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind_norm(o, full, n, out);
+    gemma3_model *m = o->m;
+    struct kv kv;
+    if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
+    double x = get_number(o, key, low, high, definition), off = x - definition;
+    if (o->failed || !m->published || o->options.obey_file) return x;
+    if ((off > 0 ? off : -off) > 1e-6 * definition && m->n_notes < MAX_NOTES) {
+        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, "
+              "which is used", key, x, m->published->name, definition);
+        set_origin(m, key, "overridden");
+    }
+    return definition;
 }
 
 /* Heads: some converters leave the keys out, the tensors' shapes always tell. */
 static int configure_heads(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct tensor *q = find_tensor(&o->g, "blk.0.attn_q.weight"), *k = find_tensor(&o->g, "blk.0.attn_k.weight");
-    if (get_int(&o->g, "attention.head_count", 1, 1024, -1, &c->n_heads)) return -1;
-    int from_q = q && q->ne[1] <= 1 << 20 ? (int)q->ne[1] / c->n_heads : 0;
-    if (get_int(&o->g, "attention.key_length", 2, 1024, from_q, &c->head_dim)) return -1;
+    struct tensor t;
+    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
+    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
+    if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
-        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim), -1;
-    int from_k = k && k->ne[1] <= 1 << 20 ? (int)k->ne[1] / c->head_dim : 0, value_length;
-    if (get_int(&o->g, "attention.head_count_kv", 1, 1024, from_k, &c->n_kv_heads)) return -1;
+        return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
+    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
+    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
+    if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads,
-                    c->n_kv_heads), -1;
-    if (get_int(&o->g, "attention.value_length", 1, 1024, c->head_dim, &value_length)) return -1;
+        return reject(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
+                      c->n_kv_heads);
     if (value_length != c->head_dim)
-        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name,
-                    value_length, c->head_dim), -1;
+        return reject(o, ": gemma3.attention.value_length is %d, expected key_length's %d",
+                      value_length, c->head_dim);
     return 0;
 }
 
@@ -2967,163 +3070,367 @@ static int configure_heads(struct opening *o)
  * n-th layer is global), or an array with one bool for each layer (true: local). */
 static int configure_layers(struct opening *o)
 {
+    const char *key = "attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
-    int known = c->n_layers == 18 || c->n_layers == 26 ? 512   /* 270M, 1B; 4B, 12B, 27B */
-              : c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62 ? 1024 : 0, pattern;
-    if (get_int(&o->g, "attention.sliding_window", 0, 1 << 24, known, &c->window)) return -1;
-    const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
-    int is_array = kv && kv->type == KV_ARRAY;
-    if (is_array && (kv->element != KV_BOOL || kv->count < (uint64_t)c->n_layers))
-        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers",
-                    o->g.name, c->n_layers), -1;
-    if (is_array) pattern = 0;
-    else if (get_int(&o->g, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6, &pattern)) return -1;
+    struct kv kv;
+    int is_array = find_own_kv(o, key, &kv) && kv.type == KV_ARRAY;
+    int n = is_array ? 0 : (int)get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
+    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
+                                 o->size ? o->size->window : 0);
+    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
+        return reject(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
-        int local = is_array ? kv->value.p[l] != 0 : pattern > 1 && (l + 1) % pattern != 0;
+        int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
         c->is_local[l] = (uint8_t)(local && c->window > 0);
     }
-    return 0;
+    return o->failed;
 }
 
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
-    if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
-    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
-        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
-        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
-        return -1;
-    if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
-    /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
-    if (c->rope_factor < 0x1p-7f)
-        return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
-                    o->g.name, (double)c->rope_factor), -1;
-    return 0;
+    float factor = o->size ? o->size->rope_factor : 1;
+    if (check_string(o, "gemma3.rope.scaling.type", "linear", "none")) return -1;
+    int none = string_is(get_string(o, "gemma3.rope.scaling.type"), "none");
+    c->rope_base_global =
+        (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
+    c->rope_base_local =
+        (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
+    c->rope_factor =
+        (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY, factor);
+    if (!o->m->published || o->options.obey_file)
+        if (none || c->rope_factor == 0) c->rope_factor = 1;
+    /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
+    if (!o->failed && c->rope_factor < 0x1p-7f)
+        return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
+                      "stay below 2^31)", (double)c->rope_factor);
+    return o->failed;
 }
 
 static int configure(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct gguf *g = &o->g;
-    if (get_int(g, "block_count", 1, GEMMA3_MAX_LAYERS, -1, &c->n_layers) ||
-        get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
-        get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
-        get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
-        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 0, 1e-6f, &c->rms_eps) ||
-        get_float(g, "final_logit_softcapping", NULL, 0, 0, &c->final_softcap))
-        return -1;
+    c->n_layers = (int)get_number(o, "block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = (int)get_number(o, "embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = (int)get_number(o, "feed_forward_length", 1, 1 << 20, REQUIRED);
+    c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
+    c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    if (!o->failed && c->rms_eps == 0)
+        return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
+    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
+        if (published[k].n_layers == c->n_layers) o->size = &published[k];
+    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
+    c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
-    int n = c->n_layers == 62 ? c->d_model / c->n_heads : c->head_dim;
-    c->query_scale = 1.0f / sqrt_of((float)n);
+    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
+    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
+    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
+    c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
+    return o->failed;
+}
+
+/* ---- The tokenizer ---- */
+
+/* What the tokenizer works on; the texts stay in the header. */
+struct vocab_room {
+    const char **text;
+    uint32_t *length;
+    float *score;
+    int32_t *type;
+    void *tokenizer;
+    size_t tokenizer_bytes;
+};
+
+static struct vocab_room make_vocab_room(struct arena *a, int n)
+{
+    struct vocab_room r;
+    r.text = piece(a, n, sizeof *r.text);
+    r.length = piece(a, n, sizeof *r.length);
+    r.score = piece(a, n, sizeof *r.score);
+    r.type = piece(a, n, sizeof *r.type);
+    r.tokenizer_bytes = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    r.tokenizer = piece(a, r.tokenizer_bytes, 1);
+    return r;
+}
+
+static int is_array_of(const struct kv *kv, uint32_t element, int n)
+{
+    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
+}
+
+/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
+ * (rank_merges). */
+static int read_vocab(struct opening *o, struct vocab_room *r)
+{
+    struct kv tokens, scores, types, merges;
+    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
+                     is_array_of(&merges, KV_STRING, 1);
+    if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
+    has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
+    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+        return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
+    int n = o->m->token_embd.rows;
+    if (tokens.count < (uint64_t)n) n = (int)tokens.count;
+    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
+    if (!has_merges && !(has_scores && is_array_of(&scores, KV_F32, n)))
+        return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
+    int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
+    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+        return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
+    *r = make_vocab_room(&o->arena, n);
+    if (!r->tokenizer) return no_room(o);
+    for (int k = 0; k < n; k++) {
+        struct string s = take_string(&tokens.value);
+        if (s.n > GEMMA3_PIECE_MAX)
+            return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
+                          "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
+        r->text[k] = s.text;
+        r->length[k] = (uint32_t)s.n;
+        r->score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+    }
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length,
+                                 .score = r->score, .type = r->type, .stop = o->m->stop};
+    o->m->config.n_vocab = n;
     return 0;
 }
 
-/* The arrays that the tokenizer works on; strings stay in the file. */
-static int read_vocab(struct opening *o)
+/* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
+ * takes the place of its score. */
+static int rank_merges(const struct opening *o, float *score)
 {
-    gemma3_model *m = o->m;
-    const struct gguf *g = &o->g;
-    const struct kv *tokens = find_kv(g, "tokenizer.ggml.tokens"), *scores = find_kv(g, "tokenizer.ggml.scores");
-    const struct kv *types = find_kv(g, "tokenizer.ggml.token_type");
-    if (!tokens || tokens->type != KV_ARRAY || tokens->element != KV_STRING || !tokens->count)
-        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name), -1;
-    int n = m->token_embd.rows;
-    if (tokens->count < (uint64_t)n) n = (int)tokens->count;
-    m->config.n_vocab = n;
-    if (!scores || scores->type != KV_ARRAY || scores->element != KV_F32 || scores->count < (uint64_t)n)
-        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n), -1;
-    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) ||
-                  types->count < (uint64_t)n))
-        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n), -1;
-    const char **text = own(o, n * sizeof *text, "the vocabulary");
-    uint32_t *length = own(o, n * (sizeof *length + sizeof(float) + sizeof(int32_t)), "the vocabulary");
-    if (!text || !length) return -1;
-    float *score = (float *)(void *)(length + n);
-    int32_t *type = (int32_t *)(void *)(score + n);
-    struct cursor c = tokens->value;
-    for (int k = 0; k < n; k++) {
-        struct string s = take_string(&c);
-        if (s.n > GEMMA3_PIECE_MAX)
-            return fail(g->err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d", g->name,
-                        k, (unsigned long long)s.n, GEMMA3_PIECE_MAX), -1;
-        text[k] = s.text;
-        length[k] = (uint32_t)s.n;
-        score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
-        type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
+    struct kv merges;
+    if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
+    if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
+        return reject(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
+    find_kv(o, "tokenizer.ggml.merges", &merges);
+    for (uint64_t k = 0; k < merges.count; k++) {
+        char joined[GEMMA3_PIECE_MAX];
+        struct string s = take_string(&merges.value);
+        const char *space = s.n > 2 ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
+        if (!space || s.n > sizeof joined)
+            return reject(o, ": key tokenizer.ggml.merges: number %llu is no pair of pieces",
+                          (unsigned long long)k);
+        size_t left = (size_t)(space - s.text);
+        memcpy(joined, s.text, left);
+        memcpy(joined + left, space + 1, s.n - left - 1);
+        int32_t id = gemma3_find(o->m->tokenizer, joined, s.n - 1);
+        if (id >= 0 && score[id] == -(float)merges.count) score[id] = -(float)k;
     }
-    m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score, .type = type};
     return 0;
+}
+
+/* The ids that a key gives, one or an array: how many, or -1. */
+static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, int max)
+{
+    struct kv kv;
+    double x;
+    int n_vocab = o->m->vocab.n_vocab;
+    if (!find_kv(o, key, &kv)) return 0;
+    if (kv.count > (uint64_t)max)
+        return reject(o, ": key %s has %llu ids, expected at most %d", key,
+                      (unsigned long long)kv.count, max);
+    for (int k = 0; k < (int)kv.count; k++) {
+        if (take_number(o, &kv, &x)) return -1;
+        if (!(x >= 0 && x < n_vocab))
+            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
+        ids[k] = (int32_t)x;
+        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
+    }
+    return (int)kv.count;
 }
 
 /* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
 static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
 {
-    const struct kv *kv = find_kv(&o->g, key);
     const gemma3_vocab *v = &o->m->vocab;
-    double x = -1;
-    if (kv && !read_number(&o->g, kv, &x)) return -1;
-    if (kv && !(x >= 0 && x < v->n_vocab))
-        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, v->n_vocab), -1;
-    *id = (int32_t)x;
-    if (*id != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x), -1;
-    for (int32_t k = 0; !kv && *id < 0 && k < v->n_vocab; k++)
+    int n = ids_of_key(o, key, id, 1);
+    if (n == 0) *id = -1;
+    for (int32_t k = 0; n == 0 && *id < 0 && k < v->n_vocab; k++)
         if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
-    return 0;
+    return n < 0 ? -1 : 0;
 }
 
 static int open_tokenizer(struct opening *o)
 {
+    static const char *const more[] = {
+        "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
+    struct vocab_room r = {0};
+    struct kv kv;
     double add_bos = 1;
-    if (check_string(&o->g, "tokenizer.ggml.model", "llama", "llama") || read_vocab(o) ||
-        special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
-        special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos) ||
+    if (read_vocab(o, &r) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
-    const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
-    if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
+    int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
+    if (n > 0) v->eos = m->stop[0];
+    else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
+    for (int k = 0; k < 3 && n >= 0; k++) {
+        v->n_stop += n;
+        n = ids_of_key(o, more[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+    }
+    if (n < 0) return -1;
+    v->n_stop += n;
+    if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    size_t size = gemma3_tokenizer_size(v);
-    void *mem = own(o, size, "the tokenizer");
-    if (!mem) return -1;
-    m->tokenizer = gemma3_tokenizer_init(v, mem, size, o->g.err);
-    return m->tokenizer ? 0 : -1;
+    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->err);
+    return m->tokenizer ? rank_merges(o, r.score) : -1;
+}
+
+/* ---- Weights ---- */
+
+enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
+
+static int dim_of(const gemma3_model *m, enum dim d)
+{
+    const gemma3_config *c = &m->config;
+    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
+                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    return n[d];
+}
+
+/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
+ * the first and the last two are the model's, those between each layer's. A norm has one row. */
+static const struct tensor_place {
+    const char *name;
+    size_t at;                       /* in the model or the layer: its matrix or norm */
+    enum dim rows, cols;
+} places[] = {
+    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
+    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
+    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
+    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
+    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
+    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
+    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
+    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
+    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
+    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
+    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
+    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
+    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
+    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
+    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
+    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
+};
+enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
+
+/* One tensor that the model needs. rows 0: as many as the file has. */
+struct slot {
+    char name[48];
+    int layer, rows, cols;
+    struct matrix *w;                /* NULL of a norm */
+    const float **norm;
+};
+
+/* Number index of them; -1 after the last. */
+static int find_slot(gemma3_model *m, int index, struct slot *t)
+{
+    int in_layers = m->config.n_layers * PER_LAYER, l = (index - 1) / PER_LAYER;
+    int is_layers = index >= 1 && index <= in_layers;
+    const struct tensor_place *p = &places[index < 1 ? 0 : is_layers ? 1 + (index - 1) % PER_LAYER :
+                                           min_int(index - in_layers + PER_LAYER, N_PLACES - 1)];
+    if (index < 0 || index > in_layers + 2 - m->tied) return -1;
+    *t = (struct slot){.layer = is_layers ? l : -1, .rows = dim_of(m, p->rows),
+                       .cols = dim_of(m, p->cols)};
+    char *to = t->name, *owner = is_layers ? (char *)&m->layer[l] : (char *)m;
+    if (is_layers) {
+        to += strlen(strcpy(to, "blk."));
+        for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
+            *to++ = (char)('0' + l / unit % 10);
+        *to++ = '.';
+    }
+    strcat(strcpy(to, p->name), ".weight");
+    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
+    else t->w = (struct matrix *)(void *)(owner + p->at);
+    return 0;
+}
+
+/* All types of ggml by number, those that were removed from it too. */
+static const char *const type_names[] = {
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
+    "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4",
+    "Q1_0"};
+enum { N_TYPES = sizeof type_names / sizeof *type_names };
+
+static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    char shape[96], *to = shape, want[24] = "any number of tokens";
+    if (!f) {
+        if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
+        else print(want, sizeof want, "%u", (unsigned)t->type);
+        return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
+    }
+    int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
+    if (s->rows) print(want, sizeof want, "%d", s->rows);
+    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
+        print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
+    if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
+        return reject(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
+    if (s->cols % f->elements)
+        return reject(o, ": tensor %s has rows of %d, expected a multiple of %s's block of %d",
+                      s->name, s->cols, f->name, f->elements);
+    if (s->norm && !is_float(f))
+        return reject(o, ": tensor %s has type %s, expected F32", s->name, f->name);
+    return 0;
+}
+
+/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
+static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
+{
+    float *out = piece(&o->arena, w->cols, sizeof *out);
+    if (!out) return no_room(o);
+    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
+        return reject(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = bytes;
+    o->m->kernels->dequantize(w, 0, out);
+    *s->norm = out;
+    return 0;
+}
+
+/* Finds a tensor and checks its type, shape and end. */
+static int bind(struct opening *o, const struct slot *s)
+{
+    struct tensor t;
+    struct matrix norm, *w = s->w ? s->w : &norm;
+    if (!find_tensor(o, s->name, &t)) return reject(o, ": tensor %s is missing", s->name);
+    if (check_tensor(o, s, &t)) return -1;
+    const struct format *f = find_format(t.type);
+    size_t row_bytes = (size_t)(s->cols / f->elements) * f->bytes;
+    uint64_t bytes = row_bytes * t.ne[1], left = 0;
+    if (o->from.size > o->data) left = o->from.size - o->data;
+    if (t.offset % o->alignment)
+        return reject(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
+                      (unsigned long long)t.offset, (unsigned long long)o->alignment);
+    if (t.offset > left || bytes > left - t.offset)
+        return reject(o, " is truncated: tensor %s ends %llu bytes past the end of the file",
+                      s->name, (unsigned long long)(t.offset + bytes - left));
+    *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
+                         .offset = o->data + t.offset};
+    if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
+    else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
+    o->m->weight_bytes += (size_t)bytes;
+    return s->norm ? bind_norm(o, s, w) : 0;
 }
 
 static int bind_weights(struct opening *o)
 {
     gemma3_model *m = o->m;
-    const gemma3_config *c = &m->config;
-    int d = c->d_model, D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D;
-    o->norms = own(o, ((size_t)c->n_layers * (4 * d + 2 * D) + d) * sizeof(float), "the norms");
-    if (!o->norms || bind(o, "token_embd.weight", 0, d, &m->token_embd) ||
-        bind_norm(o, "output_norm.weight", d, &m->output_norm))
-        return -1;
-    m->lm_head = m->token_embd;
-    m->tied = !find_tensor(&o->g, "output.weight");
-    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->lm_head)) return -1;
-    for (int l = 0; l < c->n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
-            bind_layer(o, l, "attn_q", q, d, &w->attn_q) ||
-            bind_layer(o, l, "attn_k", kv, d, &w->attn_k) ||
-            bind_layer(o, l, "attn_v", kv, d, &w->attn_v) ||
-            bind_layer(o, l, "attn_output", d, q, &w->attn_output) ||
-            bind_layer_norm(o, l, "attn_q_norm", D, &w->attn_q_norm) ||
-            bind_layer_norm(o, l, "attn_k_norm", D, &w->attn_k_norm) ||
-            bind_layer_norm(o, l, "post_attention_norm", d, &w->post_attention_norm) ||
-            bind_layer_norm(o, l, "ffn_norm", d, &w->ffn_norm) ||
-            bind_layer(o, l, "ffn_gate", c->d_ff, d, &w->ffn_gate) ||
-            bind_layer(o, l, "ffn_up", c->d_ff, d, &w->ffn_up) ||
-            bind_layer(o, l, "ffn_down", d, c->d_ff, &w->ffn_down) ||
-            bind_layer_norm(o, l, "post_ffw_norm", d, &w->post_ffw_norm))
-            return -1;
-    }
+    struct slot s;
+    struct tensor t;
+    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
+    if (!m->layer) return no_room(o);
+    m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_slot(m, k, &s); k++)
+        if (bind(o, &s)) return -1;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3144,13 +3451,13 @@ static void repack_task(void *arg, int index, int worker)
 {
     const struct repack *job = arg;
     const struct matrix *w = job->w;
-    int tile, end, row, last;
+    int tile, end;
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
-    row = tile * TILE_ROWS, last = end * TILE_ROWS < w->rows ? end * TILE_ROWS : w->rows;
+    int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
     const uint8_t *from = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
-        n = last - row < TILE_ROWS ? last - row : TILE_ROWS;
+        n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
@@ -3159,113 +3466,190 @@ static void repack_task(void *arg, int index, int worker)
 
 static size_t tiled_bytes(const struct matrix *w)
 {
-    return is_float(w->format) ? 0 : (size_t)n_tiles(w) * TILE_ROWS * w->row_bytes;
-}
-
-static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
-{
-    size_t bytes = tiled_bytes(w);
-    struct repack job = {o->m, w, *to, MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-    if (!bytes) return;
-    if (o->options.parallel_for && o->options.n_threads > 1)
-        o->options.parallel_for(o->options.pool, job.n_tasks, repack_task, &job);
-    else
-        for (int k = 0; k < job.n_tasks; k++) repack_task(&job, k, 0);
-    w->data = *to;
-    w->tiled = 1;
-    *to += bytes;
+    return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
 static int repack(struct opening *o)
 {
     gemma3_model *m = o->m;
-    int n = 0, n_layers = m->config.n_layers;
-    struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
-    all[n++] = &m->token_embd;
-    if (!m->tied) all[n++] = &m->lm_head;
-    for (int l = 0; l < n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output,
-                                      &w->ffn_gate, &w->ffn_up, &w->ffn_down};
-        for (int k = 0; k < 7; k++) all[n++] = of_layer[k];
-    }
-    size_t bytes = 0;
-    for (int k = 0; k < n; k++) bytes += tiled_bytes(all[k]);
-    if (!bytes) return 0;
-    uint8_t *to = own(o, bytes + 64, "the weights");
-    if (!to) return -1;
-    host_use_large_pages(to, bytes);
-    to += -(uintptr_t)to & 63;
-    for (int k = 0; k < n; k++) {
-        repack_one(o, all[k], &to);
-        if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
+    const gemma3_options *p = &o->options;
+    struct slot s;
+    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
+        if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
+        size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
+        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
+        if (!job.to) return no_room(o);
+        if (!bytes) continue;
+        if (p->parallel_for && p->n_threads > 1)
+            p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
+        else
+            for (int i = 0; i < job.n_tasks; i++) repack_task(&job, i, 0);
+        s.w->data = job.to;
+        s.w->tiled = 1;
     }
     if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
+
+/* ---- Opening ---- */
 
 static int choose_kernels(struct opening *o)
 {
     const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
-            o->m->kernels = all_kernels[k];
-            const char *fault = kernel_fault(o->m);
-            return fault ? fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1 : 0;
+            o->kernels = all_kernels[k];
+            o->repacks = o->kernels->tiles && !o->options.exact && !o->options.no_repack;
+            const char *fault = kernel_fault(o->kernels);
+            return fault ? fail(o->err, "this build cannot keep the numeric contract: %s", fault) : 0;
         }
-    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted), -1;
+    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
 
-static int open_steps(struct opening *o, const void *data, size_t size)
+/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
+static void count_kv(struct opening *o, struct kv *kv)
 {
-    gemma3_model *m = o->m;
-    const char *fault = arithmetic_fault();
-    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1;
-    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
-        return -1;
-    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (!m->exact && m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
-    struct string name = get_string(&o->g, "general.name");
-    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
-    standin_template = get_string(&o->g, "tokenizer.chat_template"); /* stand-in, drop at merge */
-    standin_obey = o->options.obey_file, standin_cap = m->config.final_softcap;
-    if (!standin_obey) m->config.final_softcap = 0;
+    double n = 0;
+    if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
+        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
+        make_vocab_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
+}
+
+static void count_tensor(struct opening *o, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
+                       .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
+    o->counted += (uint64_t)w.row_bytes * t->ne[1];
+    if (o->counted / 4 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+}
+
+/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
+static int walk(struct opening *o)
+{
+    struct cursor c = cursor_at(o, 0);
+    struct kv kv;
+    struct tensor t;
+    if (read_start(o, &c)) return -1;
+    size_t n = 0, *at = o->names = piece(&o->arena, (size_t)(o->n_kv + o->n_tensors), sizeof *at);
+    if (o->m && !at) return no_room(o);
+    for (uint64_t k = 0; k < o->n_kv && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
+        if (read_kv(o, &c, &kv)) return -1;
+        if (!o->m && !c.failed) count_kv(o, &kv);
+    }
+    o->infos = o->n_header - c.left;
+    for (uint64_t k = 0; k < o->n_tensors && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
+        if (read_tensor(o, &c, &t)) return -1;
+        if (!o->m && !c.failed) count_tensor(o, &t);
+    }
+    o->n_names = n;
+    if (c.failed) return refuse_end(o);
+    o->data = o->n_header -= c.left;
+    if (!o->from.is_mapped) return 0;
+    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
+    if (o->m && !copy) return no_room(o);
+    if (copy) o->header = memcpy(copy, o->header, o->n_header);
     return 0;
 }
 
-static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
-                                gemma3_error *err, gemma3_model *m)
+static int open_steps(struct opening *o)
 {
-    char shortened[SHORT_PATH];
-    struct opening o = {.g = {.name = short_path(name, shortened), .err = err}, .m = m};
-    fp_state fp = fp_enter();
-    if (options) o.options = *options;
-    m->exact = o.options.exact;
-    int failed = open_steps(&o, data, size);
-    free(o.g.kv);
-    free(o.g.tensor);
-    fp_leave(fp);
-    if (failed) gemma3_close(m);
-    return failed ? NULL : m;
+    gemma3_model *m = o->m;
+    const char *fault = arithmetic_fault();
+    if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
+    if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
+        bind_weights(o) || open_tokenizer(o))
+        return -1;
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
+    struct string name = get_string(o, "general.name");
+    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    m->chat_template = get_string(o, "tokenizer.chat_template");
+    return o->repacks ? repack(o) : 0;
 }
 
-gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name, const gemma3_options *options,
+static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
+                  gemma3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    o->from = *from;
+    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->read && !from->data) o->from.size = 0;
+    o->header = from->data ? from->data : (const uint8_t *)"";
+    o->n_header = o->from.n_data;
+    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
+    o->err = err;
+    if (options) o->options = *options;
+}
+
+size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
+                         gemma3_error *err)
+{
+    struct opening o;
+    start(&o, from, options, err);
+    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
+    if (choose_kernels(&o) || walk(&o)) return 0;
+    if (o.arena.used < SIZE_MAX) return o.arena.used;
+    reject(&o, " needs more memory than this machine can address");
+    return 0;
+}
+
+gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
+                                size_t size, gemma3_error *err)
+{
+    struct opening o;
+    size_t to_align = -(uintptr_t)mem & 63;
+    fp_state fp = fp_enter();
+    start(&o, from, options, err);
+    o.arena.base = (uint8_t *)mem + to_align;
+    o.arena.size = size > to_align ? size - to_align : 0;
+    int failed = choose_kernels(&o);
+    if (!failed && !(o.m = piece(&o.arena, 1, sizeof *o.m))) failed = no_room(&o);
+    if (!failed) {
+        memset(o.m, 0, sizeof *o.m);
+        o.m->kernels = o.kernels;
+        o.m->source = o.from;
+        o.m->mapping = from->is_mapped ? from->data : NULL;
+        o.m->mapping_bytes = o.from.n_data;
+        o.m->exact = o.options.exact;
+        failed = open_steps(&o);
+    }
+    fp_leave(fp);
+    return failed ? NULL : o.m;
+}
+
+gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options,
                                  gemma3_error *err)
 {
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!name) name = "a model in memory";
-    if (!m) return fail(err, "out of memory for a model");
-    return open_bytes(data, size, name, options, err, m);
+    size_t size = gemma3_model_size(from, options, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem) fail(err, "out of memory for a model (%llu bytes)", (unsigned long long)size);
+    if (!mem) return NULL;
+    host_use_large_pages(mem, size);
+    gemma3_model *m = gemma3_model_init(from, options, mem, size, err);
+    if (m) m->allocated = mem;
+    else free(mem);
+    return m;
+}
+
+gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
+                                 const gemma3_options *options, gemma3_error *err)
+{
+    gemma3_source from = {.data = data, .size = size, .name = name};
+    return gemma3_open_source(&from, options, err);
 }
 
 void gemma3_close(gemma3_model *m)
 {
     if (!m) return;
-    for (int k = 0; k < m->n_owned; k++) free(m->owned[k]);
     host_unmap(m);
-    free(m);
+    free(m->allocated);
 }
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
@@ -3273,7 +3657,7 @@ const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
 int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->can_chat; }
+int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
 size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
@@ -3281,34 +3665,50 @@ size_t gemma3_model_token_bytes(const gemma3_model *m)
     return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
 }
 
-/* ==== 13. Sizes and states ====================================================================== */
-
-/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
-struct arena {
-    uint8_t *base;
-    size_t used;
-};
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
-static void *piece(struct arena *a, size_t count, size_t bytes)
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
 {
-    void *p = a->base ? a->base + a->used : NULL;
-    size_t size = times(count, bytes);
-    a->used = plus(a->used, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
-    return p;
+    *n = m->chat_template.n;
+    return *n ? m->chat_template.text : NULL;
 }
+
+const char *gemma3_model_size_name(const gemma3_model *m)
+{
+    return m->published ? m->published->name : "";
+}
+
+const char *gemma3_model_note(const gemma3_model *m, int index)
+{
+    return index >= 0 && index < m->n_notes ? m->note[index] : NULL;
+}
+
+const char *gemma3_model_origin(const gemma3_model *m, const char *key)
+{
+    key += strncmp(key, "gemma3.", 7) ? 0 : 7;
+    for (int k = 0; k < m->n_origins; k++)
+        if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
+    return "";
+}
+
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
+{
+    struct slot s;
+    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
+    strcpy(t->name, s.name);
+    if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
+    else t->format = s.w->format->name, t->data = s.w->data, t->bytes = s.w->row_bytes * s.w->rows;
+    return 0;
+}
+
+/* ==== 13. Sizes and states ==================================================================== */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->n_ubatch = p->n_batch < GEMMA3_MAX_UBATCH ? p->n_batch : GEMMA3_MAX_UBATCH;
-    s->n_ubatch = s->n_ubatch < p->n_ctx ? s->n_ubatch : p->n_ctx;
-    s->q_block = s->n_ubatch < 4 ? s->n_ubatch : 4;
-    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* attention has that many queries of a kv head */
-    s->ring = c->window + s->n_ubatch - 1 < p->n_ctx ? c->window + s->n_ubatch - 1 : p->n_ctx;
+    s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
+    s->q_block = min_int(s->n_ubatch, 4);
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a query block has that many to a kv head */
+    s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3326,12 +3726,14 @@ static int widest_input(const gemma3_config *c)
     return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
 }
 
-/* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
+/* Where everything of a state lies: the one place that knows, and the sizes are counted by it. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
-    size_t n_queries = (size_t)s->q_block * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
+    size_t blocks = ((size_t)widest_input(c) + 31) / 32;
+    int exact = s->m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3341,6 +3743,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
         s->cosine[local] = piece(a, n * (D / 2), sizeof(float));
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
+    s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->x = piece(a, n * c->d_model, sizeof(float));
     s->h = piece(a, n * c->d_model, sizeof(float));
     s->q = piece(a, n * q, sizeof(float));
@@ -3354,65 +3757,95 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
-    s->q8 = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->q8);
-    s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
-    s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
+    s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
+    s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
+    s->row_floats = piece(a, exact ? n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
+    s->unread = piece(a, n_threads, 1);
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = m->config.n_ctx_train < 4096 ? m->config.n_ctx_train : 4096, .n_batch = 512,
+    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
                        .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
     return p;
 }
 
+static const gemma3_config *config_of(const gemma3_model *m, const gemma3_params *p)
+{
+    return p->config ? p->config : &m->config;
+}
+
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m, .c = &m->config};
-    struct arena a = {NULL, 0};
-    size_state(&s, &m->config, p);
+    gemma3_state s = {.m = m, .c = config_of(m, p)};
+    struct arena a = {NULL, 0, 0};
+    size_state(&s, s.c, p);
     lay_out(&s, &a);
     return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
+}
+
+/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
+{
+    const struct { const char *name; float x, low; } number[] = {
+        {"rms_eps", c->rms_eps, 0}, {"rope_base_global", c->rope_base_global, 1},
+        {"rope_base_local", c->rope_base_local, 1}, {"rope_factor", c->rope_factor, 0x1p-7f},
+        {"query_scale", c->query_scale, 0}, {"embedding_scale", c->embedding_scale, 0},
+        {"final_softcap", c->final_softcap, 0}, {"window", (float)c->window, 1}};
+    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
+        c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
+        c->n_vocab != m->n_vocab)
+        return fail(err, "a config with other shapes than the model's");
+    for (size_t k = 0; k < sizeof number / sizeof *number; k++)
+        if (!(number[k].x >= number[k].low && number[k].x <= 1e30f))
+            return fail(err, "a config with %s %g: expected a number from %g to 1e30",
+                        number[k].name, (double)number[k].x, (double)number[k].low);
+    return 0;
 }
 
 /* -1 and a sentence when no state can be made of these. */
 static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), -1;
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
+    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), -1;
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    if (p->config && check_config(p->config, &m->config, err)) return -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx), -1;
+        return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                    p->n_ctx);
     return 0;
 }
 
-gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
-                                gemma3_error *err)
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
+                                size_t size, gemma3_error *err)
 {
-    const gemma3_config *c = &m->config;
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
-    if (size < need)
-        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-                    (unsigned long long)size);
+    if (size < need) {
+        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+             (unsigned long long)size);
+        return NULL;
+    }
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
-    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
+    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0, size};
     memset(s, 0, sizeof *s);
     s->m = m;
-    s->c = &m->config;
-    size_state(s, c, p);
+    s->c = config_of(m, p);
+    size_state(s, s->c, p);
     lay_out(s, &a);
+    memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
-        for (int j = 0; j < c->head_dim / 2; j++) {
-            float base = local ? c->rope_base_local : c->rope_base_global;
-            float turned = (float)power(base, 2.0 * j / c->head_dim);
-            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : c->rope_factor);
+        for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
+            float base = local ? s->c->rope_base_local : s->c->rope_base_global;
+            float turned = (float)power(base, 2.0 * j / D);
+            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : s->c->rope_factor);
         }
     fp_leave(fp);
     return s;
@@ -3423,8 +3856,11 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem)
-        return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+    if (!mem) {
+        fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
+             (unsigned long long)size);
+        return NULL;
+    }
     gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
     if (!s) free(mem);
     else s->allocated = mem;
@@ -3439,7 +3875,134 @@ void gemma3_state_free(gemma3_state *s)
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
 int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
+const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
+
+/* ---- States that are kept ----
+ *
+ *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config as hex
+ *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
+ *     SHA-256 of all before as hex
+ *
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
+
+struct stream {
+    gemma3_write *write;             /* or: */
+    gemma3_read *read;
+    void *user;
+    uint64_t at;
+    int failed;
+    gemma3_sha256 sum;
+};
+
+static void pass(struct stream *f, void *bytes, size_t n)
+{
+    if (f->failed) return;
+    f->failed = f->write ? f->write(f->user, bytes, n) : f->read(f->user, f->at, bytes, n);
+    f->at += n;
+    gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
+}
+
+static void pass_u32(struct stream *f, uint32_t *u)
+{
+    uint8_t bytes[4];
+    store_u32_le(bytes, *u);
+    pass(f, bytes, 4);
+    *u = load_u32_le(bytes);
+}
+
+/* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
+ * two trained models share. All the weights would take seconds. */
+static void hash_model(gemma3_state *s, char hex[65])
+{
+    const gemma3_config *c = s->c;
+    const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
+                            c->rope_factor, c->query_scale, c->embedding_scale};
+    gemma3_sha256 sum;
+    struct slot t;
+    gemma3_sha256_init(&sum);
+    gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
+    gemma3_sha256_add(&sum, c->is_local, c->n_layers);
+    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
+        gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
+    }
+    gemma3_sha256_end(&sum, hex);
+}
+
+static void pass_cache(struct stream *f, gemma3_state *s, int n)
+{
+    const gemma3_config *c = s->c;
+    for (int l = 0; l < c->n_layers; l++) {
+        struct attention a = {.s = s, .l = l, .slots = slots_of(s, l)};
+        int first = c->is_local[l] && n > c->window ? n - c->window : 0, D = c->head_dim;
+        for (int g = 0; g < c->n_kv_heads; g++)
+            for (int p = first; p < n; p++) {
+                pass(f, key_at(&a, g, p), D * kv_element(s));
+                for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+                    pass(f, value_at(&a, g, j0, p), slice_width(D, j0) * kv_element(s));
+            }
+    }
+}
+
+static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
+{
+    static const char want[16] = "gemma3 state 1\n";
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
+    char magic[16], model[65], hex[65];
+    uint32_t n = s->pos;
+    hash_model(s, model);
+    memcpy(hex, model, sizeof hex);
+    memcpy(magic, want, sizeof magic);
+    gemma3_sha256_init(&f->sum);
+    pass(f, magic, sizeof magic);
+    if (!f->failed && memcmp(magic, want, sizeof want))
+        return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++) {
+        uint32_t u = ours[k];
+        pass_u32(f, &u);
+        if (!f->failed && u != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
+                        (unsigned)ours[k]);
+    }
+    pass_u32(f, &n);
+    pass(f, hex, 64);
+    if (!f->failed && memcmp(hex, model, 64))
+        return fail(err, "the state was saved with another model or config");
+    if (!f->failed && n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
+    for (uint32_t i = 0; i < n && !f->failed; i++) pass_u32(f, (uint32_t *)&s->ids[i]);
+    if (!f->failed) pass_cache(f, s, (int)n);
+    gemma3_sha256_end(&f->sum, model);
+    memcpy(hex, model, sizeof hex);
+    pass(f, hex, 64);
+    if (f->failed && f->write) return fail(err, "the state cannot be written");
+    if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
+    if (memcmp(hex, model, 64)) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    s->pos = (int)n;
+    return 0;
+}
+
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
+{
+    struct stream f = {.write = write, .user = user};
+    fp_state fp = fp_enter();
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
+}
+
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
+{
+    struct stream f = {.read = read, .user = user};
+    fp_state fp = fp_enter();
+    s->pos = 0;
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
+}
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
@@ -3934,11 +4497,10 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     if ((unsigned long long)size > SIZE_MAX)
         return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
     if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) return fail(err, "%s: out of memory", name), NULL;
-    m->mapping = data;
-    m->mapping_bytes = (size_t)size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+    gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
+    gemma3_model *m = gemma3_open_source(&from, options, err);
+    if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
+    return m;
 }
 
 int gemma3_default_threads(void)
