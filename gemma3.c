@@ -2474,7 +2474,9 @@ static float dot(int type, const uint8_t *row, const float *x, int n)
     return acc[0][0];
 }
 
-#if defined(HAVE_NEON) && defined(__linux__)
+#if defined(HAVE_X86)
+#include <cpuid.h>
+#elif defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(HAVE_NEON) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -2493,7 +2495,10 @@ static int cpu_has(const char *isa)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(isa, "avx2")) return avx2; /* every CPU with AVX2 and FMA has F16C */
-    if (!strcmp(isa, "avxvnni")) return avx2 && __builtin_cpu_supports("avxvnni");
+    if (!strcmp(isa, "avxvnni")) { /* not every compiler knows the name */
+        unsigned a, b, c, d;
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
     if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
@@ -2503,6 +2508,32 @@ static int cpu_has(const char *isa)
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
+}
+
+/* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
+ * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
+ * flush those, or a port may read its own floats in the order of a file's. */
+static const char *kernel_fault(const struct kernels *k)
+{
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .row_bytes = 18, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, one[32], small[32], rows[ROWS_AT_ONCE * 32];
+    float codes[1][TILE_ROWS] = {{0}}, floats[1][TILE_ROWS] = {{0}};
+    uint8_t tile[18 * TILE_ROWS];
+    struct q8_block q8;
+    gemma3_model m = {.kernels = k};
+    gemma3_state s = {.m = &m, .row_floats = rows, .acc = floats, .n_acc = 1};
+    make_tile(tile, block, 18, 1, 1, w.format);
+    k->quantize(&q8, x, 32);
+    k->mul_codes(&(struct product){.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                                   .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x_stride = 1, .acc = codes});
+    mul_tile_floats(&(struct matmul){.s = &s, .x = x, .n = 1, .blocks = 1}, &w, 0, 1, 0);
+    if (bits_of(codes[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    if (bits_of(floats[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) one[j] = 1, small[j] = floats[0][0];
+    k->rmsnorm(x, one, small, 32, 0);
+    return memcmp(x, small, sizeof x) ? "subnormal numbers are lost in vectors" : NULL;
 }
 
 const char *gemma3_isa_name(int index)
@@ -3470,7 +3501,8 @@ static int choose_kernels(struct opening *o)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
             o->kernels = all_kernels[k];
             o->repacks = o->kernels->tiles && !o->options.exact && !o->options.no_repack;
-            return 0;
+            const char *fault = kernel_fault(o->kernels);
+            return fault ? fail(o->err, "this build cannot keep the numeric contract: %s", fault) : 0;
         }
     return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
@@ -4230,42 +4262,36 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 
 /* ==== 15. Threads and files of the host =========================================================
  *
- * What is asked of an operating system: map a file, count cores, say how much memory there is, start
- * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
+ * There is one body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <sys/stat.h>
 
-struct worker {
-    gemma3_pool *pool;
-    int id;
+struct limits {
+    double cpus, bytes; /* CPUs' worth of time, memory */
 };
-static void worker_main(struct worker *w);
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
-static int host_open(const char *path, long long *size)
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+static const void *host_map(const char *path, long long *size)
 {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
-    return fd;
-}
-
-static void host_close(int fd) { close(fd); }
-
-static const void *host_map(int fd, size_t n)
-{
-    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *data = MAP_FAILED;
+    *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
+    if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fd >= 0) close(fd);
     return data == MAP_FAILED ? NULL : data;
 }
 
@@ -4277,8 +4303,8 @@ static void host_unmap(const gemma3_model *m)
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
-    uintptr_t to = ((uintptr_t)begin + n) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)begin;
+    uintptr_t from = (at + page - 1) / page * page, to = (at + n) / page * page;
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
@@ -4297,129 +4323,81 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
-static void numbers_in(const char *folder, const char *name, double *a, double *b)
+/* The first number in a file, or `other`; *second if there is another. */
+static double number_in(const char *folder, const char *name, double other, double *second)
 {
     char path[4200];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
+    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
     if (f) fclose(f);
+    return other;
 }
 
-/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
- * file for each. */
-struct limits {
-    double cpus, bytes;
-};
-
-static void limit_by_group(const char *folder, struct limits *least)
+/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
+static void limit_by_group(const char *folder, struct limits *l)
 {
-    double quota = -1, period = 1e5, bytes = -1, unused;
-    numbers_in(folder, "cpu.max", &quota, &period);
-    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
-    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
-    numbers_in(folder, "memory.max", &bytes, &unused);
-    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
-    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
-    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
+    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
+    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
+    quota = number_in(folder, "cpu.max", quota, &period);
+    bytes = number_in(folder, "memory.max", bytes, &unused);
+    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
 }
 
-/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
- * controllers in a folder of that name below root. The groups above bind a group too. */
-static struct limits cgroup_limits(const char *self, const char *root)
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
+ * list of controllers in a folder of that name below root. The groups above bind a group too. */
+static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
-    struct limits least = {1e9, 1e18};
     char line[4096], folder[4200];
     FILE *f = fopen(self, "r");
     while (f && fgets(line, sizeof line, f)) {
         char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
         if (!path) continue;
         line[strcspn(line, "\n")] = 0;
-        *path++ = 0;
+        *path = 0;
         char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
-        memcpy(end, path, strlen(path) + 1);
-        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
-            if (cut > folder) *cut = 0;
-            limit_by_group(folder, &least);
+        for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
+            *cut = 0;
+            limit_by_group(folder, l);
         }
     }
     if (f) fclose(f);
-    return least;
 }
 
-/* The cores this process may use: of the hardware threads that share a core one counts (two of them
- * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
- * to whoever is free. */
-static int host_cores(void)
+/* Of the hardware threads that share a core one counts: two of them gain nothing where memory or
+ * multipliers are the limit. Fast and slow ones count alike, as tasks go to whoever is free. */
+static struct limits host_limits(void)
 {
-    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
+                       (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+    struct rlimit room;
+    if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
+        l.bytes = (double)room.rlim_cur;
 #if defined(__linux__)
-    enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
-    uint8_t seen[MAX_CPUS] = {0};
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
-    cores = 0;
-    for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
+    uint8_t seen[CPU_SETSIZE] = {0};
+    int n = sched_getaffinity(0, sizeof may_use, &may_use) ? 0 : CPU_SETSIZE;
+    if (n) l.cpus = 0;
+    for (int cpu = 0; cpu < n; cpu++) {
         char folder[96];
-        double core = cpu, unused; /* named by the first of its threads */
+        double unused;
         if (!CPU_ISSET(cpu, &may_use)) continue;
         snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
-        numbers_in(folder, "thread_siblings_list", &core, &unused);
-        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
-        cores += !seen[(int)core];
-        seen[(int)core] = 1;
+        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        l.cpus += !seen[first];
+        seen[first] = 1;
     }
 #endif
-    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
-    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
+    limit_by_groups("/proc/self/cgroup", "/sys/fs/cgroup", &l);
+    return l;
 }
-
-static double host_memory(void)
-{
-    struct rlimit space;
-    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
-    if (group < bytes) bytes = group;
-    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
-        bytes = (double)space.rlim_cur;
-    return bytes;
-}
-
-struct host_lock { /* and a bell for those who wait under it */
-    pthread_mutex_t mutex;
-    pthread_cond_t bell;
-};
-static void lock_init(struct host_lock *l)
-{
-    pthread_mutex_init(&l->mutex, NULL);
-    pthread_cond_init(&l->bell, NULL);
-}
-static void lock_free(struct host_lock *l)
-{
-    pthread_cond_destroy(&l->bell);
-    pthread_mutex_destroy(&l->mutex);
-}
-static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
-static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
-static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
-static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
-
-typedef pthread_t host_thread;
-static void *thread_main(void *worker)
-{
-    worker_main(worker);
-    return NULL;
-}
-static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
-static void host_join(host_thread t) { pthread_join(t, NULL); }
-static void host_yield(void) { sched_yield(); }
 
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <io.h>
-#include <sys/stat.h>
 
 /* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
 static wchar_t *wide_path(const char *path)
@@ -4433,24 +4411,18 @@ static wchar_t *wide_path(const char *path)
     return wide;
 }
 
-static int host_open(const char *path, long long *size)
+static const void *host_map(const char *path, long long *size)
 {
     struct _stat64 st;
     wchar_t *wide = wide_path(path);
     int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
-    free(wide);
-    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
-    return fd;
-}
-
-static void host_close(int fd) { _close(fd); }
-
-static const void *host_map(int fd, size_t n)
-{
-    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
-    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
+    HANDLE file = *size <= 0 ? NULL :
+                  CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (file) CloseHandle(file);
-    if (!data) errno = ENOMEM;
+    if (fd >= 0) _close(fd);
+    free(wide);
     return data;
 }
 
@@ -4465,55 +4437,51 @@ static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n
     if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
 }
 
-static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+/* Large pages are a privilege there. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 
-static int host_cores(void)
+static struct limits host_limits(void)
 {
-    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
-    DWORD bytes = sizeof all;
-    DWORD_PTR may_use = 1, exist;
-    int cores = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
-    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
-    for (DWORD k = 0; k < bytes / sizeof *all; k++)
-        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
-    return cores;
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION core[1024];
+    DWORD bytes = sizeof core;
+    DWORD_PTR may_use, exist;
+    MEMORYSTATUSEX memory = {.dwLength = sizeof memory};
+    struct limits l = {0, GlobalMemoryStatusEx(&memory) ? (double)memory.ullTotalPhys : 0};
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist) ||
+        !GetLogicalProcessorInformation(core, &bytes)) return l;
+    for (DWORD k = 0; k < bytes / sizeof *core; k++)
+        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use) l.cpus++;
+    return l;
 }
 
-static double host_memory(void)
+/* As much of POSIX threads as a pool needs. */
+typedef HANDLE pthread_t;
+typedef SRWLOCK pthread_mutex_t;
+typedef CONDITION_VARIABLE pthread_cond_t;
+#define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
+#define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
+static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
+static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
+static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
+static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
 {
-    MEMORYSTATUSEX status = {.dwLength = sizeof status};
-    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+    SleepConditionVariableSRW(c, m, INFINITE, 0);
 }
-
-struct host_lock {
-    SRWLOCK mutex;
-    CONDITION_VARIABLE bell;
-};
-static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
-static void lock_free(struct host_lock *l) { (void)l; }
-static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
-static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
-static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
-static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
-
-typedef HANDLE host_thread;
-static DWORD WINAPI thread_main(void *worker)
+static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
+static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
+static void sched_yield(void) { SwitchToThread(); }
+static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
 {
-    worker_main(worker);
-    return 0;
+    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
+    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
+    return *t == NULL;
 }
-static int host_start(host_thread *t, struct worker *w)
+static void pthread_join(HANDLE t, const void *unused)
 {
-    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
-    return *t ? 0 : -1;
-}
-static void host_join(host_thread t)
-{
+    (void)unused;
     WaitForSingleObject(t, INFINITE);
     CloseHandle(t);
 }
-static void host_yield(void) { SwitchToThread(); }
 #endif
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
@@ -4522,15 +4490,13 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     long long size;
     if (!path) return fail(err, "no path of a model was given"), NULL;
     const char *name = short_path(path, shortened);
-    int fd = host_open(path, &size);
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
-    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
-    const char *why = strerror(errno);
-    host_close(fd);
-    if (size < 0) return fail(err, "%s is not a regular file", name), NULL;
+    const void *data = host_map(path, &size);
+    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
+    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
     if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
-    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
-    if (!data) return fail(err, "%s cannot be mapped: %s", name, why), NULL;
+    if ((unsigned long long)size > SIZE_MAX)
+        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
     gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
     if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
@@ -4539,124 +4505,122 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
 
 int gemma3_default_threads(void)
 {
-    int cores = host_cores();
-    return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
+    double cpus = host_limits().cpus;
+    if (cpus > GEMMA3_MAX_THREADS) return GEMMA3_MAX_THREADS;
+    return cpus < 1 ? 1 : (int)cpus + (cpus > (int)cpus); /* half a CPU is worth a thread */
 }
 
 size_t gemma3_memory_limit(void)
 {
-    double bytes = host_memory();
+    double bytes = host_limits().bytes;
     return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
 /* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
- * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
- * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
+ * another; it ends when the caller has found none left, closed it, and all who were inside have
+ * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
+ * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
+enum { OPEN = 1 << 16, SPINS = 20000 };
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+    pthread_t thread;
+};
+
 struct gemma3_pool {
-    int n_threads;
-    host_thread *thread;
     gemma3_task *task;                /* of this round, with the next two */
     void *job;
     int n_tasks;
     atomic_int next;                  /* the first task that nobody has claimed */
     atomic_int inside;                /* workers inside; plus OPEN while more may enter */
-    atomic_uint round;                /* how many there were: a new number wakes the workers */
-    atomic_int sleepers, stop;
-    struct host_lock turn;            /* held during a round: states that share a pool take turns */
-    struct host_lock sleep;
+    atomic_uint round;                /* how many there were */
+    atomic_int stop;
+    pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
+    pthread_mutex_t mutex;            /* and the condition: of those who sleep */
+    pthread_cond_t wake;
+    int n_threads;
+    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
 };
-
-enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) host_yield();
+    if (spin % 256 == 255) sched_yield();
 }
 
-static void claim_tasks(gemma3_pool *pool, int worker)
-{
-    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
-}
-
-static int enter_round(gemma3_pool *pool)
+static void take_part(gemma3_pool *pool, int worker)
 {
     int inside = atomic_load(&pool->inside);
-    while (inside >= OPEN)
-        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
-    return 0;
+    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
+    if (inside < OPEN) return;
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
+        pool->task(pool->job, i, worker);
+    atomic_fetch_sub(&pool->inside, 1);
 }
 
-static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+static unsigned await_round(gemma3_pool *pool, unsigned seen)
 {
-    lock(&pool->sleep);
-    atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
-    atomic_fetch_sub(&pool->sleepers, 1);
-    unlock(&pool->sleep);
-}
-
-static void wake_workers(gemma3_pool *pool)
-{
-    lock(&pool->sleep);
-    ring(&pool->sleep);
-    unlock(&pool->sleep);
-}
-
-static void worker_main(struct worker *w)
-{
-    struct worker me = *w;
-    gemma3_pool *pool = me.pool;
-    unsigned seen = 0;
-    free(w);
-    fp_enter();
-    while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
-        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->round);
-        if (!enter_round(pool)) continue;
-        claim_tasks(pool, me.id);
-        atomic_fetch_sub(&pool->inside, 1);
+    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+    if (atomic_load(&pool->round) == seen) {
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
     }
+    return atomic_load(&pool->round);
+}
+
+static void begin_round(gemma3_pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->round, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void *worker_main(void *arg)
+{
+    const struct worker *me = arg;
+    gemma3_pool *pool = me->pool;
+    fp_enter();
+    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
+        take_part(pool, me->id);
+    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    lock(&pool->turn);
+    pthread_mutex_lock(&pool->turn);
     pool->task = task;
     pool->job = job;
     pool->n_tasks = n_tasks;
     atomic_store(&pool->next, 0);
     atomic_store(&pool->inside, OPEN);
-    atomic_fetch_add(&pool->round, 1);
-    if (atomic_load(&pool->sleepers)) wake_workers(pool);
-    claim_tasks(pool, 0);
+    begin_round(pool);
+    take_part(pool, 0);
     atomic_fetch_sub(&pool->inside, OPEN);
     for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
-    unlock(&pool->turn);
+    pthread_mutex_unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
-    gemma3_pool *pool = calloc(1, sizeof *pool);
-    if (!pool || !(pool->thread = calloc(n_threads > 0 ? n_threads : 1, sizeof *pool->thread))) {
-        free(pool);
-        return fail(err, "out of memory for %d threads", n_threads), NULL;
-    }
-    lock_init(&pool->turn);
-    lock_init(&pool->sleep);
+    size_t room = n_threads > 0 ? n_threads : 1;
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
+    *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                          .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = malloc(sizeof *w);
-        if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
-            fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-            free(w);
-            gemma3_pool_free(pool);
-            return NULL;
-        }
+        struct worker *w = &pool->worker[pool->n_threads];
+        w->pool = pool;
+        w->id = pool->n_threads;
+        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
+        gemma3_pool_free(pool);
+        return NULL;
     }
     return pool;
 }
@@ -4665,15 +4629,18 @@ void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
     atomic_store(&pool->stop, 1);
-    wake_workers(pool);
-    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
-    lock_free(&pool->sleep);
-    lock_free(&pool->turn);
-    free(pool->thread);
+    begin_round(pool);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->turn);
     free(pool);
 }
 #else
-static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n) { (void)m, (void)begin, (void)n; }
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    (void)m, (void)begin, (void)n;
+}
 static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 static void host_unmap(const gemma3_model *m) { (void)m; }
 #endif /* GEMMA3_NO_FILE */
