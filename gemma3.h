@@ -3,6 +3,7 @@
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
  *                              gemma3_default_threads, gemma3_memory_limit
+ *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors about models and states
  *
  * A whole program:
  *
@@ -106,17 +107,49 @@ typedef struct gemma3_options {
     void *pool;
     void (*progress)(void *user, double fraction); /* may be NULL */
     void *user;
-    int obey_file;           /* stand-in, drop at merge */
+    int obey_file;           /* 1: keys that contradict a published size's definition are obeyed */
 } gemma3_options;
 
-/* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. */
+/* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. The file must not be cut or
+ * overwritten while the model is used (replacing it by renaming another is safe). */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err);
 
 /* The same for a file's bytes in memory, which must outlive the model. name is used in errors and may
  * be NULL. */
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err);
-void gemma3_close(gemma3_model *m);
+void gemma3_close(gemma3_model *m);  /* of a model from _init: before its memory is used otherwise */
+
+/* Reads n bytes at offset into buffer; writes n bytes after those before. 0, or -1 when it cannot. */
+typedef int gemma3_read(void *user, uint64_t offset, void *buffer, size_t n);
+typedef int gemma3_write(void *user, const void *bytes, size_t n);
+
+/* Where a model file is. For machines whose memory is smaller than the file, only its beginning need
+ * be in memory, if that has the whole header: weights behind it are read, 32 rows at a time and with
+ * the same bits, whenever they are multiplied, so that a token costs the time of reading
+ * gemma3_model_token_bytes. */
+typedef struct gemma3_source {
+    const void *data;        /* the file's first bytes, which must outlive the model */
+    size_t n_data;           /* how many; without read it is the whole file */
+    uint64_t size;           /* bytes of the file */
+    gemma3_read *read;       /* NULL, or reads the rest; all workers of a state may call it at once */
+    void *user;
+    const char *name;        /* for errors, may be NULL */
+    int is_mapped;           /* 1: data is a mapped file: it is not trusted to stay once it is open,
+                                but for the weights */
+} gemma3_source;
+
+/* Opens one, in memory that is allocated at once. */
+gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options,
+                                 gemma3_error *err);
+
+/* The same without malloc, for boards: how many bytes the model takes (0 and err on failure), and
+ * opening it in size bytes of the caller's memory (any alignment). With no_repack the weights stay
+ * where they are, in flash say, and the model takes little more than its tokenizer. */
+size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
+                         gemma3_error *err);
+gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
+                                size_t size, gemma3_error *err);
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m);
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m);
@@ -124,18 +157,30 @@ const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels ch
 const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
 int gemma3_model_is_exact(const gemma3_model *m);
 int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
-/* Stand-ins, drop at merge */
+/* That template, n bytes without a NUL; NULL when there is none. */
 const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n);
+/* "270M" "1B" "4B" "12B" "27B" when the layers and d_model are those of that size, else "". */
+const char *gemma3_model_size_name(const gemma3_model *m);
+/* Sentences about keys that were not obeyed, because they contradict that size's definition; NULL
+ * after the last. */
 const char *gemma3_model_note(const gemma3_model *m, int index);
+/* Where a field of gemma3_config comes from: "" the file, "default": it has no such key, "overridden":
+ * a note says why. key is the one that stands beside the field, query_scale's "attention.scale". */
 const char *gemma3_model_origin(const gemma3_model *m, const char *key);
-typedef int gemma3_read(void *user, uint64_t offset, void *buffer, size_t n);
-typedef int gemma3_write(void *user, const void *bytes, size_t n);
-const int32_t *gemma3_state_ids(const gemma3_state *s);
-int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
-int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
-
 size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
 size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
+
+/* A weight. data is as in the file where it lies there: with no_repack or exact, or floats. */
+typedef struct gemma3_tensor {
+    char name[64];           /* blk.0.attn_q.weight */
+    const char *format;      /* "Q4_0" */
+    int rows, cols;          /* [rows][cols]; a norm has one row */
+    const void *data;        /* NULL: not in memory */
+    size_t bytes;
+    const float *floats;     /* of a norm: its values; NULL for matrices */
+} gemma3_tensor;
+/* Tensor number index, in the order of the forward pass. 0, or -1 past the last. */
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *out);
 
 /* Names of the kernels this CPU can run, best first; NULL after the last. */
 const char *gemma3_isa_name(int index);
@@ -170,6 +215,8 @@ typedef struct gemma3_params {
     void *pool;
     gemma3_trace *trace;     /* NULL: none */
     void *trace_user;
+    const gemma3_config *config; /* NULL: the model's. Or a copy of it with other numbers and the same
+                                    shapes, which must outlive the state */
 } gemma3_params;
 
 /* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
@@ -189,6 +236,7 @@ void gemma3_state_free(gemma3_state *s);   /* only for states from _new */
 void gemma3_state_reset(gemma3_state *s);  /* forget all tokens */
 int gemma3_state_pos(const gemma3_state *s);     /* tokens in the cache */
 int gemma3_state_n_ctx(const gemma3_state *s);
+const int32_t *gemma3_state_ids(const gemma3_state *s); /* [gemma3_state_pos] those tokens */
 const char *gemma3_state_error(const gemma3_state *s);
 
 /* Takes n tokens through the model and appends them to the cache. For each of the n_rows ascending
@@ -198,6 +246,12 @@ const char *gemma3_state_error(const gemma3_state *s);
  * transformers: Gemma3ForCausalLM.forward. */
 int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
                    float *logits);
+
+/* Keeps a conversation: what save writes, load puts into a state of the same model and config, mode
+ * and KV type, whatever its n_ctx, batch, threads and kernels, if it holds the tokens. What is
+ * computed afterwards is the same to the bit. 0, or -1 and err; after a failed load the state is empty. */
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
 
 /* Threads of the host, for parallel_for: they spin briefly, then sleep. One pool may serve several
  * states on several threads: their calls of gemma3_pool_run take turns (a task must not call it). */

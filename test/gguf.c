@@ -557,14 +557,15 @@ static void tensors(void)
     drop_tensor(&f, "token_embd.weight");
     refused(f, "no embedding", "x.gguf: tensor token_embd.weight is missing");
     f = take_apart();
-    tensor_of(&f, "blk.2.attn_v.weight")->type = 23;
-    refused(f, "IQ4_XS", "x.gguf: tensor blk.2.attn_v.weight has type 23, which is not supported "
-            "(F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
+    tensor_of(&f, "blk.2.attn_v.weight")->type = 16;
+    refused(f, "a type that we do not have", "x.gguf: tensor blk.2.attn_v.weight has type IQ2_XXS, "
+            "which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS "
+            "are)");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = UINT32_MAX;
     refused(f, "type 2^32-1",
             "x.gguf: tensor blk.2.attn_v.weight has type 4294967295, which is not supported (F32 "
-            "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
+            "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = 12;
     refused(f, "a K type with short rows", "x.gguf: tensor blk.2.attn_v.weight has rows of 64, "
@@ -761,7 +762,7 @@ static void a_head_that_shares_bytes(void)
         gemma3_error err = { "" };
         gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
         if (!ok(m && !compute(m, got[no_repack]), "a head at the embedding's place in the file opens")) diag("  %s", err.text);
-        ok(m && m->output.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
+        ok(m && m->lm_head.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
         if (m) is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34, "a token reads all but the embedding");
         gemma3_close(m);
         free(b.p);
