@@ -222,6 +222,10 @@ static void odd_pieces(void)
     int32_t no_byte = add_piece(s, "<0x0G>", 0, BYTE);
     add_piece(s, "<0xG0>", 0, NORMAL);
     add_piece(s, "<unused-1>", 0, NORMAL);
+    add_piece(s, "<unusedx>", 0, NORMAL);
+    add_piece(s, "<unused1>>", 0, NORMAL);
+    add_piece(s, "<unused123", 0, NORMAL);
+    add_piece(s, "<0x412", 0, NORMAL);
     add_piece(s, "<unused 1>", 0, USER);
     int32_t run = add_piece(s, marks + 3, 0, USER); /* 32 spaces: one more than a run may have */
     add_piece(s, MARK, 0, NORMAL);
@@ -249,6 +253,7 @@ static void memory_limits(void)
            "work memory may lie at any address");
     is_int(gemma3_encode_in(t, "xtxtx", 5, 0, ids, 8, work, gemma3_encode_work(5) - 1), -2,
            "too little of it: -2");
+    is_int(gemma3_encode_in(t, "xtxtx", 5, 0, ids, 8, NULL, sizeof work), -2, "or none at all");
     ok(gemma3_encode_work(1000) <= 32 * 1000 + 100, "it is at most 32 bytes a byte");
     is_int((long long)(gemma3_encode_work(SIZE_MAX) == SIZE_MAX), 1, "absurd sizes do not wrap");
     is_int(gemma3_encode(t, "a\0a", 3, 0, ids, 8), 3, "a zero byte is a character like others");
@@ -596,6 +601,9 @@ static void turns(void)
 
     s = small_new();
     add_piece(s, "<start_of_turn>", 0, NORMAL);
+    build_tokenizer(s);
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "a", 1, ids, 8), -3, "one of two: -3");
+    free(s->mem);
     add_piece(s, "<end_of_turn>", 0, NORMAL);
     for (const char *c = "u\0s\0e\0r\0m\0o\0d\0l\0\n\0"; *c; c += 2) add_piece(s, c, 0, NORMAL);
     add_bytes(s);
@@ -641,6 +649,8 @@ static void refused_vocabularies(void)
     s->vocab.n_vocab = 0;
     is_refused(s, 0, "number of tokens", "no tokens");
     ok(!gemma3_tokenizer_init(&s->vocab, NULL, 0, NULL), "here too");
+    s->vocab.n_vocab = (1 << 24) + 1;
+    is_refused(s, 0, "number of tokens", "more tokens than 2^24");
     s->vocab.n_vocab = n_vocab;
     s->vocab.bos = n_vocab;
     is_refused(s, 0, "bos_token_id", "bos outside the vocabulary");
