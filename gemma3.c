@@ -4927,12 +4927,10 @@ static void check_options(char **args)
     int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
     int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
                  !!option(args, "--detokenize") + !!option(args, "--info");
-    if (n_jobs > 1)
-        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
-            "--info, not several");
-    if (n_jobs == 0)
-        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
-            "or chat with -i");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize "
+            "and --info, not several" : "nothing to do: give a prompt with -p TEXT, -f FILE (- is "
+            "stdin) or --ids FILE, or chat with -i");
     if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
         say(WRONG, "--kv %s: expected f16 or f32", kv);
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
@@ -4973,9 +4971,9 @@ struct session {
 /* What can be wrong before the model is opened. */
 static void read_options(struct session *s)
 {
-    char **args = s->args, *end, list[256] = "";
-    const char *seed = option(args, "--seed"), *isa = option(args, "--isa"), *stop;
-    int threads = gemma3_default_threads(), n = 0, known = !isa;
+    char **args = s->args, *end;
+    const char *seed = option(args, "--seed"), *stop;
+    int threads = gemma3_default_threads(), n = 0;
     s->chats = option(args, "-i") != NULL;
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
@@ -4999,11 +4997,6 @@ static void read_options(struct session *s)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
         s->stop[n++] = stop;
     }
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        snprintf(list + strlen(list), sizeof list - strlen(list), " %s", gemma3_isa_name(i));
-        known = known || strcmp(gemma3_isa_name(i), isa) == 0;
-    }
-    if (!known) say(WRONG, "--isa %s: this CPU can run%s", isa, list);
 }
 
 static void open_model(struct session *s, const char *path, int computes)
@@ -5458,18 +5451,15 @@ static void run_job(struct session *s, const char *path)
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
-/* The model that comes with the program lies in weights/ or beside it, or where we are. */
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
-    char real[MAX_PATH_BYTES];
-    real_path(program, 1, real);
-    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
-                 real, i % 2 ? "" : "weights/");
-        if (file_size(path) >= 0) return;
-    }
-    say(WRONG, "no model: give -m MODEL.gguf");
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path(program, 1, path);
+    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 int main(int argc, char **argv)
