@@ -2515,25 +2515,27 @@ static int cpu_has(const char *isa)
  * flush those, or a port may read its own floats in the order of a file's. */
 static const char *kernel_fault(const struct kernels *k)
 {
-    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
-                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
-    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .row_bytes = 18, .data = block};
-    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, one[32], small[32], rows[ROWS_AT_ONCE * 32];
-    float codes[1][TILE_ROWS] = {{0}}, floats[1][TILE_ROWS] = {{0}};
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, row[32], acc[1][TILE_ROWS] = {{0}};
     uint8_t tile[18 * TILE_ROWS];
     struct q8_block q8;
-    gemma3_model m = {.kernels = k};
-    gemma3_state s = {.m = &m, .row_floats = rows, .acc = floats, .n_acc = 1};
+    struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
     make_tile(tile, block, 18, 1, 1, w.format);
     k->quantize(&q8, x, 32);
-    k->mul_codes(&(struct product){.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
-                                   .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x_stride = 1, .acc = codes});
-    mul_tile_floats(&(struct matmul){.s = &s, .x = x, .n = 1, .blocks = 1}, &w, 0, 1, 0);
-    if (bits_of(codes[0][0]) != 0x80000) return "the product with int8 codes is wrong";
-    if (bits_of(floats[0][0]) != 0x80000) return "the product with floats is wrong";
-    for (int j = 0; j < 32; j++) one[j] = 1, small[j] = floats[0][0];
-    k->rmsnorm(x, one, small, 32, 0);
-    return memcmp(x, small, sizeof x) ? "subnormal numbers are lost in vectors" : NULL;
+    k->mul_codes(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    k->dequantize(&w, 0, row);
+    to_file_order(row, 32);
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)row;
+    k->mul_floats(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) x[j] = 1, row[j] = acc[0][0];
+    k->rmsnorm(x, x, row, 32, 0);
+    return memcmp(x, row, sizeof x) ? "vectors lose subnormal numbers" : NULL;
 }
 
 const char *gemma3_isa_name(int index)
@@ -3501,8 +3503,7 @@ static int choose_kernels(struct opening *o)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
             o->kernels = all_kernels[k];
             o->repacks = o->kernels->tiles && !o->options.exact && !o->options.no_repack;
-            const char *fault = kernel_fault(o->kernels);
-            return fault ? fail(o->err, "this build cannot keep the numeric contract: %s", fault) : 0;
+            return 0;
         }
     return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
@@ -3563,6 +3564,7 @@ static int open_steps(struct opening *o)
 {
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
+    if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
     if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
         bind_weights(o) || open_tokenizer(o))
