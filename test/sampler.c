@@ -19,9 +19,22 @@ static gemma3_sampler plain(uint64_t seed)
     return s;
 }
 
+/* Sampling changes the logits of ids that the penalty is for: it gets a copy. */
 static int32_t next(gemma3_sampler *s, const float *logits, int n)
 {
-    return gemma3_sample(s, logits, n, scratch);
+    static float copy[MAX_VOCAB];
+    memcpy(copy, logits, (size_t)n * sizeof *copy);
+    return gemma3_sample(s, copy, n, scratch);
+}
+
+static float next_uniform(gemma3_sampler *s) /* xorshift64*, its upper 24 bits */
+{
+    uint64_t x = s->rng;
+    x ^= x >> 12;
+    x ^= x << 25;
+    x ^= x >> 27;
+    s->rng = x;
+    return (float)(x * 0x2545F4914F6CDD1D >> 40) / 16777216.0f;
 }
 
 /* ---- The stored sequences -------------------------------------------------------------------- */
