@@ -4615,7 +4615,6 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
@@ -4631,6 +4630,9 @@ static void note_interrupt(int signal_number)
     signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
 }
 
+#if !defined(_WIN32)
+#include <unistd.h>
+
 /* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
  * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
  * that goes away, or a file beyond its limit, is an error of writing. */
@@ -4641,11 +4643,6 @@ static char **start_program(char **argv)
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     return argv;
-}
-
-static int is_terminal(FILE *f)
-{
-    return isatty(fileno(f));
 }
 
 static double seconds(void)
@@ -4671,6 +4668,98 @@ static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES
     snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
     free(found);
 }
+
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+enum { MAX_WIDE = 32768 };
+
+/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
+static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
+{
+    static const wchar_t mark[] = L"\\\\?\\";
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    wcscpy(wide, mark);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    return wide;
+}
+
+/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
+static char *narrow(const wchar_t *wide)
+{
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = calloc(1, (size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text ? text : "";
+}
+
+static char **start_program(char **argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    return text ? text : argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    wchar_t wide[MAX_WIDE];
+    if (_wstat64(widen(path, wide), &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+{
+    wchar_t wide[MAX_WIDE];
+    int found = is_program && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : path);
+    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
+    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
+    return _wfopen(widen(path, wide), wide_mode);
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    wchar_t a[MAX_WIDE], b[MAX_WIDE];
+    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
+}
+
+static void remove_file(const char *path)
+{
+    wchar_t wide[MAX_WIDE];
+    DeleteFileW(widen(path, wide));
+}
+
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
 
 /* ---- Command line: messages ---- */
 
@@ -4980,7 +5069,7 @@ static void open_model(struct session *s, const char *path, int computes)
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
     if (!f) say(FAILED, "%s: %s", path, strerror(errno));
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
@@ -5045,13 +5134,13 @@ static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
-    FILE *old = size >= 0 ? fopen(path, "r+b") : NULL; /* what may not be written stays */
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
     real_path(path, 0, s->path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? fopen(s->part, "wb") : NULL;
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
 }
 
@@ -5059,14 +5148,14 @@ static int write_out(void *session, const void *bytes, size_t n)
 {
     struct session *s = session;
     if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
-    if (strcmp(s->part, s->path) != 0) remove(s->part);
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
     flush(s->file, s->file == stdout ? "standard output" : s->path);
     return -1;
 }
 
 static void close_out(struct session *s)
 {
-    if (s->file != stdout && (fclose(s->file) || rename(s->part, s->path)))
+    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
         say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
@@ -5153,7 +5242,7 @@ static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
 static int keep_tokens(struct session *s, const char *path, const int32_t *ids, int n)
 {
     gemma3_error err;
-    FILE *f = fopen(path, "rb");
+    FILE *f = open_file(path, "rb");
     if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
     if (f) fclose(f);
     int pos = gemma3_state_pos(s->state);
