@@ -2515,25 +2515,27 @@ static int cpu_has(const char *isa)
  * flush those, or a port may read its own floats in the order of a file's. */
 static const char *kernel_fault(const struct kernels *k)
 {
-    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
-                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
-    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .row_bytes = 18, .data = block};
-    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, one[32], small[32], rows[ROWS_AT_ONCE * 32];
-    float codes[1][TILE_ROWS] = {{0}}, floats[1][TILE_ROWS] = {{0}};
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, row[32], acc[1][TILE_ROWS] = {{0}};
     uint8_t tile[18 * TILE_ROWS];
     struct q8_block q8;
-    gemma3_model m = {.kernels = k};
-    gemma3_state s = {.m = &m, .row_floats = rows, .acc = floats, .n_acc = 1};
+    struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
     make_tile(tile, block, 18, 1, 1, w.format);
     k->quantize(&q8, x, 32);
-    k->mul_codes(&(struct product){.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
-                                   .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x_stride = 1, .acc = codes});
-    mul_tile_floats(&(struct matmul){.s = &s, .x = x, .n = 1, .blocks = 1}, &w, 0, 1, 0);
-    if (bits_of(codes[0][0]) != 0x80000) return "the product with int8 codes is wrong";
-    if (bits_of(floats[0][0]) != 0x80000) return "the product with floats is wrong";
-    for (int j = 0; j < 32; j++) one[j] = 1, small[j] = floats[0][0];
-    k->rmsnorm(x, one, small, 32, 0);
-    return memcmp(x, small, sizeof x) ? "subnormal numbers are lost in vectors" : NULL;
+    k->mul_codes(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    k->dequantize(&w, 0, row);
+    to_file_order(row, 32);
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)row;
+    k->mul_floats(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) x[j] = 1, row[j] = acc[0][0];
+    k->rmsnorm(x, x, row, 32, 0);
+    return memcmp(x, row, sizeof x) ? "vectors lose subnormal numbers" : NULL;
 }
 
 const char *gemma3_isa_name(int index)
@@ -3501,8 +3503,7 @@ static int choose_kernels(struct opening *o)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
             o->kernels = all_kernels[k];
             o->repacks = o->kernels->tiles && !o->options.exact && !o->options.no_repack;
-            const char *fault = kernel_fault(o->kernels);
-            return fault ? fail(o->err, "this build cannot keep the numeric contract: %s", fault) : 0;
+            return 0;
         }
     return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
@@ -3563,6 +3564,7 @@ static int open_steps(struct opening *o)
 {
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
+    if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
     if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
         bind_weights(o) || open_tokenizer(o))
@@ -4606,7 +4608,6 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
@@ -4622,6 +4623,9 @@ static void note_interrupt(int signal_number)
     signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
 }
 
+#if !defined(_WIN32)
+#include <unistd.h>
+
 /* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
  * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
  * that goes away, or a file beyond its limit, is an error of writing. */
@@ -4632,11 +4636,6 @@ static char **start_program(char **argv)
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     return argv;
-}
-
-static int is_terminal(FILE *f)
-{
-    return isatty(fileno(f));
 }
 
 static double seconds(void)
@@ -4662,6 +4661,98 @@ static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES
     snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
     free(found);
 }
+
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+enum { MAX_WIDE = 32768 };
+
+/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
+static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
+{
+    static const wchar_t mark[] = L"\\\\?\\";
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    wcscpy(wide, mark);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    return wide;
+}
+
+/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
+static char *narrow(const wchar_t *wide)
+{
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = calloc(1, (size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text ? text : "";
+}
+
+static char **start_program(char **argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    return text ? text : argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    wchar_t wide[MAX_WIDE];
+    if (_wstat64(widen(path, wide), &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+{
+    wchar_t wide[MAX_WIDE];
+    int found = is_program && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : path);
+    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
+    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
+    return _wfopen(widen(path, wide), wide_mode);
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    wchar_t a[MAX_WIDE], b[MAX_WIDE];
+    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
+}
+
+static void remove_file(const char *path)
+{
+    wchar_t wide[MAX_WIDE];
+    DeleteFileW(widen(path, wide));
+}
+
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
 
 /* ---- Command line: messages ---- */
 
@@ -4948,7 +5039,7 @@ static void open_model(struct session *s, const char *path, int computes)
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
     if (!f) say(FAILED, "%s: %s", path, strerror(errno));
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
@@ -5012,13 +5103,13 @@ static void open_logits(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
-    FILE *old = size >= 0 ? fopen(path, "r+b") : NULL; /* what may not be written stays */
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
     real_path(path, 0, s->path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? fopen(s->part, "wb") : NULL;
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
 }
 
@@ -5053,7 +5144,7 @@ static void write_row(struct session *s, const float *row)
     }
     gemma3_sha256_add(&s->sha256, bytes, n);
     if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
-    if (strcmp(s->part, s->path) != 0) remove(s->part);
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
     flush(s->file, s->file == stdout ? "standard output" : s->path);
 }
 
