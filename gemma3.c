@@ -4816,8 +4816,7 @@ static const char *const help[] = {
     "  -p TEXT              continue TEXT, as it stands, after <bos>",
     "  -f FILE              continue the text in FILE; - is stdin",
     "  --ids FILE           continue the ids in FILE as they are; - is stdin",
-    "  -i                   chat; /clear forgets, /quit ends, Ctrl-C stops an answer, a line that",
-    "                       ends in \\ goes on in the next",
+    "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
     "  --system TEXT        put before the first turn of a chat",
     "  --special            control tokens are read and printed as their text",
     "  --no-bos             no <bos> before the text\n\nWhat to write:",
@@ -4831,8 +4830,7 @@ static const char *const help[] = {
     "  --stop TEXT          end before TEXT; may be given several times",
     "  --out-ids            print the ids generated, without the stop token, not their text",
     "\nNumbers instead of text (nothing is generated unless -n is given):",
-    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout, and what",
-    "                       else is asked for goes to stderr",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; -: stdout, all else stderr",
     "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
     "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
     "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
@@ -4928,9 +4926,9 @@ static void check_options(char **args)
     int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
                  !!option(args, "--detokenize") + !!option(args, "--info");
     if (n_jobs != 1)
-        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize "
-            "and --info, not several" : "nothing to do: give a prompt with -p TEXT, -f FILE (- is "
-            "stdin) or --ids FILE, or chat with -i");
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
     if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
         say(WRONG, "--kv %s: expected f16 or f32", kv);
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
@@ -5024,7 +5022,7 @@ static void open_model(struct session *s, const char *path, int computes)
     if (!computes) return;
 
     size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
-    size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
@@ -5047,8 +5045,7 @@ static char *read_file(const char *path, size_t *n)
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
-        if (size < (long long)room) size = (long long)room;
-        if (size > MAX_TEXT_BYTES)
+        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
@@ -5153,13 +5150,6 @@ static void write_row(struct session *s, const float *row)
 
 /* ---- Command line: tokens in, text out ---- */
 
-static int are_numbers(const float *x, size_t n)
-{
-    int all = 1;
-    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
-    return all;
-}
-
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
@@ -5167,9 +5157,10 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
-            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    for (int r = 0, is_good = 1; r < n_rows && s->fault < 0; r++) {
+        for (size_t i = 0; i < n_vocab; i++) is_good &= !!isfinite(s->logits[r * n_vocab + i]);
+        if (!is_good) s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    }
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5312,12 +5303,11 @@ static void print_info(const struct session *s)
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    printf("\nweights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
-           p->n_batch, p->n_threads);
+    printf("\nweights                %zu bytes, %zu read for each token generated\n"
+           "KV cache               %zu bytes for -c %d in %s\n"
+           "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch, p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5326,9 +5316,9 @@ static int answer(struct session *s, const char *text)
     const char *system = option(s->args, "--system");
     int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
     int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
+    int n = room > MAX_TEXT_BYTES ? -2 :
+            gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
     if (n > left) {
@@ -5367,59 +5357,23 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says. */
-static void check_template(const struct session *s)
-{
-    static const char *const more[] = {"source_lang_code", "developer", "tools", "<start_of_turn>"};
-    size_t n = 0;
-    const char *text = gemma3_model_chat_template(s->model, &n);
-    if (!text)
-        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    for (int i = 0; text && i < 4; i++) {
-        size_t length = strlen(more[i]), at = 0;
-        while (at + length <= n && memcmp(text + at, more[i], length) != 0) at++;
-        if ((at + length <= n) != (i == 3))
-            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
-                i == 3 ? "has no" : "asks for", more[i]);
-    }
-}
-
-/* A full context ends the chat, unless somebody is there to type /clear. */
+/* Turns are Gemma's, whatever the file's template says. A full context ends the chat, unless somebody
+ * is there to type /clear. */
 static void chat(struct session *s)
 {
-    int goes_on = 1;
+    size_t n = 0, at = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
-    check_template(s);
-    while (goes_on && s->fault < 0 && (line = read_line())) {
+    while (at + 15 <= n && memcmp(template + at, "<start_of_turn>", 15) != 0) at++;
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    else if (at + 15 > n)
+        say(NOTE, "the file's chat template has no <start_of_turn>: turns here are Gemma's");
+    for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
         else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
-        free(line);
     }
-}
-
-/* The library calls this with every tensor inside. */
-static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
-{
-    char *first = user;
-    (void)pos;
-    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
-    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
-}
-
-/* The same tokens again, tensor by tensor. */
-static void explain_fault(struct session *s)
-{
-    char first[64] = "";
-    gemma3_error err;
-    int can_try = !gemma3_model_is_exact(s->model) || s->params.kv_type != GEMMA3_KV_F32;
-    s->params.trace = find_fault, s->params.trace_user = first;
-    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
-    if (again)
-        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
-    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        can_try ? ": try --kv f32 or --exact" : "",
-        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
 /* Everything that needs a model. */
@@ -5440,7 +5394,9 @@ static void run_job(struct session *s, const char *path)
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
-    if (s->fault >= 0) explain_fault(s);
+    if (s->fault >= 0)
+        say(FAILED, "logits are not numbers at position %d%s", s->fault, s->params.kv_type ==
+            GEMMA3_KV_F32 && gemma3_model_is_exact(s->model) ? "" : ": try --kv f32 or --exact");
     if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
