@@ -4757,8 +4757,6 @@ static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES
     free(found);
 }
 
-/* ---- Command line: messages ---- */
-
 /* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
 {
@@ -4830,7 +4828,7 @@ static const char *const help[] = {
     "  --stop TEXT          end before TEXT; may be given several times",
     "  --out-ids            print the ids generated, without the stop token, not their text",
     "\nNumbers instead of text (nothing is generated unless -n is given):",
-    "  --logits FILE        float32, little-endian, [positions][n_vocab]; -: stdout, all else stderr",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout",
     "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
     "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
     "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
@@ -4916,26 +4914,6 @@ static int next_number(const char **list, int *x)
     return 1;
 }
 
-/* One thing to do, and nothing that would have no effect. */
-static void check_options(char **args)
-{
-    const char *kv = option(args, "--kv"), *tokenize = option(args, "--tokenize");
-    const char *file = option(args, "-f"), *logits = option(args, "--logits");
-    int numbers = logits || option(args, "--hash"), chats = option(args, "-i") != NULL;
-    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
-    int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
-                 !!option(args, "--detokenize") + !!option(args, "--info");
-    if (n_jobs != 1)
-        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
-            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
-            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
-    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", kv);
-    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!chats && option(args, "--system")) say(WRONG, "--system needs -i");
-}
-
 /* ---- Command line: a session, which is an opened model and all that goes with it ---- */
 
 struct session {
@@ -4966,13 +4944,27 @@ struct session {
     double read_seconds, write_seconds;
 };
 
-/* What can be wrong before the model is opened. */
+/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
 static void read_options(struct session *s)
 {
     char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *stop;
+    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
+    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
     int threads = gemma3_default_threads(), n = 0;
+    int numbers = option(args, "--logits") || option(args, "--hash");
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
     s->chats = option(args, "-i") != NULL;
+    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
     s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
@@ -5097,8 +5089,6 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-/* ---- Command line: numbers out ---- */
-
 static void open_logits(struct session *s, const char *path)
 {
     char magic[4] = "";
@@ -5147,8 +5137,6 @@ static void write_row(struct session *s, const float *row)
     if (strcmp(s->part, s->path) != 0) remove(s->part);
     flush(s->file, s->file == stdout ? "standard output" : s->path);
 }
-
-/* ---- Command line: tokens in, text out ---- */
 
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
@@ -5273,11 +5261,10 @@ static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
     const gemma3_params *p = &s->params;
-    const struct { const char *name, *key; double value; } fields[] = {
-        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
-        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
-        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
-        {"head_dim", "attention.key_length", c->head_dim},
+    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+        {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
+        {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
         {"n_ctx_train", "context_length", c->n_ctx_train},
         {"window", "attention.sliding_window", c->window},
         {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
@@ -5307,7 +5294,8 @@ static void print_info(const struct session *s)
            "KV cache               %zu bytes for -c %d in %s\n"
            "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
            gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch, p->n_threads);
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
+           p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5357,8 +5345,8 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* Turns are Gemma's, whatever the file's template says. A full context ends the chat, unless somebody
- * is there to type /clear. */
+/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
+ * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
     size_t n = 0, at = 0;
@@ -5430,7 +5418,6 @@ int main(int argc, char **argv)
     } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
-        check_options(s.args);
         read_options(&s);
         if (!path) find_model(argc > 0 ? argv[0] : "", found);
         run_job(&s, path ? path : found);
