@@ -4706,19 +4706,13 @@ enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP
 
 /* ---- Command line: what is asked of the system ---- */
 
-/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
- * one variable of the program that does not live in a struct. */
+/* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
+ * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
+static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
-static void note_interrupt(int signal_number)
-{
-    interrupted = 1;
-    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
-}
-
-/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
- * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
- * that goes away, or a file beyond its limit, is an error of writing. */
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
 static char **start_program(char **argv)
 {
     for (int fd = 0; fd < 3; fd++)
@@ -4728,10 +4722,7 @@ static char **start_program(char **argv)
     return argv;
 }
 
-static int is_terminal(FILE *f)
-{
-    return isatty(fileno(f));
-}
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 static double seconds(void)
 {
@@ -4748,12 +4739,12 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links; of the program, where it lies however it was started. */
-static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+/* Where a path leads through links, or, when there is nothing, the other one. */
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
-    char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
-    if (!found) found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    char *found = realpath(path, NULL);
+    if (!found) found = realpath(otherwise, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
     free(found);
 }
 
@@ -4793,8 +4784,7 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* What was written gets out, or we say why not: errno is that of the write that failed, now or
- * before. A reader that has gone away knows. */
+/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
 static void flush(FILE *f, const char *name)
 {
     if (fflush(f) == 0 && !ferror(f)) return;
@@ -4804,8 +4794,7 @@ static void flush(FILE *f, const char *name)
 
 /* ---- Command line: the options ---- */
 
-/* The help is also the table of options: a line of two spaces, the name and, after one more, its
- * value, which may be absent when it stands in [ ]. */
+/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
@@ -4851,15 +4840,14 @@ static const char *const help[] = {
 /* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
 static const char *next_option(char ***args, const char **value)
 {
-    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
     const char *arg = *(*args)++, *next = **args, *form = NULL;
     size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
     for (int i = 0; help[i] && !form; i++)
         if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
-    for (int i = 0; i < 5 && !form; i++)
-        if (strlen(moved[i]) == n && memcmp(moved[i], arg, n) == 0)
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(arg + 2, "-="), arg + 2);
+    if (!form && n > 4 && strstr(moved, arg))
+        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+            (int)strcspn(arg + 2, "-"), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
     const char *what = form + n + 1;
     *value = "";
@@ -4897,8 +4885,7 @@ static double number(char **args, const char *name, int is_whole, double least, 
     return x;
 }
 
-/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
- * is something else. */
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
 static int next_number(const char **list, int *x)
 {
     static const char between[] = ", \t\r\n\v\f";
@@ -5012,7 +4999,6 @@ static void open_model(struct session *s, const char *path, int computes)
     s->params.pool = s->pool;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
-
     size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
     size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     size_t need = gemma3_state_size(s->model, &s->params);
@@ -5097,7 +5083,7 @@ static void open_logits(struct session *s, const char *path)
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, 0, s->path);
+    real_path(path, path, s->path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
     s->file = size < 0 || old ? fopen(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
@@ -5203,8 +5189,7 @@ static int print_token(struct session *s, int32_t id)
     return 1;
 }
 
-/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
- * because the conversation goes on after it. */
+/* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
     double start = seconds();
@@ -5399,7 +5384,7 @@ static void run_job(struct session *s, const char *path)
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(program, 1, path);
+    real_path("/proc/self/exe", program, path); /* however it was started */
     size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
     if (file_size(path) < 0) strcpy(path, model);

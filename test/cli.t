@@ -174,7 +174,7 @@ refuses(2, qr/--positions "0,x": expected whole numbers/, "--positions 0,x", "-m
 refuses(2, qr/--positions needs/, "--positions alone", "-m", $tiny, "-p", "a", "--positions", "0");
 refuses(2, qr/--system needs -i/, "--system without -i", "-m", $tiny, "-p", "a", "--system", "b");
 refuses(2, qr/need -p, -f or --ids/, "--hash of a chat", "-m", $tiny, "-i", "--hash");
-for my $moved ("--nll", "--perplexity", "--perplexity=a.txt", "--top", "--trace", "--trace-dir") {
+for my $moved ("--nll", "--perplexity", "--top", "--trace", "--trace-dir") {
     my ($option, $job) = $moved =~ /^(--(\w+)[\w-]*)/;
     refuses(2, qr{^gemma3: $option is now `test/conform $job` \(make conform\)}, "$moved, which has moved",
         "-m", $tiny, "-p", "a", $moved, "1");
