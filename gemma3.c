@@ -4613,22 +4613,16 @@ enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP
 
 /* ---- Command line: what is asked of the system ---- */
 
-/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
- * one variable of the program that does not live in a struct. */
+/* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
+ * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
-
-static void note_interrupt(int signal_number)
-{
-    interrupted = 1;
-    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
-}
+static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
 #if !defined(_WIN32)
 #include <unistd.h>
 
-/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
- * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
- * that goes away, or a file beyond its limit, is an error of writing. */
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
 static char **start_program(char **argv)
 {
     for (int fd = 0; fd < 3; fd++)
@@ -4637,6 +4631,8 @@ static char **start_program(char **argv)
     signal(SIGXFSZ, SIG_IGN);
     return argv;
 }
+
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 static double seconds(void)
 {
@@ -4653,20 +4649,18 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links; of the program, where it lies however it was started. */
-static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+/* Where a path leads through links, or, when there is nothing, the other one. */
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
-    char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
-    if (!found) found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    char *found = realpath(path, NULL);
+    if (!found) found = realpath(otherwise, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
     free(found);
 }
 
 static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
 static int replace_file(const char *from, const char *to) { return rename(from, to); }
 static void remove_file(const char *path) { remove(path); }
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
@@ -4724,11 +4718,11 @@ static long long file_size(const char *path)
     return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
 }
 
-static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
-    wchar_t wide[MAX_WIDE];
-    int found = is_program && GetModuleFileNameW(NULL, wide, MAX_WIDE);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : path);
+    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
+    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
     for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
 }
 
@@ -4753,8 +4747,6 @@ static void remove_file(const char *path)
 
 static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
 #endif
-
-/* ---- Command line: messages ---- */
 
 /* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
@@ -4792,8 +4784,7 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* What was written gets out, or we say why not: errno is that of the write that failed, now or
- * before. A reader that has gone away knows. */
+/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
 static void flush(FILE *f, const char *name)
 {
     if (fflush(f) == 0 && !ferror(f)) return;
@@ -4803,8 +4794,7 @@ static void flush(FILE *f, const char *name)
 
 /* ---- Command line: the options ---- */
 
-/* The help is also the table of options: a line of two spaces, the name and, after one more, its
- * value, which may be absent when it stands in [ ]. */
+/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
@@ -4813,8 +4803,7 @@ static const char *const help[] = {
     "  -p TEXT              continue TEXT, as it stands, after <bos>",
     "  -f FILE              continue the text in FILE; - is stdin",
     "  --ids FILE           continue the ids in FILE as they are; - is stdin",
-    "  -i                   chat; /clear forgets, /quit ends, Ctrl-C stops an answer, a line that",
-    "                       ends in \\ goes on in the next",
+    "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
     "  --system TEXT        put before the first turn of a chat",
     "  --special            control tokens are read and printed as their text",
     "  --no-bos             no <bos> before the text\n\nWhat to write:",
@@ -4828,8 +4817,7 @@ static const char *const help[] = {
     "  --stop TEXT          end before TEXT; may be given several times",
     "  --out-ids            print the ids generated, without the stop token, not their text",
     "\nNumbers instead of text (nothing is generated unless -n is given):",
-    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout, and what",
-    "                       else is asked for goes to stderr",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout",
     "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
     "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
     "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
@@ -4852,15 +4840,14 @@ static const char *const help[] = {
 /* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
 static const char *next_option(char ***args, const char **value)
 {
-    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
     const char *arg = *(*args)++, *next = **args, *form = NULL;
     size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
     for (int i = 0; help[i] && !form; i++)
         if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
-    for (int i = 0; i < 5 && !form; i++)
-        if (strlen(moved[i]) == n && memcmp(moved[i], arg, n) == 0)
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(arg + 2, "-="), arg + 2);
+    if (!form && n > 4 && strstr(moved, arg))
+        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+            (int)strcspn(arg + 2, "-"), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
     const char *what = form + n + 1;
     *value = "";
@@ -4898,8 +4885,7 @@ static double number(char **args, const char *name, int is_whole, double least, 
     return x;
 }
 
-/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
- * is something else. */
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
 static int next_number(const char **list, int *x)
 {
     static const char between[] = ", \t\r\n\v\f";
@@ -4913,26 +4899,6 @@ static int next_number(const char **list, int *x)
     *list = end;
     *x = (int)number;
     return 1;
-}
-
-/* One thing to do, and nothing that would have no effect. */
-static void check_options(char **args)
-{
-    const char *kv = option(args, "--kv"), *tokenize = option(args, "--tokenize");
-    const char *file = option(args, "-f"), *logits = option(args, "--logits");
-    int numbers = logits || option(args, "--hash"), chats = option(args, "-i") != NULL;
-    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
-    int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
-                 !!option(args, "--detokenize") + !!option(args, "--info");
-    if (n_jobs != 1)
-        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize "
-            "and --info, not several" : "nothing to do: give a prompt with -p TEXT, -f FILE (- is "
-            "stdin) or --ids FILE, or chat with -i");
-    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", kv);
-    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!chats && option(args, "--system")) say(WRONG, "--system needs -i");
 }
 
 /* ---- Command line: a session, which is an opened model and all that goes with it ---- */
@@ -4965,13 +4931,27 @@ struct session {
     double read_seconds, write_seconds;
 };
 
-/* What can be wrong before the model is opened. */
+/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
 static void read_options(struct session *s)
 {
     char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *stop;
+    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
+    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
     int threads = gemma3_default_threads(), n = 0;
+    int numbers = option(args, "--logits") || option(args, "--hash");
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
     s->chats = option(args, "-i") != NULL;
+    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
     s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
@@ -5019,9 +4999,8 @@ static void open_model(struct session *s, const char *path, int computes)
     s->params.pool = s->pool;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
-
     size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
-    size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
@@ -5044,8 +5023,7 @@ static char *read_file(const char *path, size_t *n)
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
-        if (size < (long long)room) size = (long long)room;
-        if (size > MAX_TEXT_BYTES)
+        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
@@ -5097,8 +5075,6 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-/* ---- Command line: numbers out ---- */
-
 static void open_logits(struct session *s, const char *path)
 {
     char magic[4] = "";
@@ -5107,7 +5083,7 @@ static void open_logits(struct session *s, const char *path)
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, 0, s->path);
+    real_path(path, path, s->path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
     s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
@@ -5148,15 +5124,6 @@ static void write_row(struct session *s, const float *row)
     flush(s->file, s->file == stdout ? "standard output" : s->path);
 }
 
-/* ---- Command line: tokens in, text out ---- */
-
-static int are_numbers(const float *x, size_t n)
-{
-    int all = 1;
-    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
-    return all;
-}
-
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
@@ -5164,9 +5131,10 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
-            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    for (int r = 0, is_good = 1; r < n_rows && s->fault < 0; r++) {
+        for (size_t i = 0; i < n_vocab; i++) is_good &= !!isfinite(s->logits[r * n_vocab + i]);
+        if (!is_good) s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    }
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5221,8 +5189,7 @@ static int print_token(struct session *s, int32_t id)
     return 1;
 }
 
-/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
- * because the conversation goes on after it. */
+/* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
     double start = seconds();
@@ -5264,7 +5231,7 @@ static void continue_prompt(struct session *s)
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
     else if (logits) open_logits(s, logits);
     read_tokens(s, s->ids, s->n_ids);
-    if (s->file && s->file != stdout && (fclose(s->file) || rename(s->part, s->path)))
+    if (s->file && s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
         say(FAILED, "%s: %s", s->path, strerror(errno));
     gemma3_sha256_end(&s->sha256, hex);
     if (hash)
@@ -5279,11 +5246,10 @@ static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
     const gemma3_params *p = &s->params;
-    const struct { const char *name, *key; double value; } fields[] = {
-        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
-        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
-        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
-        {"head_dim", "attention.key_length", c->head_dim},
+    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+        {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
+        {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
         {"n_ctx_train", "context_length", c->n_ctx_train},
         {"window", "attention.sliding_window", c->window},
         {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
@@ -5309,12 +5275,12 @@ static void print_info(const struct session *s)
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    printf("\nweights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
-           p->n_batch, p->n_threads);
+    printf("\nweights                %zu bytes, %zu read for each token generated\n"
+           "KV cache               %zu bytes for -c %d in %s\n"
+           "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
+           p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5323,9 +5289,9 @@ static int answer(struct session *s, const char *text)
     const char *system = option(s->args, "--system");
     int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
     int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
+    int n = room > MAX_TEXT_BYTES ? -2 :
+            gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
     if (n > left) {
@@ -5364,59 +5330,23 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says. */
-static void check_template(const struct session *s)
-{
-    static const char *const more[] = {"source_lang_code", "developer", "tools", "<start_of_turn>"};
-    size_t n = 0;
-    const char *text = gemma3_model_chat_template(s->model, &n);
-    if (!text)
-        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    for (int i = 0; text && i < 4; i++) {
-        size_t length = strlen(more[i]), at = 0;
-        while (at + length <= n && memcmp(text + at, more[i], length) != 0) at++;
-        if ((at + length <= n) != (i == 3))
-            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
-                i == 3 ? "has no" : "asks for", more[i]);
-    }
-}
-
-/* A full context ends the chat, unless somebody is there to type /clear. */
+/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
+ * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    int goes_on = 1;
+    size_t n = 0, at = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
-    check_template(s);
-    while (goes_on && s->fault < 0 && (line = read_line())) {
+    while (at + 15 <= n && memcmp(template + at, "<start_of_turn>", 15) != 0) at++;
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    else if (at + 15 > n)
+        say(NOTE, "the file's chat template has no <start_of_turn>: turns here are Gemma's");
+    for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
         else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
-        free(line);
     }
-}
-
-/* The library calls this with every tensor inside. */
-static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
-{
-    char *first = user;
-    (void)pos;
-    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
-    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
-}
-
-/* The same tokens again, tensor by tensor. */
-static void explain_fault(struct session *s)
-{
-    char first[64] = "";
-    gemma3_error err;
-    int can_try = !gemma3_model_is_exact(s->model) || s->params.kv_type != GEMMA3_KV_F32;
-    s->params.trace = find_fault, s->params.trace_user = first;
-    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
-    if (again)
-        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
-    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        can_try ? ": try --kv f32 or --exact" : "",
-        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
 /* Everything that needs a model. */
@@ -5437,7 +5367,9 @@ static void run_job(struct session *s, const char *path)
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
-    if (s->fault >= 0) explain_fault(s);
+    if (s->fault >= 0)
+        say(FAILED, "logits are not numbers at position %d%s", s->fault, s->params.kv_type ==
+            GEMMA3_KV_F32 && gemma3_model_is_exact(s->model) ? "" : ": try --kv f32 or --exact");
     if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
@@ -5452,7 +5384,7 @@ static void run_job(struct session *s, const char *path)
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(program, 1, path);
+    real_path("/proc/self/exe", program, path); /* however it was started */
     size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
     if (file_size(path) < 0) strcpy(path, model);
@@ -5471,7 +5403,6 @@ int main(int argc, char **argv)
     } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
-        check_options(s.args);
         read_options(&s);
         if (!path) find_model(argc > 0 ? argv[0] : "", found);
         run_job(&s, path ? path : found);
