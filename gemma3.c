@@ -1830,7 +1830,8 @@ static void NAME(mix_values)(const struct mix *m)
 #define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
 #define splat NAME(splat)                 /* a float in every lane */
 #define mul_add NAME(mul_add)         /* a * b + c rounded once */
-#define join_floats NAME(join_floats)               /* 16 lanes as rule 4's tree */
+#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
+#define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
 #define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
 #define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
@@ -1839,6 +1840,24 @@ static void NAME(mix_values)(const struct mix *m)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#define four NAME(four)
+typedef float four __attribute__((vector_size(16)));
+#if defined(HAVE_X86)
+INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+}
+#else
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
+#endif
 
 #if LANES == 8
 /* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
@@ -1850,13 +1869,6 @@ INLINE ints look_up(ints c)
 {
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
-}
-INLINE float join_floats(const floats sum[2])
-{
-    __m256 eight = (__m256)(sum[0] + sum[1]);                          /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 typedef ints dot_sum;
 #if defined(HAS_DPBUSD)
@@ -1895,14 +1907,6 @@ INLINE ints look_up(ints c)
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
 }
-INLINE float join_floats(const floats sum[1])
-{
-    __m256 low = _mm512_castps512_ps256((__m512)sum[0]), high = _mm512_extractf32x8_ps((__m512)sum[0], 1);
-    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 typedef ints dot_sum;
 enum { NAME(INT16_SUMS) = 0 };
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
@@ -1921,12 +1925,6 @@ INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8
 INLINE ints look_up(ints c)
 {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
-}
-INLINE float join_floats(const floats sum[4])
-{
-    float32x4_t four = (sum[0] + sum[2]) + (sum[1] + sum[3]);          /* lane j + j+8, + 4 */
-    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 #if defined(HAS_DPBUSD)
 enum { NAME(INT16_SUMS) = 0 };
@@ -1959,6 +1957,17 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
+INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+{
+    const float *lane[4] = {a, b, c, d};
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
 INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
 INLINE ints repeat_4(const int8_t *p)
 {
@@ -2222,52 +2231,67 @@ static void NAME(mul_codes)(const struct product *p)
 
 /* ---- Floats ---- */
 
+enum { NAME(COLS_AT_ONCE) = 512, NAME(POSITIONS_AT_ONCE) = 128 }; /* what stays in a cache of 32 KB */
+
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
+ * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
+ * 8). One row times one vector is a stream, and takes all lanes in one pass. */
 #define mul_floats_part NAME(mul_floats_part)
-INLINE void mul_floats_part(const struct product *p, int type, int r0, int RT, int i0, int NT)
+INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
     enum { PARTS = 16 / LANES };
-    floats sum[4][4][PARTS];
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int k = 0; k < PARTS; k++) sum[r][i][k] = splat(0);
+    const int NP = NR == 1 ? PARTS : 1, size = type == F32 ? 4 : 2, whole = p->cols & ~15;
     const uint8_t *rows = p->rows + r0 * p->row_bytes;
     const float *x = p->x + i0 * p->x_stride;
-    const int size = type == F32 ? 4 : 2;
-    int j = 0;
-    for (; j + 16 <= p->cols; j += 16)
-        UNROLL for (int k = 0; k < PARTS; k++)
-            UNROLL for (int r = 0; r < RT; r++) {
-                floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
-                UNROLL for (int i = 0; i < NT; i++)
-                    sum[r][i][k] = mul_add(w, load_floats(x + i * p->x_stride + j + LANES * k), sum[r][i][k]);
-            }
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) {
-            float lane[16];
-            if (j == p->cols) {
-                p->acc[i0 + i][r0 + r] = join_floats(sum[r][i]);
-                continue;
-            }
-            memcpy(lane, sum[r][i], sizeof lane); /* elements past the last multiple of 16 */
-            for (int jj = j; jj < p->cols; jj++)
-                lane[jj % 16] = fma_of(load_float(type, rows + r * p->row_bytes, jj), x[i * p->x_stride + jj], lane[jj % 16]);
-            p->acc[i0 + i][r0 + r] = join_lanes(lane);
+    float lane[4][4][16];
+    if (whole == 0) memset(lane, 0, sizeof lane);
+    for (int j0 = 0, end; j0 < whole; j0 = end) {
+        end = NP == PARTS ? whole : min_int(j0 + NAME(COLS_AT_ONCE), whole);
+        for (int l = 0; l < 16; l += NP * LANES) {
+            floats sum[4][4][PARTS];
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        sum[i][r][k] = j0 ? load_floats(lane[i][r] + l + LANES * k) : splat(0);
+            for (int j = j0 + l; j < end; j += 16)
+                UNROLL for (int k = 0; k < NP; k++) {
+                    floats xj[4];
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    UNROLL for (int r = 0; r < NR; r++) {
+                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                    }
+                }
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        store_floats(lane[i][r] + l + LANES * k, sum[i][r][k]);
         }
+    }
+    UNROLL for (int i = 0; i < NV; i++) {
+        for (int j = whole; j < p->cols; j++)
+            for (int r = 0; r < NR; r++)
+                lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
+                                            x[i * p->x_stride + j], lane[i][r][j % 16]);
+        float joined[4];
+        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
+    }
 }
 
 #define mul_floats_of NAME(mul_floats_of)
 INLINE void mul_floats_of(const struct product *p, int type)
 {
-    enum { RT = LANES == 16 ? 4 : 2, NT = RT };
-    int i = 0;
-    for (; i + NT <= p->n; i += NT) {
-        int r = 0;
-        for (; r + RT <= p->n_rows; r += RT) mul_floats_part(p, type, r, RT, i, NT);
-        for (; r < p->n_rows; r++)
-            for (int k = 0; k < NT; k++) mul_floats_part(p, type, r, 1, i + k, 1);
+    enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
+    int r = 0, i;
+    for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
+        for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
-    for (; i < p->n; i++)
-        for (int r = 0; r < p->n_rows; r++) mul_floats_part(p, type, r, 1, i, 1);
+    for (; r < p->n_rows; r++)
+        for (i = 0; i < p->n; i++) mul_floats_part(p, type, r, i, 1, 1);
 }
 
 static void NAME(mul_floats)(const struct product *p)
@@ -2279,36 +2303,43 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
 #define mix_part NAME(mix_part)
-INLINE void mix_part(const struct mix *m, int type, int i0, int NT)
+INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
     enum { PARTS = MIX_WIDTH / LANES };
-    floats sum[8][PARTS];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    const int size = type == F32 ? 4 : 2;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) sum[i][k] = load_floats(out + i * m->out_stride + LANES * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        const uint8_t *v = m->v + p * m->v_bytes;
-        __builtin_prefetch(v + NAME(PREFETCH_STREAM));
-        UNROLL for (int k = 0; k < PARTS; k++) {
-            floats part = widen(type, v + size * LANES * k);
-            UNROLL for (int i = 0; i < NT; i++) sum[i][k] = mul_add(splat(e[i * m->e_stride + p]), part, sum[i][k]);
+    const int NP = min_int(PARTS, NQ > 4 ? 2 : 4), size = type == F32 ? 4 : 2;
+    const float *e = m->e + q0 * m->e_stride;
+    for (int j = 0; j < MIX_WIDTH; j += NP * LANES) {
+        floats sum[8][4], v[4];
+        float *out = m->out + q0 * m->out_stride + j;
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+        for (int p = p0; p < end; p++) {
+            const uint8_t *from = m->v + p * m->v_bytes + size * j;
+            __builtin_prefetch(from + NAME(PREFETCH_STREAM));
+            UNROLL for (int k = 0; k < NP; k++) v[k] = widen(type, from + size * LANES * k);
+            UNROLL for (int q = 0; q < NQ; q++) {
+                floats ep = splat(e[q * m->e_stride + p]);
+                UNROLL for (int k = 0; k < NP; k++) sum[q][k] = mul_add(ep, v[k], sum[q][k]);
+            }
         }
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) store_floats(out + i * m->out_stride + LANES * k, sum[i][k]);
 }
 
 #define mix_of NAME(mix_of)
 INLINE void mix_of(const struct mix *m, int type)
 {
-    int i = 0;
-    for (; LANES == 16 && i + 8 <= m->n; i += 8) mix_part(m, type, i, 8);
-    for (; i + 2 <= m->n; i += 2) mix_part(m, type, i, 2);
-    for (; i < m->n; i++) mix_part(m, type, i, 1);
+    enum { MANY = LANES == 8 ? 6 : 8, FEW = LANES == 8 ? 2 : 4 };
+    for (int p = 0, end; p < m->n_pos; p = end) {
+        int q = 0;
+        end = min_int(m->n_pos, p + NAME(POSITIONS_AT_ONCE));
+        for (; q + MANY <= m->n; q += MANY) mix_part(m, type, p, end, q, MANY);
+        for (; q + FEW <= m->n; q += FEW) mix_part(m, type, p, end, q, FEW);
+        for (; q < m->n; q++) mix_part(m, type, p, end, q, 1);
+    }
 }
 
 static void NAME(mix_values)(const struct mix *m)
