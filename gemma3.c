@@ -133,8 +133,11 @@
  * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* some targets do not know the first */
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
+#pragma clang diagnostic pop
 #endif
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
@@ -5096,6 +5099,7 @@ static char *read_line(void)
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
+    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
     free(line);
