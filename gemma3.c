@@ -280,7 +280,7 @@ struct gemma3_state {
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
     char error[256];
 };
 
@@ -340,7 +340,7 @@ struct kernels {
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
     /* out [cols] = row r of w as float32, as its format defines. */
-    void (*dequantize)(const struct matrix *w, int r, float *out);
+    void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
     /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
@@ -427,7 +427,7 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     const gemma3_config *c = s->c;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
+        s->m->kernels->dequantize(&s->m->token_embd, ids[i], 1, x);
         for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
     }
 }
@@ -1473,19 +1473,6 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
         }
 }
 
-/* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
-static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[MAX_BLOCK_BYTES])
-{
-    const struct format *f = w->format;
-    if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
-    size_t blocks = (size_t)w->cols / f->elements, tile = (size_t)(r / TILE_ROWS) * blocks + k;
-    const uint8_t *from = w->data + tile * TILE_ROWS * f->bytes;
-    for (int j = 0; j < 3 && f->field[j].unit; j++)
-        for (int at = f->field[j].at, u = f->field[j].unit, end = at + f->field[j].bytes; at < end; at += u)
-            memcpy(buffer + at, from + TILE_ROWS * at + u * (r % TILE_ROWS), u);
-    return buffer;
-}
-
 /* ---- A tile times vectors ---- */
 
 /* Our own floats, from now on in the order of a file's bytes. */
@@ -1494,33 +1481,22 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-enum { ROWS_AT_ONCE = 4 };            /* rows dequantised for exact mode, for all vectors */
-
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
 static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
 {
     const gemma3_state *s = job->s;
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
                         .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
                         .acc = acc_of(s, worker)};
-    if (is_float(w->format)) {
-        s->m->kernels->mul_floats(&p);
-        return;
+    if (!is_float(w->format)) {
+        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
+        s->m->kernels->dequantize(w, row, n_rows, rows);
+        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
+        p.format = find_format(F32);
+        p.rows = (const uint8_t *)rows;
+        p.row_bytes = 4 * (size_t)w->cols;
     }
-    p.format = find_format(F32);
-    p.rows = (const uint8_t *)rows;
-    p.row_bytes = 4 * (size_t)w->cols;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        p.n_rows = min_int(n_rows - r, ROWS_AT_ONCE);
-        for (int a = 0; a < p.n_rows; a++) {
-            float *to = rows + (size_t)a * w->cols;
-            s->m->kernels->dequantize(w, row + r + a, to);
-            to_file_order(to, w->cols); /* mul_floats reads floats as files have them */
-        }
-        p.acc = (float (*)[TILE_ROWS])(acc_of(s, worker)[0] + r); /* p.acc[i][0] is acc[i][r] */
-        s->m->kernels->mul_floats(&p);
-    }
+    s->m->kernels->mul_floats(&p);
 }
 
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
@@ -1642,27 +1618,6 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* The values of the `gguf` package, bit for bit: each is rounded at most twice, as there. */
-static void NAME(dequantize)(const struct matrix *w, int r, float *out)
-{
-    const struct format *f = w->format;
-    uint8_t buffer[MAX_BLOCK_BYTES];
-    struct group o;
-    if (is_float(f))
-        for (int j = 0; j < w->cols; j++) out[j] = load_float(f->type, w->data + r * w->row_bytes, j);
-    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
-        const uint8_t *block = block_of_row(w, r, k, buffer);
-        for (int g = 0; g < f->elements / 32; g++, out += 32) {
-            unpack(f, block, g, &o);
-            for (int h = 0; h < 2; h++) {
-                float d = o.d * (float)o.scale[h], m = o.m * (float)o.min[h];
-                for (int j = 16 * h; j < 16 * h + 16; j++) out[j] = d * (float)o.code[j];
-                for (int j = 16 * h; f->has_min && j < 16 * h + 16; j++) out[j] += m;
-            }
-        }
-    }
-}
-
 /* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
  * the 1. */
 static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
@@ -1765,6 +1720,22 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
 }
 
 #if LANES == 1
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
+ * twice, as there. */
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    struct group o;
+    for (const uint8_t *row = w->data + r * w->row_bytes; n > 0; n--, row += w->row_bytes) {
+        for (int j = 0; is_float(f) && j < w->cols; j++) *out++ = load_float(f->type, row, j);
+        for (int b = 0; !is_float(f) && b < w->cols / 32; b++, out += 32) {
+            unpack(f, row + (size_t)(32 * b / f->elements) * f->bytes, b % (f->elements / 32), &o);
+            for (int j = 0; j < 32; j++) out[j] = o.d * (float)o.scale[j / 16] * (float)o.code[j];
+            for (int j = 0; f->has_min && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
+        }
+    }
+}
+
 /* Rows of integer formats, as they lie in the file (rule 2). */
 static void NAME(mul_codes)(const struct product *p)
 {
@@ -2189,6 +2160,37 @@ static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct pane
         store_floats(out->d + r, s.d);
         store_floats(out->m + r, s.m);
         for (int h = 0; h < 2; h++) store_floats(out->scale[h] + r, s.scale[h]), store_floats(out->min[h] + r, s.min[h]);
+    }
+}
+
+/* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
+{
+    const int flips = !NAME(INT16_SUMS) && LANES > 4, bias = f->is_wide ? 128 : f->bias;
+    uint8_t code[TILE_ROWS][32];
+    for (int i = 0; i < n; i++)
+        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+    for (int i = 0; i < n; i++, out += cols)
+        UNROLL for (int j = 0; j < 32; j += LANES) {
+            int h = j / 16, r = r0 + i;
+            ints c = widen_bytes(code[i] + j);
+            if (f->is_wide && !flips) c ^= 128;
+            floats x = splat(o->d[r] * o->scale[h][r]) * to_floats(c - bias);
+            if (f->has_min) x += splat(o->m[r] * o->min[h][r]);
+            store_floats(out + j, x);
+        }
+}
+
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    const int groups = f->elements / 32;
+    const uint8_t *tile = w->data + r / TILE_ROWS * TILE_ROWS * w->row_bytes;
+    struct panel o;
+    if (!w->tiled) dequantize_scalar(w, r, n, out);
+    for (int b = 0; w->tiled && b < w->cols / 32; b++) {
+        NAME(unpack_panel)(f->type, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
+        NAME(dequantize_panel)(&o, f, r % TILE_ROWS, n, out + 32 * b, w->cols);
     }
 }
 
@@ -2928,7 +2930,7 @@ static int bind_norm(struct opening *o, const char *name, int n, const float **o
     if (bind(o, name, 1, n, &w)) return -1;
     if (!is_float(w.format))
         return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    o->m->kernels->dequantize(&w, 0, o->norms);
+    o->m->kernels->dequantize(&w, 0, 1, o->norms);
     *out = o->norms;
     o->norms += n;
     return 0;
@@ -3224,7 +3226,7 @@ static int open_steps(struct opening *o, const void *data, size_t size)
         bind_weights(o) || open_tokenizer(o))
         return -1;
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (!m->exact && m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
+    if (m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
     struct string name = get_string(&o->g, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
     m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
@@ -3356,7 +3358,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->q8 = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
@@ -4626,7 +4628,7 @@ static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
 static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
 {
     size_t limit = gemma3_memory_limit();
-    if (s->options.no_repack || s->options.exact) n_weights = 0;
+    if (s->options.no_repack) n_weights = 0;
     if (limit && (n_state > limit || n_weights > limit - n_state))
         say(FAILED, "out of memory: the weights need %zu MB, what -c %d asks for %zu MB, and this "
             "process may use %zu MB (--no-repack and a smaller -c need less)", n_weights >> 20,
