@@ -4674,7 +4674,8 @@ static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
     wchar_t given[MAX_PATH_BYTES];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
     wcscpy(wide, mark);
-    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
+        wcscpy(wide, given);
     return wide;
 }
 
@@ -4803,6 +4804,7 @@ static const char *const help[] = {
     "  --ids FILE           continue the ids in FILE as they are; - is stdin",
     "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
     "  --system TEXT        put before the first turn of a chat",
+    "  --state FILE         keep what the prompt, or --system, computes for the next time",
     "  --special            control tokens are read and printed as their text",
     "  --no-bos             no <bos> before the text\n\nWhat to write:",
     "  -n N                 tokens to generate; default: until a stop token or a full context",
@@ -4918,8 +4920,8 @@ struct session {
     int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits, which until it is whole has another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* (devices and pipes have not) */
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
@@ -4950,6 +4952,7 @@ static void read_options(struct session *s)
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
     if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
     if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
     s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
@@ -5073,7 +5076,7 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-static void open_logits(struct session *s, const char *path)
+static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
@@ -5085,6 +5088,21 @@ static void open_logits(struct session *s, const char *path)
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
     s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
+}
+
+static int write_out(void *session, const void *bytes, size_t n)
+{
+    struct session *s = session;
+    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    return -1;
+}
+
+static void close_out(struct session *s)
+{
+    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
 /* --positions, or all. */
@@ -5117,9 +5135,14 @@ static void write_row(struct session *s, const float *row)
         bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
     gemma3_sha256_add(&s->sha256, bytes, n);
-    if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
-    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    if (s->file) write_out(s, bytes, n);
+}
+
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
+    return all;
 }
 
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
@@ -5129,10 +5152,9 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0, is_good = 1; r < n_rows && s->fault < 0; r++) {
-        for (size_t i = 0; i < n_vocab; i++) is_good &= !!isfinite(s->logits[r * n_vocab + i]);
-        if (!is_good) s->fault = gemma3_state_pos(s->state) - n + rows[r];
-    }
+    for (int r = 0; r < n_rows && s->fault < 0; r++)
+        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
+            s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5152,6 +5174,35 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     }
     s->n_read += n;
     s->read_seconds += seconds() - start;
+}
+
+static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    const char *path = option(s->args, "--state");
+    gemma3_error err;
+    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
+    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state), n_same = 0;
+    const int32_t *kept = gemma3_state_ids(s->state);
+    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
+    if (!path || n <= 0 || (f && n_same == pos)) {
+        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_same;
+    }
+    gemma3_state_reset(s->state);
+    read_tokens(s, ids, n);
+    open_out(s, path);
+    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    close_out(s);
+    return n;
 }
 
 static void print_byte(struct session *s, char byte)
@@ -5227,10 +5278,10 @@ static void continue_prompt(struct session *s)
     gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
-    else if (logits) open_logits(s, logits);
-    read_tokens(s, s->ids, s->n_ids);
-    if (s->file && s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
+    else if (logits) open_out(s, logits);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
+    if (logits) close_out(s);
     gemma3_sha256_end(&s->sha256, hex);
     if (hash)
         fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
@@ -5285,9 +5336,9 @@ static void print_info(const struct session *s)
 static int answer(struct session *s, const char *text)
 {
     const char *system = option(s->args, "--system");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
+    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
     int n = room > MAX_TEXT_BYTES ? -2 :
             gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
@@ -5297,9 +5348,12 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return free(ids), 0;
     }
+    int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
+    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
-    read_tokens(s, ids, n);
+    read_tokens(s, ids + n_kept, n - n_kept);
     write_tokens(s);
     signal(SIGINT, SIG_DFL);
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
@@ -5332,19 +5386,49 @@ static char *read_line(void)
  * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    size_t n = 0, at = 0;
+    static const char *const words[] = {"source_lang_code", "developer", "tools",
+                                        "<start_of_turn>"};
+    size_t n = 0;
     const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
-    while (at + 15 <= n && memcmp(template + at, "<start_of_turn>", 15) != 0) at++;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    else if (at + 15 > n)
-        say(NOTE, "the file's chat template has no <start_of_turn>: turns here are Gemma's");
+    for (int i = 0; template && i < 4; i++) {
+        size_t n_word = strlen(words[i]), at = 0;
+        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", words[i]);
+    }
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
         else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
     }
+}
+
+/* The library calls this with every tensor inside. */
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
+{
+    char *first = user;
+    (void)pos;
+    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
+    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
+}
+
+/* The same tokens again, tensor by tensor. */
+static void explain_fault(struct session *s)
+{
+    char first[64] = "";
+    gemma3_error err;
+    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
+    s->params.trace = find_fault, s->params.trace_user = first;
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    if (again)
+        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
+    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
+        is_best ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
 /* Everything that needs a model. */
@@ -5365,9 +5449,7 @@ static void run_job(struct session *s, const char *path)
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
-    if (s->fault >= 0)
-        say(FAILED, "logits are not numbers at position %d%s", s->fault, s->params.kv_type ==
-            GEMMA3_KV_F32 && gemma3_model_is_exact(s->model) ? "" : ": try --kv f32 or --exact");
+    if (s->fault >= 0) explain_fault(s);
     if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
