@@ -4006,7 +4006,7 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
     return failed;
 }
 
-/* ==== 14. Scores, sampling, SHA-256 ============================================================= */
+/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -4076,8 +4076,8 @@ static void sort(gemma3_candidate *c, int n, int by_id)
             }
 }
 
-/* Puts the k best numbers among the logits into c; returns how many there are. They gather until
- * there are 2k, then the worse half goes; runs of 256 that are below the rest are passed over. */
+/* Puts the k best numbers among logits into c; returns how many there are. They gather until there
+ * are 2k, then the worse half goes; runs of 256 below the rest are passed over. */
 static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int k)
 {
     float least = MINUS_INFINITY;
@@ -4087,20 +4087,17 @@ static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int 
         if (largest_of(logits + id, end - id) < least) continue;
         for (; id < end; id++)
             if (logits[id] >= least) c[n++] = (gemma3_candidate){logits[id], id};
-        if (n - k < k) continue;
-        sort(c, n, 0);
-        least = c[(n = k) - 1].logit;
+        if (n - k >= k) sort(c, n, 0), n = k, least = c[k - 1].logit;
     }
     if (n > k) sort(c, n, 0);
     return min_int(n, k);
 }
 
-/* Without top-k all is sorted: 45 ms for Gemma's vocabulary. The best 1,024 would nearly always do,
- * but coming back for more when they do not takes 17 lines. */
+/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
 int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
-    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, r = s->repeat_penalty;
+    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, seen = 0, r = s->repeat_penalty;
     int k = s->temperature > 0 ? n_vocab : 1, n_kept = 0;
     if (s->top_k > 0) k = min_int(k, s->top_k);
     for (int j = 0, first = 0; j < min_int(s->n_last, GEMMA3_PENALTY_WINDOW); j++, first = 0) {
@@ -4119,18 +4116,16 @@ int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_cand
     int32_t chosen = n > 0 ? c[0].id : 0;
     if (k > 1 && top - top == 0) {
         for (; n_kept < n && (n_kept == 0 || sum < limit); n_kept++) {
-            float e = exp_f32((c[n_kept].logit - top) / s->temperature);
+            float e = c[n_kept].logit = exp_f32((c[n_kept].logit - top) / s->temperature);
             sum += e;
             kept += e >= s->min_p ? e : 0;
-            c[n_kept].logit = e;
         }
         s->rng ^= s->rng >> 12; /* xorshift64* */
         s->rng ^= s->rng << 25;
         s->rng ^= s->rng >> 27;
         float u = (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f * kept;
-        sum = 0;
-        for (int j = 0; j < n_kept && !(sum > u); j++)
-            if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
+        for (int j = 0; j < n_kept && !(seen > u); j++)
+            if (c[j].logit >= s->min_p) seen += c[j].logit, chosen = c[j].id;
     }
     fp_leave(fp);
     return chosen;
@@ -4140,7 +4135,7 @@ int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_cand
 
 static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-/* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
+/* The first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -4190,9 +4185,8 @@ void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
-        for (int shift = 0; shift < 32; shift += 8)
-            gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i]) >> shift)}, 1);
+    for (size_t i = 0; i < 4 * n; i++)
+        gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
@@ -4203,8 +4197,7 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     c->block[14] = (uint32_t)(n_bits >> 32);
     c->block[15] = (uint32_t)n_bits;
     sha256_block(c);
-    for (int i = 0; i < 64; i++)
-        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> 4 * (7 - i % 8) & 15];
     hex[64] = 0;
 }
 
@@ -4660,7 +4653,7 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links; where we lie ourselves, when the name of the program is given. */
+/* Where a path leads through links; of the program, where it lies however it was started. */
 static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
 {
     char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
@@ -4815,8 +4808,7 @@ static void flush(FILE *f, const char *name)
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
-    "logits, on every machine and with every other option.",
-    "\nWhat to read:",
+    "logits, on every machine and with every other option.\n\nWhat to read:",
     "  -m MODEL             a Gemma 3 GGUF; default: the small one in weights/",
     "  -p TEXT              continue TEXT, as it stands, after <bos>",
     "  -f FILE              continue the text in FILE; - is stdin",
@@ -4824,10 +4816,8 @@ static const char *const help[] = {
     "  -i                   chat; /clear forgets, /quit ends, Ctrl-C stops an answer, a line that",
     "                       ends in \\ goes on in the next",
     "  --system TEXT        put before the first turn of a chat",
-    "  --state FILE         keep what the prompt, or --system, computes for the next time",
     "  --special            control tokens are read and printed as their text",
-    "  --no-bos             no <bos> before the text",
-    "\nWhat to write:",
+    "  --no-bos             no <bos> before the text\n\nWhat to write:",
     "  -n N                 tokens to generate; default: until a stop token or a full context",
     "  --temp T             temperature; 0: always the likeliest; default 1",
     "  --top-k K            choose among the K likeliest; 0: all; default 64",
@@ -4843,8 +4833,7 @@ static const char *const help[] = {
     "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
     "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
     "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
-    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"",
-    "\nHow to compute:",
+    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
     "  -c N                 context in tokens; default: the model's, at most 4096",
     "  -t N                 threads; default: physical cores",
     "  -b N                 tokens of the prompt taken at once; default 512",
@@ -4852,12 +4841,11 @@ static const char *const help[] = {
     "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
     "  --isa NAME           force kernels; list: those that this CPU can run",
     "  --no-repack          weights where they lie in the file: opens faster, runs slower",
-    "  --obey-file          also where its keys contradict what the model is",
-    "\nAbout:",
+    "  --obey-file          also where its keys contradict what the model is\n\nAbout:",
     "  --info               the model's hyperparameters, and memory in bytes",
     "  --version            of the program and of the numeric contract",
-    "  --help               this text",
-    "\nScores and tensors inside: make conform, then test/conform.",
+    "  --help               this text\n",
+    "Scores and tensors inside: make conform, then test/conform.",
     "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
@@ -4866,22 +4854,21 @@ static const char *next_option(char ***args, const char **value)
 {
     static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
     const char *arg = *(*args)++, *next = **args, *form = NULL;
-    int n = (int)(strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg));
+    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
     for (int i = 0; help[i] && !form; i++)
-        if (n > 1 && strncmp(help[i] + 2, arg, (size_t)n) == 0 && help[i][n + 2] == ' ')
-            form = help[i] + 2;
+        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
     for (int i = 0; i < 5 && !form; i++)
-        if ((int)strlen(moved[i]) == n && memcmp(moved[i], arg, (size_t)n) == 0)
+        if (strlen(moved[i]) == n && memcmp(moved[i], arg, n) == 0)
             say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
                 (int)strcspn(arg + 2, "-="), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    int has_value = form[n + 1] != ' ', may_lack = form[n + 1] == '[';
+    const char *what = form + n + 1;
     *value = "";
-    if (arg[n] == '=' && !has_value) say(WRONG, "%.*s takes no value", n, arg);
+    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
     if (arg[n] == '=') *value = arg + n + 1;
-    else if (has_value && next && !(may_lack && *next == '-')) *value = *(*args)++;
-    else if (has_value && !may_lack)
-        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(form + n + 1, " "), form + n + 1);
+    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
+    else if (*what != ' ' && *what != '[')
+        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
     return form;
 }
 
@@ -4897,19 +4884,17 @@ static const char *option(char **args, const char *name)
     return last;
 }
 
-enum number_kind { REAL, WHOLE };
-
-static double number(char **args, const char *name, enum number_kind kind, double least,
-                     double most, double otherwise)
+static double number(char **args, const char *name, int is_whole, double least, double most,
+                     double otherwise)
 {
     const char *text = option(args, name);
     char *end;
     if (!text) return otherwise;
     double x = strtod(text, &end);
-    int is_wrong = end == text || *end || (kind == WHOLE && text[strspn(text, "0123456789")]);
-    if (is_wrong || !(x >= least && x <= most))
+    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+        !(x >= least && x <= most))
         say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
-            kind == WHOLE ? "whole number" : "number", least, most);
+            is_whole ? "whole number" : "number", least, most);
     return x;
 }
 
@@ -4933,28 +4918,21 @@ static int next_number(const char **list, int *x)
 /* One thing to do, and nothing that would have no effect. */
 static void check_options(char **args)
 {
-    static const char *const jobs[] = {"-p", "-f", "--ids", "-i", "--tokenize", "--detokenize",
-                                       "--info"};
-    const char *tokenize = option(args, "--tokenize");
-    int n_jobs = 0, has_prompt = 0, numbers = option(args, "--logits") || option(args, "--hash");
-    for (int i = 0; i < 7; i++) {
-        n_jobs += option(args, jobs[i]) != NULL;
-        if (i == 2) has_prompt = n_jobs && !tokenize;
-    }
-    if (tokenize && !*tokenize && option(args, "-f")) n_jobs--; /* the text of -f */
-    const char *kv = option(args, "--kv");
-    if (n_jobs > 1)
-        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
-            "--info, not several");
-    if (n_jobs == 0)
-        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
-            "or chat with -i");
+    const char *kv = option(args, "--kv"), *tokenize = option(args, "--tokenize");
+    const char *file = option(args, "-f"), *logits = option(args, "--logits");
+    int numbers = logits || option(args, "--hash"), chats = option(args, "-i") != NULL;
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
+    int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize "
+            "and --info, not several" : "nothing to do: give a prompt with -p TEXT, -f FILE (- is "
+            "stdin) or --ids FILE, or chat with -i");
     if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
         say(WRONG, "--kv %s: expected f16 or f32", kv);
-    if (numbers && !has_prompt) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
     if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!option(args, "-i") && option(args, "--system")) say(WRONG, "--system needs -i");
-    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
+    if (!chats && option(args, "--system")) say(WRONG, "--system needs -i");
 }
 
 /* ---- Command line: a session, which is an opened model and all that goes with it ---- */
@@ -4976,10 +4954,10 @@ struct session {
     int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits or --state, which until it is whole has */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* another name, but devices and pipes */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing held back that */
-    char held[MAX_STOP_BYTES + 1]; /* may begin a --stop text */
+    FILE *out, *file;        /* of text; of --logits, which until it is whole has another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* (devices and pipes have not) */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
     int n_printed, stopped;  /* ids of this text; a --stop text came */
     int fault;               /* first position whose logits are not numbers, or -1 */
@@ -4987,43 +4965,35 @@ struct session {
     double read_seconds, write_seconds;
 };
 
-/* What can be said to be wrong before the model is opened. */
+/* What can be wrong before the model is opened. */
 static void read_options(struct session *s)
 {
     char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *isa = option(args, "--isa"), *stop;
-    const char *logits = option(args, "--logits");
-    s->out = logits && strcmp(logits, "-") == 0 ? stderr : stdout;
+    const char *seed = option(args, "--seed"), *stop;
+    int threads = gemma3_default_threads(), n = 0;
     s->chats = option(args, "-i") != NULL;
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
-    s->n_predict = (int)number(args, "-n", WHOLE, 0, INT_MAX, -1);
-    s->params.n_ctx = (int)number(args, "-c", WHOLE, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(args, "-b", WHOLE, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(args, "-t", WHOLE, 1, GEMMA3_MAX_THREADS,
-                                      gemma3_default_threads());
+    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
+    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
     if (seed && (*seed < '0' || *seed > '9' || *end || errno))
         say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
-    s->sampler.temperature = (float)number(args, "--temp", REAL, 0, 1e6, 1);
-    s->sampler.top_k = (int)number(args, "--top-k", WHOLE, 0, INT_MAX, 64);
-    s->sampler.top_p = (float)number(args, "--top-p", REAL, 0, 1, 0.95);
-    s->sampler.min_p = (float)number(args, "--min-p", REAL, 0, 1, 0);
-    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", REAL, 1e-6, 1e6, 1);
-    for (int n = 0; *args;) {
+    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    while (*args) {
         if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
         if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
         if (!*stop || strlen(stop) > MAX_STOP_BYTES)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
         s->stop[n++] = stop;
     }
-    char list[256] = "";
-    for (int i = 0; isa && gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
-        snprintf(list + strlen(list), sizeof list - strlen(list), " %s", gemma3_isa_name(i));
-    }
-    if (isa) say(WRONG, "--isa %s: this CPU can run%s", isa, list);
 }
 
 static void open_model(struct session *s, const char *path, int computes)
@@ -5050,9 +5020,9 @@ static void open_model(struct session *s, const char *path, int computes)
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
 
-    size_t n_vocab = (size_t)s->config->n_vocab;
+    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
     size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
-    size_t need = gemma3_state_size(s->model, &s->params), limit = gemma3_memory_limit();
+    size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
             "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
@@ -5102,12 +5072,11 @@ static void encode_text(struct session *s, const char *text, size_t n)
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
     const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
-    int id, found;
+    int id, found, last = s->config->n_vocab - 1;
     s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
-        if (id < 0 || id >= s->config->n_vocab)
-            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id,
-                s->config->n_vocab - 1);
+        if (id < 0 || id > last)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id, last);
         s->ids[s->n_ids++] = id;
     }
     if (found < 0 || left < text + n)
@@ -5128,9 +5097,9 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-/* ---- Command line: files out ---- */
+/* ---- Command line: numbers out ---- */
 
-static void open_out(struct session *s, const char *path)
+static void open_logits(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
@@ -5142,21 +5111,6 @@ static void open_out(struct session *s, const char *path)
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
     s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
-}
-
-static int write_out(void *session, const void *bytes, size_t n)
-{
-    struct session *s = session;
-    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
-    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
-    return -1;
-}
-
-static void close_out(struct session *s)
-{
-    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
 /* --positions, or all. */
@@ -5182,14 +5136,16 @@ static void choose_rows(struct session *s)
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
-    size_t n = (size_t)s->config->n_vocab;
-    for (size_t i = 0; i < 4 * n; i++) {
+    size_t n = 4 * (size_t)s->config->n_vocab;
+    for (size_t i = 0; i < n; i++) {
         uint32_t u;
         memcpy(&u, &row[i / 4], 4);
         bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
-    gemma3_sha256_add(&s->sha256, bytes, 4 * n);
-    if (s->file) write_out(s, bytes, 4 * n);
+    gemma3_sha256_add(&s->sha256, bytes, n);
+    if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
 }
 
 /* ---- Command line: tokens in, text out ---- */
@@ -5232,31 +5188,6 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     s->read_seconds += seconds() - start;
 }
 
-static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
-{
-    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
-}
-
-/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
-static int keep_tokens(struct session *s, const char *path, const int32_t *ids, int n)
-{
-    gemma3_error err;
-    FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
-    if (f) fclose(f);
-    int pos = gemma3_state_pos(s->state);
-    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
-    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    if (pos > 0 || n == 0) return pos;
-    gemma3_state_reset(s->state);
-    read_tokens(s, ids, n);
-    open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
-    close_out(s);
-    return n;
-}
-
 static void print_byte(struct session *s, char byte)
 {
     if (s->stopped) return;
@@ -5275,18 +5206,16 @@ static void print_byte(struct session *s, char byte)
 /* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
 static int print_token(struct session *s, int32_t id)
 {
-    char piece[GEMMA3_PIECE_MAX], character[8];
-    int32_t spelled;
+    char piece[GEMMA3_PIECE_MAX], c[8];
+    int32_t spelled = -1;
     int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
-    for (const char **t = s->stop; n == 0 && *t; t++)
-        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
-            spelled == id)
-            return 0;
-    if (gemma3_is_stop(s->tokenizer, id)) return 0;
-    for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++) print_byte(s, character[k]);
-    }
+    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
+        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
+            spelled = -1;
+    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
+    for (int i = 0; i < n; i++)
+        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
+            print_byte(s, c[k]);
     if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
     flush(s->out, "standard output");
     return 1;
@@ -5297,7 +5226,7 @@ static int print_token(struct session *s, int32_t id)
 static void write_tokens(struct session *s)
 {
     double start = seconds();
-    char character[8];
+    char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
     s->n_held = 0, s->n_printed = s->stopped = 0;
     for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
@@ -5309,8 +5238,7 @@ static void write_tokens(struct session *s)
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    int n = gemma3_utf8_end(&s->utf8, character);
-    for (int i = 0; i < n; i++) print_byte(s, character[i]);
+    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
     if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
     flush(s->out, "standard output");
@@ -5325,7 +5253,6 @@ static void write_tokens(struct session *s)
 static void continue_prompt(struct session *s)
 {
     const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
-    const char *state = option(s->args, "--state");
     char hex[65];
     read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
@@ -5334,18 +5261,18 @@ static void continue_prompt(struct session *s)
             s->n_ids, s->params.n_ctx, s->n_ids);
     gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
-    if (logits && s->out == stderr) s->file = stdout;
-    else if (logits) open_out(s, logits);
-    int n_kept = state ? keep_tokens(s, state, s->ids, s->n_ids - 1) : 0;
-    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
-    if (logits) close_out(s);
+    if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
+    else if (logits) open_logits(s, logits);
+    read_tokens(s, s->ids, s->n_ids);
+    if (s->file && s->file != stdout && (fclose(s->file) || rename(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
     gemma3_sha256_end(&s->sha256, hex);
     if (hash)
         fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
                 gemma3_model_is_exact(s->model) ? "exact" : "default",
                 s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
-    else s->n_read = 0;
+    else s->n_read = 0; /* its speed is of no interest */
 }
 
 static void print_info(const struct session *s)
@@ -5356,18 +5283,21 @@ static void print_info(const struct session *s)
         {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
         {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
         {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
-        {"head_dim", "attention.key_length", c->head_dim}, {"n_ctx_train", "", c->n_ctx_train},
-        {"window", "attention.sliding_window", c->window}, {"rms_eps", "", c->rms_eps},
+        {"head_dim", "attention.key_length", c->head_dim},
+        {"n_ctx_train", "context_length", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window},
+        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
         {"rope_base_global", "rope.freq_base", c->rope_base_global},
         {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
         {"rope_factor", "rope.scaling.factor", c->rope_factor},
-        {"query_scale", "attention.scale", c->query_scale}, {"embedding_scale", "", c->embedding_scale},
+        {"query_scale", "attention.scale", c->query_scale},
+        {"embedding_scale", "", c->embedding_scale},
         {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
     print_safe(stdout, gemma3_model_name(s->model));
-    printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
-    printf("contract               %d\nmode                   %s\nisa                    %s\n",
+    printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
+           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
            GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
            gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
@@ -5390,11 +5320,11 @@ static void print_info(const struct session *s)
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
-    const char *system = option(s->args, "--system"), *state = option(s->args, "--state");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0, n_bare = 0;
+    const char *system = option(s->args, "--system");
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
     if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
-    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
     int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
@@ -5403,12 +5333,9 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return free(ids), 0;
     }
-    if (state && pos == 0) n_bare = gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room);
-    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* what depends not on text */
-    if (n_kept) n_kept = keep_tokens(s, state, ids, n_kept);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
-    read_tokens(s, ids + n_kept, n - n_kept);
+    read_tokens(s, ids, n);
     write_tokens(s);
     signal(SIGINT, SIG_DFL);
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
@@ -5431,11 +5358,10 @@ static char *read_line(void)
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
-    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
-    free(line);
-    return NULL;
+    return free(line), NULL;
 }
 
 /* We write Gemma's turns, whatever the file's template says. */
@@ -5483,17 +5409,17 @@ static void explain_fault(struct session *s)
 {
     char first[64] = "";
     gemma3_error err;
+    int can_try = !gemma3_model_is_exact(s->model) || s->params.kv_type != GEMMA3_KV_F32;
     s->params.trace = find_fault, s->params.trace_user = first;
     gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
-    int best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        best ? "" : ": try --kv f32 or --exact",
+        can_try ? ": try --kv f32 or --exact" : "",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-/* Everything but --help and the like. */
+/* Everything that needs a model. */
 static void run_job(struct session *s, const char *path)
 {
     const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
@@ -5522,23 +5448,20 @@ static void run_job(struct session *s, const char *path)
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
-/* The model that comes with the program lies in weights/ or beside it, or where we are. */
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
-    char real[MAX_PATH_BYTES];
-    real_path(program, 1, real);
-    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
-                 real, i % 2 ? "" : "weights/");
-        if (file_size(path) >= 0) return;
-    }
-    say(WRONG, "no model: give -m MODEL.gguf");
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path(program, 1, path);
+    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 int main(int argc, char **argv)
 {
-    struct session s = {.args = start_program(argv) + (argc > 0), .fault = -1};
+    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
     const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
     char found[MAX_PATH_BYTES];
     if (option(s.args, "--help")) {
