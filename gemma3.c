@@ -2762,7 +2762,7 @@ static int read_start(struct opening *o, struct cursor *c)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
     o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
-    if (c->failed || o->n_kv > c->left / 13 || o->n_tensors > c->left / 32) /* their least sizes */
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32) /* at least */
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
     return 0;
@@ -3489,7 +3489,7 @@ static void count_tensor(struct opening *o, const struct tensor *t)
     struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
                        .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
     o->counted += (uint64_t)w.row_bytes * t->ne[1];
-    if (o->counted / 4 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
     if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
     if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
 }
