@@ -3754,19 +3754,24 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 /* A caller's config: the model's shapes, and numbers with which nothing overflows. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
-    const struct { const char *name; float x, low; } number[] = {
-        {"rms_eps", c->rms_eps, 0}, {"rope_base_global", c->rope_base_global, 1},
-        {"rope_base_local", c->rope_base_local, 1}, {"rope_factor", c->rope_factor, 0x1p-7f},
-        {"query_scale", c->query_scale, 0}, {"embedding_scale", c->embedding_scale, 0},
-        {"final_softcap", c->final_softcap, 0}, {"window", (float)c->window, 1}};
+    const struct { const char *name; float x, low, high; } number[] = {
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rope_base_local", c->rope_base_local, 1, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"embedding_scale", c->embedding_scale, 0, 1e30f},
+        {"final_softcap", c->final_softcap, 0, 1e30f},
+        {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
         c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
         c->n_vocab != m->n_vocab)
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
-        if (!(number[k].x >= number[k].low && number[k].x <= 1e30f))
-            return fail(err, "a config with %s %g: expected a number from %g to 1e30",
-                        number[k].name, (double)number[k].x, (double)number[k].low);
+        if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
+            return fail(err, "a config with %s %g: expected a number from %g to %g", number[k].name,
+                        (double)number[k].x, (double)number[k].low, (double)number[k].high);
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->is_local[l] > 1)
+            return fail(err, "a config with is_local[%d] %d: expected 0 or 1", l, c->is_local[l]);
     return 0;
 }
 
