@@ -3098,26 +3098,13 @@ static int configure(struct opening *o)
 
 /* ---- The tokenizer ---- */
 
-/* What the tokenizer works on; the texts stay in the header. */
-struct vocab_room {
-    const char **text;
-    uint32_t *length;
-    float *score;
-    int32_t *type;
-    void *tokenizer;
-    size_t tokenizer_bytes;
-};
+/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static struct vocab_room make_vocab_room(struct arena *a, int n)
+static void *tokenizer_room(struct arena *a, int n, size_t *size)
 {
-    struct vocab_room r;
-    r.text = piece(a, n, sizeof *r.text);
-    r.length = piece(a, n, sizeof *r.length);
-    r.score = piece(a, n, sizeof *r.score);
-    r.type = piece(a, n, sizeof *r.type);
-    r.tokenizer_bytes = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    r.tokenizer = piece(a, r.tokenizer_bytes, 1);
-    return r;
+    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, *size, 1);
 }
 
 static int is_array_of(const struct kv *kv, uint32_t element, int n)
@@ -3127,7 +3114,7 @@ static int is_array_of(const struct kv *kv, uint32_t element, int n)
 
 /* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
  * (rank_merges). */
-static int read_vocab(struct opening *o, struct vocab_room *r)
+static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
     int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
@@ -3144,28 +3131,32 @@ static int read_vocab(struct opening *o, struct vocab_room *r)
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    *r = make_vocab_room(&o->arena, n);
-    if (!r->tokenizer) return no_room(o);
+    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    if (!text) return no_room(o);
+    uint32_t *length = (uint32_t *)(void *)(text + n);
+    float *score = (float *)(void *)(length + n);
+    int32_t *type = (int32_t *)(void *)(score + n);
     for (int k = 0; k < n; k++) {
         struct string s = take_string(&tokens.value);
         if (s.n > GEMMA3_PIECE_MAX)
             return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
                           "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
-        r->text[k] = s.text;
-        r->length[k] = (uint32_t)s.n;
-        r->score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
-        r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+        text[k] = s.text;
+        length[k] = (uint32_t)s.n;
+        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
     }
-    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length,
-                                 .score = r->score, .type = r->type, .stop = o->m->stop};
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
+                                 .type = type, .stop = o->m->stop};
     o->m->config.n_vocab = n;
     return 0;
 }
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
  * takes the place of its score. */
-static int rank_merges(const struct opening *o, float *score)
+static int rank_merges(const struct opening *o)
 {
+    float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;
     if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
@@ -3224,10 +3215,9 @@ static int open_tokenizer(struct opening *o)
         "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
-    struct vocab_room r = {0};
     struct kv kv;
     double add_bos = 1;
-    if (read_vocab(o, &r) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
+    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
     int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
@@ -3241,8 +3231,11 @@ static int open_tokenizer(struct opening *o)
     v->n_stop += n;
     if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->err);
-    return m->tokenizer ? rank_merges(o, r.score) : -1;
+    size_t size;
+    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
+    if (!room) return no_room(o);
+    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
+    return m->tokenizer ? rank_merges(o) : -1;
 }
 
 /* ---- Weights ---- */
@@ -3478,8 +3471,11 @@ static void count_kv(struct opening *o, struct kv *kv)
     double n = 0;
     if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
         piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
-        make_vocab_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
+        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
+        piece(&o->arena, n_vocab, TOKEN_BYTES);
+        tokenizer_room(&o->arena, (int)n_vocab, &size);
+    }
 }
 
 static void count_tensor(struct opening *o, const struct tensor *t)
@@ -3520,7 +3516,9 @@ static int walk(struct opening *o)
     if (!o->from.is_mapped) return 0;
     uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
     if (o->m && !copy) return no_room(o);
-    if (copy) o->header = memcpy(copy, o->header, o->n_header);
+    if (!copy) return 0;
+    o->header = memcpy(copy, o->header, o->n_header);
+    host_give_back(o->m, o->from.data, o->n_header);
     return 0;
 }
 
