@@ -14,9 +14,16 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
-LINKED   = test/forward test/golden test/state
+LINKED   = test/forward test/golden test/hostile test/replay test/state
 INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
-TESTS    = $(LINKED) $(INCLUDED) $(wildcard test/*.t)
+TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
+
+# The program's own objects between functions that fail: what the linker of Linux can do.
+ifeq ($(shell uname),Linux)
+FAULTS   = test/faults
+WRAPPED  = malloc calloc realloc strdup realpath free fopen fopen64 fclose fflush open open64 rename \
+           fstat fstat64 mmap mmap64 munmap madvise sched_getaffinity pthread_create exit main
+endif
 
 gemma3: gemma3.o tokenizer.o
 	$(CC) $(CFLAGS) -o $@ gemma3.o tokenizer.o $(LIBS)
@@ -35,19 +42,28 @@ run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
 test:
-	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED)
+	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED) $(FAULTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
 
+test/hostile test/replay: test/tiny.h $(wildcard test/fuzz/*.c)
+
 $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.o $(LIBS)
 
+test/faults: test/faults.c test/tap.h test/tiny.h gemma3.h gemma3.o tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) $(WRAPPED:%=-Wl,--wrap=%) -o $@ $< gemma3.o tokenizer.o $(LIBS)
+
 sanitize:
 	$(MAKE) clean
-	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) test/cli.t"
+	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) $(FAULTS) test/cli.t"
 	$(MAKE) clean
+
+# What strangers' files are tried with: test/fuzz/README.md.
+fuzz-gguf fuzz-tokenizer wrap coverage:
+	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
@@ -67,5 +83,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED)
-.PHONY: run test sanitize bench board clean
+	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap coverage bench board clean

@@ -133,8 +133,11 @@
  * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* some targets do not know the first */
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
+#pragma clang diagnostic pop
 #endif
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
@@ -2471,7 +2474,9 @@ static float dot(int type, const uint8_t *row, const float *x, int n)
     return acc[0][0];
 }
 
-#if defined(HAVE_NEON) && defined(__linux__)
+#if defined(HAVE_X86)
+#include <cpuid.h>
+#elif defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(HAVE_NEON) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -2490,7 +2495,10 @@ static int cpu_has(const char *isa)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(isa, "avx2")) return avx2; /* every CPU with AVX2 and FMA has F16C */
-    if (!strcmp(isa, "avxvnni")) return avx2 && __builtin_cpu_supports("avxvnni");
+    if (!strcmp(isa, "avxvnni")) { /* not every compiler knows the name */
+        unsigned a, b, c, d;
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
     if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
@@ -2500,6 +2508,34 @@ static int cpu_has(const char *isa)
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
+}
+
+/* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
+ * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
+ * flush those, or a port may read its own floats in the order of a file's. */
+static const char *kernel_fault(const struct kernels *k)
+{
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, row[32], acc[1][TILE_ROWS] = {{0}};
+    uint8_t tile[18 * TILE_ROWS];
+    struct q8_block q8;
+    struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
+    make_tile(tile, block, 18, 1, 1, w.format);
+    k->quantize(&q8, x, 32);
+    k->mul_codes(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    k->dequantize(&w, 0, row);
+    to_file_order(row, 32);
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)row;
+    k->mul_floats(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) x[j] = 1, row[j] = acc[0][0];
+    k->rmsnorm(x, x, row, 32, 0);
+    return memcmp(x, row, sizeof x) ? "vectors lose subnormal numbers" : NULL;
 }
 
 const char *gemma3_isa_name(int index)
@@ -3526,6 +3562,7 @@ static int open_steps(struct opening *o)
 {
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
+    if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
     if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
         bind_weights(o) || open_tokenizer(o))
@@ -3972,7 +4009,7 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
     return failed;
 }
 
-/* ==== 14. Scores, sampling, SHA-256 ============================================================= */
+/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -4002,16 +4039,16 @@ int32_t gemma3_argmax(const float *logits, int n_vocab)
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = largest_of(logits, n_vocab);
     int k = 0;
     while (!cpu_has(all_kernels[k]->name)) k++;
+    float max = largest_of(logits, n_vocab);
     double sum = all_kernels[k]->sum_exp(logits, n_vocab, max);
     double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
 
-/* ---- Sampling (README, rule 8) ---- */
+/* ---- Sampling: rule 8 ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -4030,124 +4067,68 @@ void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
     if (s->n_last == 2 * GEMMA3_PENALTY_WINDOW) s->n_last = GEMMA3_PENALTY_WINDOW;
 }
 
-static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
+/* Shell's sort, by id or else the best first: logit down, id up. */
+static void sort(gemma3_candidate *c, int n, int by_id)
 {
-    s->rng ^= s->rng >> 12;
-    s->rng ^= s->rng << 25;
-    s->rng ^= s->rng >> 27;
-    return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
+    for (int gap = (5 * n + 1) / 11; gap > 0; gap = (5 * gap + 1) / 11)
+        for (int i = gap; i < n; i++)
+            for (int j = i - gap; j >= 0; j -= gap) {
+                gemma3_candidate a = c[j], b = c[j + gap];
+                if (by_id || a.logit == b.logit ? a.id < b.id : a.logit > b.logit) break;
+                c[j] = b, c[j + gap] = a;
+            }
 }
 
-/* Whether the repeat penalty changes id: whether it is among the first n of the last ids. */
-static int is_recent(const gemma3_sampler *s, int n, int32_t id)
+/* Puts the k best numbers among logits into c; returns how many there are. They gather until there
+ * are 2k, then the worse half goes; runs of 256 below the rest are passed over. */
+static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int k)
 {
-    n = s->repeat_penalty == 1 ? 0 : min_int(n, s->n_last);
-    for (int j = 0; j < n; j++)
-        if (s->last[j] == id) return 1;
-    return 0;
-}
-
-static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
-{
-    float r = is_recent(s, GEMMA3_PENALTY_WINDOW, id) ? s->repeat_penalty : 1;
-    float l = logits[id] > 0 ? logits[id] / r : logits[id] * r;
-    return (gemma3_candidate){l == l ? l : MINUS_INFINITY, id}; /* NaN never wins */
-}
-
-/* Orders of candidates: the best first, which is logit down and id up; and id up. */
-static int is_better(gemma3_candidate a, gemma3_candidate b)
-{
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-}
-
-static int has_lower_id(gemma3_candidate a, gemma3_candidate b) { return a.id < b.id; }
-
-/* Shell's sort: insertion sort of every gap-th element, for gaps down to 1. */
-INLINE void sort(gemma3_candidate *c, int n, int (*before)(gemma3_candidate, gemma3_candidate))
-{
-    for (int gap = n; gap > 1;) {
-        gap = gap < 5 ? 1 : (int)(gap * (5 / 11.0));
-        for (int i = gap, j; i < n; i++) {
-            gemma3_candidate new = c[i];
-            for (j = i; j >= gap && before(new, c[j - gap]); j -= gap) c[j] = c[j - gap];
-            c[j] = new;
-        }
-    }
-}
-
-/* Puts the k best of n_vocab candidates into c, the best first. They gather until there are 2k;
- * then the worse half goes, and only what is better than the last one left may still come. Runs of
- * 256 logits below it are passed over; recent ids come first, as the penalty changes theirs. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
-                      gemma3_candidate *c, int k)
-{
-    gemma3_candidate last = {MINUS_INFINITY, INT32_MAX};
-    int n = 0, n_recent = s->repeat_penalty == 1 ? 0 : min_int(s->n_last, GEMMA3_PENALTY_WINDOW);
-    for (int j = 0; j < n_recent; j++)
-        if (s->last[j] >= 0 && s->last[j] < n_vocab && !is_recent(s, j, s->last[j]))
-            c[n++] = candidate(s, logits, s->last[j]);
+    float least = MINUS_INFINITY;
+    int n = 0;
     for (int32_t id = 0, end; id < n_vocab; id = end) {
         end = id + min_int(n_vocab - id, 256);
-        if (largest_of(logits + id, end - id) < last.logit) continue;
-        for (; id < end; id++) {
-            if (logits[id] < last.logit || is_recent(s, GEMMA3_PENALTY_WINDOW, id)) continue;
-            gemma3_candidate new = candidate(s, logits, id);
-            if (is_better(new, last)) c[n++] = new;
-        }
-        if (n - k < k) continue;
-        sort(c, n, is_better);
-        last = c[(n = k) - 1];
+        if (largest_of(logits + id, end - id) < least) continue;
+        for (; id < end; id++)
+            if (logits[id] >= least) c[n++] = (gemma3_candidate){logits[id], id};
+        if (n - k >= k) sort(c, n, 0), n = k, least = c[k - 1].logit;
     }
-    sort(c, n, is_better);
+    if (n > k) sort(c, n, 0);
+    return min_int(n, k);
 }
 
-static float weight(const gemma3_sampler *s, float logit, float top)
-{
-    return exp_f32((logit - top) / s->temperature);
-}
-
-/* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
- * may want them. Far below min_p nothing can be drawn any more: the rest is not looked at. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, int more, float top, float limit)
-{
-    float sum = 0, total = 0, e = s->min_p;
-    int kept = 0;
-    for (; kept < n && (kept == 0 || (sum < limit && !(e < s->min_p / 2))); kept++) {
-        c[kept].logit = e = weight(s, c[kept].logit, top);
-        sum += e;
-        if (e >= s->min_p) total += e;
-    }
-    if (kept == n && more) return -1;
-    float u = next_uniform(s) * total;
-    int32_t chosen = c[0].id;
-    sum = 0;
-    for (int j = 0; j < kept && !(sum > u); j++)
-        if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
-    return chosen;
-}
-
-int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c)
+/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
+int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
-    float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1;
-    if (s->top_k > 0) n = min_int(n, s->top_k);
-    int all = n == n_vocab, k = all ? min_int(n, 1024) : n; /* of all, the best may do for top-p */
-    keep_best(s, logits, n_vocab, c, k);
-    int32_t chosen = c[0].id;
-    float top = c[0].logit;
-    if (n > 1 && top - top == 0) {
-        if (!all) sort(c, n, has_lower_id);
-        for (int j = 0; j < n; j++) {
-            gemma3_candidate next = all ? candidate(s, logits, j) : c[j];
-            lane[next.id % 16] += weight(s, next.logit, top);
+    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, seen = 0, r = s->repeat_penalty;
+    int k = s->temperature > 0 ? n_vocab : 1, n_kept = 0;
+    if (s->top_k > 0) k = min_int(k, s->top_k);
+    for (int j = 0, first = 0; j < min_int(s->n_last, GEMMA3_PENALTY_WINDOW); j++, first = 0) {
+        int32_t id = s->last[j];
+        while (s->last[first] != id) first++;
+        if (first < j || id < 0 || id >= n_vocab) continue; /* once for each id */
+        logits[id] = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    }
+    int n = keep_best(logits, n_vocab, c, k);
+    sort(c, n, 1);
+    for (int j = 0; j < n; j++) top = c[j].logit > top ? c[j].logit : top;
+    for (int j = 0; j < n; j++)
+        lane[c[j].id % 16] += exp_f32((c[j].logit - top) / s->temperature);
+    float limit = s->top_p * join_lanes(lane);
+    sort(c, n, 0);
+    int32_t chosen = n > 0 ? c[0].id : 0;
+    if (k > 1 && top - top == 0) {
+        for (; n_kept < n && (n_kept == 0 || sum < limit); n_kept++) {
+            float e = c[n_kept].logit = exp_f32((c[n_kept].logit - top) / s->temperature);
+            sum += e;
+            kept += e >= s->min_p ? e : 0;
         }
-        if (!all) sort(c, n, is_better);
-        float limit = s->top_p * join_lanes(lane);
-        while ((chosen = draw(s, c, k, k < n, top, limit)) < 0) {
-            k = k > n / 8 ? n : 8 * k;
-            keep_best(s, logits, n_vocab, c, k);
-        }
+        s->rng ^= s->rng >> 12; /* xorshift64* */
+        s->rng ^= s->rng << 25;
+        s->rng ^= s->rng >> 27;
+        float u = (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f * kept;
+        for (int j = 0; j < n_kept && !(seen > u); j++)
+            if (c[j].logit >= s->min_p) seen += c[j].logit, chosen = c[j].id;
     }
     fp_leave(fp);
     return chosen;
@@ -4157,7 +4138,7 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 
 static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-/* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
+/* The first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -4170,16 +4151,15 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8]; /* v: a b c d e f g h of the standard */
+    uint32_t w[64], v[8]; /* v: a .. h of the standard */
+    memcpy(w, c->block, sizeof c->block);
     memcpy(v, c->h, sizeof v);
+    for (int i = 16; i < 64; i++) {
+        uint32_t x = w[i - 15], y = w[i - 2];
+        w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+               w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+    }
     for (int i = 0; i < 64; i++) {
-        const uint8_t *p = c->block + 4 * (i % 16);
-        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-        if (i >= 16) {
-            uint32_t x = w[i - 15], y = w[i - 2];
-            w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
-                   w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
-        }
         uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
                       (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
         uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
@@ -4194,78 +4174,68 @@ static void sha256_block(gemma3_sha256 *c)
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
     *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, 0, 0, {0}};
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        c->block[c->n_low++ % 64] = ((const uint8_t *)data)[i];
-        c->n_high += c->n_low == 0;
-        if (c->n_low % 64 == 0) sha256_block(c);
+        uint32_t *word = &c->block[c->n_bytes / 4 % 16];
+        *word = *word << 8 | ((const uint8_t *)data)[i];
+        if (++c->n_bytes % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        uint8_t bytes[4];
-        store_u32_le(bytes, bits_of(x[i]));
-        gemma3_sha256_add(c, bytes, 4);
-    }
+    for (size_t i = 0; i < 4 * n; i++)
+        gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 {
-    uint8_t length[8], pad = 0x80;
-    uint64_t n_bits = ((uint64_t)c->n_high << 32 | c->n_low) * 8;
-    for (int i = 0; i < 8; i++) length[i] = (uint8_t)(n_bits >> (56 - 8 * i));
-    gemma3_sha256_add(c, &pad, 1);
-    for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
-    gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++)
-        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    uint64_t n_bits = c->n_bytes * 8;
+    gemma3_sha256_add(c, "\x80", 1);
+    while (c->n_bytes % 64 != 56) gemma3_sha256_add(c, "", 1);
+    c->block[14] = (uint32_t)(n_bits >> 32);
+    c->block[15] = (uint32_t)n_bits;
+    sha256_block(c);
+    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> 4 * (7 - i % 8) & 15];
     hex[64] = 0;
 }
 
 /* ==== 15. Threads and files of the host =========================================================
  *
- * What is asked of an operating system: map a file, count cores, say how much memory there is, start
- * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
+ * There is one body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <sys/stat.h>
 
-struct worker {
-    gemma3_pool *pool;
-    int id;
+struct limits {
+    double cpus, bytes; /* CPUs' worth of time, memory */
 };
-static void worker_main(struct worker *w);
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
-static int host_open(const char *path, long long *size)
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+static const void *host_map(const char *path, long long *size)
 {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
-    return fd;
-}
-
-static void host_close(int fd) { close(fd); }
-
-static const void *host_map(int fd, size_t n)
-{
-    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *data = MAP_FAILED;
+    *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
+    if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fd >= 0) close(fd);
     return data == MAP_FAILED ? NULL : data;
 }
 
@@ -4277,8 +4247,8 @@ static void host_unmap(const gemma3_model *m)
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
-    uintptr_t to = ((uintptr_t)begin + n) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)begin;
+    uintptr_t from = (at + page - 1) / page * page, to = (at + n) / page * page;
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
@@ -4297,129 +4267,81 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
-static void numbers_in(const char *folder, const char *name, double *a, double *b)
+/* The first number in a file, or `other`; *second if there is another. */
+static double number_in(const char *folder, const char *name, double other, double *second)
 {
     char path[4200];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
+    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
     if (f) fclose(f);
+    return other;
 }
 
-/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
- * file for each. */
-struct limits {
-    double cpus, bytes;
-};
-
-static void limit_by_group(const char *folder, struct limits *least)
+/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
+static void limit_by_group(const char *folder, struct limits *l)
 {
-    double quota = -1, period = 1e5, bytes = -1, unused;
-    numbers_in(folder, "cpu.max", &quota, &period);
-    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
-    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
-    numbers_in(folder, "memory.max", &bytes, &unused);
-    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
-    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
-    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
+    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
+    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
+    quota = number_in(folder, "cpu.max", quota, &period);
+    bytes = number_in(folder, "memory.max", bytes, &unused);
+    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
 }
 
-/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
- * controllers in a folder of that name below root. The groups above bind a group too. */
-static struct limits cgroup_limits(const char *self, const char *root)
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
+ * list of controllers in a folder of that name below root. The groups above bind a group too. */
+static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
-    struct limits least = {1e9, 1e18};
     char line[4096], folder[4200];
     FILE *f = fopen(self, "r");
     while (f && fgets(line, sizeof line, f)) {
         char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
         if (!path) continue;
         line[strcspn(line, "\n")] = 0;
-        *path++ = 0;
+        *path = 0;
         char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
-        memcpy(end, path, strlen(path) + 1);
-        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
-            if (cut > folder) *cut = 0;
-            limit_by_group(folder, &least);
+        for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
+            *cut = 0;
+            limit_by_group(folder, l);
         }
     }
     if (f) fclose(f);
-    return least;
 }
 
-/* The cores this process may use: of the hardware threads that share a core one counts (two of them
- * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
- * to whoever is free. */
-static int host_cores(void)
+/* Of the hardware threads that share a core one counts: two of them gain nothing where memory or
+ * multipliers are the limit. Fast and slow ones count alike, as tasks go to whoever is free. */
+static struct limits host_limits(void)
 {
-    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
+                       (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+    struct rlimit room;
+    if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
+        l.bytes = (double)room.rlim_cur;
 #if defined(__linux__)
-    enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
-    uint8_t seen[MAX_CPUS] = {0};
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
-    cores = 0;
-    for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
+    uint8_t seen[CPU_SETSIZE] = {0};
+    int n = sched_getaffinity(0, sizeof may_use, &may_use) ? 0 : CPU_SETSIZE;
+    if (n) l.cpus = 0;
+    for (int cpu = 0; cpu < n; cpu++) {
         char folder[96];
-        double core = cpu, unused; /* named by the first of its threads */
+        double unused;
         if (!CPU_ISSET(cpu, &may_use)) continue;
         snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
-        numbers_in(folder, "thread_siblings_list", &core, &unused);
-        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
-        cores += !seen[(int)core];
-        seen[(int)core] = 1;
+        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        l.cpus += !seen[first];
+        seen[first] = 1;
     }
 #endif
-    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
-    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
+    limit_by_groups("/proc/self/cgroup", "/sys/fs/cgroup", &l);
+    return l;
 }
-
-static double host_memory(void)
-{
-    struct rlimit space;
-    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
-    if (group < bytes) bytes = group;
-    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
-        bytes = (double)space.rlim_cur;
-    return bytes;
-}
-
-struct host_lock { /* and a bell for those who wait under it */
-    pthread_mutex_t mutex;
-    pthread_cond_t bell;
-};
-static void lock_init(struct host_lock *l)
-{
-    pthread_mutex_init(&l->mutex, NULL);
-    pthread_cond_init(&l->bell, NULL);
-}
-static void lock_free(struct host_lock *l)
-{
-    pthread_cond_destroy(&l->bell);
-    pthread_mutex_destroy(&l->mutex);
-}
-static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
-static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
-static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
-static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
-
-typedef pthread_t host_thread;
-static void *thread_main(void *worker)
-{
-    worker_main(worker);
-    return NULL;
-}
-static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
-static void host_join(host_thread t) { pthread_join(t, NULL); }
-static void host_yield(void) { sched_yield(); }
 
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <io.h>
-#include <sys/stat.h>
 
 /* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
 static wchar_t *wide_path(const char *path)
@@ -4433,24 +4355,18 @@ static wchar_t *wide_path(const char *path)
     return wide;
 }
 
-static int host_open(const char *path, long long *size)
+static const void *host_map(const char *path, long long *size)
 {
     struct _stat64 st;
     wchar_t *wide = wide_path(path);
     int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
-    free(wide);
-    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
-    return fd;
-}
-
-static void host_close(int fd) { _close(fd); }
-
-static const void *host_map(int fd, size_t n)
-{
-    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
-    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
+    HANDLE file = *size <= 0 ? NULL :
+                  CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (file) CloseHandle(file);
-    if (!data) errno = ENOMEM;
+    if (fd >= 0) _close(fd);
+    free(wide);
     return data;
 }
 
@@ -4465,55 +4381,51 @@ static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n
     if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
 }
 
-static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+/* Large pages are a privilege there. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 
-static int host_cores(void)
+static struct limits host_limits(void)
 {
-    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
-    DWORD bytes = sizeof all;
-    DWORD_PTR may_use = 1, exist;
-    int cores = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
-    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
-    for (DWORD k = 0; k < bytes / sizeof *all; k++)
-        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
-    return cores;
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION core[1024];
+    DWORD bytes = sizeof core;
+    DWORD_PTR may_use, exist;
+    MEMORYSTATUSEX memory = {.dwLength = sizeof memory};
+    struct limits l = {0, GlobalMemoryStatusEx(&memory) ? (double)memory.ullTotalPhys : 0};
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist) ||
+        !GetLogicalProcessorInformation(core, &bytes)) return l;
+    for (DWORD k = 0; k < bytes / sizeof *core; k++)
+        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use) l.cpus++;
+    return l;
 }
 
-static double host_memory(void)
+/* As much of POSIX threads as a pool needs. */
+typedef HANDLE pthread_t;
+typedef SRWLOCK pthread_mutex_t;
+typedef CONDITION_VARIABLE pthread_cond_t;
+#define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
+#define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
+static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
+static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
+static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
+static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
 {
-    MEMORYSTATUSEX status = {.dwLength = sizeof status};
-    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+    SleepConditionVariableSRW(c, m, INFINITE, 0);
 }
-
-struct host_lock {
-    SRWLOCK mutex;
-    CONDITION_VARIABLE bell;
-};
-static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
-static void lock_free(struct host_lock *l) { (void)l; }
-static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
-static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
-static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
-static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
-
-typedef HANDLE host_thread;
-static DWORD WINAPI thread_main(void *worker)
+static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
+static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
+static void sched_yield(void) { SwitchToThread(); }
+static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
 {
-    worker_main(worker);
-    return 0;
+    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
+    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
+    return *t == NULL;
 }
-static int host_start(host_thread *t, struct worker *w)
+static void pthread_join(HANDLE t, const void *unused)
 {
-    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
-    return *t ? 0 : -1;
-}
-static void host_join(host_thread t)
-{
+    (void)unused;
     WaitForSingleObject(t, INFINITE);
     CloseHandle(t);
 }
-static void host_yield(void) { SwitchToThread(); }
 #endif
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
@@ -4522,15 +4434,13 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     long long size;
     if (!path) return fail(err, "no path of a model was given"), NULL;
     const char *name = short_path(path, shortened);
-    int fd = host_open(path, &size);
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
-    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
-    const char *why = strerror(errno);
-    host_close(fd);
-    if (size < 0) return fail(err, "%s is not a regular file", name), NULL;
+    const void *data = host_map(path, &size);
+    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
+    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
     if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
-    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
-    if (!data) return fail(err, "%s cannot be mapped: %s", name, why), NULL;
+    if ((unsigned long long)size > SIZE_MAX)
+        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
     gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
     if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
@@ -4539,124 +4449,122 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
 
 int gemma3_default_threads(void)
 {
-    int cores = host_cores();
-    return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
+    double cpus = host_limits().cpus;
+    if (cpus > GEMMA3_MAX_THREADS) return GEMMA3_MAX_THREADS;
+    return cpus < 1 ? 1 : (int)cpus + (cpus > (int)cpus); /* half a CPU is worth a thread */
 }
 
 size_t gemma3_memory_limit(void)
 {
-    double bytes = host_memory();
+    double bytes = host_limits().bytes;
     return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
 /* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
- * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
- * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
+ * another; it ends when the caller has found none left, closed it, and all who were inside have
+ * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
+ * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
+enum { OPEN = 1 << 16, SPINS = 20000 };
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+    pthread_t thread;
+};
+
 struct gemma3_pool {
-    int n_threads;
-    host_thread *thread;
     gemma3_task *task;                /* of this round, with the next two */
     void *job;
     int n_tasks;
     atomic_int next;                  /* the first task that nobody has claimed */
     atomic_int inside;                /* workers inside; plus OPEN while more may enter */
-    atomic_uint round;                /* how many there were: a new number wakes the workers */
-    atomic_int sleepers, stop;
-    struct host_lock turn;            /* held during a round: states that share a pool take turns */
-    struct host_lock sleep;
+    atomic_uint round;                /* how many there were */
+    atomic_int stop;
+    pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
+    pthread_mutex_t mutex;            /* and the condition: of those who sleep */
+    pthread_cond_t wake;
+    int n_threads;
+    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
 };
-
-enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) host_yield();
+    if (spin % 256 == 255) sched_yield();
 }
 
-static void claim_tasks(gemma3_pool *pool, int worker)
-{
-    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
-}
-
-static int enter_round(gemma3_pool *pool)
+static void take_part(gemma3_pool *pool, int worker)
 {
     int inside = atomic_load(&pool->inside);
-    while (inside >= OPEN)
-        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
-    return 0;
+    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
+    if (inside < OPEN) return;
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
+        pool->task(pool->job, i, worker);
+    atomic_fetch_sub(&pool->inside, 1);
 }
 
-static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+static unsigned await_round(gemma3_pool *pool, unsigned seen)
 {
-    lock(&pool->sleep);
-    atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
-    atomic_fetch_sub(&pool->sleepers, 1);
-    unlock(&pool->sleep);
-}
-
-static void wake_workers(gemma3_pool *pool)
-{
-    lock(&pool->sleep);
-    ring(&pool->sleep);
-    unlock(&pool->sleep);
-}
-
-static void worker_main(struct worker *w)
-{
-    struct worker me = *w;
-    gemma3_pool *pool = me.pool;
-    unsigned seen = 0;
-    free(w);
-    fp_enter();
-    while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
-        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->round);
-        if (!enter_round(pool)) continue;
-        claim_tasks(pool, me.id);
-        atomic_fetch_sub(&pool->inside, 1);
+    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+    if (atomic_load(&pool->round) == seen) {
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
     }
+    return atomic_load(&pool->round);
+}
+
+static void begin_round(gemma3_pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->round, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void *worker_main(void *arg)
+{
+    const struct worker *me = arg;
+    gemma3_pool *pool = me->pool;
+    fp_enter();
+    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
+        take_part(pool, me->id);
+    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    lock(&pool->turn);
+    pthread_mutex_lock(&pool->turn);
     pool->task = task;
     pool->job = job;
     pool->n_tasks = n_tasks;
     atomic_store(&pool->next, 0);
     atomic_store(&pool->inside, OPEN);
-    atomic_fetch_add(&pool->round, 1);
-    if (atomic_load(&pool->sleepers)) wake_workers(pool);
-    claim_tasks(pool, 0);
+    begin_round(pool);
+    take_part(pool, 0);
     atomic_fetch_sub(&pool->inside, OPEN);
     for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
-    unlock(&pool->turn);
+    pthread_mutex_unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
-    gemma3_pool *pool = calloc(1, sizeof *pool);
-    if (!pool || !(pool->thread = calloc(n_threads > 0 ? n_threads : 1, sizeof *pool->thread))) {
-        free(pool);
-        return fail(err, "out of memory for %d threads", n_threads), NULL;
-    }
-    lock_init(&pool->turn);
-    lock_init(&pool->sleep);
+    size_t room = n_threads > 0 ? n_threads : 1;
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
+    *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                          .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = malloc(sizeof *w);
-        if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
-            fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-            free(w);
-            gemma3_pool_free(pool);
-            return NULL;
-        }
+        struct worker *w = &pool->worker[pool->n_threads];
+        w->pool = pool;
+        w->id = pool->n_threads;
+        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
+        gemma3_pool_free(pool);
+        return NULL;
     }
     return pool;
 }
@@ -4665,15 +4573,18 @@ void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
     atomic_store(&pool->stop, 1);
-    wake_workers(pool);
-    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
-    lock_free(&pool->sleep);
-    lock_free(&pool->turn);
-    free(pool->thread);
+    begin_round(pool);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->turn);
     free(pool);
 }
 #else
-static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n) { (void)m, (void)begin, (void)n; }
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    (void)m, (void)begin, (void)n;
+}
 static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 static void host_unmap(const gemma3_model *m) { (void)m; }
 #endif /* GEMMA3_NO_FILE */
@@ -4683,11 +4594,9 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 /* ==== 16. The command line ======================================================================
  *
  * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. The parts: what is asked of the system, messages,
- * the options, a session (the options and an opened model), numbers out, text out, the jobs.
- *
- * Text and results go to stdout, everything else to stderr. Whatever fails says why in one sentence
- * and ends the program: exit code 1, or 2 when the command line was wrong. */
+ * the library alone deletes from here to the end. Text and results go to stdout, the rest to
+ * stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2 when the
+ * command line was wrong. */
 
 #include "gemma3.h"
 
@@ -4702,14 +4611,8 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
-enum {
-    MAX_PATH_BYTES = 4096,
-    MAX_TEXT_BYTES = 1 << 29, /* of a prompt: the tokenizer takes no more */
-    MAX_STOPS = 32,          /* --stop texts */
-    MAX_STOP_BYTES = 1000,   /* of one of them */
-};
+enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
 /* ---- Command line: what is asked of the system ---- */
 
@@ -4723,28 +4626,19 @@ static void note_interrupt(int signal_number)
     signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
 }
 
-/* 1: Ctrl-C sets interrupted. 0: it ends the program, as it ends any other. */
-static void catch_interrupts(int on)
-{
-    interrupted = 0;
-    signal(SIGINT, on ? note_interrupt : SIG_DFL);
-}
+#if !defined(_WIN32)
+#include <unistd.h>
 
 /* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
- * may get the number of a stream that the caller has closed: what stands in for that can be neither
- * read nor written. A reader that goes away, or a file beyond its limit, is an error of writing. */
+ * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
+ * that goes away, or a file beyond its limit, is an error of writing. */
 static char **start_program(char **argv)
 {
     for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0) break;
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     return argv;
-}
-
-static int is_terminal(FILE *f)
-{
-    return isatty(fileno(f));
 }
 
 static double seconds(void)
@@ -4762,38 +4656,110 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links. */
-static void real_path(const char *path, char real[MAX_PATH_BYTES])
+/* Where a path leads through links; of the program, where it lies however it was started. */
+static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
 {
-    char *found = realpath(path, NULL);
+    char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
+    if (!found) found = realpath(path, NULL);
     snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
     free(found);
 }
 
-/* Gives a file its name, also when another one has it. */
-static int replace_file(const char *from, const char *to)
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+enum { MAX_WIDE = 32768 };
+
+/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
+static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
 {
-    return rename(from, to);
+    static const wchar_t mark[] = L"\\\\?\\";
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    wcscpy(wide, mark);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    return wide;
 }
 
-/* Where the program with this argv[0] lies: what has no slash was found through $PATH. */
-static void program_path(const char *name, char path[MAX_PATH_BYTES])
+/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
+static char *narrow(const wchar_t *wide)
 {
-    char found[MAX_PATH_BYTES];
-    const char *dir = strchr(name, '/') ? NULL : getenv("PATH");
-    snprintf(found, sizeof found, "%s", name);
-    for (size_t n; dir && *dir; dir += n + (dir[n] == ':')) {
-        n = strcspn(dir, ":");
-        snprintf(found, sizeof found, "%.*s/%s", n ? (int)n : 1, n ? dir : ".", name);
-        if (file_size(found) >= 0 && access(found, X_OK) == 0) break;
-    }
-    real_path(found, path);
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = calloc(1, (size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text ? text : "";
 }
+
+static char **start_program(char **argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    return text ? text : argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    wchar_t wide[MAX_WIDE];
+    if (_wstat64(widen(path, wide), &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+{
+    wchar_t wide[MAX_WIDE];
+    int found = is_program && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : path);
+    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
+    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
+    return _wfopen(widen(path, wide), wide_mode);
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    wchar_t a[MAX_WIDE], b[MAX_WIDE];
+    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
+}
+
+static void remove_file(const char *path)
+{
+    wchar_t wide[MAX_WIDE];
+    DeleteFileW(widen(path, wide));
+}
+
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
 
 /* ---- Command line: messages ---- */
 
-/* Text from anywhere, for people: whole characters, and none that a terminal obeys (U+0000 to 1F
- * and 7F to 9F). */
+/* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
 {
     gemma3_utf8 whole = {.n = 0};
@@ -4807,7 +4773,7 @@ static void print_safe(FILE *f, const char *text)
     fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), f);
 }
 
-enum { NOTE, FAILED, WRONG }; /* what a sentence means: the exit codes 1 and 2 end the program */
+enum { NOTE, FAILED, WRONG }; /* what a sentence means; the last two end the program */
 
 static void say(int code, const char *format, ...)
 {
@@ -4822,16 +4788,11 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
-static void *reallocate(void *old, size_t n_bytes, const char *what)
+static void *allocate(void *old, size_t n_bytes, const char *what)
 {
     void *p = realloc(old, n_bytes);
     if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
     return p;
-}
-
-static void *allocate(size_t n_bytes, const char *what)
-{
-    return reallocate(NULL, n_bytes, what);
 }
 
 /* What was written gets out, or we say why not: errno is that of the write that failed, now or
@@ -4845,229 +4806,99 @@ static void flush(FILE *f, const char *name)
 
 /* ---- Command line: the options ---- */
 
-/* A file has another name beside its own until it is whole: a job that ends early leaves what was
- * there. Devices and pipes are written as they are. */
-struct file_out {
-    const char *name;        /* as messages call it */
-    FILE *file;
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* part "": written as it is */
+/* The help is also the table of options: a line of two spaces, the name and, after one more, its
+ * value, which may be absent when it stands in [ ]. */
+static const char *const help[] = {
+    "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
+    "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
+    "logits, on every machine and with every other option.\n\nWhat to read:",
+    "  -m MODEL             a Gemma 3 GGUF; default: the small one in weights/",
+    "  -p TEXT              continue TEXT, as it stands, after <bos>",
+    "  -f FILE              continue the text in FILE; - is stdin",
+    "  --ids FILE           continue the ids in FILE as they are; - is stdin",
+    "  -i                   chat; /clear forgets, /quit ends, Ctrl-C stops an answer, a line that",
+    "                       ends in \\ goes on in the next",
+    "  --system TEXT        put before the first turn of a chat",
+    "  --special            control tokens are read and printed as their text",
+    "  --no-bos             no <bos> before the text\n\nWhat to write:",
+    "  -n N                 tokens to generate; default: until a stop token or a full context",
+    "  --temp T             temperature; 0: always the likeliest; default 1",
+    "  --top-k K            choose among the K likeliest; 0: all; default 64",
+    "  --top-p P            among the likeliest with this probability together; default 0.95",
+    "  --min-p P            among those with P times the largest probability; default 0",
+    "  --repeat-penalty R   against repeating any of the last 64 tokens; default 1: none",
+    "  --seed S             a seed gives the same text everywhere; default 42",
+    "  --stop TEXT          end before TEXT; may be given several times",
+    "  --out-ids            print the ids generated, without the stop token, not their text",
+    "\nNumbers instead of text (nothing is generated unless -n is given):",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout, and what",
+    "                       else is asked for goes to stderr",
+    "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
+    "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
+    "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
+    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
+    "  -c N                 context in tokens; default: the model's, at most 4096",
+    "  -t N                 threads; default: physical cores",
+    "  -b N                 tokens of the prompt taken at once; default 512",
+    "  --exact              weights and activations in float32",
+    "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
+    "  --isa NAME           force kernels; list: those that this CPU can run",
+    "  --no-repack          weights where they lie in the file: opens faster, runs slower",
+    "  --obey-file          also where its keys contradict what the model is\n\nAbout:",
+    "  --info               the model's hyperparameters, and memory in bytes",
+    "  --version            of the program and of the numeric contract",
+    "  --help               this text\n",
+    "Scores and tensors inside: make conform, then test/conform.",
+    "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
-/* What the options say, and an opened model with all that belongs to it. */
-struct session {
-    const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 1];
-    const char *state_file, *logits_file, *positions, *tokenize, *detokenize, *kv;
-    int chats, special, no_bos, prints_ids, hash, info, version, help;
-    int n_predict;           /* -1: until a stop token */
-    int numbers, writes;     /* --logits or --hash; text is generated */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    gemma3_options options;
-    gemma3_params params;
-    gemma3_sampler sampler;
-    gemma3_pool *pool;
-    gemma3_model *model;
-    const gemma3_config *config;
-    const gemma3_tokenizer *tokenizer;
-    gemma3_state *state;
-    gemma3_candidate *candidates; /* [n_vocab] */
-    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab]; of text [1][n_vocab] */
-    int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
-    char *wanted;            /* [n_ids] 1: this row is for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    struct file_out to;      /* --logits, --state */
-    FILE *out;               /* stdout, or stderr while the logits go to stdout */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters only, and */
-    char held[MAX_STOP_BYTES + 1]; /* nothing that may begin a --stop text before that is decided */
-    size_t n_held;
-    int n_printed, stopped;  /* ids of this text; a --stop text came */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
-};
-
-enum option_kind { HEADING, FLAG, WHOLE, REAL, TEXT };
-
-struct option {
-    const char *name;        /* as typed; of a HEADING, the heading */
-    const char *value;       /* what --help calls the value; in [ ]: it may be absent */
-    enum option_kind kind;
-    size_t field;            /* where it goes: an int, int, float or const char * of the session */
-    double least, most;      /* of a number; most of a TEXT: how many may be given */
-    const char *help;
-};
-
-#define FIELD(name) offsetof(struct session, name)
-
-static const struct option options[] = {
-    {"What to read", "", HEADING, 0, 0, 0, ""},
-    {"-m", "MODEL", TEXT, FIELD(path), 0, 1, "a Gemma 3 GGUF; default: the small one in weights/"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 1, "continue TEXT, as it stands, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 1, "continue the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 1, "continue exactly the ids in FILE; - is stdin"},
-    {"-i", "", FLAG, FIELD(chats), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer;\n"
-     "                       a line that ends in \\ goes on in the next"},
-    {"--system", "TEXT", TEXT, FIELD(system), 0, 1, "put before the first turn of a chat"},
-    {"--state", "FILE", TEXT, FIELD(state_file), 0, 1,
-     "where a prompt's state, or a --system text's, is kept: computed once, then read"},
-    {"--special", "", FLAG, FIELD(special), 0, 0, "read and print control tokens as their text"},
-    {"--no-bos", "", FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
-    {"What to write", "", HEADING, 0, 0, 0, ""},
-    {"-n", "N", WHOLE, FIELD(n_predict), 0, INT_MAX,
-     "tokens to generate; default: until a stop token or a full context"},
-    {"--temp", "T", REAL, FIELD(sampler.temperature), 0, 1e6, "0: the likeliest always; default 1"},
-    {"--top-k", "K", WHOLE, FIELD(sampler.top_k), 0, INT_MAX,
-     "choose among the K likeliest; 0: all; default 64"},
-    {"--top-p", "P", REAL, FIELD(sampler.top_p), 0, 1,
-     "among the likeliest that have probability P together; default 0.95"},
-    {"--min-p", "P", REAL, FIELD(sampler.min_p), 0, 1,
-     "among those with P times the largest probability; default 0"},
-    {"--repeat-penalty", "R", REAL, FIELD(sampler.repeat_penalty), 1e-6, 1e6,
-     "against repeating any of the last 64 tokens; default 1: none"},
-    {"--seed", "S", TEXT, FIELD(seed), 0, 1, "a seed gives the same text everywhere; default 42"},
-    {"--stop", "TEXT", TEXT, FIELD(stop), 0, MAX_STOPS, "end before TEXT; may be given repeatedly"},
-    {"--out-ids", "", FLAG, FIELD(prints_ids), 0, 0, "print the ids generated, not their text"},
-    {"Numbers instead of text (with -n text is generated too)", "", HEADING, 0, 0, 0, ""},
-    {"--logits", "FILE", TEXT, FIELD(logits_file), 0, 1,
-     "float32, little-endian, [positions][n_vocab]; -: stdout, the rest on stderr"},
-    {"--positions", "LIST", TEXT, FIELD(positions), 0, 1,
-     "which rows, ascending, as 0,5,-1; from the end when negative; default: all"},
-    {"--hash", "", FLAG, FIELD(hash), 0, 0, "contract, mode, cache, SHA-256 of those same logits"},
-    {"--tokenize", "[TEXT]", TEXT, FIELD(tokenize), 0, 1, "ids of TEXT, or of the text of -f"},
-    {"--detokenize", "IDS", TEXT, FIELD(detokenize), 0, 1, "bytes of the ids, as \"2 818 5279\""},
-    {"How to compute", "", HEADING, 0, 0, 0, ""},
-    {"-c", "N", WHOLE, FIELD(params.n_ctx), 1, 1 << 24,
-     "context in tokens; default: the smaller of the model's and 4096"},
-    {"-t", "N", WHOLE, FIELD(params.n_threads), 1, GEMMA3_MAX_THREADS, "default: physical cores"},
-    {"-b", "N", WHOLE, FIELD(params.n_batch), 1, INT_MAX, "prompt's tokens at once; default 512"},
-    {"--exact", "", FLAG, FIELD(options.exact), 0, 0, "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 1, "type of the cache; default f16, with --exact f32"},
-    {"--isa", "NAME", TEXT, FIELD(options.isa), 0, 1, "force kernels; list: what this CPU can run"},
-    {"--no-repack", "", FLAG, FIELD(options.no_repack), 0, 0,
-     "use the weights where they lie: opens faster, runs slower, same bits"},
-    {"--obey-file", "", FLAG, FIELD(options.obey_file), 0, 0,
-     "keys of the file win even where they contradict what the model is"},
-    {"About", "", HEADING, 0, 0, 0, ""},
-    {"--info", "", FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
-    {"--version", "", FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
-    {"--help", "", FLAG, FIELD(help), 0, 0, "this text"},
-    {NULL, NULL, HEADING, 0, 0, 0, NULL},
-};
-
-static void print_help(void)
-{
-    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
-         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
-         "one bit pattern of logits, on every machine and with every other option.");
-    for (const struct option *o = options; o->name; o++)
-        if (o->kind == HEADING) printf("\n%s:\n", o->name);
-        else printf("  %s %-*s%s\n", o->name, 20 - (int)strlen(o->name), o->value, o->help);
-    puts("\nScores and tensors inside: make conform, then test/conform --help.\n"
-         "Exit: 0, 1 when the job failed, 2 when the command line was wrong.");
-}
-
-static const struct option *find_option(const char *name, size_t n)
-{
-    for (const struct option *o = options; o->name; o++)
-        if (o->kind != HEADING && strlen(o->name) == n && memcmp(o->name, name, n) == 0) return o;
-    return NULL;
-}
-
-static const char no_text[] = ""; /* --tokenize without its text: the one given by -f is meant */
-
-static void set_option(struct session *s, const struct option *o, const char *text)
-{
-    char *field = (char *)s + o->field, *end;
-    const char **slot = (const char **)(void *)field;
-    if (o->kind == FLAG) {
-        *(int *)(void *)field = 1;
-    } else if (o->kind == TEXT) {
-        for (int i = 1; *slot && i < (int)o->most; i++) slot++;
-        if (*slot && o->most > 1) say(WRONG, "%s: %.0f of them are possible", o->name, o->most);
-        *slot = text;
-    } else {
-        int whole = o->kind == WHOLE, digits = text[strspn(text, "0123456789")] == 0;
-        double x = strtod(text, &end);
-        if (end == text || *end || (whole && !digits) || !(x >= o->least && x <= o->most))
-            say(WRONG, "%s %s: expected a %s from %.10g to %.10g", o->name, text,
-                whole ? "whole number" : "number", o->least, o->most);
-        if (whole) *(int *)(void *)field = (int)x;
-        else *(float *)(void *)field = (float)x;
-    }
-}
-
-/* What measures numbers is a program of its own now. */
-static void refuse_name(const char *name, size_t n)
+/* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
+static const char *next_option(char ***args, const char **value)
 {
     static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
-    for (int i = 0; i < 5; i++)
-        if (strlen(moved[i]) == n && memcmp(moved[i], name, n) == 0)
+    const char *arg = *(*args)++, *next = **args, *form = NULL;
+    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
+    for (int i = 0; help[i] && !form; i++)
+        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
+    for (int i = 0; i < 5 && !form; i++)
+        if (strlen(moved[i]) == n && memcmp(moved[i], arg, n) == 0)
             say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(name + 2, "-="), name + 2);
-    say(WRONG, *name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
+                (int)strcspn(arg + 2, "-="), arg + 2);
+    if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
+    const char *what = form + n + 1;
+    *value = "";
+    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
+    if (arg[n] == '=') *value = arg + n + 1;
+    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
+    else if (*what != ' ' && *what != '[')
+        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
+    return form;
 }
 
-/* Both "--seed 7" and "--seed=7". */
-static void parse_options(struct session *s, char **arg)
+/* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
+static const char *option(char **args, const char *name)
 {
-    while (*arg) {
-        const char *name = *arg++, *text = *arg;
-        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
-        const struct option *o = find_option(name, n);
-        if (!o) refuse_name(name, n);
-        if (name[n] == '=' && o->kind == FLAG) say(WRONG, "%s takes no value", o->name);
-        if (name[n] == '=') text = name + n + 1;
-        else if (o->value[0] == '[' && (!text || find_option(text, strlen(text)))) text = no_text;
-        else if (o->kind != FLAG && !*arg++) say(WRONG, "%s needs a value: %s", o->name, o->value);
-        set_option(s, o, text);
+    const char *value, *last = NULL;
+    size_t n = strlen(name);
+    while (*args) {
+        const char *form = next_option(&args, &value);
+        if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
     }
+    return last;
 }
 
-static void check_isa(const char *isa)
+static double number(char **args, const char *name, int is_whole, double least, double most,
+                     double otherwise)
 {
-    char list[256] = "";
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
-    }
-    say(WRONG, "--isa %s: this CPU can run%s", isa, list);
-}
-
-/* One thing to do, and nothing that would have no effect. */
-static void check_options(struct session *s)
-{
-    int of_file = s->tokenize == no_text, n_prompts = !!s->prompt + !!s->file + !!s->ids_file;
-    int n_jobs = n_prompts + s->chats + (s->tokenize && !of_file) + !!s->detokenize + s->info;
-    int continues = n_prompts && !of_file;
-    s->numbers = s->logits_file || s->hash;
-    s->writes = s->n_predict != 0 && (s->chats || (continues && (!s->numbers || s->n_predict > 0)));
-    if (s->logits_file && strcmp(s->logits_file, "-") == 0) s->out = stderr;
-    if (of_file && !s->file) say(WRONG, "--tokenize needs a TEXT or -f FILE");
-    if (n_jobs > 1)
-        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
-            "--info, not several");
-    if (n_jobs == 0)
-        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
-            "or chat with -i");
-    if (s->kv && strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
-    if (s->numbers && !continues) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (s->positions && !s->numbers) say(WRONG, "--positions needs --logits or --hash");
-    if (s->n_predict > 0 && !s->writes)
-        say(WRONG, "-n needs a prompt to continue: -p, -f, --ids or -i");
-    if (s->system && !s->chats) say(WRONG, "--system needs -i");
-    if (s->state_file && (s->numbers || !(continues || s->chats)))
-        say(WRONG, "--state needs a text to continue, and neither --logits nor --hash");
-    for (const char **stop = s->stop; *stop; stop++)
-        if (!**stop || strlen(*stop) > MAX_STOP_BYTES)
-            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-    if (s->options.isa) check_isa(s->options.isa);
+    const char *text = option(args, name);
     char *end;
-    errno = 0;
-    s->sampler.rng = gemma3_sampler_new(strtoull(s->seed, &end, 10)).rng;
-    if (*s->seed < '0' || *s->seed > '9' || *end || errno)
-        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", s->seed);
+    if (!text) return otherwise;
+    double x = strtod(text, &end);
+    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+        !(x >= least && x <= most))
+        say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
+            is_whole ? "whole number" : "number", least, most);
+    return x;
 }
 
 /* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
@@ -5087,95 +4918,139 @@ static int next_number(const char **list, int *x)
     return 1;
 }
 
-/* ---- Command line: a session ---- */
-
-static void show_loading(void *user, double fraction)
+/* One thing to do, and nothing that would have no effect. */
+static void check_options(char **args)
 {
-    (void)user;
-    fprintf(stderr, fraction < 1 ? "\rloading %3.0f %%" : "\r             \r", 100 * fraction);
+    const char *kv = option(args, "--kv"), *tokenize = option(args, "--tokenize");
+    const char *file = option(args, "-f"), *logits = option(args, "--logits");
+    int numbers = logits || option(args, "--hash"), chats = option(args, "-i") != NULL;
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
+    int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize "
+            "and --info, not several" : "nothing to do: give a prompt with -p TEXT, -f FILE (- is "
+            "stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!chats && option(args, "--system")) say(WRONG, "--system needs -i");
 }
 
-/* The model that comes with the program lies in weights/ or beside it, or where we are. */
-static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+/* ---- Command line: a session, which is an opened model and all that goes with it ---- */
+
+struct session {
+    char **args;
+    const char *stop[MAX_STOPS + 1];
+    int chats, special, prints_ids, n_predict; /* n_predict -1: until a stop token */
+    gemma3_pool *pool;
+    gemma3_model *model;
+    const gemma3_config *config;
+    const gemma3_tokenizer *tokenizer;
+    gemma3_params params;
+    gemma3_state *state;
+    gemma3_sampler sampler;
+    gemma3_candidate *candidates; /* [n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
+    int32_t *ids;            /* [n_ids] the prompt */
+    int n_ids;
+    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    FILE *out, *file;        /* of text; of --logits, which until it is whole has another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* (devices and pipes have not) */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
+    size_t n_held;
+    int n_printed, stopped;  /* ids of this text; a --stop text came */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    int n_read, n_written;   /* tokens, for the speed */
+    double read_seconds, write_seconds;
+};
+
+/* What can be wrong before the model is opened. */
+static void read_options(struct session *s)
 {
-    char real[MAX_PATH_BYTES];
-    program_path(program, real);
-    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
-                 real, i % 2 ? "" : "weights/");
-        if (file_size(path) >= 0) return path;
+    char **args = s->args, *end;
+    const char *seed = option(args, "--seed"), *stop;
+    int threads = gemma3_default_threads(), n = 0;
+    s->chats = option(args, "-i") != NULL;
+    s->special = option(args, "--special") != NULL;
+    s->prints_ids = option(args, "--out-ids") != NULL;
+    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
+    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
+    errno = 0;
+    s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
+    if (seed && (*seed < '0' || *seed > '9' || *end || errno))
+        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
+    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    while (*args) {
+        if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
+        if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (!*stop || strlen(stop) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+        s->stop[n++] = stop;
     }
-    say(WRONG, "no model: give -m MODEL.gguf");
-    return NULL;
 }
 
-/* What will not fit is said before it is tried. Weights used where they lie in the file need none. */
-static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
+static void open_model(struct session *s, const char *path, int computes)
 {
-    size_t limit = gemma3_memory_limit();
-    if (s->options.no_repack || s->options.exact) n_weights = 0;
-    if (limit && (n_state > limit || n_weights > limit - n_state))
-        say(FAILED, "out of memory: the weights need %zu MB, what -c %d asks for %zu MB, and this "
-            "process may use %zu MB (--no-repack and a smaller -c need less)", n_weights >> 20,
-            s->params.n_ctx, n_state >> 20, limit >> 20);
-}
-
-static void open_model(struct session *s, int computes)
-{
+    const char *kv = option(s->args, "--kv"), *note;
     gemma3_error err;
-    gemma3_options *o = &s->options;
-    const char *note;
-    long long size = file_size(s->path);
-    if (computes && size > 0) check_memory(s, (size_t)size, 0);
     s->pool = gemma3_pool_new(s->params.n_threads, &err);
     if (!s->pool) say(FAILED, "%s", err.text);
-    o->no_repack |= !computes;
-    o->n_threads = s->params.n_threads;
-    o->parallel_for = s->params.parallel_for = gemma3_pool_run;
-    o->pool = s->params.pool = s->pool;
-    o->progress = computes && is_terminal(stderr) ? show_loading : NULL;
-    s->model = gemma3_open(s->path, o, &err);
+    gemma3_options o = {
+        .exact = option(s->args, "--exact") != NULL, .isa = option(s->args, "--isa"),
+        .no_repack = !computes || option(s->args, "--no-repack"),
+        .obey_file = option(s->args, "--obey-file") != NULL,
+        .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
+    };
+    s->model = gemma3_open(path, &o, &err);
     if (!s->model) say(FAILED, "%s", err.text);
     s->config = gemma3_model_config(s->model);
     s->tokenizer = gemma3_model_tokenizer(s->model);
     gemma3_params usual = gemma3_default_params(s->model);
     if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
-    s->params.kv_type = usual.kv_type;
-    if (s->kv) s->params.kv_type = strcmp(s->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.kv_type = !kv ? usual.kv_type : kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.parallel_for = gemma3_pool_run;
+    s->params.pool = s->pool;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
-    if (computes && s->params.n_ctx > s->config->n_ctx_train)
-        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what it "
-            "writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
-            (double)s->config->rope_factor);
-}
+    if (!computes) return;
 
-/* What computing needs besides the model. */
-static void open_state(struct session *s)
-{
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    size_t n_rows = s->numbers ? GEMMA3_MAX_UBATCH : 1;
-    gemma3_error err;
-    check_memory(s, gemma3_model_weight_bytes(s->model),
-                 gemma3_state_size(s->model, &s->params) + n_rows * n_vocab * sizeof *s->logits);
+    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
+    size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t need = gemma3_state_size(s->model, &s->params);
+    if (limit && (need > limit || weights > limit - need))
+        say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
+            "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
+    if (s->params.n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
+            "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            (double)s->config->rope_factor);
     s->state = gemma3_state_new(s->model, &s->params, &err);
     if (!s->state) say(FAILED, "%s", err.text);
-    s->logits = allocate(n_rows * n_vocab * sizeof *s->logits, "the logits");
-    s->candidates = allocate(n_vocab * sizeof *s->candidates, "sampling");
+    s->logits = allocate(NULL, n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
+    s->candidates = allocate(NULL, n_vocab * sizeof *s->candidates, "sampling");
 }
 
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
     if (!f) say(FAILED, "%s: %s", path, strerror(errno));
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
-    for (size_t room = *n = 0; *n == room; ) {
-        if (size <= (long long)room) size = (long long)room;
+    for (size_t room = *n = 0; *n == room;) {
+        if (size < (long long)room) size = (long long)room;
         if (size > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
-        bytes = reallocate(bytes, (room = 2 * room + 65536) + 1, path);
+        bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
         if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
     }
@@ -5186,12 +5061,12 @@ static char *read_file(const char *path, size_t *n)
 
 static void encode_text(struct session *s, const char *text, size_t n)
 {
-    int flags = (s->no_bos ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
+    int flags = (option(s->args, "--no-bos") ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
     if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
         say(NOTE, "the text begins with <bos>: no other is put before it");
         flags = GEMMA3_SPECIAL;
     }
-    s->ids = allocate((n + 1) * sizeof *s->ids, "the text's ids");
+    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
     s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
     if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
@@ -5199,13 +5074,12 @@ static void encode_text(struct session *s, const char *text, size_t n)
 /* The ids spelled in n bytes of text. */
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    const char *left = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? text + 3 : text; /* BOM */
-    int id, found;
-    s->ids = allocate((n / 2 + 1) * sizeof *s->ids, where);
+    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
+    int id, found, last = s->config->n_vocab - 1;
+    s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
-        if (id < 0 || id >= s->config->n_vocab)
-            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id,
-                s->config->n_vocab - 1);
+        if (id < 0 || id > last)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id, last);
         s->ids[s->n_ids++] = id;
     }
     if (found < 0 || left < text + n)
@@ -5216,59 +5090,40 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
-    const char *path = s->ids_file ? s->ids_file : s->file;
-    const char *text = s->prompt ? s->prompt : s->tokenize;
+    const char *ids = option(s->args, "--ids"), *path = ids ? ids : option(s->args, "-f");
+    const char *prompt = option(s->args, "-p"), *text = option(s->args, "--tokenize");
+    if (prompt) text = prompt;
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
-    if (s->ids_file) parse_ids(s, bytes, n, path);
+    if (ids) parse_ids(s, bytes, n, ids);
     else encode_text(s, bytes ? bytes : text, n);
     free(bytes);
 }
 
 /* ---- Command line: numbers out ---- */
 
-static void open_out(struct file_out *o, const char *path)
+static void open_logits(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
-    *o = (struct file_out){.name = "standard output", .file = stdout};
-    if (strcmp(path, "-") == 0) return;
-    if (size >= 0) {
-        FILE *old = fopen(path, "r+b"); /* what may not be written is not replaced either */
-        if (!old) say(FAILED, "%s: %s", path, strerror(errno));
-        if (fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
-            say(FAILED, "%s: this is a model, which would be overwritten", path);
-        fclose(old);
-    }
-    o->name = path;
-    real_path(path, o->path);
-    if (size != -2) snprintf(o->part, sizeof o->part, "%s.part", o->path);
-    o->file = fopen(size == -2 ? path : o->part, "wb");
-    if (!o->file) say(FAILED, "%s: %s", path, strerror(errno));
-}
-
-static void write_out(struct file_out *o, const void *bytes, size_t n)
-{
-    if (fwrite(bytes, 1, n, o->file) == n && fflush(o->file) == 0) return;
-    if (o->part[0]) remove(o->part);
-    flush(o->file, o->name);
-}
-
-static void close_out(struct file_out *o)
-{
-    int failed = o->file != stdout && fclose(o->file);
-    if (failed || (o->part[0] && replace_file(o->part, o->path)))
-        say(FAILED, "%s: %s", o->name, strerror(errno));
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+        say(FAILED, "%s: this is a model, which would be overwritten", path);
+    if (old) fclose(old);
+    real_path(path, 0, s->path);
+    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
 }
 
 /* --positions, or all. */
 static void choose_rows(struct session *s)
 {
-    const char *left = s->positions;
+    const char *list = option(s->args, "--positions"), *left = list;
     int x, found = 0, last = -1;
-    s->wanted = allocate((size_t)s->n_ids, "--positions");
-    memset(s->wanted, !left, (size_t)s->n_ids);
-    while (left && (found = next_number(&left, &x)) > 0) {
+    s->wanted = allocate(NULL, (size_t)s->n_ids, "--positions");
+    memset(s->wanted, !list, (size_t)s->n_ids);
+    while (list && (found = next_number(&left, &x)) > 0) {
         int position = x < 0 ? x + s->n_ids : x;
         if (position < 0 || position >= s->n_ids)
             say(FAILED, "--positions %d: the prompt has %d tokens", x, s->n_ids);
@@ -5276,24 +5131,27 @@ static void choose_rows(struct session *s)
             say(FAILED, "--positions: expected them to ascend, found %d after %d", position, last);
         s->wanted[last = position] = 1;
     }
-    if (found < 0 || (left && last < 0))
-        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces",
-            s->positions);
+    if (found < 0 || (list && last < 0))
+        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
 }
 
 /* Float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
-    size_t n = (size_t)s->config->n_vocab;
+    size_t n = 4 * (size_t)s->config->n_vocab;
     for (size_t i = 0; i < n; i++) {
         uint32_t u;
-        memcpy(&u, &row[i], 4);
-        for (int k = 0; k < 4; k++) bytes[4 * i + k] = (unsigned char)(u >> 8 * k);
+        memcpy(&u, &row[i / 4], 4);
+        bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
-    gemma3_sha256_add(&s->sha256, bytes, 4 * n);
-    if (s->logits_file) write_out(&s->to, bytes, 4 * n);
+    gemma3_sha256_add(&s->sha256, bytes, n);
+    if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
 }
+
+/* ---- Command line: tokens in, text out ---- */
 
 static int are_numbers(const float *x, size_t n)
 {
@@ -5305,11 +5163,12 @@ static int are_numbers(const float *x, size_t n)
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
+    size_t n_vocab = (size_t)s->config->n_vocab;
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
     for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * s->config->n_vocab, (size_t)s->config->n_vocab))
+        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
             s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
@@ -5332,8 +5191,6 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     s->read_seconds += seconds() - start;
 }
 
-/* ---- Command line: text out ---- */
-
 static void print_byte(struct session *s, char byte)
 {
     if (s->stopped) return;
@@ -5349,42 +5206,22 @@ static void print_byte(struct session *s, char byte)
     memmove(s->held, s->held + n_out, s->n_held -= n_out);
 }
 
-static void print_token(struct session *s, int32_t id)
+/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
+static int print_token(struct session *s, int32_t id)
 {
-    char piece[GEMMA3_PIECE_MAX], character[8];
+    char piece[GEMMA3_PIECE_MAX], c[8];
+    int32_t spelled = -1;
     int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
-    for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++) print_byte(s, character[k]);
-    }
+    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
+        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
+            spelled = -1;
+    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
+    for (int i = 0; i < n; i++)
+        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
+            print_byte(s, c[k]);
     if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
     flush(s->out, "standard output");
-}
-
-/* What is still held back is text after all. */
-static void end_text(struct session *s)
-{
-    char character[8];
-    int n = gemma3_utf8_end(&s->utf8, character);
-    for (int i = 0; i < n; i++) print_byte(s, character[i]);
-    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out);
-    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    flush(s->out, "standard output");
-    s->n_held = 0, s->n_printed = s->stopped = 0;
-}
-
-/* A stop token, or one without text that a --stop text spells. */
-static int ends_text(const struct session *s, int32_t id)
-{
-    char piece[GEMMA3_PIECE_MAX];
-    int32_t spelled;
-    if (gemma3_is_stop(s->tokenizer, id)) return 1;
-    if (gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece) > 0) return 0;
-    for (const char *const *stop = s->stop; *stop; stop++)
-        if (gemma3_encode(s->tokenizer, *stop, strlen(*stop), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
-            spelled == id)
-            return 1;
-    return 0;
+    return 1;
 }
 
 /* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
@@ -5392,18 +5229,22 @@ static int ends_text(const struct session *s, int32_t id)
 static void write_tokens(struct session *s)
 {
     double start = seconds();
+    char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
+    s->n_held = 0, s->n_printed = s->stopped = 0;
     for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
         int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (ends_text(s, id)) break;
-        print_token(s, id);
+        if (!print_token(s, id)) break;
         s->n_written++;
         is_last = i == s->n_predict || s->stopped;
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    end_text(s);
+    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
+    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
+    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out, "standard output");
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -5411,96 +5252,41 @@ static void write_tokens(struct session *s)
 
 /* ---- Command line: the jobs ---- */
 
-/* --logits and --hash */
-static void write_numbers(struct session *s)
-{
-    char hex[65];
-    gemma3_sha256_init(&s->sha256);
-    choose_rows(s);
-    if (s->logits_file) open_out(&s->to, s->logits_file);
-    read_tokens(s, s->ids, s->n_ids);
-    if (s->logits_file) close_out(&s->to);
-    gemma3_sha256_end(&s->sha256, hex);
-    if (s->hash)
-        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-                s->options.exact ? "exact" : "default",
-                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
-}
-
-static int write_state(void *user, const void *bytes, size_t n)
-{
-    write_out(user, bytes, n);
-    return 0;
-}
-
-static int read_state(void *user, uint64_t offset, void *buffer, size_t n)
-{
-    return fseek(user, (long)offset, SEEK_SET) || fread(buffer, 1, n, user) < n ? -1 : 0;
-}
-
-/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
-static int keep_tokens(struct session *s, const int32_t *ids, int n)
-{
-    gemma3_error err;
-    FILE *f = fopen(s->state_file, "rb");
-    if (f && gemma3_state_load(s->state, read_state, f, &err))
-        say(FAILED, "%s: %s", s->state_file, err.text);
-    if (f) fclose(f);
-    int pos = gemma3_state_pos(s->state);
-    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
-    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    if (pos > 0 || n == 0) return pos;
-    gemma3_state_reset(s->state);
-    read_tokens(s, ids, n);
-    open_out(&s->to, s->state_file);
-    if (gemma3_state_save(s->state, write_state, &s->to, &err)) say(FAILED, "%s", err.text);
-    close_out(&s->to);
-    return n;
-}
-
 /* -p, -f, --ids */
 static void continue_prompt(struct session *s)
 {
+    const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
+    char hex[65];
     read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
             s->n_ids, s->params.n_ctx, s->n_ids);
-    open_state(s);
-    if (s->numbers) write_numbers(s);
-    else {
-        int n_kept = s->state_file ? keep_tokens(s, s->ids, s->n_ids - 1) : 0;
-        read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
-    }
-    if (s->writes) write_tokens(s);
+    gemma3_sha256_init(&s->sha256);
+    if (logits || hash) choose_rows(s);
+    if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
+    else if (logits) open_logits(s, logits);
+    read_tokens(s, s->ids, s->n_ids);
+    if (s->file && s->file != stdout && (fclose(s->file) || rename(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
+    gemma3_sha256_end(&s->sha256, hex);
+    if (hash)
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
+                gemma3_model_is_exact(s->model) ? "exact" : "default",
+                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
+    if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
+    else s->n_read = 0; /* its speed is of no interest */
 }
 
-static void tokenize(struct session *s)
-{
-    read_prompt(s);
-    for (int i = 0; i < s->n_ids; i++) printf(i ? " %d" : "%d", (int)s->ids[i]);
-    putchar('\n');
-}
-
-static void detokenize(struct session *s)
-{
-    int flags = s->special ? GEMMA3_SPECIAL : 0;
-    char piece[GEMMA3_PIECE_MAX];
-    parse_ids(s, s->detokenize, strlen(s->detokenize), "--detokenize");
-    for (int i = 0; i < s->n_ids; i++)
-        fwrite(piece, 1, (size_t)gemma3_decode(s->tokenizer, s->ids[i], flags, piece), stdout);
-    if (is_terminal(stdout)) putchar('\n');
-}
-
-static void print_info(struct session *s)
+static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
+    const gemma3_params *p = &s->params;
     const struct { const char *name, *key; double value; } fields[] = {
         {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
         {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
-        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads},
-        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
+        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
+        {"head_dim", "attention.key_length", c->head_dim},
         {"n_ctx_train", "context_length", c->n_ctx_train},
         {"window", "attention.sliding_window", c->window},
         {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
@@ -5513,19 +5299,18 @@ static void print_info(struct session *s)
     };
     printf("name                   ");
     print_safe(stdout, gemma3_model_name(s->model));
-    printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
-    printf("contract               %d\n", GEMMA3_CONTRACT);
-    printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
-    printf("isa                    %s\n", gemma3_model_isa(s->model));
+    printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
+           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
+           GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
+           gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
-        printf("%-22s %.9g%s%s%s\n", fields[i].name, fields[i].value, *origin ? " (" : "", origin,
-               *origin ? ")" : "");
+        printf("%-22s %.9g", fields[i].name, fields[i].value);
+        printf(*origin ? " (%s)\n" : "\n", origin);
     }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
-    const gemma3_params *p = &s->params;
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     printf("\nweights                %zu bytes, %zu read for each token generated\n",
            gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
@@ -5535,79 +5320,67 @@ static void print_info(struct session *s)
            p->n_batch, p->n_threads);
 }
 
-/* The beginning of a first turn that does not depend on the user's text. */
-static int keep_system(struct session *s, const int32_t *ids, int n)
-{
-    int32_t *other = allocate(((size_t)n + 32) * sizeof *other, "the turn");
-    int n_other = gemma3_encode_turn(s->tokenizer, s->system, "", 1, other, n + 32), n_same = 0;
-    while (n_same < n_other && n_same < n && other[n_same] == ids[n_same]) n_same++;
-    free(other);
-    return keep_tokens(s, ids, n_same);
-}
-
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
+    const char *system = option(s->args, "--system");
     int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
-    size_t room = strlen(text) + (s->system ? strlen(s->system) : 0) + 32;
+    size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
     if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
-    int32_t *ids = allocate(room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, s->system, text, pos == 0, ids, (int)room);
+    int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
+    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
-    if (n > left)
+    if (n > left) {
         say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
             "starts again, -c gives more", s->params.n_ctx, n, left);
-    if (n <= left) {
-        int n_kept = s->state_file && pos == 0 ? keep_system(s, ids, n) : 0;
-        catch_interrupts(1);
-        read_tokens(s, ids + n_kept, n - n_kept);
-        write_tokens(s);
-        catch_interrupts(0);
-        /* Whatever ended the answer, the model finds it closed when the next turn comes. */
-        ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
-        if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+        return free(ids), 0;
     }
-    free(ids);
-    return n <= left;
+    interrupted = 0;
+    signal(SIGINT, note_interrupt);
+    read_tokens(s, ids, n);
+    write_tokens(s);
+    signal(SIGINT, SIG_DFL);
+    /* Whatever ended the answer, the model finds it closed when the next turn comes. */
+    ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
+    if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+    return free(ids), 1;
 }
 
-/* A line of the user's without its end, allocated; one that ends in \ goes on in the next. NULL:
- * there is none any more. */
+/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
 static char *read_line(void)
 {
     size_t n = 0, room = 256;
-    char *line = allocate(room, "the line");
+    char *line = allocate(NULL, room, "the line");
     int c = 0;
     if (is_terminal(stdin)) fputs("> ", stderr);
     while (c != '\n' && (c = getchar()) != EOF) {
-        if (n + 1 == room) line = reallocate(line, room *= 2, "the line");
+        if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
+    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
-    free(line);
-    return NULL;
+    return free(line), NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says: where it says something else, so do we. */
+/* We write Gemma's turns, whatever the file's template says. */
 static void check_template(const struct session *s)
 {
-    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
+    static const char *const more[] = {"source_lang_code", "developer", "tools", "<start_of_turn>"};
     size_t n = 0;
-    const char *template = gemma3_model_chat_template(s->model, &n);
-    if (!template)
+    const char *text = gemma3_model_chat_template(s->model, &n);
+    if (!text)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    for (int i = 0; template && i < 4; i++) {
-        size_t length = strlen(words[i]), at = 0;
-        while (at + length <= n && memcmp(template + at, words[i], length) != 0) at++;
-        int has = at + length <= n;
-        if (i == 0 && !has) say(NOTE, "the file's chat template has no <start_of_turn>: it is not Gemma's, "
-                                "whose turns are used here");
-        if (i > 0 && has) say(NOTE, "the file's chat template asks for %s, which a chat here has not", words[i]);
+    for (int i = 0; text && i < 4; i++) {
+        size_t length = strlen(more[i]), at = 0;
+        while (at + length <= n && memcmp(text + at, more[i], length) != 0) at++;
+        if ((at + length <= n) != (i == 3))
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", more[i]);
     }
 }
 
@@ -5616,85 +5389,95 @@ static void chat(struct session *s)
 {
     int goes_on = 1;
     char *line;
-    open_state(s);
     check_template(s);
-    while (goes_on && (line = read_line())) {
+    while (goes_on && s->fault < 0 && (line = read_line())) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = (answer(s, line) || is_terminal(stdin)) && s->fault < 0;
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
         free(line);
     }
 }
 
 /* The library calls this with every tensor inside. */
-static void find_fault(void *user, const char *name, int layer, int pos, int n, int width,
-                       float *data)
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
 {
     char *first = user;
     (void)pos;
-    if (*first || are_numbers(data, (size_t)n * (size_t)width)) return;
+    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
     snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
 /* The same tokens again, tensor by tensor. */
 static void explain_fault(struct session *s)
 {
-    int n = s->fault + 1;
     char first[64] = "";
     gemma3_error err;
-    int32_t *ids = allocate((size_t)n * sizeof *ids, "the tokens again");
-    memcpy(ids, gemma3_state_ids(s->state), (size_t)n * sizeof *ids);
-    gemma3_state_free(s->state);
+    int can_try = !gemma3_model_is_exact(s->model) || s->params.kv_type != GEMMA3_KV_F32;
     s->params.trace = find_fault, s->params.trace_user = first;
-    s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (s->state) gemma3_forward(s->state, ids, n, &s->fault, 1, s->logits);
-    free(ids);
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    if (again)
+        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        s->options.exact && s->params.kv_type == GEMMA3_KV_F32 ? "" : ": try --kv f32 or --exact",
+        can_try ? ": try --kv f32 or --exact" : "",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-static void run_job(struct session *s)
+/* Everything that needs a model. */
+static void run_job(struct session *s, const char *path)
 {
-    open_model(s, !s->tokenize && !s->detokenize && !s->info);
-    if (s->chats) chat(s);
-    else if (s->info) print_info(s);
-    else if (s->tokenize) tokenize(s);
-    else if (s->detokenize) detokenize(s);
-    else continue_prompt(s);
+    const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
+    const char *detokenize = option(s->args, "--detokenize");
+    char piece[GEMMA3_PIECE_MAX];
+    open_model(s, path, !tokenize && !detokenize && !info);
+    if (tokenize) read_prompt(s);
+    if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
+    for (int i = 0, n; i < s->n_ids; i++) {
+        n = gemma3_decode(s->tokenizer, s->ids[i], s->special ? GEMMA3_SPECIAL : 0, piece);
+        if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
+        else fwrite(piece, 1, (size_t)n, stdout);
+    }
+    if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
+    else if (info) print_info(s);
+    else if (s->chats) chat(s);
+    else if (!detokenize) continue_prompt(s);
     if (s->fault >= 0) explain_fault(s);
-    if (s->writes && s->n_read)
+    if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
                 s->n_written ? s->n_written / s->write_seconds : 0.0);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
     gemma3_pool_free(s->pool);
-    free(s->candidates);
-    free(s->logits);
-    free(s->wanted);
-    free(s->ids);
+    free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static void find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path(program, 1, path);
+    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 int main(int argc, char **argv)
 {
-    struct session s = {
-        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
-        .params = {.n_batch = 512, .n_threads = gemma3_default_threads()},
-    };
+    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
+    const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
     char found[MAX_PATH_BYTES];
-    argv = start_program(argv);
-    if (argc > 0) parse_options(&s, argv + 1);
-    if (s.help) {
-        print_help();
-    } else if (s.version) {
+    if (option(s.args, "--help")) {
+        for (int i = 0; help[i]; i++) puts(help[i]);
+    } else if (option(s.args, "--version")) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    } else if (s.options.isa && strcmp(s.options.isa, "list") == 0) {
+    } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
-        check_options(&s);
-        if (!s.path) s.path = find_model(argc > 0 ? argv[0] : "", found);
-        run_job(&s);
+        check_options(s.args);
+        read_options(&s);
+        if (!path) find_model(argc > 0 ? argv[0] : "", found);
+        run_job(&s, path ? path : found);
     }
     flush(stdout, "standard output");
     return 0;

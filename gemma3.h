@@ -260,14 +260,23 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err);
 void gemma3_pool_free(gemma3_pool *pool);
 void gemma3_pool_run(void *pool, int n_tasks, gemma3_task *task, void *job);
 
-/* ---- Scores and choices ----------------------------------------------------------------------- */
+/* ---- Scores and choices ---------------------------------------------------------------------- */
 
-int32_t gemma3_argmax(const float *logits, int n_vocab); /* lowest id on ties; NaN never wins */
+/* In this part logits is [n_vocab], as gemma3_forward writes it, n_vocab >= 1; all of it belongs to
+ * the caller. Nothing fails, nothing is allocated. */
 
-/* -log p(id) under softmax(logits), natural log, in double (README, rule 9). */
+/* The largest logit's id; of equal ones the lowest; NaN never wins; 0 when there is nothing else.
+ * torch.argmax, llama.cpp's greedy sampler. */
+int32_t gemma3_argmax(const float *logits, int n_vocab);
+
+/* -log p(id) under softmax(logits), in nats, in double (README, rule 9); id in 0 .. n_vocab-1. NaN
+ * when a logit is NaN or the largest is infinite. torch.nn.functional.cross_entropy of one row; the
+ * mean over a text is what llama-perplexity takes exp of. */
 double gemma3_nll(const float *logits, int n_vocab, int32_t id);
 
-/* exp and log as the contract defines them, for figures made of nll. */
+/* exp and log as the contract defines them, the same bits everywhere, within 1e-15 of the true
+ * value, for figures made of nll. exp: 0 below -745.2, infinite above 709.78; log: -infinity of 0,
+ * NaN of negative numbers. */
 double gemma3_exp(double x);
 double gemma3_log(double x);
 
@@ -276,92 +285,110 @@ typedef struct gemma3_candidate {
     int32_t id;
 } gemma3_candidate;
 
+/* Settings and state of one conversation's choices. Plain data: settings may change at any time, a
+ * copy goes on by itself. Any value is safe; those that make no sense choose the likeliest. */
 typedef struct gemma3_sampler {
-    float temperature;       /* 0: greedy */
-    int top_k;               /* 0: all */
-    float top_p, min_p;      /* 1, 0: all */
-    float repeat_penalty;    /* 1: none */
-    uint64_t rng;            /* xorshift64* state */
+    float temperature;       /* logits are divided by it; 0: greedy */
+    int top_k;               /* only the top_k largest (arXiv 1805.04833); 0: all */
+    float top_p;             /* only the likeliest with top_p together (arXiv 1904.09751); 1: all */
+    float min_p;             /* only those with min_p of the largest (arXiv 2407.01082); 0: all */
+    float repeat_penalty;    /* of the last ids (CTRL, arXiv 1909.05858, section 4.1); 1: none */
+    uint64_t rng;            /* xorshift64* state, never 0 */
     int32_t last[GEMMA3_PENALTY_WINDOW]; /* ring of the last ids seen */
-    int n_last;              /* ids seen so far */
+    int n_last;              /* ids in it; from the window's size on also where it goes on */
 } gemma3_sampler;
 
-/* Gemma's recommendation: temperature 1, top-k 64, top-p 0.95. */
+/* Gemma's recommendation: temperature 1, top-k 64, top-p 0.95. Any seed. */
 gemma3_sampler gemma3_sampler_new(uint64_t seed);
-/* Tells the sampler of a token, prompt included, for the repeat penalty. */
+/* Tells the sampler of a token, of the prompt too, for the repeat penalty. Any id: those outside
+ * the vocabulary do not matter. */
 void gemma3_sampler_accept(gemma3_sampler *s, int32_t id);
-/* Chooses the next id (README, rule 8). scratch has room for n_vocab candidates. */
-int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab,
-                      gemma3_candidate *scratch);
+/* Chooses the next id by README's rule 8; the same seed and logits give the same ids everywhere. It
+ * is not accepted yet. The penalty changes logits of the last ids in place, as transformers'
+ * RepetitionPenaltyLogitsProcessor does. scratch has room for n_vocab candidates, 8 bytes each. */
+int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *scratch);
 
-/* SHA-256 (FIPS 180-4), so that a board can print the hash of its logits. */
+/* SHA-256 (FIPS 180-4), so that a board can print the hash of its logits: init, any number of adds,
+ * end, which writes 64 hexadecimal digits and a NUL. After end only init may follow. */
 typedef struct gemma3_sha256 {
-    uint32_t h[8];
-    uint32_t n_low, n_high;  /* bytes so far */
-    uint8_t block[64];
+    uint32_t h[8], block[16];
+    uint64_t n_bytes;        /* so far */
 } gemma3_sha256;
 void gemma3_sha256_init(gemma3_sha256 *c);
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n);
-/* Adds float32 values as little-endian bytes on any machine. */
+/* Adds n float32 values as little-endian bytes on any machine. */
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n);
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65]);
 
-/* ---- The tokenizer (tokenizer.c) -------------------------------------------------------------- */
+/* ---- The tokenizer (tokenizer.c) ------------------------------------------------------------- */
 
-/* A vocabulary as arrays of n_vocab entries; all are borrowed and must outlive the tokenizer. */
+/* A vocabulary as arrays of n_vocab entries, 1 to 2^24; all are borrowed and must outlive the
+ * tokenizer. Right: GGUF's key after "tokenizer.ggml.". */
 typedef struct gemma3_vocab {
     int n_vocab;
-    const char *const *text; /* UTF-8 with U+2581 for a space; not NUL-terminated */
-    const uint32_t *length;  /* bytes of text[i] */
-    const float *score;      /* merges: the pair whose joined piece has the highest score first */
-    const int32_t *type;     /* SentencePiece: 1 normal 2 unknown 3 control 4 user 5 unused 6 byte */
-    int32_t bos, eos, unknown; /* ids, -1 when there is none */
-    int add_bos;             /* the file's add_bos_token, 1 when absent */
-    const int32_t *stop;     /* [n_stop] more ids that end an answer: eot_token_id, eos_token_ids .. */
-    int n_stop;
+    const char *const *text; /* tokens: UTF-8 with U+2581 for a space; not NUL-terminated */
+    const uint32_t *length;  /* bytes of text[i], at most GEMMA3_PIECE_MAX */
+    const float *score;      /* scores, or -(rank of the first merge that makes the piece): the pair
+                                whose joined piece has the highest score is joined first */
+    const int32_t *type;     /* token_type: 1 normal 2 unknown 3 control 4 user 5 unused 6 byte */
+    int32_t bos, eos, unknown; /* bos_token_id, eos_token_id, unknown_token_id; -1: none */
+    int add_bos;             /* add_bos_token, 1 when absent */
+    const int32_t *stop;     /* [n_stop] more ids that end an answer: eot_token_id and its kin */
+    int n_stop;              /* 0: stop may be NULL */
 } gemma3_vocab;
 
 enum {
     GEMMA3_BOS = 1,          /* encode: put <bos> first, unless the file says add_bos_token false */
-    GEMMA3_SPECIAL = 2,      /* encode: control tokens written in the text are those tokens;
+    GEMMA3_SPECIAL = 2,      /* encode: control tokens written in the text are those tokens
+                                (transformers always does so; llama.cpp: parse_special);
                                 decode: control tokens become their text instead of nothing */
     GEMMA3_PIECE_MAX = 1024, /* bytes one token can decode to, at most; longer ones are refused */
 };
 
-/* Bytes for a tokenizer over v, and building it there. NULL and err when v cannot be used. */
+/* Bytes of a tokenizer over v (7 to 13 an entry; 0 when n_vocab is out of range), and building it
+ * in that many of the caller's, at any address; it needs no freeing. It is read-only afterwards,
+ * for any number of threads. NULL and err (which may be NULL) when v cannot be used. */
 size_t gemma3_tokenizer_size(const gemma3_vocab *v);
 gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t size,
                                         gemma3_error *err);
+/* What it was built over, for as long as it lives. */
 const gemma3_vocab *gemma3_tokenizer_vocab(const gemma3_tokenizer *t);
 
-/* Text to ids as Hugging Face's tokenizer does for Gemma 3. n bytes of any content (invalid UTF-8
- * becomes byte tokens). Writes at most max_ids ids and returns how many; -1 when more are needed
- * (n + 1 always suffice) or -2 when memory for the work (about 32 bytes per byte) is not to be had. */
+/* Text to ids as transformers' GemmaTokenizerFast does for Gemma 3, but for special tokens (above).
+ * n bytes of any content, at most 2^29: what is not valid UTF-8 becomes byte tokens. Writes at most
+ * max_ids ids and returns how many; -1 when more are needed (n + 1 always suffice), -2 when memory
+ * for the work (28 bytes per byte of text) is not to be had. O(n log n). */
 int gemma3_encode(const gemma3_tokenizer *t, const char *text, size_t n, int flags, int32_t *ids,
                   int max_ids);
-/* The same with n_work bytes of the caller's memory instead of malloc. */
+/* The same with n_work >= gemma3_encode_work(n) bytes of the caller's memory, at any address,
+ * instead of malloc. SIZE_MAX for texts that are too long. */
 size_t gemma3_encode_work(size_t n);
 int gemma3_encode_in(const gemma3_tokenizer *t, const char *text, size_t n, int flags, int32_t *ids,
                      int max_ids, void *work, size_t n_work);
 
 /* Bytes of one token, written to out [GEMMA3_PIECE_MAX]; returns how many. May end inside a UTF-8
- * character: gemma3_utf8_push puts them together. An id outside the vocabulary gives 0 bytes. */
+ * character: gemma3_utf8_push puts them together. An id outside the vocabulary gives 0 bytes. What
+ * the ids of a text decode to, one after the other, is that text, with spaces for U+2581.
+ * transformers' decode with skip_special_tokens, or, with GEMMA3_SPECIAL, without; llama.cpp:
+ * llama_token_to_piece. */
 int gemma3_decode(const gemma3_tokenizer *t, int32_t id, int flags, char *out);
 
 /* Id of the token with exactly this text (U+2581 for spaces), or -1. */
 int32_t gemma3_find(const gemma3_tokenizer *t, const char *text, size_t n);
-/* 1 when an answer ends with this token: eos_token_id, <eos>, <end_of_turn>. */
+/* 1 when an answer ends with this token: eos and stop of the vocabulary, and by text <eos>,
+ * <end_of_turn>, <|im_end|>. llama.cpp: llama_vocab_is_eog. */
 int gemma3_is_stop(const gemma3_tokenizer *t, int32_t id);
 
 /* One turn of Gemma's chat template, as ids: the user's (system before it in the first one, or
- * NULL), then the opening of the model's answer. text is trimmed, and its control tokens are plain
- * text. first: 1 puts <bos> before it; 0 first closes the model's previous turn's line ("\n").
- * Returns as gemma3_encode does, or -3 when the vocabulary has no turn tokens; n_text + n_system + 32
- * ids always suffice. */
+ * NULL), then the opening of the model's answer. Both texts end with a NUL; text is trimmed, and
+ * control tokens in it are plain text. first: 1 puts <bos> before it; 0 first ends the line of the
+ * model's last turn ("\n"). Returns as gemma3_encode does, or -3 when the vocabulary has no turn
+ * tokens; n_text + n_system + 32 ids always suffice. transformers: apply_chat_template. */
 int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char *text, int first,
                        int32_t *ids, int max_ids);
 
-/* Collects bytes and hands out only whole UTF-8 characters; an invalid byte becomes U+FFFD. */
+/* Collects bytes and hands out only whole UTF-8 characters; an invalid byte becomes U+FFFD, as with
+ * Python's errors="replace". Zeroed at the beginning. */
 typedef struct gemma3_utf8 {
     unsigned char byte[4];
     int n;
