@@ -2796,7 +2796,7 @@ static int read_start(struct opening *o, struct cursor *c)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
     o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
-    if (c->failed || o->n_kv > c->left / 13 || o->n_tensors > c->left / 32) /* their least sizes */
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32) /* at least */
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
     return 0;
@@ -3132,26 +3132,13 @@ static int configure(struct opening *o)
 
 /* ---- The tokenizer ---- */
 
-/* What the tokenizer works on; the texts stay in the header. */
-struct vocab_room {
-    const char **text;
-    uint32_t *length;
-    float *score;
-    int32_t *type;
-    void *tokenizer;
-    size_t tokenizer_bytes;
-};
+/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static struct vocab_room make_vocab_room(struct arena *a, int n)
+static void *tokenizer_room(struct arena *a, int n, size_t *size)
 {
-    struct vocab_room r;
-    r.text = piece(a, n, sizeof *r.text);
-    r.length = piece(a, n, sizeof *r.length);
-    r.score = piece(a, n, sizeof *r.score);
-    r.type = piece(a, n, sizeof *r.type);
-    r.tokenizer_bytes = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    r.tokenizer = piece(a, r.tokenizer_bytes, 1);
-    return r;
+    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, *size, 1);
 }
 
 static int is_array_of(const struct kv *kv, uint32_t element, int n)
@@ -3161,7 +3148,7 @@ static int is_array_of(const struct kv *kv, uint32_t element, int n)
 
 /* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
  * (rank_merges). */
-static int read_vocab(struct opening *o, struct vocab_room *r)
+static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
     int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
@@ -3178,28 +3165,32 @@ static int read_vocab(struct opening *o, struct vocab_room *r)
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    *r = make_vocab_room(&o->arena, n);
-    if (!r->tokenizer) return no_room(o);
+    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    if (!text) return no_room(o);
+    uint32_t *length = (uint32_t *)(void *)(text + n);
+    float *score = (float *)(void *)(length + n);
+    int32_t *type = (int32_t *)(void *)(score + n);
     for (int k = 0; k < n; k++) {
         struct string s = take_string(&tokens.value);
         if (s.n > GEMMA3_PIECE_MAX)
             return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
                           "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
-        r->text[k] = s.text;
-        r->length[k] = (uint32_t)s.n;
-        r->score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
-        r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+        text[k] = s.text;
+        length[k] = (uint32_t)s.n;
+        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
     }
-    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length,
-                                 .score = r->score, .type = r->type, .stop = o->m->stop};
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
+                                 .type = type, .stop = o->m->stop};
     o->m->config.n_vocab = n;
     return 0;
 }
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
  * takes the place of its score. */
-static int rank_merges(const struct opening *o, float *score)
+static int rank_merges(const struct opening *o)
 {
+    float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;
     if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
@@ -3258,10 +3249,9 @@ static int open_tokenizer(struct opening *o)
         "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
-    struct vocab_room r = {0};
     struct kv kv;
     double add_bos = 1;
-    if (read_vocab(o, &r) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
+    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
     int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
@@ -3275,8 +3265,11 @@ static int open_tokenizer(struct opening *o)
     v->n_stop += n;
     if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->err);
-    return m->tokenizer ? rank_merges(o, r.score) : -1;
+    size_t size;
+    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
+    if (!room) return no_room(o);
+    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
+    return m->tokenizer ? rank_merges(o) : -1;
 }
 
 /* ---- Weights ---- */
@@ -3512,8 +3505,11 @@ static void count_kv(struct opening *o, struct kv *kv)
     double n = 0;
     if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
         piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
-        make_vocab_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
+        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
+        piece(&o->arena, n_vocab, TOKEN_BYTES);
+        tokenizer_room(&o->arena, (int)n_vocab, &size);
+    }
 }
 
 static void count_tensor(struct opening *o, const struct tensor *t)
@@ -3523,7 +3519,7 @@ static void count_tensor(struct opening *o, const struct tensor *t)
     struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
                        .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
     o->counted += (uint64_t)w.row_bytes * t->ne[1];
-    if (o->counted / 4 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
     if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
     if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
 }
@@ -3554,7 +3550,9 @@ static int walk(struct opening *o)
     if (!o->from.is_mapped) return 0;
     uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
     if (o->m && !copy) return no_room(o);
-    if (copy) o->header = memcpy(copy, o->header, o->n_header);
+    if (!copy) return 0;
+    o->header = memcpy(copy, o->header, o->n_header);
+    host_give_back(o->m, o->from.data, o->n_header);
     return 0;
 }
 
@@ -3789,19 +3787,24 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 /* A caller's config: the model's shapes, and numbers with which nothing overflows. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
-    const struct { const char *name; float x, low; } number[] = {
-        {"rms_eps", c->rms_eps, 0}, {"rope_base_global", c->rope_base_global, 1},
-        {"rope_base_local", c->rope_base_local, 1}, {"rope_factor", c->rope_factor, 0x1p-7f},
-        {"query_scale", c->query_scale, 0}, {"embedding_scale", c->embedding_scale, 0},
-        {"final_softcap", c->final_softcap, 0}, {"window", (float)c->window, 1}};
+    const struct { const char *name; float x, low, high; } number[] = {
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rope_base_local", c->rope_base_local, 1, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"embedding_scale", c->embedding_scale, 0, 1e30f},
+        {"final_softcap", c->final_softcap, 0, 1e30f},
+        {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
         c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
         c->n_vocab != m->n_vocab)
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
-        if (!(number[k].x >= number[k].low && number[k].x <= 1e30f))
-            return fail(err, "a config with %s %g: expected a number from %g to 1e30",
-                        number[k].name, (double)number[k].x, (double)number[k].low);
+        if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
+            return fail(err, "a config with %s %g: expected a number from %g to %g", number[k].name,
+                        (double)number[k].x, (double)number[k].low, (double)number[k].high);
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->is_local[l] > 1)
+            return fail(err, "a config with is_local[%d] %d: expected 0 or 1", l, c->is_local[l]);
     return 0;
 }
 
