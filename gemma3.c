@@ -2040,8 +2040,8 @@ INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints c = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101;
-    if (b.top_mask) c |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101) << b.up;
+    ints c = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101u;
+    if (b.top_mask) c |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101u) << b.up;
     if (fifth_bits(type)) /* the product copies bit k of four to the lowest bit of byte k */
         c |= ((load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15) * 0x00204081 & 0x01010101) << 4;
     if (type == IQ4_NL || type == IQ4_XS) c = look_up(c);
