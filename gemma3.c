@@ -1541,9 +1541,11 @@ static void mul_tile(const struct matmul *job, const struct matrix *w, int row, 
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
 #define NAME(x) PASTE(x, INSTANCE)
+#define PIECE(x) PASTE(x, PIECES)
 #define fma_of NAME(fma_of)
 #define exp_of NAME(exp_of)
 
+#if !HAS_PIECES
 INLINE float fma_of(float a, float b, float c)
 {
     return LANES > 1 || HARD_FMA ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
@@ -1680,6 +1682,8 @@ static float NAME(exp_scores)(float *s, int n, int first)
     return join_lanes(lane);
 }
 
+#endif /* !HAS_PIECES */
+
 #if LANES == 1
 /* Rows of integer formats, as they lie in the file (rule 2). */
 static void NAME(mul_codes)(const struct product *p)
@@ -1759,8 +1763,6 @@ static void NAME(mix_values)(const struct mix *m)
 
 #define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
 #define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
-#define TOKENS (LANES == 16 ? 6 : 4)
-#define REGISTERS 2
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -1847,7 +1849,11 @@ INLINE floats splat(float x) { return vdupq_n_f32(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
 INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 INLINE ints widen_u16(const void *p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
-INLINE ints widen_u8(const void *p) { return widen_u16(&(uint16x4_t){vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vld1_dup_u32(p))))}); }
+INLINE ints widen_u8(const void *p)
+{
+    uint8x8_t four = vreinterpret_u8_u32(vld1_dup_u32(p));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four))));
+}
 INLINE ints look_up(ints c)
 {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
@@ -1920,8 +1926,8 @@ INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101;
-    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101) << b.up;
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
+    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
     if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
         ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
         w |= (four * 0x00204081 & 0x01010101) << 4;
@@ -2066,7 +2072,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    enum { NT = TOKENS, NH = REGISTERS, ALONE = TILE_ROWS / LANES };
+    enum { NT = 4, NH = 2, ALONE = TILE_ROWS / LANES };
     int i = 0;
     for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
@@ -2103,6 +2109,7 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
+#if !HAS_PIECES
 /* ---- Floats ---- */
 
 #define mul_floats_part NAME(mul_floats_part)
@@ -2200,17 +2207,20 @@ static void NAME(mix_values)(const struct mix *m)
     else if (m->type == F16) mix_of(m, F16);
     else mix_of(m, F32);
 }
+#endif /* !HAS_PIECES */
 #endif /* LANES > 1 */
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
-    STRING(INSTANCE), LANES > 1, NAME(quantize), NAME(mul_codes), NAME(mul_floats), NAME(dequantize), NAME(rmsnorm),
-    NAME(rope), NAME(store), NAME(exp_scores), NAME(mix_values), NAME(gelu)};
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
+    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu)};
 
 #undef INSTANCE
 #undef LANES
 #undef HAS_DOT
+#undef PIECES
+#undef HAS_PIECES
 
 #else /* INSTANCE is not defined */
 
@@ -2227,6 +2237,8 @@ static const struct kernels NAME(kernels) = {
 #endif
 
 #define INSTANCE scalar
+#define PIECES scalar
+#define HAS_PIECES 0
 #define LANES 1
 #define HAS_DOT 0
 #include "gemma3.c"
@@ -2234,18 +2246,24 @@ static const struct kernels NAME(kernels) = {
 #if defined(HAVE_X86)
 BEGIN_TARGET("avx2,fma,f16c")
 #define INSTANCE avx2
+#define PIECES avx2
+#define HAS_PIECES 0
 #define LANES 8
 #define HAS_DOT 0
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 #define INSTANCE avxvnni
+#define PIECES avx2
+#define HAS_PIECES 1
 #define LANES 8
 #define HAS_DOT 1
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define INSTANCE avx512vnni
+#define PIECES avx512vnni
+#define HAS_PIECES 0
 #define LANES 16
 #define HAS_DOT 1
 #include "gemma3.c"
@@ -2254,6 +2272,8 @@ END_TARGET
 
 #if defined(HAVE_NEON)
 #define INSTANCE neon
+#define PIECES neon
+#define HAS_PIECES 0
 #define LANES 4
 #define HAS_DOT 0
 #include "gemma3.c"
@@ -2269,6 +2289,8 @@ BEGIN_TARGET("+dotprod")
 BEGIN_TARGET("arch=armv8.2-a+crypto+fp16+dotprod")
 #endif
 #define INSTANCE dotprod
+#define PIECES neon
+#define HAS_PIECES 1
 #define LANES 4
 #define HAS_DOT 1
 #include "gemma3.c"
