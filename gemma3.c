@@ -12,21 +12,21 @@
  *         h = rms(x) * attn_norm
  *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
- *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token at
- *                                                 position p by p * base^(-2j/head_dim) / factor
+ *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
+ *                                                 at position p by p * base^(-2j/head_dim) / factor
  *         a = softmax(q . k * query_scale) v      over the positions that the token sees
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
- *     logits = cap * tanh(logits / cap)           only in a file that has a softcap: no Gemma 3 does
+ *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
- * element by element. A program repeats: ids -> logits after the last token -> choose an id -> append
- * it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: Gemma 3
- * Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which exact mode
- * agrees to float32 rounding.
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
+ * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
+ * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
+ * exact mode agrees to float32 rounding.
  *
  * One layer, with the shapes of 1B:
  *
@@ -62,13 +62,13 @@
  *       (+)-------'
  *     x [1152]  into the next layer
  *
- * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees the
- * whole past, a local one the last `window` positions, the token's own included. With window 4:
+ * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees
+ * the whole past, a local one the last `window` positions, the token's own included. With window 4:
  *
  *     token 9 sees    global  0 1 2 3 4 5 6 7 8 9         local              6 7 8 9
  *
- * So a local layer need not keep more than the window: its cache is a ring, and position p lies in slot
- * p mod ring. With a ring of 4 slots, before and after token 10 comes:
+ * So a local layer need not keep more than the window: its cache is a ring, and position p lies in
+ * slot p mod ring. With a ring of 4 slots, before and after token 10 comes:
  *
  *     slot  0 1 2 3          slot  0 1  2 3
  *     pos   8 9 6 7          pos   8 9 10 7
@@ -82,8 +82,9 @@
  *     12B           48     3840  15360     16         8       256    1024       8  1/sqrt(256)
  *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
  *
- * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the factor
- * divides global layers' angles alone.
+ * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
+ * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
+ * the others' by head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -100,9 +101,9 @@
  *     output_norm     model.norm                     output_norm.weight
  *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
- * b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule 4" is rule 4
- * of the numeric contract in README.md.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
+ * 4" is rule 4 of the numeric contract in README.md.
  *
  * Contents
  *      1  The model and the state
@@ -127,31 +128,38 @@
 
 #if !defined(INSTANCE) /* the file includes itself: section 9 */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
- * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
- * lines for gcc change speed, never bits. */
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
+ * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
+ * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* some targets do not know the first */
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
+#pragma clang diagnostic pop
 #endif
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
-#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
-#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
+#if defined(__ARM_FEATURE_MVE)
+#pragma GCC optimize("no-tree-vectorize") /* Helium's vectors of floats flush subnormals */
+#endif
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
-#endif
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
+#define _GNU_SOURCE 1
 #endif
+#define _NETBSD_SOURCE 1
+#define _FILE_OFFSET_BITS 64    /* files over 2 GB where pointers have 32 bits */
 #include "gemma3.h"
 
 #include <float.h>
@@ -161,7 +169,7 @@
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#error "float arithmetic is wider than float: x86 wants -msse2 -mfpmath=sse, s390x -std=gnu11"
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
@@ -186,21 +194,21 @@ enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
 typedef uint64_t fp_state;
-static fp_state fp_enter(void);       /* IEEE's rounding and subnormals for this thread: section 7 */
-static void fp_leave(fp_state old);
+static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
+static void fp_leave(fp_state old);   /* as the caller had them */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-/* ==== 1. The model and the state ================================================================ */
+/* ==== 1. The model and the state ============================================================== */
 
 /* Tensor types by their number in GGUF. */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
        Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30 };
 
-enum { TILE_ROWS = 32 };              /* rows of a matrix that are multiplied together (section 8) */
+enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
 
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or as
- * tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or
+ * as tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
 struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
@@ -244,8 +252,8 @@ struct gemma3_model {
     size_t mapping_bytes;
 };
 
-/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at once.
- * Shapes are said here; where everything lies says lay_out (section 13). */
+/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
+ * once. Shapes are said here; where everything lies says lay_out (section 13). */
 struct gemma3_state {
     const gemma3_model *m;
     const gemma3_config *c;           /* the model's, unless params have another */
@@ -272,15 +280,15 @@ struct gemma3_state {
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
     char error[256];
 };
 
-/* ==== 2. The operations =========================================================================
+/* ==== 2. The operations ==========================================================================
  *
- * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet. A
- * table exists for plain C, which is the definition (section 9), and for each instruction set (section
- * 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+ * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
+ * A table exists for plain C, which is the definition (section 9), and for each instruction set
+ * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
@@ -332,7 +340,7 @@ struct kernels {
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
     /* out [cols] = row r of w as float32, as its format defines. */
-    void (*dequantize)(const struct matrix *w, int r, float *out);
+    void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
     /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
@@ -346,6 +354,8 @@ struct kernels {
     void (*mix_values)(const struct mix *m);
     /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
     void (*gelu)(float *gate, const float *up, int n);
+    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    double (*sum_exp)(const float *logits, int n, float max);
 };
 
 /* From later sections: what the forward pass uses besides the table. */
@@ -356,13 +366,21 @@ static float exp_f32(float x);
 static const struct format *find_format(uint32_t type);
 static int is_float(const struct format *f);
 
-/* For params.trace, which may look at every tensor, and change it to see what a mistake would do. */
+/* For params.trace, which may look at every tensor, and change it to see what a mistake would
+ * do. */
 static void trace(const gemma3_state *s, const char *name, int l, float *x, int width, int n)
 {
     if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
 }
 
-/* ==== 3. The forward pass ======================================================================= */
+/* ==== 3. The forward pass ===================================================================== */
+
+/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+struct linear {
+    const struct matrix *w;
+    float *y;
+};
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
 
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
@@ -371,8 +389,9 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n);
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
-/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new token
- * are the same. h is the branch that leaves the residual stream x and is added to it again. */
+/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
+ * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * again. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
@@ -408,7 +427,7 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     const gemma3_config *c = s->c;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
+        s->m->kernels->dequantize(&s->m->token_embd, ids[i], 1, x);
         for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
     }
 }
@@ -418,39 +437,32 @@ static void add(float *x, const float *y, size_t n)
     for (size_t j = 0; j < n; j++) x[j] += y[j];
 }
 
-/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear scaling
- * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear
+ * scaling divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
 static void rope_tables(gemma3_state *s, int n)
 {
     int half = s->c->head_dim / 2;
     for (int local = 0; local < 2; local++)
         for (int i = 0; i < n; i++)
             for (int j = 0; j < half; j++)
-                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
-                        s->sine[local] + i * half + j);
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i),
+                        &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
 }
-
-/* One matrix of several that have the same input: y [n][rows] = w x. */
-struct linear {
-    const struct matrix *w;
-    float *y;
-};
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n);
 
 /* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
     const gemma3_config *c = s->c;
-    gemma3_trace *trace_rows = s->p.trace; /* as trace, but the rows begin at another position */
+    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
     int pos = s->pos + rows[0];
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
     rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    if (trace_rows) trace_rows(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
     matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
-    if (trace_rows) trace_rows(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
+    if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
 }
 
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows);
@@ -459,12 +471,14 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
                    float *logits)
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
+    void standin_keep(int pos, const int32_t *ids, int n); /* stand-in, drop at merge */
+    standin_keep(s->pos, ids, n);
     fp_state fp = fp_enter();
     for (int done = 0, take; done < n; done += take) {
         int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
         take = min_int(n - done, s->n_ubatch);
         forward_ubatch(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) rows_here[n_here++] = *rows - done;
+        for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
         s->pos += take;
@@ -480,12 +494,12 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
     size_t size = sizeof s->error;
     if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
     if (n > s->p.n_ctx - s->pos)
-        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and %d "
-                        "more were given", s->p.n_ctx, s->pos, n);
+        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
+                        "%d more were given", s->p.n_ctx, s->pos, n);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= n_vocab)
-            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d", s->pos + i,
-                            (int)ids[i], n_vocab);
+            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+                            s->pos + i, (int)ids[i], n_vocab);
     for (int k = 0; k < n_rows; k++)
         if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
             return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
@@ -508,26 +522,31 @@ const char *gemma3_trace_label(int index, int *in_layers)
     return trace_labels[index];
 }
 
-/* ==== 4. Attention and the KV cache =============================================================
+/* ==== 4. Attention and the KV cache ==============================================================
  *
  * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
- * token. A global layer has a slot for every position. A local layer looks back `window` tokens, itself
- * included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the first token of
- * a call sees survives the call's own writes.
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
+ * first token of a call sees survives the call's own writes.
  *
  * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
  *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
  *
- * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K and V
- * meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16 queries. */
+ * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
+ * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
+ * queries. */
 
 static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
-static int slots_of(const gemma3_state *s, int l) { return s->c->is_local[l] ? s->ring : s->p.n_ctx; }
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
+}
 
-/* The attention of one query block in layer l. t counts the block's queries of one kv head: that of token
- * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
+/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
+ * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
+ * head. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -538,7 +557,6 @@ struct attention {
 };
 
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
 static void norm_heads(void *attention, int i, int worker);
@@ -553,7 +571,8 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     int q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
-    matmul(s, (struct linear[]){{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}}, 3, s->h, n);
+    struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
+    matmul(s, qkv, 3, s->h, n);
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
@@ -633,8 +652,9 @@ static void store_heads(void *attention, int i, int worker)
     int D = s->c->head_dim, p = s->pos + i;
     (void)worker;
     for (int g = 0; g < s->c->n_kv_heads; g++) {
+        const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
         const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
-        s->m->kernels->store(key_at(a, g, p), head_at(s->k, s->c->n_kv_heads, D, i, g), D, cache_type(s));
+        s->m->kernels->store(key_at(a, g, p), k, D, cache_type(s));
         for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
             s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), cache_type(s));
     }
@@ -705,9 +725,9 @@ static int run_of(const struct attention *a, int begin, int end)
     return min_int(end - begin, a->slots - begin % a->slots);
 }
 
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
- * them are positions that a query must not see, later ones and those before its window: softmax and mix
- * pass over them, which is the causal mask. */
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
+ * Among them are positions that a query must not see, later ones and those before its window:
+ * softmax and mix pass over them, which is the causal mask. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
@@ -715,8 +735,8 @@ static void score_task(void *arg, int index, int worker)
     int D = s->c->head_dim, g = index / n_score_runs(a);
     int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
     int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
-    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s), .cols = D,
-                           .x_stride = D, .acc = acc_of(s, worker)};
+    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
+                           .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
     for (; p < end; p += keys.n_rows) {
         keys.rows = key_at(a, g, p);
         keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
@@ -756,9 +776,10 @@ static void divide_and_place(const struct attention *a, int g, int j0, const flo
     }
 }
 
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens
- * of the block see different ranges, [first_seen(p), p], and both ends grow with the token. So the tokens
- * that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10 of a block:
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
+ * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
+ * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
+ * of a block:
  *
  *     position    5  6  7  8  9  10
  *     token 8     x  x  x  x              from = 0 until 8
@@ -804,7 +825,7 @@ static void attend(struct attention *a)
     for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
 }
 
-/* ==== 5. Feed-forward =========================================================================== */
+/* ==== 5. Feed-forward ========================================================================= */
 
 static void gelu_task(void *state, int i, int worker)
 {
@@ -825,10 +846,10 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
     matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
 }
 
-/* ==== 6. Matrix times vectors, and how threads share ============================================
+/* ==== 6. Matrix times vectors, and how threads share =============================================
  *
- * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot change
- * a bit, because no sum is ever divided (rule 7). */
+ * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
+ * change a bit, because no sum is ever divided (rule 7). */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -851,7 +872,8 @@ static void items_task(void *arg, int index, int worker)
     const struct items *w = arg;
     fp_state fp = fp_enter(); /* the thread may be the caller's */
     int i, end;
-    for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
+    share_of(w->n_items, w->n_tasks, index, &i, &end);
+    for (; i < end; i++) w->each(w->job, i, worker);
     fp_leave(fp);
 }
 
@@ -902,43 +924,45 @@ static void copy_floats(float *to, const float *from, int n)
 
 struct matmul {
     const gemma3_state *s;
-    const struct linear *out;
+    const struct linear *to;
     const float *x;                   /* [n][cols] */
     int n;
     size_t blocks;                    /* of a row of q8 */
 };
 
-static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker);
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker);
 
 /* Rows of tile `index`, counted through all the matrices, times every vector. */
 static void matmul_task(void *arg, int index, int worker)
 {
     const struct matmul *job = arg;
-    const struct linear *out = job->out;
-    for (; index >= n_tiles(out->w); out++) index -= n_tiles(out->w);
+    const struct linear *to = job->to;
+    for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
     float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
-    int row = index * TILE_ROWS, n_rows = min_int(out->w->rows - row, TILE_ROWS);
+    int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
     memset(acc, 0, job->n * sizeof *acc);
-    mul_tile(job, out->w, row, n_rows, worker);
-    for (int i = 0; i < job->n; i++) copy_floats(out->y + (size_t)i * out->w->rows + row, acc[i], n_rows);
+    mul_tile(job, to->w, row, n_rows, worker);
+    for (int i = 0; i < job->n; i++)
+        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
 
 static void quantize_task(void *arg, int i, int worker)
 {
     const struct matmul *job = arg;
-    int cols = job->out->w->cols;
+    int cols = job->to->w->cols;
     (void)worker;
     job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
 }
 
-/* Every one of n_out matrices with the same input x [n][cols]. */
-static void matmul(const gemma3_state *s, const struct linear *out, int n_out, const float *x, int n)
+/* Every one of n_to matrices with the same input x [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
 {
-    struct matmul job = {s, out, x, n, ((size_t)out->w->cols + 31) / 32};
+    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
     int tiles = 0, has_codes = 0;
-    for (int k = 0; k < n_out; k++) {
-        tiles += n_tiles(out[k].w);
-        has_codes |= !is_float(out[k].w->format);
+    for (int k = 0; k < n_to; k++) {
+        tiles += n_tiles(to[k].w);
+        has_codes |= !is_float(to[k].w->format);
     }
     if (has_codes && !s->m->exact) for_each(s, n, quantize_task, &job);
     for_each(s, tiles, matmul_task, &job);
@@ -1027,8 +1051,18 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#elif defined(__arm__) && defined(__VFP_FP__) && !defined(__SOFTFP__)
+static void fp_leave(fp_state old) { __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)old)); }
+static fp_state fp_enter(void)
+{
+    uint32_t old;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    return old;
+}
 #else
 #include <fenv.h>
+#if defined(FE_TONEAREST)
 static fp_state fp_enter(void)
 {
     int old = fegetround();
@@ -1036,10 +1070,18 @@ static fp_state fp_enter(void)
     return (fp_state)old;
 }
 static void fp_leave(fp_state old) { fesetround((int)old); }
+#else /* floats in software, which know one way of rounding */
+static fp_state fp_enter(void) { return 0; }
+static void fp_leave(fp_state old) { (void)old; }
+#endif
 #endif
 
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
+
+static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
 
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
@@ -1049,11 +1091,8 @@ static double exp_double(double x)
     if (x > 709.78) return (double)float_of(0x7f800000);
     double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
     double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
     double e = 0;
-    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
     for (; n > 1000; n -= 512) e *= 0x1p512;
     for (; n < -1000; n += 512) e *= 0x1p-512;
     uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
@@ -1146,11 +1185,13 @@ static void softcap(float *logits, size_t n, float cap)
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
     if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_f32(a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -1427,19 +1468,6 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
         }
 }
 
-/* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
-static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[MAX_BLOCK_BYTES])
-{
-    const struct format *f = w->format;
-    if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
-    size_t blocks = (size_t)w->cols / f->elements, tile = (size_t)(r / TILE_ROWS) * blocks + k;
-    const uint8_t *from = w->data + tile * TILE_ROWS * f->bytes;
-    for (int j = 0; j < 3 && f->field[j].unit; j++)
-        for (int at = f->field[j].at, u = f->field[j].unit, end = at + f->field[j].bytes; at < end; at += u)
-            memcpy(buffer + at, from + TILE_ROWS * at + u * (r % TILE_ROWS), u);
-    return buffer;
-}
-
 /* ---- A tile times vectors ---- */
 
 /* Our own floats, from now on in the order of a file's bytes. */
@@ -1448,37 +1476,27 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-enum { ROWS_AT_ONCE = 4 };            /* rows dequantised for exact mode, for all vectors */
-
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
 static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
 {
     const gemma3_state *s = job->s;
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
                         .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
                         .acc = acc_of(s, worker)};
-    if (is_float(w->format)) {
-        s->m->kernels->mul_floats(&p);
-        return;
+    if (!is_float(w->format)) {
+        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
+        s->m->kernels->dequantize(w, row, n_rows, rows);
+        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
+        p.format = find_format(F32);
+        p.rows = (const uint8_t *)rows;
+        p.row_bytes = 4 * (size_t)w->cols;
     }
-    p.format = find_format(F32);
-    p.rows = (const uint8_t *)rows;
-    p.row_bytes = 4 * (size_t)w->cols;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        p.n_rows = min_int(n_rows - r, ROWS_AT_ONCE);
-        for (int a = 0; a < p.n_rows; a++) {
-            float *to = rows + (size_t)a * w->cols;
-            s->m->kernels->dequantize(w, row + r + a, to);
-            to_file_order(to, w->cols); /* mul_floats reads floats as files have them */
-        }
-        p.acc = (float (*)[TILE_ROWS])(acc_of(s, worker)[0] + r); /* p.acc[i][0] is acc[i][r] */
-        s->m->kernels->mul_floats(&p);
-    }
+    s->m->kernels->mul_floats(&p);
 }
 
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
+enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
 enum { NIBBLES = 100, PANEL, PANEL_HALVES, PANEL_WIDE };
 typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
@@ -1524,6 +1542,8 @@ static void mul_tile(const struct matmul *job, const struct matrix *w, int row, 
     if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
     else mul_tile_codes(job, w, row, n_rows, worker);
 }
+
+enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
 
 #endif /* !INSTANCE */
 
@@ -1599,27 +1619,6 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* The values of the `gguf` package, bit for bit: each is rounded at most twice, as there. */
-static void NAME(dequantize)(const struct matrix *w, int r, float *out)
-{
-    const struct format *f = w->format;
-    uint8_t buffer[MAX_BLOCK_BYTES];
-    struct group o;
-    if (is_float(f))
-        for (int j = 0; j < w->cols; j++) out[j] = load_float(f->type, w->data + r * w->row_bytes, j);
-    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
-        const uint8_t *block = block_of_row(w, r, k, buffer);
-        for (int g = 0; g < f->elements / 32; g++, out += 32) {
-            unpack(f, block, g, &o);
-            for (int h = 0; h < 2; h++) {
-                float d = o.d * (float)o.scale[h], m = o.m * (float)o.min[h];
-                for (int j = 16 * h; j < 16 * h + 16; j++) out[j] = d * (float)o.code[j];
-                for (int j = 16 * h; f->m && j < 16 * h + 16; j++) out[j] += m;
-            }
-        }
-    }
-}
-
 /* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
  * the 1. */
 static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
@@ -1682,9 +1681,63 @@ static float NAME(exp_scores)(float *s, int n, int first)
     return join_lanes(lane);
 }
 
+/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
+ * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
+static void NAME(add_exp_run)(double *lane, const float *logits, double max)
+{
+    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
+    double e[EXP_RUN];
+    for (int j = 0; j < EXP_RUN; j++)
+        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
+    for (int j = 0; j < EXP_RUN; j++) {
+        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
+        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+        e[j] = exp_taylor[13];
+        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
+    }
+    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
+    for (int i = 0; i < EXP_RUN; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
+}
+
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
+ * or below -690, the definition itself runs. */
+static double NAME(sum_exp)(const float *logits, int n, float max)
+{
+    double lane[16] = {0};
+    int i = 0;
+    for (int run, n_near; i < n; i += run) {
+        run = min_int(n - i, EXP_RUN), n_near = 0;
+        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
+        if (n_near == EXP_RUN)
+            NAME(add_exp_run)(lane, logits + i, max);
+        else
+            for (int j = 0; j < run; j++)
+                lane[j % 16] += exp_double((double)logits[i + j] - max);
+    }
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
 #endif /* !HAS_PIECES */
 
 #if LANES == 1
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
+ * twice, as there. */
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    struct group o;
+    for (const uint8_t *row = w->data + r * w->row_bytes; n > 0; n--, row += w->row_bytes) {
+        for (int j = 0; is_float(f) && j < w->cols; j++) *out++ = load_float(f->type, row, j);
+        for (int b = 0; !is_float(f) && b < w->cols / 32; b++, out += 32) {
+            unpack(f, row + (size_t)(32 * b / f->elements) * f->bytes, b % (f->elements / 32), &o);
+            for (int j = 0; j < 32; j++) out[j] = o.d * (float)o.scale[j / 16] * (float)o.code[j];
+            for (int j = 0; f->m && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
+        }
+    }
+}
+
 /* Rows of integer formats, as they lie in the file (rule 2). */
 static void NAME(mul_codes)(const struct product *p)
 {
@@ -1754,7 +1807,8 @@ static void NAME(mix_values)(const struct mix *m)
 #define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
 #define splat NAME(splat)                 /* a float in every lane */
 #define mul_add NAME(mul_add)         /* a * b + c rounded once */
-#define join_floats NAME(join_floats)               /* 16 lanes as rule 4's tree */
+#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
+#define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
 #define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
 #define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
@@ -1766,6 +1820,24 @@ static void NAME(mix_values)(const struct mix *m)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#define four NAME(four)
+typedef float four __attribute__((vector_size(16)));
+#if defined(HAVE_X86)
+INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+}
+#else
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
+#endif
 
 #if LANES == 8
 /* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
@@ -1779,13 +1851,6 @@ INLINE ints look_up(ints c)
 {
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
-}
-INLINE float join_floats(const floats sum[2])
-{
-    __m256 eight = (__m256)(sum[0] + sum[1]);                          /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 typedef ints dot_sum;
 #if HAS_DOT
@@ -1826,14 +1891,6 @@ INLINE ints look_up(ints c)
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
 }
-INLINE float join_floats(const floats sum[1])
-{
-    __m256 low = _mm512_castps512_ps256((__m512)sum[0]), high = _mm512_extractf32x8_ps((__m512)sum[0], 1);
-    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 typedef ints dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
@@ -1857,12 +1914,6 @@ INLINE ints widen_u8(const void *p)
 INLINE ints look_up(ints c)
 {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
-}
-INLINE float join_floats(const floats sum[4])
-{
-    float32x4_t four = (sum[0] + sum[2]) + (sum[1] + sum[3]);          /* lane j + j+8, + 4 */
-    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 #if HAS_DOT
 typedef ints dot_sum;
@@ -1893,6 +1944,17 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
+INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+{
+    const float *lane[4] = {a, b, c, d};
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
 INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
 INLINE ints repeat_4(const int8_t *p)
 {
@@ -1902,9 +1964,7 @@ INLINE ints repeat_4(const int8_t *p)
 }
 INLINE floats widen(int type, const uint8_t *p)
 {
-    if (type == F16) return widen_f16(p);
-    if (type == F32) return load_floats(p);
-    return (floats)(widen_u16(p) << 16);
+    return type == F16 ? widen_f16(p) : type == F32 ? load_floats(p) : (floats)(widen_u16(p) << 16);
 }
 
 /* ---- Integer formats ---- */
@@ -2080,6 +2140,39 @@ INLINE void mul_all(const struct product *p, int kind)
         for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
 }
 
+#if !HAS_PIECES
+/* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
+{
+    const int bias = f->is_wide ? 128 : f->bias;
+    uint8_t code[TILE_ROWS][32];
+    for (int i = 0; i < n; i++)
+        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+    for (int i = 0; i < n; i++, out += cols)
+        UNROLL for (int j = 0; j < 32; j += LANES) {
+            int h = j / 16, r = r0 + i;
+            ints c = widen_u8(code[i] + j);
+            if (f->is_wide && !FLIPS) c ^= 128;
+            floats x = splat(o->d[r] * (f->has_halves ? o->scale[h][r] : 1)) * to_floats(c - bias);
+            if (f->m) x += splat(o->m[r] * (f->has_halves ? o->min[h][r] : 1));
+            store_floats(out + j, x);
+        }
+}
+
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    const int groups = f->elements / 32;
+    const uint8_t *tile = w->data + r / TILE_ROWS * TILE_ROWS * w->row_bytes;
+    struct panel o;
+    if (!w->tiled) dequantize_scalar(w, r, n, out);
+    for (int b = 0; w->tiled && b < w->cols / 32; b++) {
+        NAME(unpack_panel)(f, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
+        NAME(dequantize_panel)(&o, f, r % TILE_ROWS, n, out + 32 * b, w->cols);
+    }
+}
+#endif /* !HAS_PIECES */
+
 static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
@@ -2112,52 +2205,65 @@ static void NAME(mul_codes)(const struct product *p)
 #if !HAS_PIECES
 /* ---- Floats ---- */
 
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
+ * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
+ * 8). One row times one vector is a stream, and takes all lanes in one pass. */
 #define mul_floats_part NAME(mul_floats_part)
-INLINE void mul_floats_part(const struct product *p, int type, int r0, int RT, int i0, int NT)
+INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
     enum { PARTS = 16 / LANES };
-    floats sum[4][4][PARTS];
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int k = 0; k < PARTS; k++) sum[r][i][k] = splat(0);
+    const int NP = NR == 1 ? PARTS : 1, size = type == F32 ? 4 : 2, whole = p->cols & ~15;
     const uint8_t *rows = p->rows + r0 * p->row_bytes;
     const float *x = p->x + i0 * p->x_stride;
-    const int size = type == F32 ? 4 : 2;
-    int j = 0;
-    for (; j + 16 <= p->cols; j += 16)
-        UNROLL for (int k = 0; k < PARTS; k++)
-            UNROLL for (int r = 0; r < RT; r++) {
-                floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
-                UNROLL for (int i = 0; i < NT; i++)
-                    sum[r][i][k] = mul_add(w, load_floats(x + i * p->x_stride + j + LANES * k), sum[r][i][k]);
-            }
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) {
-            float lane[16];
-            if (j == p->cols) {
-                p->acc[i0 + i][r0 + r] = join_floats(sum[r][i]);
-                continue;
-            }
-            memcpy(lane, sum[r][i], sizeof lane); /* elements past the last multiple of 16 */
-            for (int jj = j; jj < p->cols; jj++)
-                lane[jj % 16] = fma_of(load_float(type, rows + r * p->row_bytes, jj), x[i * p->x_stride + jj], lane[jj % 16]);
-            p->acc[i0 + i][r0 + r] = join_lanes(lane);
+    float lane[4][4][16];
+    if (whole == 0) memset(lane, 0, sizeof lane);
+    for (int j0 = 0, end; j0 < whole; j0 = end) {
+        end = NP == PARTS ? whole : min_int(j0 + COLS_AT_ONCE, whole);
+        for (int l = 0; l < 16; l += NP * LANES) {
+            floats sum[4][4][PARTS];
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        sum[i][r][k] = j0 ? load_floats(lane[i][r] + l + LANES * k) : splat(0);
+            for (int j = j0 + l; j < end; j += 16)
+                UNROLL for (int k = 0; k < NP; k++) {
+                    floats xj[4];
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    UNROLL for (int r = 0; r < NR; r++) {
+                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                    }
+                }
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        store_floats(lane[i][r] + l + LANES * k, sum[i][r][k]);
         }
+    }
+    UNROLL for (int i = 0; i < NV; i++) {
+        for (int j = whole; j < p->cols; j++)
+            for (int r = 0; r < NR; r++)
+                lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
+                                            x[i * p->x_stride + j], lane[i][r][j % 16]);
+        float joined[4];
+        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
+    }
 }
 
 #define mul_floats_of NAME(mul_floats_of)
 INLINE void mul_floats_of(const struct product *p, int type)
 {
-    enum { RT = LANES == 16 ? 4 : 2, NT = RT };
-    int i = 0;
-    for (; i + NT <= p->n; i += NT) {
-        int r = 0;
-        for (; r + RT <= p->n_rows; r += RT) mul_floats_part(p, type, r, RT, i, NT);
-        for (; r < p->n_rows; r++)
-            for (int k = 0; k < NT; k++) mul_floats_part(p, type, r, 1, i + k, 1);
+    enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
+    int r = 0, i;
+    for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
+        for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
-    for (; i < p->n; i++)
-        for (int r = 0; r < p->n_rows; r++) mul_floats_part(p, type, r, 1, i, 1);
+    for (; r < p->n_rows; r++)
+        for (i = 0; i < p->n; i++) mul_floats_part(p, type, r, i, 1, 1);
 }
 
 static void NAME(mul_floats)(const struct product *p)
@@ -2169,36 +2275,43 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
 #define mix_part NAME(mix_part)
-INLINE void mix_part(const struct mix *m, int type, int i0, int NT)
+INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
     enum { PARTS = MIX_WIDTH / LANES };
-    floats sum[8][PARTS];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    const int size = type == F32 ? 4 : 2;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) sum[i][k] = load_floats(out + i * m->out_stride + LANES * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        const uint8_t *v = m->v + p * m->v_bytes;
-        __builtin_prefetch(v + PREFETCH_STREAM);
-        UNROLL for (int k = 0; k < PARTS; k++) {
-            floats part = widen(type, v + size * LANES * k);
-            UNROLL for (int i = 0; i < NT; i++) sum[i][k] = mul_add(splat(e[i * m->e_stride + p]), part, sum[i][k]);
+    const int NP = min_int(PARTS, NQ > 4 ? 2 : 4), size = type == F32 ? 4 : 2;
+    const float *e = m->e + q0 * m->e_stride;
+    for (int j = 0; j < MIX_WIDTH; j += NP * LANES) {
+        floats sum[8][4], v[4];
+        float *out = m->out + q0 * m->out_stride + j;
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+        for (int p = p0; p < end; p++) {
+            const uint8_t *from = m->v + p * m->v_bytes + size * j;
+            __builtin_prefetch(from + PREFETCH_STREAM);
+            UNROLL for (int k = 0; k < NP; k++) v[k] = widen(type, from + size * LANES * k);
+            UNROLL for (int q = 0; q < NQ; q++) {
+                floats ep = splat(e[q * m->e_stride + p]);
+                UNROLL for (int k = 0; k < NP; k++) sum[q][k] = mul_add(ep, v[k], sum[q][k]);
+            }
         }
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) store_floats(out + i * m->out_stride + LANES * k, sum[i][k]);
 }
 
 #define mix_of NAME(mix_of)
 INLINE void mix_of(const struct mix *m, int type)
 {
-    int i = 0;
-    for (; LANES == 16 && i + 8 <= m->n; i += 8) mix_part(m, type, i, 8);
-    for (; i + 2 <= m->n; i += 2) mix_part(m, type, i, 2);
-    for (; i < m->n; i++) mix_part(m, type, i, 1);
+    enum { MANY = LANES == 8 ? 6 : 8, FEW = LANES == 8 ? 2 : 4 };
+    for (int p = 0, end; p < m->n_pos; p = end) {
+        int q = 0;
+        end = min_int(m->n_pos, p + POSITIONS_AT_ONCE);
+        for (; q + MANY <= m->n; q += MANY) mix_part(m, type, p, end, q, MANY);
+        for (; q + FEW <= m->n; q += FEW) mix_part(m, type, p, end, q, FEW);
+        for (; q < m->n; q++) mix_part(m, type, p, end, q, 1);
+    }
 }
 
 static void NAME(mix_values)(const struct mix *m)
@@ -2214,7 +2327,7 @@ static void NAME(mix_values)(const struct mix *m)
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
     STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
-    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu)};
+    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
@@ -2330,6 +2443,14 @@ static float dot(int type, const uint8_t *row, const float *x, int n)
 
 #if defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int apple_has(const char *feature)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(feature, &has, &size, NULL, 0) && has;
+}
 #endif
 
 static int cpu_has(const char *isa)
@@ -2344,12 +2465,11 @@ static int cpu_has(const char *isa)
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
-#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
-#elif defined(HAVE_NEON)
-    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+    if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
-    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
 const char *gemma3_isa_name(int index)
@@ -2424,6 +2544,9 @@ struct string {
     const char *text;
     size_t n;
 };
+static struct string standin_template; /* stand-ins, drop at merge */
+static int standin_obey;
+static float standin_cap;
 
 static struct string take_string(struct cursor *c)
 {
@@ -2793,7 +2916,7 @@ static int bind_norm(struct opening *o, const char *name, int n, const float **o
     if (bind(o, name, 1, n, &w)) return -1;
     if (!is_float(w.format))
         return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    o->m->kernels->dequantize(&w, 0, o->norms);
+    o->m->kernels->dequantize(&w, 0, 1, o->norms);
     *out = o->norms;
     o->norms += n;
     return 0;
@@ -3089,10 +3212,13 @@ static int open_steps(struct opening *o, const void *data, size_t size)
         bind_weights(o) || open_tokenizer(o))
         return -1;
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (!m->exact && m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
+    if (m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
     struct string name = get_string(&o->g, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
     m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
+    standin_template = get_string(&o->g, "tokenizer.chat_template"); /* stand-in, drop at merge */
+    standin_obey = o->options.obey_file, standin_cap = m->config.final_softcap;
+    if (!standin_obey) m->config.final_softcap = 0;
     return 0;
 }
 
@@ -3218,7 +3344,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->q8 = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
@@ -3304,51 +3430,44 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
 /* ==== 14. Scores, sampling, SHA-256 ============================================================= */
 
-/* Logits are looked at SCAN at a time: only where the largest of them could matter, one by one. */
-enum { SCAN = 256 };
-
 #define MINUS_INFINITY float_of(0xff800000)
 
-/* The largest of n <= SCAN logits; -infinity when all are NaN. */
+/* The largest of n logits; -infinity when all are NaN. */
 static float largest_of(const float *logits, int n)
 {
     float lane[16];
-    int j = 0;
-    for (int k = 0; k < 16; k++) lane[k] = MINUS_INFINITY;
-    for (; j + 16 <= n; j += 16)
-        for (int k = 0; k < 16; k++) lane[k] = logits[j + k] > lane[k] ? logits[j + k] : lane[k];
-    for (; j < n; j++) lane[0] = logits[j] > lane[0] ? logits[j] : lane[0];
-    for (int k = 1; k < 16; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    int i = 0;
+    for (int j = 0; j < 16; j++) lane[j] = MINUS_INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
+    for (; i < n; i++) lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (int j = 1; j < 16; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     return lane[0];
 }
 
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
     fp_state fp = fp_enter();
-    int32_t best = 0;
-    float top = MINUS_INFINITY;
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (!(largest_of(logits + first, n) > top)) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if (logits[id] > top) top = logits[id], best = id;
-    }
+    float top = largest_of(logits, n_vocab);
+    int32_t id = 0;
+    while (top > MINUS_INFINITY && logits[id] != top) id++;
     fp_leave(fp);
-    return best;
+    return id;
 }
 
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = logits[gemma3_argmax(logits, n_vocab)];
-    double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + log_double(lane[0]);
+    float max = largest_of(logits, n_vocab);
+    int k = 0;
+    while (!cpu_has(all_kernels[k]->name)) k++;
+    double sum = all_kernels[k]->sum_exp(logits, n_vocab, max);
+    double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
+
+/* ---- Sampling (README, rule 8) ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -3375,81 +3494,67 @@ static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
     return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
 }
 
-/* Whether the repeat penalty changes this token, and its logit then. */
-static int is_penalized(const gemma3_sampler *s, int32_t id)
+/* Whether the repeat penalty changes id: whether it is among the first n of the last ids. */
+static int is_recent(const gemma3_sampler *s, int n, int32_t id)
 {
-    int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int k = 0; k < n && s->repeat_penalty != 1; k++)
-        if (s->last[k] == id) return 1;
+    n = s->repeat_penalty == 1 ? 0 : min_int(n, s->n_last);
+    for (int j = 0; j < n; j++)
+        if (s->last[j] == id) return 1;
     return 0;
 }
 
 static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
 {
-    float l = logits[id] == logits[id] ? logits[id] : MINUS_INFINITY; /* NaN never wins */
-    if (is_penalized(s, id)) l = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-    return (gemma3_candidate){l, id};
+    float r = is_recent(s, GEMMA3_PENALTY_WINDOW, id) ? s->repeat_penalty : 1;
+    float l = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    return (gemma3_candidate){l == l ? l : MINUS_INFINITY, id}; /* NaN never wins */
 }
 
-/* 1 when a comes before b: logit down, id up. */
-static int before(gemma3_candidate a, gemma3_candidate b)
+/* Orders of candidates: the best first, which is logit down and id up; and id up. */
+static int is_better(gemma3_candidate a, gemma3_candidate b)
 {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-static int compare_ids(const void *a, const void *b)
+static int has_lower_id(gemma3_candidate a, gemma3_candidate b) { return a.id < b.id; }
+
+/* Shell's sort: insertion sort of every gap-th element, for gaps down to 1. */
+INLINE void sort(gemma3_candidate *c, int n, int (*before)(gemma3_candidate, gemma3_candidate))
 {
-    return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
+    for (int gap = n; gap > 1;) {
+        gap = gap < 5 ? 1 : (int)(gap * (5 / 11.0));
+        for (int i = gap, j; i < n; i++) {
+            gemma3_candidate new = c[i];
+            for (j = i; j >= gap && before(new, c[j - gap]); j -= gap) c[j] = c[j - gap];
+            c[j] = new;
+        }
+    }
 }
 
-/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
- * last_on_top, last. */
-static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
+/* Puts the k best of n_vocab candidates into c, the best first. They gather until there are 2k;
+ * then the worse half goes, and only what is better than the last one left may still come. Runs of
+ * 256 logits below it are passed over; recent ids come first, as the penalty changes theirs. */
+static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
+                      gemma3_candidate *c, int k)
 {
-    gemma3_candidate new = c[root];
-    for (int child; (child = 2 * root + 1) < n; root = child) {
-        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
-        if (before(new, c[child]) != last_on_top) break;
-        c[root] = c[child];
+    gemma3_candidate last = {MINUS_INFINITY, INT32_MAX};
+    int n = 0, n_recent = s->repeat_penalty == 1 ? 0 : min_int(s->n_last, GEMMA3_PENALTY_WINDOW);
+    for (int j = 0; j < n_recent; j++)
+        if (s->last[j] >= 0 && s->last[j] < n_vocab && !is_recent(s, j, s->last[j]))
+            c[n++] = candidate(s, logits, s->last[j]);
+    for (int32_t id = 0, end; id < n_vocab; id = end) {
+        end = id + min_int(n_vocab - id, 256);
+        if (largest_of(logits + id, end - id) < last.logit) continue;
+        for (; id < end; id++) {
+            if (logits[id] < last.logit || is_recent(s, GEMMA3_PENALTY_WINDOW, id)) continue;
+            gemma3_candidate new = candidate(s, logits, id);
+            if (is_better(new, last)) c[n++] = new;
+        }
+        if (n - k < k) continue;
+        sort(c, n, is_better);
+        last = c[(n = k) - 1];
     }
-    c[root] = new;
-}
-
-static void make_heap(gemma3_candidate *c, int n, int last_on_top)
-{
-    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
-}
-
-/* Puts one more into a heap of the k that come first, the last of them on top. */
-static int offer(gemma3_candidate *c, int n, int k, gemma3_candidate new)
-{
-    if (n < k) {
-        c[n++] = new;
-        if (n == k) make_heap(c, k, 1);
-    } else if (before(new, c[0])) {
-        c[0] = new;
-        sink(c, k, 0, 1);
-    }
-    return n;
-}
-
-/* Puts the k <= n_vocab candidates that come first into c[0 .. k-1], by selection. Penalised tokens are
- * offered ahead of the others: then a run of logits below the last one kept can be passed over. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c, int k)
-{
-    int kept = 0, n_last = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int a = 0; a < n_last && s->repeat_penalty != 1; a++) {
-        int again = s->last[a] < 0 || s->last[a] >= n_vocab;
-        for (int b = 0; b < a; b++) again |= s->last[b] == s->last[a];
-        if (!again) kept = offer(c, kept, k, candidate(s, logits, s->last[a]));
-    }
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (kept == k && largest_of(logits + first, n) < c[0].logit) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if ((kept < k || !(logits[id] < c[0].logit)) && !is_penalized(s, id))
-                kept = offer(c, kept, k, candidate(s, logits, id));
-    }
+    sort(c, n, is_better);
 }
 
 static float weight(const gemma3_sampler *s, float logit, float top)
@@ -3457,27 +3562,22 @@ static float weight(const gemma3_sampler *s, float logit, float top)
     return exp_f32((logit - top) / s->temperature);
 }
 
-/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
- * behind it, the first one last, with their weight in place of their logit. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
+/* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
+ * may want them. Far below min_p nothing can be drawn any more: the rest is not looked at. */
+static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, int more, float top, float limit)
 {
-    float sum = 0, kept = 0, limit = s->top_p * total;
-    int left = n;
-    make_heap(c, n, 0);
-    while (left > 0 && (left == n || sum < limit)) {
-        gemma3_candidate first = c[0];
-        c[0] = c[--left];
-        sink(c, left, 0, 0);
-        first.logit = weight(s, first.logit, top);
-        sum += first.logit;
-        c[left] = first;
+    float sum = 0, total = 0, e = s->min_p;
+    int kept = 0;
+    for (; kept < n && (kept == 0 || (sum < limit && !(e < s->min_p / 2))); kept++) {
+        c[kept].logit = e = weight(s, c[kept].logit, top);
+        sum += e;
+        if (e >= s->min_p) total += e;
     }
-    for (int j = n - 1; j >= left; j--)
-        if (c[j].logit >= s->min_p) kept += c[j].logit;
-    float u = next_uniform(s) * kept;
-    int32_t chosen = c[n - 1].id;
+    if (kept == n && more) return -1;
+    float u = next_uniform(s) * total;
+    int32_t chosen = c[0].id;
     sum = 0;
-    for (int j = n - 1; j >= left && !(sum > u); j--)
+    for (int j = 0; j < kept && !(sum > u); j++)
         if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
     return chosen;
 }
@@ -3486,28 +3586,32 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 {
     fp_state fp = fp_enter();
     float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1, best = 0;
-    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
-    if (n < n_vocab) {
-        keep_best(s, logits, n_vocab, c, n);
-        qsort(c, n, sizeof *c, compare_ids);
-    } else
-        for (int32_t id = 0; id < n_vocab; id++) c[id] = candidate(s, logits, id);
-    for (int j = 1; j < n; j++)
-        if (c[j].logit > c[best].logit) best = j;
-    int32_t chosen = c[best].id;
-    float top = c[best].logit;
+    int n = s->temperature > 0 ? n_vocab : 1;
+    if (s->top_k > 0) n = min_int(n, s->top_k);
+    int all = n == n_vocab, k = all ? min_int(n, 1024) : n; /* of all, the best may do for top-p */
+    keep_best(s, logits, n_vocab, c, k);
+    int32_t chosen = c[0].id;
+    float top = c[0].logit;
     if (n > 1 && top - top == 0) {
-        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
-        chosen = draw(s, c, n, top, join_lanes(lane));
+        if (!all) sort(c, n, has_lower_id);
+        for (int j = 0; j < n; j++) {
+            gemma3_candidate next = all ? candidate(s, logits, j) : c[j];
+            lane[next.id % 16] += weight(s, next.logit, top);
+        }
+        if (!all) sort(c, n, is_better);
+        float limit = s->top_p * join_lanes(lane);
+        while ((chosen = draw(s, c, k, k < n, top, limit)) < 0) {
+            k = k > n / 8 ? n : 8 * k;
+            keep_best(s, logits, n_vocab, c, k);
+        }
     }
     fp_leave(fp);
     return chosen;
 }
 
-/* ---- SHA-256 ---- */
+/* ---- SHA-256 (FIPS 180-4) ---- */
 
-static uint32_t turn_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
 /* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
@@ -3522,21 +3626,20 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)c->block[4 * i] << 24 | (uint32_t)c->block[4 * i + 1] << 16 |
-               (uint32_t)c->block[4 * i + 2] << 8 | c->block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (turn_right(a, 7) ^ turn_right(a, 18) ^ a >> 3) + w[i - 7] +
-               (turn_right(b, 17) ^ turn_right(b, 19) ^ b >> 10);
-    }
+    uint32_t w[64], v[8]; /* v: a b c d e f g h of the standard */
     memcpy(v, c->h, sizeof v);
     for (int i = 0; i < 64; i++) {
-        uint32_t t1 = v[7] + (turn_right(v[4], 6) ^ turn_right(v[4], 11) ^ turn_right(v[4], 25)) +
-                      ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i];
-        uint32_t t2 = (turn_right(v[0], 2) ^ turn_right(v[0], 13) ^ turn_right(v[0], 22)) +
-                      ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        const uint8_t *p = c->block + 4 * (i % 16);
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+        if (i >= 16) {
+            uint32_t x = w[i - 15], y = w[i - 2];
+            w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+                   w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+        }
+        uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
+                      (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
+        uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
+                      (rotate_right(v[0], 2) ^ rotate_right(v[0], 13) ^ rotate_right(v[0], 22));
         memmove(v + 1, v, 7 * sizeof *v);
         v[4] += t1;
         v[0] = t1 + t2;
@@ -3546,31 +3649,24 @@ static void sha256_block(gemma3_sha256 *c)
 
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
-    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memset(c, 0, sizeof *c);
-    memcpy(c->h, h, sizeof h);
+    *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, 0, 0, {0}};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
-    const uint8_t *p = data;
-    while (n > 0) {
-        size_t at = c->n_low % 64, room = 64 - at, now = n < room ? n : room;
-        memcpy(c->block + at, p, now);
-        p += now;
-        n -= now;
-        c->n_low += (uint32_t)now;
-        c->n_high += c->n_low < now;
-        if (at + now == 64) sha256_block(c);
+    for (size_t i = 0; i < n; i++) {
+        c->block[c->n_low++ % 64] = ((const uint8_t *)data)[i];
+        c->n_high += c->n_low == 0;
+        if (c->n_low % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        uint32_t u = bits_of(x[i]);
-        const uint8_t bytes[4] = {(uint8_t)u, (uint8_t)(u >> 8), (uint8_t)(u >> 16), (uint8_t)(u >> 24)};
+        uint8_t bytes[4];
+        store_u32_le(bytes, bits_of(x[i]));
         gemma3_sha256_add(c, bytes, 4);
     }
 }
@@ -3583,21 +3679,56 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     gemma3_sha256_add(c, &pad, 1);
     for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
     gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    for (int i = 0; i < 64; i++)
+        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
     hex[64] = 0;
 }
 
-/* ==== 15. Threads and files of the host ========================================================= */
+/* ==== 15. Threads and files of the host =========================================================
+ *
+ * What is asked of an operating system: map a file, count cores, say how much memory there is, start
+ * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+};
+static void worker_main(struct worker *w);
+
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
+static int host_open(const char *path, long long *size)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    return data == MAP_FAILED ? NULL : data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+}
 
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
@@ -3622,177 +3753,350 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-static void host_unmap(const gemma3_model *m)
+/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
+static void numbers_in(const char *folder, const char *name, double *a, double *b)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
-}
-
-gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
-{
-    struct stat st;
-    char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given");
-    const char *name = short_path(path, shortened);
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(err, "%s is not a regular file", name);
-    }
-    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty");
-    }
-    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int map_error = errno;
-    close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)st.st_size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
-}
-
-/* The first number in a file, or other. */
-static long number_in(const char *path, long other)
-{
-    long number;
+    char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
+    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
     if (f) fclose(f);
-    return number;
+}
+
+/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
+ * file for each. */
+struct limits {
+    double cpus, bytes;
+};
+
+static void limit_by_group(const char *folder, struct limits *least)
+{
+    double quota = -1, period = 1e5, bytes = -1, unused;
+    numbers_in(folder, "cpu.max", &quota, &period);
+    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
+    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
+    numbers_in(folder, "memory.max", &bytes, &unused);
+    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
+    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
+    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+}
+
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
+ * controllers in a folder of that name below root. The groups above bind a group too. */
+static struct limits cgroup_limits(const char *self, const char *root)
+{
+    struct limits least = {1e9, 1e18};
+    char line[4096], folder[4200];
+    FILE *f = fopen(self, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+        if (!path) continue;
+        line[strcspn(line, "\n")] = 0;
+        *path++ = 0;
+        char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
+        memcpy(end, path, strlen(path) + 1);
+        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
+            if (cut > folder) *cut = 0;
+            limit_by_group(folder, &least);
+        }
+    }
+    if (f) fclose(f);
+    return least;
 }
 
 /* The cores this process may use: of the hardware threads that share a core one counts (two of them
  * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
  * to whoever is free. */
-static int usable_cores(void)
+static int host_cores(void)
 {
+    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #if defined(__linux__)
     enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
     uint8_t seen[MAX_CPUS] = {0};
-    int cores = 0;
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
+    cores = 0;
     for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
+        char folder[96];
+        double core = cpu, unused; /* named by the first of its threads */
         if (!CPU_ISSET(cpu, &may_use)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        long core = number_in(path, cpu); /* named by the first of its threads */
-        if (core < 0 || core >= MAX_CPUS) core = cpu;
-        cores += !seen[core];
-        seen[core] = 1;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        numbers_in(folder, "thread_siblings_list", &core, &unused);
+        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
+        cores += !seen[(int)core];
+        seen[(int)core] = 1;
     }
-    return cores;
-#else
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
+    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
 }
 
-/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
- * usually 100000, or "max". */
+static double host_memory(void)
+{
+    struct rlimit space;
+    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
+    if (group < bytes) bytes = group;
+    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
+        bytes = (double)space.rlim_cur;
+    return bytes;
+}
+
+struct host_lock { /* and a bell for those who wait under it */
+    pthread_mutex_t mutex;
+    pthread_cond_t bell;
+};
+static void lock_init(struct host_lock *l)
+{
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->bell, NULL);
+}
+static void lock_free(struct host_lock *l)
+{
+    pthread_cond_destroy(&l->bell);
+    pthread_mutex_destroy(&l->mutex);
+}
+static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
+static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
+static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
+
+typedef pthread_t host_thread;
+static void *thread_main(void *worker)
+{
+    worker_main(worker);
+    return NULL;
+}
+static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
+static void host_join(host_thread t) { pthread_join(t, NULL); }
+static void host_yield(void) { sched_yield(); }
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <sys/stat.h>
+
+/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
+static wchar_t *wide_path(const char *path)
+{
+    enum { MOST = 32768 };
+    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
+    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
+    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
+    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
+    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
+    return wide;
+}
+
+static int host_open(const char *path, long long *size)
+{
+    struct _stat64 st;
+    wchar_t *wide = wide_path(path);
+    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    free(wide);
+    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
+    return fd;
+}
+
+static void host_close(int fd) { _close(fd); }
+
+static const void *host_map(int fd, size_t n)
+{
+    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    if (file) CloseHandle(file);
+    if (!data) errno = ENOMEM;
+    return data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) UnmapViewOfFile(m->mapping);
+}
+
+/* Unlocking pages that are not locked drops them from the working set. */
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+}
+
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+
+static int host_cores(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
+    DWORD bytes = sizeof all;
+    DWORD_PTR may_use = 1, exist;
+    int cores = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
+    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
+    for (DWORD k = 0; k < bytes / sizeof *all; k++)
+        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
+    return cores;
+}
+
+static double host_memory(void)
+{
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+}
+
+struct host_lock {
+    SRWLOCK mutex;
+    CONDITION_VARIABLE bell;
+};
+static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
+static void lock_free(struct host_lock *l) { (void)l; }
+static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
+static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
+static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
+static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
+
+typedef HANDLE host_thread;
+static DWORD WINAPI thread_main(void *worker)
+{
+    worker_main(worker);
+    return 0;
+}
+static int host_start(host_thread *t, struct worker *w)
+{
+    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
+    return *t ? 0 : -1;
+}
+static void host_join(host_thread t)
+{
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+static void host_yield(void) { SwitchToThread(); }
+#endif
+
+gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
+{
+    char shortened[SHORT_PATH];
+    long long size;
+    if (!path) return fail(err, "no path of a model was given");
+    const char *name = short_path(path, shortened);
+    int fd = host_open(path, &size);
+    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
+    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
+    const char *why = strerror(errno);
+    host_close(fd);
+    if (size < 0) return fail(err, "%s is not a regular file", name);
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name);
+    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size);
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, why);
+    gemma3_model *m = calloc(1, sizeof *m), unmapped = {.mapping = data, .mapping_bytes = (size_t)size};
+    if (!m) {
+        host_unmap(&unmapped);
+        return fail(err, "%s: out of memory", name);
+    }
+    m->mapping = data;
+    m->mapping_bytes = (size_t)size;
+    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+}
+
 int gemma3_default_threads(void)
 {
-    int cores = usable_cores();
-    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
-    if (n < cores) cores = (int)n;
+    int cores = host_cores();
     return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
 }
 
-/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
- * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
- * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
- * next round, then sleeps. */
+size_t gemma3_memory_limit(void)
+{
+    double bytes = host_memory();
+    return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
+
+/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
+ * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
+ * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
 struct gemma3_pool {
     int n_threads;
-    pthread_t *thread;
-    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
-    _Atomic int done, sleepers, stop;
-    gemma3_task *_Atomic task;
-    void *_Atomic job;
-    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    host_thread *thread;
+    gemma3_task *task;                /* of this round, with the next two */
+    void *job;
+    int n_tasks;
+    atomic_int next;                  /* the first task that nobody has claimed */
+    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
+    atomic_uint round;                /* how many there were: a new number wakes the workers */
+    atomic_int sleepers, stop;
+    struct host_lock turn;            /* held during a round: states that share a pool take turns */
+    struct host_lock sleep;
 };
 
-enum { LEFT_BITS = 24, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-};
+enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) host_yield();
 }
 
-/* Claims and runs tasks of the current round until none is left. */
-static void work(gemma3_pool *pool, int worker)
+static void claim_tasks(gemma3_pool *pool, int worker)
 {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool->ticket);
-        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
-        if (left == 0) return;
-        gemma3_task *task = atomic_load(&pool->task);
-        void *job = atomic_load(&pool->job);
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
-        task(job, left - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-    }
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
 }
 
-static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+static int enter_round(gemma3_pool *pool)
 {
-    pthread_mutex_lock(&pool->mutex);
+    int inside = atomic_load(&pool->inside);
+    while (inside >= OPEN)
+        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
+    return 0;
+}
+
+static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+{
+    lock(&pool->sleep);
     atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
-        pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
     atomic_fetch_sub(&pool->sleepers, 1);
-    pthread_mutex_unlock(&pool->mutex);
+    unlock(&pool->sleep);
 }
 
-static void *worker_main(void *arg)
+static void wake_workers(gemma3_pool *pool)
 {
-    struct worker me = *(struct worker *)arg;
+    lock(&pool->sleep);
+    ring(&pool->sleep);
+    unlock(&pool->sleep);
+}
+
+static void worker_main(struct worker *w)
+{
+    struct worker me = *w;
     gemma3_pool *pool = me.pool;
-    uint64_t seen = 0;
-    free(arg);
+    unsigned seen = 0;
+    free(w);
     fp_enter();
     while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
-        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
-        work(pool, me.id);
+        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
+        seen = atomic_load(&pool->round);
+        if (!enter_round(pool)) continue;
+        claim_tasks(pool, me.id);
+        atomic_fetch_sub(&pool->inside, 1);
     }
-    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    pthread_mutex_lock(&pool->round);
-    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
-    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
-    atomic_store(&pool->job, job);
-    atomic_store(&pool->done, 0);
-    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    work(pool, 0);
-    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
-    pthread_mutex_unlock(&pool->round);
+    lock(&pool->turn);
+    pool->task = task;
+    pool->job = job;
+    pool->n_tasks = n_tasks;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->inside, OPEN);
+    atomic_fetch_add(&pool->round, 1);
+    if (atomic_load(&pool->sleepers)) wake_workers(pool);
+    claim_tasks(pool, 0);
+    atomic_fetch_sub(&pool->inside, OPEN);
+    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
@@ -3802,13 +4106,12 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
         free(pool);
         return fail(err, "out of memory for %d threads", n_threads);
     }
-    pthread_mutex_init(&pool->round, NULL);
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    lock_init(&pool->turn);
+    lock_init(&pool->sleep);
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
         struct worker *w = malloc(sizeof *w);
         if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
+        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
             fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
             free(w);
             gemma3_pool_free(pool);
@@ -3821,14 +4124,11 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->stop, 1);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_mutex_destroy(&pool->round);
+    wake_workers(pool);
+    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
+    lock_free(&pool->sleep);
+    lock_free(&pool->turn);
     free(pool->thread);
     free(pool);
 }
@@ -3838,73 +4138,113 @@ static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)
 static void host_unmap(const gemma3_model *m) { (void)m; }
 #endif /* GEMMA3_NO_FILE */
 
+/* Stand-ins, drop at merge: the least that lets the command line be written and tested. */
+static int32_t standin_ids[1 << 20];
+
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
+{
+    *n = standin_template.n;
+    return m->can_chat ? standin_template.text : NULL;
+}
+const char *gemma3_model_note(const gemma3_model *m, int index)
+{
+    return index == 0 && m->config.final_softcap == 0 && standin_cap > 0 && !standin_obey ?
+        "final_logit_softcapping = 30 contradicts Gemma 3's definition and was ignored" : NULL;
+}
+const char *gemma3_model_origin(const gemma3_model *m, const char *key)
+{
+    if (!strcmp(key, "final_logit_softcapping") && gemma3_model_note(m, 0)) return "overridden";
+    return !strcmp(key, "attention.scale") ? "default" : "";
+}
+const int32_t *gemma3_state_ids(const gemma3_state *s) { (void)s; return standin_ids; }
+void standin_keep(int pos, const int32_t *ids, int n);
+void standin_keep(int pos, const int32_t *ids, int n)
+{
+    if (ids != standin_ids) memcpy(standin_ids + pos, ids, (size_t)n * 4);
+}
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
+{
+    (void)err;
+    return write(user, "state", 5) || write(user, &s->pos, sizeof s->pos) ||
+           write(user, standin_ids, (size_t)s->pos * 4);
+}
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
+{
+    char magic[5];
+    int n;
+    gemma3_state_reset(s);
+    if (read(user, 0, magic, 5) || memcmp(magic, "state", 5)) return fail(err, "this is no state"), -1;
+    if (read(user, 5, &n, sizeof n) || read(user, 9, standin_ids, (size_t)n * 4))
+        return fail(err, "the state is cut off"), -1;
+    return gemma3_forward(s, standin_ids, n, NULL, 0, NULL);
+}
 #ifndef GEMMA3_NO_MAIN
 
 /* ==== 16. The command line ======================================================================
  *
  * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. The parts: the options, the few things asked of
- * the system, a session (an opened model with what belongs to it), then one part for each job.
+ * the library alone deletes from here to the end. The parts: what is asked of the system, messages,
+ * the options, a session (the options and an opened model), numbers out, text out, the jobs.
  *
- * Text and results go to stdout, everything else to stderr. main returns 0, 1 when the job failed
- * or 2 when the command line was wrong; a function that can fail returns that number, having said
- * why in one sentence. */
+ * Text and results go to stdout, everything else to stderr. Whatever fails says why in one sentence
+ * and ends the program: exit code 1, or 2 when the command line was wrong. */
+
+#include "gemma3.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
-#include <stddef.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-static const char default_model[] = "gemma3-folktales-q4_0.gguf";
-
 enum {
+    MAX_PATH_BYTES = 4096,
+    MAX_TEXT_BYTES = 1 << 29, /* of a prompt: the tokenizer takes no more */
     MAX_STOPS = 32,          /* --stop texts */
     MAX_STOP_BYTES = 1000,   /* of one of them */
-    MAX_FILE_BYTES = 1 << 29, /* of a text: the tokenizer takes no more */
-    DEFAULT_CHUNK = 512,     /* tokens of --perplexity's pieces, as in llama-perplexity */
 };
 
-/* Set by Ctrl-C during a chat. A signal handler can be given nothing, so this is the one variable
- * of the program that does not live in a struct. */
+/* ---- Command line: what is asked of the system ---- */
+
+/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
+ * one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
 
-/* Says what went wrong with the job. */
-static int complain(const char *format, ...)
+static void note_interrupt(int signal_number)
 {
-    va_list list;
-    va_start(list, format);
-    fputs("gemma3: ", stderr);
-    vfprintf(stderr, format, list);
-    fputc('\n', stderr);
-    va_end(list);
-    return 1;
+    interrupted = 1;
+    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
 }
 
-/* Says what is wrong with the command line. */
-static int refuse(const char *format, ...)
+/* 1: Ctrl-C sets interrupted. 0: it ends the program, as it ends any other. */
+static void catch_interrupts(int on)
 {
-    va_list list;
-    va_start(list, format);
-    fputs("gemma3: ", stderr);
-    vfprintf(stderr, format, list);
-    fputs(" (gemma3 --help lists the options)\n", stderr);
-    va_end(list);
-    return 2;
+    interrupted = 0;
+    signal(SIGINT, on ? note_interrupt : SIG_DFL);
 }
 
-static int out_of_memory(size_t n_bytes, const char *what)
+/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
+ * may get the number of a stream that the caller has closed: what stands in for that can be neither
+ * read nor written. A reader that goes away, or a file beyond its limit, is an error of writing. */
+static char **start_program(char **argv)
 {
-    return complain("out of memory: %s needs %zu bytes", what, n_bytes);
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    return argv;
 }
 
-static int lesser(int a, int b)
+static int is_terminal(FILE *f)
 {
-    return a < b ? a : b;
+    return isatty(fileno(f));
 }
 
 static double seconds(void)
@@ -3914,1581 +4254,951 @@ static double seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
+static long long file_size(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st)) return -1;
+    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+/* Where a path leads through links. */
+static void real_path(const char *path, char real[MAX_PATH_BYTES])
+{
+    char *found = realpath(path, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    free(found);
+}
+
+/* Gives a file its name, also when another one has it. */
+static int replace_file(const char *from, const char *to)
+{
+    return rename(from, to);
+}
+
+/* Where the program with this argv[0] lies: what has no slash was found through $PATH. */
+static void program_path(const char *name, char path[MAX_PATH_BYTES])
+{
+    char found[MAX_PATH_BYTES];
+    const char *dir = strchr(name, '/') ? NULL : getenv("PATH");
+    snprintf(found, sizeof found, "%s", name);
+    for (size_t n; dir && *dir; dir += n + (dir[n] == ':')) {
+        n = strcspn(dir, ":");
+        snprintf(found, sizeof found, "%.*s/%s", n ? (int)n : 1, n ? dir : ".", name);
+        if (file_size(found) >= 0 && access(found, X_OK) == 0) break;
+    }
+    real_path(found, path);
+}
+
+/* ---- Command line: messages ---- */
+
+/* Text from anywhere, for people: whole characters, and none that a terminal obeys (U+0000 to 1F
+ * and 7F to 9F). */
+static void print_safe(FILE *f, const char *text)
+{
+    gemma3_utf8 whole = {.n = 0};
+    char c[8];
+    for (; *text; text++) {
+        int n = gemma3_utf8_push(&whole, (unsigned char)*text, c); /* 0 within a character */
+        if (n == 2 && memcmp(c, "\xC2\xA0", 2) < 0) c[0] = 127, n = 1;
+        if (n && ((unsigned char)c[n - 1] < 32 || c[n - 1] == 127)) c[n - 1] = '?';
+        fwrite(c, 1, (size_t)n, f);
+    }
+    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), f);
+}
+
+enum { NOTE, FAILED, WRONG }; /* what a sentence means: the exit codes 1 and 2 end the program */
+
+static void say(int code, const char *format, ...)
+{
+    char text[2 * MAX_PATH_BYTES];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    fputs("gemma3: ", stderr);
+    print_safe(stderr, text);
+    fputs(code == WRONG ? " (gemma3 --help lists the options)\n" : "\n", stderr);
+    if (code) exit(code);
+}
+
+static void *reallocate(void *old, size_t n_bytes, const char *what)
+{
+    void *p = realloc(old, n_bytes);
+    if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
+    return p;
+}
+
+static void *allocate(size_t n_bytes, const char *what)
+{
+    return reallocate(NULL, n_bytes, what);
+}
+
+/* What was written gets out, or we say why not: errno is that of the write that failed, now or
+ * before. A reader that has gone away knows. */
+static void flush(FILE *f, const char *name)
+{
+    if (fflush(f) == 0 && !ferror(f)) return;
+    if (errno == EPIPE) exit(FAILED);
+    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+}
+
 /* ---- Command line: the options ---- */
 
-struct texts {
-    const char *text[MAX_STOPS];
-    int n;
+/* A file has another name beside its own until it is whole: a job that ends early leaves what was
+ * there. Devices and pipes are written as they are. */
+struct file_out {
+    const char *name;        /* as messages call it */
+    FILE *file;
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* part "": written as it is */
 };
 
-struct numbers {
-    int32_t *value;          /* owned */
-    int n;
-};
-
-struct maybe_text {
-    int given;
-    const char *text;        /* NULL: the option stood without a text */
-};
-
-struct args {
-    const char *model, *prompt, *file, *ids_file, *system, *isa, *kv;
-    const char *logits, *perplexity, *trace, *trace_dir;
-    struct maybe_text tokenize;
-    struct numbers positions, detokenize;
-    struct texts stop;
-    int chat, out_ids, exact, no_repack, no_bos, special, hash, nll, info, version, help;
-    int n_predict;           /* -1: until a stop token */
-    int n_ctx;               /* 0: the default of the job */
-    int n_threads, n_batch, top_k, top;
-    double temperature, top_p, min_p, repeat_penalty;
-    uint64_t seed;
-};
-
-enum option_kind { HEADING, FLAG, NUMBER, REAL, SEED, TEXT, MAYBE_TEXT, TEXTS, NUMBERS };
-
-struct option {
-    const char *name;        /* as typed; of a HEADING, the heading */
-    const char *value;       /* what --help calls the value */
-    enum option_kind kind;
-    size_t field;            /* offset in struct args */
-    double least, most;      /* of a NUMBER or REAL */
-    const char *help;
-};
-
-#define FIELD(name) offsetof(struct args, name)
-
-static const struct option options[] = {
-    {"What to read", NULL, HEADING, 0, 0, 0, NULL},
-    {"-m", "MODEL", TEXT, FIELD(model), 0, 0,
-     "a Gemma 3 GGUF; default: gemma3-folktales-q4_0.gguf beside the\n"
-     "program, in its weights/, or the same in the current folder"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, "continue TEXT, as it stands, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 0, "continue the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0,
-     "continue the ids in FILE, separated by spaces or line ends; no\n<bos> is added; - is stdin"},
-    {"-i", NULL, FLAG, FIELD(chat), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops\nan answer"},
-    {"--system", "TEXT", TEXT, FIELD(system), 0, 0, "put before the first turn of a chat"},
-    {"--special", NULL, FLAG, FIELD(special), 0, 0,
-     "control tokens spelled in the text are those tokens, and are\nshown in what is printed"},
-    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
-
-    {"What to write", NULL, HEADING, 0, 0, 0, NULL},
-    {"-n", "N", NUMBER, FIELD(n_predict), 0, INT_MAX,
-     "tokens to generate; default: until a stop token or the end of\nthe context"},
-    {"--temp", "T", REAL, FIELD(temperature), 0, 1e6,
-     "temperature; 0: always the likeliest; default 1"},
-    {"--top-k", "K", NUMBER, FIELD(top_k), 0, INT_MAX,
-     "choose among the K likeliest; 0: all; default 64"},
-    {"--top-p", "P", REAL, FIELD(top_p), 0, 1,
-     "among the likeliest with this probability together; default 0.95"},
-    {"--min-p", "P", REAL, FIELD(min_p), 0, 1,
-     "among those with P times the largest probability; default 0"},
-    {"--repeat-penalty", "R", REAL, FIELD(repeat_penalty), 1e-6, 1e6,
-     "against repeating any of the last 64 tokens; default 1: none"},
-    {"--seed", "S", SEED, FIELD(seed), 0, 0, "a seed gives the same text everywhere; default 42"},
-    {"--stop", "TEXT", TEXTS, FIELD(stop), 0, 0, "end before TEXT; may be given several times"},
-    {"--out-ids", NULL, FLAG, FIELD(out_ids), 0, 0,
-     "print the ids generated, without the stop token, not their text"},
-
-    {"Numbers instead of text (nothing is generated unless -n is given)", NULL, HEADING, 0, 0, 0,
-     NULL},
-    {"--logits", "FILE", TEXT, FIELD(logits), 0, 0,
-     "float32, little-endian, [positions][n_vocab]; - is stdout, and\n"
-     "what else is asked for goes to stderr"},
-    {"--positions", "LIST", NUMBERS, FIELD(positions), 0, 0,
-     "rows of --logits and --hash, as 0,5,-1; from the end when\nnegative; default: all"},
-    {"--hash", NULL, FLAG, FIELD(hash), 0, 0,
-     "contract, mode, type of the cache, SHA-256 of those same logits"},
-    {"--top", "N", NUMBER, FIELD(top), 1, INT_MAX,
-     "the N likeliest next tokens: id, text, logit, probability"},
-    {"--nll", NULL, FLAG, FIELD(nll), 0, 0,
-     "for each position: pos, id, -log p(id given those before)"},
-    {"--perplexity", "FILE", TEXT, FIELD(perplexity), 0, 0,
-     "of the text in FILE by llama-perplexity's method: chunks of -c\n"
-     "tokens (default 512), the second half of each is scored"},
-    {"--trace", "NAMES", TEXT, FIELD(trace), 0, 0,
-     "tensors inside, of the prompt, by llama.cpp's labels: l_out-7,\nattn_norm (of every layer)"},
-    {"--trace-dir", "DIR", TEXT, FIELD(trace_dir), 0, 0,
-     "write them whole, DIR/l_out-7.f32, float32, little-endian; DIR is\nmade when it is absent"},
-    {"--tokenize", "TEXT", MAYBE_TEXT, FIELD(tokenize), 0, 0,
-     "ids of TEXT; without TEXT, of the file given with -f"},
-    {"--detokenize", "IDS", NUMBERS, FIELD(detokenize), 0, 0,
-     "bytes of the ids, as \"2 818 5279\""},
-
-    {"How to compute", NULL, HEADING, 0, 0, 0, NULL},
-    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24,
-     "context in tokens; default: the smaller of the model's and 4096"},
-    {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS,
-     "threads; default: physical cores"},
-    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX,
-     "tokens of the prompt taken at once; default 512"},
-    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0,
-     "numbers in the cache; default f16, with --exact f32"},
-    {"--isa", "NAME", TEXT, FIELD(isa), 0, 0,
-     "force the kernels of an instruction set; list: those that this\nCPU can run, best first"},
-    {"--no-repack", NULL, FLAG, FIELD(no_repack), 0, 0,
-     "use the weights where they lie in the file: opens faster, runs\nslower, same bits"},
-
-    {"About", NULL, HEADING, 0, 0, 0, NULL},
-    {"--info", NULL, FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
-    {"--version", NULL, FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
-    {"--help", NULL, FLAG, FIELD(help), 0, 0, "this text"},
-};
-
-enum { N_OPTIONS = sizeof options / sizeof *options };
-
-static int print_help(void)
-{
-    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
-         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
-         "one bit pattern of logits, on every machine and with every other option.");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &options[i];
-        if (o->kind == HEADING) {
-            printf("\n%s:\n", o->name);
-            continue;
-        }
-        int n = printf("  %s %s", o->name, o->value ? o->value : "");
-        printf("%*s", n < 24 ? 24 - n : 1, "");
-        for (const char *c = o->help; *c; c++)
-            if (*c == '\n')
-                printf("\n%24s", "");
-            else
-                putchar(*c);
-        putchar('\n');
-    }
-    puts("\nExit: 0, 1 when the job failed, 2 when the command line was wrong.");
-    return 0;
-}
-
-static const struct option *find_option(const char *name, size_t n)
-{
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].kind != HEADING && strlen(options[i].name) == n &&
-            memcmp(options[i].name, name, n) == 0)
-            return &options[i];
-    return NULL;
-}
-
-/* Reads whole numbers parted by any of the separators. Returns how many, -1 at something else (*bad
- * then points there), -2 without memory. */
-static int parse_numbers(const char *text, const char *separators, struct numbers *out,
-                         const char **bad)
-{
-    size_t room = strlen(text) / 2 + 1;
-    int32_t *value = malloc(room * sizeof *value);
-    size_t n = 0;
-    if (!value)
-        return -2;
-    text += strspn(text, separators);
-    while (*text) {
-        char *end;
-        errno = 0;
-        long number = strtol(text, &end, 10);
-        if (end == text || (*end && !strchr(separators, *end)) || errno || number < INT32_MIN ||
-            number > INT32_MAX || n == INT_MAX) {
-            free(value);
-            *bad = text;
-            return -1;
-        }
-        value[n++] = (int32_t)number;
-        text = end + strspn(end, separators);
-    }
-    free(out->value);
-    out->value = value;
-    out->n = (int)n;
-    return out->n;
-}
-
-static int set_number(const struct option *o, const char *text, void *field)
-{
-    char *end;
-    errno = 0;
-    if (o->kind == REAL) {
-        double x = strtod(text, &end);
-        if (end == text || *end || !(x >= o->least && x <= o->most))
-            return refuse("%s %s: expected a number from %g to %g", o->name, text, o->least,
-                          o->most);
-        *(double *)field = x;
-    } else if (o->kind == SEED) {
-        unsigned long long x = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || *end || errno)
-            return refuse("%s %s: expected a whole number from 0 to 2^64-1", o->name, text);
-        *(uint64_t *)field = x;
-    } else {
-        long x = strtol(text, &end, 10);
-        if (end == text || *end || errno || x < (long)o->least || x > (long)o->most)
-            return refuse("%s %s: expected a whole number from %.0f to %.0f", o->name, text,
-                          o->least, o->most);
-        *(int *)field = (int)x;
-    }
-    return 0;
-}
-
-static int add_text(const struct option *o, const char *text, struct texts *list)
-{
-    if (list->n == MAX_STOPS)
-        return refuse("%s: %d of them are possible", o->name, MAX_STOPS);
-    if (*text == 0 || strlen(text) > MAX_STOP_BYTES)
-        return refuse("%s: expected a text of 1 to %d bytes", o->name, MAX_STOP_BYTES);
-    list->text[list->n++] = text;
-    return 0;
-}
-
-static int set_option(struct args *a, const struct option *o, const char *text)
-{
-    void *field = (char *)a + o->field;
-    const char *bad;
-    int n;
-    switch (o->kind) {
-    case FLAG:
-        *(int *)field = 1;
-        return 0;
-    case TEXT:
-        *(const char **)field = text;
-        return 0;
-    case MAYBE_TEXT:
-        *(struct maybe_text *)field = (struct maybe_text){1, text};
-        return 0;
-    case TEXTS:
-        return add_text(o, text, field);
-    case NUMBERS:
-        n = parse_numbers(text, ", \t\n", field, &bad);
-        if (n == 0 || n == -1)
-            return refuse("%s \"%s\": expected whole numbers parted by commas or spaces", o->name,
-                          text);
-        return n > 0 ? 0 : out_of_memory(strlen(text) * 2, o->name);
-    default:
-        return set_number(o, text, field);
-    }
-}
-
-/* Both "--seed 7" and "--seed=7". */
-static int parse_args(struct args *a, int argc, char **argv)
-{
-    for (int i = 1; i < argc; i++) {
-        const char *name = argv[i], *text = NULL;
-        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
-        const struct option *o = find_option(name, n);
-        if (!o)
-            return refuse(*name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
-        if (name[n] == '=')
-            text = name + n + 1;
-        if (o->kind == FLAG && text)
-            return refuse("%s takes no value", o->name);
-        if (o->kind == MAYBE_TEXT && !text && i + 1 < argc &&
-            !find_option(argv[i + 1], strlen(argv[i + 1])))
-            text = argv[++i];
-        if (o->kind != FLAG && o->kind != MAYBE_TEXT && !text) {
-            if (i + 1 == argc)
-                return refuse("%s needs a value: %s", o->name, o->value);
-            text = argv[++i];
-        }
-        int code = set_option(a, o, text);
-        if (code)
-            return code;
-    }
-    return 0;
-}
-
-enum job { CONTINUE, CHAT, PERPLEXITY, TOKENIZE, DETOKENIZE, INFO };
-
-static int wants_numbers(const struct args *a)
-{
-    return a->logits || a->hash || a->top || a->nll || a->trace;
-}
-
-/* Which of the jobs is meant; each excludes the others. */
-static int choose_job(const struct args *a, enum job *job)
-{
-    int n_jobs = (a->prompt || a->file || a->ids_file) + a->chat + !!a->perplexity +
-                 (a->tokenize.given && a->tokenize.text) + !!a->detokenize.n + a->info;
-    int n_prompts = !!a->prompt + !!a->file + !!a->ids_file;
-    if (n_jobs > 1)
-        return refuse("contradictory: one of -p, -f, --ids, -i, --perplexity, --tokenize, "
-                      "--detokenize and --info, not several");
-    if (n_prompts > 1 || (a->tokenize.given && (a->prompt || a->ids_file)))
-        return refuse("contradictory: one of -p, -f, --ids and --tokenize TEXT, not several");
-    if (a->tokenize.given && !a->tokenize.text && !a->file)
-        return refuse("--tokenize needs a TEXT or -f FILE");
-    if (n_jobs == 0)
-        return refuse("nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or "
-                      "--ids FILE, or chat with -i");
-    *job = a->info ? INFO : a->detokenize.n ? DETOKENIZE : a->tokenize.given ? TOKENIZE :
-           a->perplexity ? PERPLEXITY : a->chat ? CHAT : CONTINUE;
-    return 0;
-}
-
-static int check_isa(const char *isa)
-{
-    if (!isa)
-        return 0;
-    char list[256] = "";
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0)
-            return 0;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
-    }
-    return refuse("--isa %s: this CPU can run%s", isa, list);
-}
-
-static int check_args(const struct args *a, enum job *job)
-{
-    int code = choose_job(a, job);
-    if (!code)
-        code = check_isa(a->isa);
-    if (code)
-        return code;
-    if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
-        return refuse("--kv %s: expected f16 or f32", a->kv);
-    if (*job != CONTINUE && wants_numbers(a))
-        return refuse("--logits, --hash, --top, --nll and --trace need -p, -f or --ids");
-    if (*job != CONTINUE && *job != CHAT && a->n_predict > 0)
-        return refuse("-n needs a prompt to continue: -p, -f, --ids or -i");
-    if (a->positions.n && !a->logits && !a->hash)
-        return refuse("--positions needs --logits or --hash");
-    if (a->trace_dir && !a->trace)
-        return refuse("--trace-dir needs --trace");
-    if (a->system && !a->chat)
-        return refuse("--system needs -i");
-    if (*job == PERPLEXITY && a->n_ctx && a->n_ctx < 3)
-        return refuse("-c %d: --perplexity needs chunks of 3 tokens or more", a->n_ctx);
-    return 0;
-}
-
-/* ---- Command line: files ---- */
-
-/* The beginning of a text for a message: nothing in it can do anything to a terminal. */
-static const char *printable(const char *text, char out[24])
-{
-    size_t n = 0;
-    for (; text[n] && n < 20; n++)
-        out[n] = text[n] >= 32 && text[n] < 127 ? text[n] : '?';
-    out[n] = 0;
-    return out;
-}
-
-/* Bytes of a regular file, 0 of anything else. */
-static long long size_of_file(FILE *f)
-{
-    struct stat st;
-    return fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (long long)st.st_size : 0;
-}
-
-/* All bytes of a file, "-" being stdin, and a NUL after them. */
-static int read_whole(const char *path, char **data, size_t *n)
-{
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    size_t room = 1 << 16, got = 0;
-    if (!f)
-        return complain("%s: %s", path, strerror(errno));
-    long long size = size_of_file(f);
-    char *bytes = size <= MAX_FILE_BYTES ? malloc(room + 1) : NULL;
-    errno = 0;
-    while (bytes) {
-        got += fread(bytes + got, 1, room - got, f);
-        if (got < room || room > MAX_FILE_BYTES)
-            break;
-        char *larger = realloc(bytes, (room *= 2) + 1);
-        if (!larger)
-            free(bytes);
-        bytes = larger;
-    }
-    int failed = ferror(f), reason = errno;
-    if (f != stdin)
-        fclose(f);
-    if (size > MAX_FILE_BYTES)
-        return complain("%s: %lld bytes, expected at most %d", path, size, MAX_FILE_BYTES);
-    if (!bytes)
-        return out_of_memory(room, path);
-    bytes[got] = 0;
-    *data = bytes, *n = got;
-    if (failed)
-        return complain("%s: %s", path, strerror(reason));
-    if (got > MAX_FILE_BYTES)
-        return complain("%s: expected at most %d bytes", path, MAX_FILE_BYTES);
-    return 0;
-}
-
-/* Writes float32 as little-endian bytes on any machine. */
-static int write_floats(FILE *f, const float *x, size_t n)
-{
-    unsigned char bytes[4 * 512];
-    for (size_t i = 0; i < n;) {
-        size_t count = 0;
-        for (; count < 512 && i < n; count++, i++) {
-            uint32_t u;
-            memcpy(&u, &x[i], 4);
-            for (int k = 0; k < 4; k++)
-                bytes[4 * count + k] = (unsigned char)(u >> 8 * k);
-        }
-        if (fwrite(bytes, 4, count, f) != count)
-            return -1;
-    }
-    return 0;
-}
-
-/* Something could not be written, errno says why. A reader that has gone away knows. */
-static int write_failed(const char *what)
-{
-    return errno == EPIPE ? 1 : complain("%s: %s", what, strerror(errno ? errno : EIO));
-}
-
-/* What is in stdout's buffer gets out, or we say why not: errno is that of the write that failed, now
- * or, with nothing left in the buffer, before. */
-static int flush_stdout(void)
-{
-    return fflush(stdout) == 0 && !ferror(stdout) ? 0 : write_failed("standard output");
-}
-
-/* ---- Command line: tracing ---- */
-
-/* One tensor that --trace asked for. The prompt comes in several calls: rows are appended. */
-struct tensor_seen {
-    char name[64];           /* with its layer: l_out-7 */
-    size_t n_rows;
-    int width;
-    float first[3], last[3], least, most;
-    double sum;
-};
-
-struct watch {
-    const char *names;       /* --trace's list */
-    const char *dir;         /* NULL: summaries */
-    struct tensor_seen *seen;
-    int n_seen, room;
-    char trouble[300];       /* what went wrong, "" while nothing has */
-};
-
-/* Whether a name of the list, of n bytes, asks for this tensor: l_out is every layer's. */
-static int asks_for(const char *wanted, size_t n, const char *name, const char *with_layer)
-{
-    return (strlen(name) == n && memcmp(wanted, name, n) == 0) ||
-           (strlen(with_layer) == n && memcmp(wanted, with_layer, n) == 0);
-}
-
-static int is_watched(const struct watch *w, const char *name, const char *with_layer)
-{
-    for (const char *p = w->names; *p; p += *p == ',') {
-        size_t n = strcspn(p, ",");
-        if (asks_for(p, n, name, with_layer))
-            return 1;
-        p += n;
-    }
-    return 0;
-}
-
-static struct tensor_seen *find_seen(struct watch *w, const char *with_layer)
-{
-    for (int i = 0; i < w->n_seen; i++)
-        if (strcmp(w->seen[i].name, with_layer) == 0)
-            return &w->seen[i];
-    if (w->n_seen == w->room) {
-        int room = w->room ? 2 * w->room : 64;
-        struct tensor_seen *larger = realloc(w->seen, (size_t)room * sizeof *larger);
-        if (!larger)
-            return NULL;
-        w->seen = larger, w->room = room;
-    }
-    struct tensor_seen *t = &w->seen[w->n_seen++];
-    *t = (struct tensor_seen){.least = INFINITY, .most = -INFINITY};
-    snprintf(t->name, sizeof t->name, "%s", with_layer);
-    return t;
-}
-
-/* first and last: the first and the last three values of the whole tensor. */
-static void summarize(struct tensor_seen *t, const float *x, size_t n)
-{
-    if (t->n_rows == 0)
-        memcpy(t->first, x, (n < 3 ? n : 3) * sizeof *x);
-    if (n >= 3)
-        memcpy(t->last, x + n - 3, 3 * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        t->sum += (double)x[i];
-        t->least = x[i] < t->least ? x[i] : t->least;
-        t->most = x[i] > t->most ? x[i] : t->most;
-    }
-}
-
-/* Opened anew for every call: all layers of all tensors are more files than may be open at once. */
-static void append_floats(struct watch *w, const struct tensor_seen *t, const float *x, size_t n)
-{
-    char path[4096];
-    if (snprintf(path, sizeof path, "%s/%s.f32", w->dir, t->name) >= (int)sizeof path) {
-        snprintf(w->trouble, sizeof w->trouble, "--trace-dir: the name is too long");
-        return;
-    }
-    FILE *f = fopen(path, t->n_rows ? "ab" : "wb");
-    int failed = !f || write_floats(f, x, n);
-    if ((f && fclose(f)) || failed)
-        snprintf(w->trouble, sizeof w->trouble, "%.200s: %.80s", path, strerror(errno));
-}
-
-/* The library calls this with every tensor inside. */
-static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       float *data)
-{
-    struct watch *w = user;
-    char with_layer[64];
-    (void)pos;
-    snprintf(with_layer, sizeof with_layer, layer < 0 ? "%s" : "%s-%d", name, layer);
-    if (w->trouble[0] || !is_watched(w, name, with_layer))
-        return;
-    struct tensor_seen *t = find_seen(w, with_layer);
-    if (!t) {
-        snprintf(w->trouble, sizeof w->trouble, "out of memory for --trace");
-        return;
-    }
-    size_t n_values = (size_t)n * (size_t)width;
-    if (w->dir)
-        append_floats(w, t, data, n_values);
-    else
-        summarize(t, data, n_values);
-    t->n_rows += (size_t)n;
-    t->width = width;
-}
-
-/* Whether a name of n bytes is a label, or, as l_out-7, one with a layer. */
-static int is_label(const char *name, size_t n, int n_layers)
-{
-    const char *label;
-    int in_layers;
-    for (int i = 0; (label = gemma3_trace_label(i, &in_layers)); i++) {
-        if (asks_for(name, n, label, label))
-            return 1;
-        for (int l = 0; in_layers && l < n_layers; l++) {
-            char with_layer[64];
-            snprintf(with_layer, sizeof with_layer, "%s-%d", label, l);
-            if (asks_for(name, n, label, with_layer))
-                return 1;
-        }
-    }
-    return 0;
-}
-
-/* Before anything is computed: are all names of the list known? */
-static int check_names(const char *names, int n_layers)
-{
-    for (const char *p = names;; p++) {
-        size_t n = strcspn(p, ",");
-        if (!is_label(p, n, n_layers))
-            return complain("--trace: the model has no tensor \"%.*s\" (names are llama.cpp's: "
-                            "attn_norm, Qcur, l_out-0, result_norm ...)", (int)n, p);
-        p += n;
-        if (!*p)
-            return 0;
-    }
-}
-
-/* Makes the folder unless it is there. */
-static int make_folder(const char *path)
-{
-    struct stat st;
-    if (mkdir(path, 0777) == 0)
-        return 0;
-    if (errno == EEXIST && stat(path, &st) == 0 && !S_ISDIR(st.st_mode))
-        errno = ENOTDIR;
-    if (errno != EEXIST || access(path, W_OK | X_OK))
-        return complain("%s: %s", path, strerror(errno));
-    return 0;
-}
-
-static int print_watched(const struct watch *w, FILE *out)
-{
-    if (w->trouble[0])
-        return complain("%s", w->trouble);
-    for (int i = 0; i < w->n_seen; i++) {
-        const struct tensor_seen *t = &w->seen[i];
-        fprintf(out, "%s [%zu][%d]", t->name, t->n_rows, t->width);
-        if (w->dir)
-            fprintf(out, " %s/%s.f32\n", w->dir, t->name);
-        else
-            fprintf(out, " first %.9g %.9g %.9g last %.9g %.9g %.9g sum %.9g min %.9g max %.9g\n",
-                    t->first[0], t->first[1], t->first[2], t->last[0], t->last[1], t->last[2],
-                    t->sum, t->least, t->most);
-    }
-    return 0;
-}
-
-/* ---- Command line: a session ---- */
-
-/* Text on its way to stdout: whole characters only, and nothing that may be the start of a --stop
- * text before that is decided. */
-struct printer {
-    gemma3_utf8 utf8;
-    char held[MAX_STOP_BYTES + 1];
-    size_t n_held;
-    int n_tokens;            /* printed since the text began */
-    int stopped;             /* a --stop text came */
-};
-
+/* What the options say, and an opened model with all that belongs to it. */
 struct session {
-    const struct args *args;
+    const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 1];
+    const char *state_file, *logits_file, *positions, *tokenize, *detokenize, *kv;
+    int chats, special, no_bos, prints_ids, hash, info, version, help;
+    int n_predict;           /* -1: until a stop token */
+    int numbers, writes;     /* --logits or --hash; text is generated */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    gemma3_options options;
+    gemma3_params params;
+    gemma3_sampler sampler;
     gemma3_pool *pool;
-    const char *model_path;
     gemma3_model *model;
     const gemma3_config *config;
     const gemma3_tokenizer *tokenizer;
-    gemma3_params params;
     gemma3_state *state;
-    gemma3_sampler sampler;
     gemma3_candidate *candidates; /* [n_vocab] */
-    int max_rows;            /* rows of logits computed at once */
-    float *logits;           /* [max_rows][n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab]; of text [1][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
     int n_ids;
+    char *wanted;            /* [n_ids] 1: this row is for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    struct file_out to;      /* --logits, --state */
     FILE *out;               /* stdout, or stderr while the logits go to stdout */
-    struct watch watch;
-    struct printer printer;
+    gemma3_utf8 utf8;        /* text on its way out: whole characters only, and */
+    char held[MAX_STOP_BYTES + 1]; /* nothing that may begin a --stop text before that is decided */
+    size_t n_held;
+    int n_printed, stopped;  /* ids of this text; a --stop text came */
     int n_read, n_written;   /* tokens, for the speed */
     double read_seconds, write_seconds;
 };
 
-static void show_loading(void *user, double fraction)
+enum option_kind { HEADING, FLAG, WHOLE, REAL, TEXT };
+
+struct option {
+    const char *name;        /* as typed; of a HEADING, the heading */
+    const char *value;       /* what --help calls the value; in [ ]: it may be absent */
+    enum option_kind kind;
+    size_t field;            /* where it goes: an int, int, float or const char * of the session */
+    double least, most;      /* of a number; most of a TEXT: how many may be given */
+    const char *help;
+};
+
+#define FIELD(name) offsetof(struct session, name)
+
+static const struct option options[] = {
+    {"What to read", "", HEADING, 0, 0, 0, ""},
+    {"-m", "MODEL", TEXT, FIELD(path), 0, 1, "a Gemma 3 GGUF; default: the small one in weights/"},
+    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 1, "continue TEXT, as it stands, after <bos>"},
+    {"-f", "FILE", TEXT, FIELD(file), 0, 1, "continue the text in FILE; - is stdin"},
+    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 1, "continue exactly the ids in FILE; - is stdin"},
+    {"-i", "", FLAG, FIELD(chats), 0, 0,
+     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer;\n"
+     "                       a line that ends in \\ goes on in the next"},
+    {"--system", "TEXT", TEXT, FIELD(system), 0, 1, "put before the first turn of a chat"},
+    {"--state", "FILE", TEXT, FIELD(state_file), 0, 1,
+     "where a prompt's state, or a --system text's, is kept: computed once, then read"},
+    {"--special", "", FLAG, FIELD(special), 0, 0, "read and print control tokens as their text"},
+    {"--no-bos", "", FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
+    {"What to write", "", HEADING, 0, 0, 0, ""},
+    {"-n", "N", WHOLE, FIELD(n_predict), 0, INT_MAX,
+     "tokens to generate; default: until a stop token or a full context"},
+    {"--temp", "T", REAL, FIELD(sampler.temperature), 0, 1e6, "0: the likeliest always; default 1"},
+    {"--top-k", "K", WHOLE, FIELD(sampler.top_k), 0, INT_MAX,
+     "choose among the K likeliest; 0: all; default 64"},
+    {"--top-p", "P", REAL, FIELD(sampler.top_p), 0, 1,
+     "among the likeliest that have probability P together; default 0.95"},
+    {"--min-p", "P", REAL, FIELD(sampler.min_p), 0, 1,
+     "among those with P times the largest probability; default 0"},
+    {"--repeat-penalty", "R", REAL, FIELD(sampler.repeat_penalty), 1e-6, 1e6,
+     "against repeating any of the last 64 tokens; default 1: none"},
+    {"--seed", "S", TEXT, FIELD(seed), 0, 1, "a seed gives the same text everywhere; default 42"},
+    {"--stop", "TEXT", TEXT, FIELD(stop), 0, MAX_STOPS, "end before TEXT; may be given repeatedly"},
+    {"--out-ids", "", FLAG, FIELD(prints_ids), 0, 0, "print the ids generated, not their text"},
+    {"Numbers instead of text (with -n text is generated too)", "", HEADING, 0, 0, 0, ""},
+    {"--logits", "FILE", TEXT, FIELD(logits_file), 0, 1,
+     "float32, little-endian, [positions][n_vocab]; -: stdout, the rest on stderr"},
+    {"--positions", "LIST", TEXT, FIELD(positions), 0, 1,
+     "which rows, ascending, as 0,5,-1; from the end when negative; default: all"},
+    {"--hash", "", FLAG, FIELD(hash), 0, 0, "contract, mode, cache, SHA-256 of those same logits"},
+    {"--tokenize", "[TEXT]", TEXT, FIELD(tokenize), 0, 1, "ids of TEXT, or of the text of -f"},
+    {"--detokenize", "IDS", TEXT, FIELD(detokenize), 0, 1, "bytes of the ids, as \"2 818 5279\""},
+    {"How to compute", "", HEADING, 0, 0, 0, ""},
+    {"-c", "N", WHOLE, FIELD(params.n_ctx), 1, 1 << 24,
+     "context in tokens; default: the smaller of the model's and 4096"},
+    {"-t", "N", WHOLE, FIELD(params.n_threads), 1, GEMMA3_MAX_THREADS, "default: physical cores"},
+    {"-b", "N", WHOLE, FIELD(params.n_batch), 1, INT_MAX, "prompt's tokens at once; default 512"},
+    {"--exact", "", FLAG, FIELD(options.exact), 0, 0, "weights and activations in float32"},
+    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 1, "type of the cache; default f16, with --exact f32"},
+    {"--isa", "NAME", TEXT, FIELD(options.isa), 0, 1, "force kernels; list: what this CPU can run"},
+    {"--no-repack", "", FLAG, FIELD(options.no_repack), 0, 0,
+     "use the weights where they lie: opens faster, runs slower, same bits"},
+    {"--obey-file", "", FLAG, FIELD(options.obey_file), 0, 0,
+     "keys of the file win even where they contradict what the model is"},
+    {"About", "", HEADING, 0, 0, 0, ""},
+    {"--info", "", FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
+    {"--version", "", FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
+    {"--help", "", FLAG, FIELD(help), 0, 0, "this text"},
+    {NULL, NULL, HEADING, 0, 0, 0, NULL},
+};
+
+static void print_help(void)
 {
-    (void)user;
-    if (fraction < 1)
-        fprintf(stderr, "\rloading %3.0f %%", 100 * fraction);
-    else
-        fprintf(stderr, "\r%20s\r", "");
+    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
+         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
+         "one bit pattern of logits, on every machine and with every other option.");
+    for (const struct option *o = options; o->name; o++)
+        if (o->kind == HEADING) printf("\n%s:\n", o->name);
+        else printf("  %s %-*s%s\n", o->name, 20 - (int)strlen(o->name), o->value, o->help);
+    puts("\nScores and tensors inside: make conform, then test/conform --help.\n"
+         "Exit: 0, 1 when the job failed, 2 when the command line was wrong.");
 }
 
-/* The model that comes with the program lies beside it or in weights/. */
-static const char *find_model(const char *program, char *path, size_t size)
+static const struct option *find_option(const char *name, size_t n)
 {
-    const char *slash = strrchr(program, '/');
-    int n_dir = slash ? (int)(slash - program) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, size, "%.*s%s%s", i < 2 ? n_dir : 0, program, i % 2 ? "" : "weights/",
-                 default_model);
-        if (access(path, R_OK) == 0)
-            return path;
-    }
+    for (const struct option *o = options; o->name; o++)
+        if (o->kind != HEADING && strlen(o->name) == n && memcmp(o->name, name, n) == 0) return o;
     return NULL;
 }
 
-static int open_model(struct session *s, const char *path, int computes)
+static const char no_text[] = ""; /* --tokenize without its text: the one given by -f is meant */
+
+static void set_option(struct session *s, const struct option *o, const char *text)
 {
-    const struct args *a = s->args;
+    char *field = (char *)s + o->field, *end;
+    const char **slot = (const char **)(void *)field;
+    if (o->kind == FLAG) {
+        *(int *)(void *)field = 1;
+    } else if (o->kind == TEXT) {
+        for (int i = 1; *slot && i < (int)o->most; i++) slot++;
+        if (*slot && o->most > 1) say(WRONG, "%s: %.0f of them are possible", o->name, o->most);
+        *slot = text;
+    } else {
+        int whole = o->kind == WHOLE, digits = text[strspn(text, "0123456789")] == 0;
+        double x = strtod(text, &end);
+        if (end == text || *end || (whole && !digits) || !(x >= o->least && x <= o->most))
+            say(WRONG, "%s %s: expected a %s from %.10g to %.10g", o->name, text,
+                whole ? "whole number" : "number", o->least, o->most);
+        if (whole) *(int *)(void *)field = (int)x;
+        else *(float *)(void *)field = (float)x;
+    }
+}
+
+/* What measures numbers is a program of its own now. */
+static void refuse_name(const char *name, size_t n)
+{
+    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    for (int i = 0; i < 5; i++)
+        if (strlen(moved[i]) == n && memcmp(moved[i], name, n) == 0)
+            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
+                (int)strcspn(name + 2, "-="), name + 2);
+    say(WRONG, *name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
+}
+
+/* Both "--seed 7" and "--seed=7". */
+static void parse_options(struct session *s, char **arg)
+{
+    while (*arg) {
+        const char *name = *arg++, *text = *arg;
+        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
+        const struct option *o = find_option(name, n);
+        if (!o) refuse_name(name, n);
+        if (name[n] == '=' && o->kind == FLAG) say(WRONG, "%s takes no value", o->name);
+        if (name[n] == '=') text = name + n + 1;
+        else if (o->value[0] == '[' && (!text || find_option(text, strlen(text)))) text = no_text;
+        else if (o->kind != FLAG && !*arg++) say(WRONG, "%s needs a value: %s", o->name, o->value);
+        set_option(s, o, text);
+    }
+}
+
+static void check_isa(const char *isa)
+{
+    char list[256] = "";
+    for (int i = 0; gemma3_isa_name(i); i++) {
+        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
+        size_t n = strlen(list);
+        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
+    }
+    say(WRONG, "--isa %s: this CPU can run%s", isa, list);
+}
+
+/* One thing to do, and nothing that would have no effect. */
+static void check_options(struct session *s)
+{
+    int of_file = s->tokenize == no_text, n_prompts = !!s->prompt + !!s->file + !!s->ids_file;
+    int n_jobs = n_prompts + s->chats + (s->tokenize && !of_file) + !!s->detokenize + s->info;
+    int continues = n_prompts && !of_file;
+    s->numbers = s->logits_file || s->hash;
+    s->writes = s->n_predict != 0 && (s->chats || (continues && (!s->numbers || s->n_predict > 0)));
+    if (s->logits_file && strcmp(s->logits_file, "-") == 0) s->out = stderr;
+    if (of_file && !s->file) say(WRONG, "--tokenize needs a TEXT or -f FILE");
+    if (n_jobs > 1)
+        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
+            "--info, not several");
+    if (n_jobs == 0)
+        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
+            "or chat with -i");
+    if (s->kv && strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
+    if (s->numbers && !continues) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (s->positions && !s->numbers) say(WRONG, "--positions needs --logits or --hash");
+    if (s->n_predict > 0 && !s->writes)
+        say(WRONG, "-n needs a prompt to continue: -p, -f, --ids or -i");
+    if (s->system && !s->chats) say(WRONG, "--system needs -i");
+    if (s->state_file && (s->numbers || !(continues || s->chats)))
+        say(WRONG, "--state needs a text to continue, and neither --logits nor --hash");
+    for (const char **stop = s->stop; *stop; stop++)
+        if (!**stop || strlen(*stop) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+    if (s->options.isa) check_isa(s->options.isa);
+    char *end;
+    errno = 0;
+    s->sampler.rng = gemma3_sampler_new(strtoull(s->seed, &end, 10)).rng;
+    if (*s->seed < '0' || *s->seed > '9' || *end || errno)
+        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", s->seed);
+}
+
+/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
+ * is something else. */
+static int next_number(const char **list, int *x)
+{
+    static const char between[] = ", \t\r\n\v\f";
+    char *end;
+    *list += strspn(*list, between);
+    if (**list == 0) return 0;
+    errno = 0;
+    long number = strtol(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || errno || number != (int32_t)number)
+        return -1;
+    *list = end;
+    *x = (int)number;
+    return 1;
+}
+
+/* ---- Command line: a session ---- */
+
+static void show_loading(void *user, double fraction)
+{
+    (void)user;
+    fprintf(stderr, fraction < 1 ? "\rloading %3.0f %%" : "\r             \r", 100 * fraction);
+}
+
+/* The model that comes with the program lies in weights/ or beside it, or where we are. */
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    char real[MAX_PATH_BYTES];
+    program_path(program, real);
+    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
+    for (int i = 0; i < 4; i++) {
+        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
+                 real, i % 2 ? "" : "weights/");
+        if (file_size(path) >= 0) return path;
+    }
+    say(WRONG, "no model: give -m MODEL.gguf");
+    return NULL;
+}
+
+/* What will not fit is said before it is tried. Weights used where they lie in the file need none. */
+static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
+{
+    size_t limit = gemma3_memory_limit();
+    if (s->options.no_repack) n_weights = 0;
+    if (limit && (n_state > limit || n_weights > limit - n_state))
+        say(FAILED, "out of memory: the weights need %zu MB, what -c %d asks for %zu MB, and this "
+            "process may use %zu MB (--no-repack and a smaller -c need less)", n_weights >> 20,
+            s->params.n_ctx, n_state >> 20, limit >> 20);
+}
+
+static void open_model(struct session *s, int computes)
+{
     gemma3_error err;
-    int n_threads = computes ? a->n_threads : 1;
-    s->model_path = path;
-    s->pool = gemma3_pool_new(n_threads, &err);
-    if (!s->pool)
-        return complain("%s", err.text);
-    gemma3_options o = {
-        .exact = a->exact,
-        .no_repack = a->no_repack || !computes,
-        .isa = a->isa,
-        .n_threads = n_threads,
-        .parallel_for = gemma3_pool_run,
-        .pool = s->pool,
-        .progress = computes && isatty(STDERR_FILENO) ? show_loading : NULL,
-    };
-    s->model = gemma3_open(path, &o, &err);
-    if (!s->model)
-        return complain("%s", err.text);
+    gemma3_options *o = &s->options;
+    const char *note;
+    long long size = file_size(s->path);
+    if (computes && size > 0) check_memory(s, (size_t)size, 0);
+    s->pool = gemma3_pool_new(s->params.n_threads, &err);
+    if (!s->pool) say(FAILED, "%s", err.text);
+    o->no_repack |= !computes;
+    o->n_threads = s->params.n_threads;
+    o->parallel_for = s->params.parallel_for = gemma3_pool_run;
+    o->pool = s->params.pool = s->pool;
+    o->progress = computes && is_terminal(stderr) ? show_loading : NULL;
+    s->model = gemma3_open(s->path, o, &err);
+    if (!s->model) say(FAILED, "%s", err.text);
     s->config = gemma3_model_config(s->model);
     s->tokenizer = gemma3_model_tokenizer(s->model);
-
-    s->params = gemma3_default_params(s->model);
-    if (a->n_ctx || a->perplexity)
-        s->params.n_ctx = a->n_ctx ? a->n_ctx : DEFAULT_CHUNK;
-    if (a->kv)
-        s->params.kv_type = strcmp(a->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
-    s->params.n_batch = a->n_batch;
-    s->params.n_threads = n_threads;
-    s->params.parallel_for = gemma3_pool_run;
-    s->params.pool = s->pool;
-    return 0;
+    gemma3_params usual = gemma3_default_params(s->model);
+    if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
+    s->params.kv_type = usual.kv_type;
+    if (s->kv) s->params.kv_type = strcmp(s->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
+    if (computes && s->params.n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what it "
+            "writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            (double)s->config->rope_factor);
 }
 
-/* What computing needs besides the model. Scores are asked for by the tile, text by the row. */
-static int open_state(struct session *s)
+/* What computing needs besides the model. */
+static void open_state(struct session *s)
 {
-    const struct args *a = s->args;
-    gemma3_error err;
-    s->watch = (struct watch){.names = a->trace, .dir = a->trace_dir};
-    if (a->trace) {
-        s->params.trace = see_tensor;
-        s->params.trace_user = &s->watch;
-    }
-    if (a->trace && check_names(a->trace, s->config->n_layers))
-        return 1;
-    if (a->trace_dir && make_folder(a->trace_dir))
-        return 1;
-    s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (!s->state)
-        return complain("%s", err.text);
-
     size_t n_vocab = (size_t)s->config->n_vocab;
-    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_MAX_UBATCH) : 1;
-    s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
-    if (!s->logits)
-        return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
-    s->candidates = malloc(n_vocab * sizeof *s->candidates);
-    if (!s->candidates)
-        return out_of_memory(n_vocab * sizeof *s->candidates, "sampling");
-
-    s->sampler = gemma3_sampler_new(a->seed);
-    s->sampler.temperature = (float)a->temperature;
-    s->sampler.top_k = a->top_k;
-    s->sampler.top_p = (float)a->top_p;
-    s->sampler.min_p = (float)a->min_p;
-    s->sampler.repeat_penalty = (float)a->repeat_penalty;
-    return 0;
+    size_t n_rows = s->numbers ? GEMMA3_MAX_UBATCH : 1;
+    gemma3_error err;
+    check_memory(s, gemma3_model_weight_bytes(s->model),
+                 gemma3_state_size(s->model, &s->params) + n_rows * n_vocab * sizeof *s->logits);
+    s->state = gemma3_state_new(s->model, &s->params, &err);
+    if (!s->state) say(FAILED, "%s", err.text);
+    s->logits = allocate(n_rows * n_vocab * sizeof *s->logits, "the logits");
+    s->candidates = allocate(n_vocab * sizeof *s->candidates, "sampling");
 }
 
-static void close_session(struct session *s)
+/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
+static char *read_file(const char *path, size_t *n)
 {
-    free(s->ids);
-    free(s->logits);
-    free(s->candidates);
-    free(s->watch.seen);
-    gemma3_state_free(s->state);
-    gemma3_close(s->model);
-    gemma3_pool_free(s->pool);
-}
-
-static int encode_flags(const struct args *a)
-{
-    return (a->no_bos ? 0 : GEMMA3_BOS) | (a->special ? GEMMA3_SPECIAL : 0);
-}
-
-static int encode_text(struct session *s, const char *text, size_t n)
-{
-    size_t room = n + 1;
-    s->ids = malloc(room * sizeof *s->ids);
-    if (!s->ids)
-        return out_of_memory(room * sizeof *s->ids, "the ids of the text");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, encode_flags(s->args), s->ids, (int)room);
-    return s->n_ids < 0 ? out_of_memory(gemma3_encode_work(n), "encoding the text") : 0;
-}
-
-static int encode_file(struct session *s, const char *path)
-{
-    char *text = NULL;
-    size_t n = 0;
-    int code = read_whole(path, &text, &n);
-    if (!code)
-        code = encode_text(s, text, n);
-    free(text);
-    return code;
-}
-
-static int check_ids(const struct session *s, const struct numbers *ids, const char *where)
-{
-    for (int i = 0; i < ids->n; i++)
-        if (ids->value[i] < 0 || ids->value[i] >= s->config->n_vocab)
-            return complain("%s: id %d is outside the vocabulary, 0 to %d", where,
-                            (int)ids->value[i], s->config->n_vocab - 1);
-    return 0;
-}
-
-static int read_ids(struct session *s, const char *path)
-{
-    char *text = NULL;
-    size_t n_bytes = 0;
-    struct numbers ids = {NULL, 0};
-    const char *bad = NULL;
-    char shown_bad[24];
-    int code = read_whole(path, &text, &n_bytes);
-    if (!code) {
-        int n = parse_numbers(text, " \t\r\n\v\f", &ids, &bad);
-        if (n == -2)
-            code = out_of_memory(n_bytes * 2, path);
-        else if (n == -1 || strlen(text) < n_bytes)
-            code = complain("%s: expected ids parted by spaces or line ends, found \"%s\"", path,
-                            n == -1 ? printable(bad, shown_bad) : "a zero byte");
-        else
-            code = check_ids(s, &ids, path);
+    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!f) say(FAILED, "%s: %s", path, strerror(errno));
+    long long size = f == stdin ? 0 : file_size(path);
+    char *bytes = NULL;
+    for (size_t room = *n = 0; *n == room; ) {
+        if (size <= (long long)room) size = (long long)room;
+        if (size > MAX_TEXT_BYTES)
+            say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
+        bytes = reallocate(bytes, (room = 2 * room + 65536) + 1, path);
+        *n += fread(bytes + *n, 1, room - *n, f);
+        if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
     }
-    free(text);
-    s->ids = ids.value;
-    s->n_ids = ids.n;
-    return code;
+    if (f != stdin) fclose(f);
+    bytes[*n] = 0;
+    return bytes;
 }
 
-/* Fills s->ids with what is to be continued or scored. */
-static int read_prompt(struct session *s)
+static void encode_text(struct session *s, const char *text, size_t n)
 {
-    const struct args *a = s->args;
-    int code = a->ids_file ? read_ids(s, a->ids_file) :
-               a->file ? encode_file(s, a->file) :
-               a->perplexity ? encode_file(s, a->perplexity) :
-               encode_text(s, a->prompt, strlen(a->prompt));
-    if (!code && s->n_ids == 0)
-        return complain("the prompt has no tokens");
-    if (!code && !a->perplexity && s->n_ids > s->params.n_ctx)
-        return complain("the prompt has %d tokens and the context room for %d: give -c %d or more",
-                        s->n_ids, s->params.n_ctx, s->n_ids);
-    return code;
+    int flags = (s->no_bos ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
+    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
+        say(NOTE, "the text begins with <bos>: no other is put before it");
+        flags = GEMMA3_SPECIAL;
+    }
+    s->ids = allocate((n + 1) * sizeof *s->ids, "the text's ids");
+    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
 
-/* A long prompt takes a while; somebody may be watching. */
-static void show_reading(const struct session *s, int n_done, int n)
+/* The ids spelled in n bytes of text. */
+static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    if (n <= s->params.n_batch || !isatty(STDERR_FILENO))
-        return;
-    if (n_done < n)
-        fprintf(stderr, "\rreading %d of %d tokens", n_done, n);
-    else
-        fprintf(stderr, "\r%40s\r", "");
+    const char *left = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? text + 3 : text; /* BOM */
+    int id, found;
+    s->ids = allocate((n / 2 + 1) * sizeof *s->ids, where);
+    while ((found = next_number(&left, &id)) > 0) {
+        if (id < 0 || id >= s->config->n_vocab)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id,
+                s->config->n_vocab - 1);
+        s->ids[s->n_ids++] = id;
+    }
+    if (found < 0 || left < text + n)
+        say(FAILED, "%s: expected ids parted by spaces or line ends, found \"%.20s\"", where,
+            found ? left : "a zero byte");
 }
 
-/* Takes tokens through the model in batches; s->logits is then the last one's row. */
-static int read_tokens(struct session *s, const int32_t *ids, int n)
+/* Fills s->ids with what is to be continued or shown. */
+static void read_prompt(struct session *s)
 {
+    const char *path = s->ids_file ? s->ids_file : s->file;
+    const char *text = s->prompt ? s->prompt : s->tokenize;
+    size_t n = path ? 0 : strlen(text);
+    char *bytes = path ? read_file(path, &n) : NULL;
+    if (s->ids_file) parse_ids(s, bytes, n, path);
+    else encode_text(s, bytes ? bytes : text, n);
+    free(bytes);
+}
+
+/* ---- Command line: numbers out ---- */
+
+static void open_out(struct file_out *o, const char *path)
+{
+    char magic[4] = "";
+    long long size = file_size(path);
+    *o = (struct file_out){.name = "standard output", .file = stdout};
+    if (strcmp(path, "-") == 0) return;
+    if (size >= 0) {
+        FILE *old = fopen(path, "r+b"); /* what may not be written is not replaced either */
+        if (!old) say(FAILED, "%s: %s", path, strerror(errno));
+        if (fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+            say(FAILED, "%s: this is a model, which would be overwritten", path);
+        fclose(old);
+    }
+    o->name = path;
+    real_path(path, o->path);
+    if (size != -2) snprintf(o->part, sizeof o->part, "%s.part", o->path);
+    o->file = fopen(size == -2 ? path : o->part, "wb");
+    if (!o->file) say(FAILED, "%s: %s", path, strerror(errno));
+}
+
+static void write_out(struct file_out *o, const void *bytes, size_t n)
+{
+    if (fwrite(bytes, 1, n, o->file) == n && fflush(o->file) == 0) return;
+    if (o->part[0]) remove(o->part);
+    flush(o->file, o->name);
+}
+
+static void close_out(struct file_out *o)
+{
+    int failed = o->file != stdout && fclose(o->file);
+    if (failed || (o->part[0] && replace_file(o->part, o->path)))
+        say(FAILED, "%s: %s", o->name, strerror(errno));
+}
+
+/* --positions, or all. */
+static void choose_rows(struct session *s)
+{
+    const char *left = s->positions;
+    int x, found = 0, last = -1;
+    s->wanted = allocate((size_t)s->n_ids, "--positions");
+    memset(s->wanted, !left, (size_t)s->n_ids);
+    while (left && (found = next_number(&left, &x)) > 0) {
+        int position = x < 0 ? x + s->n_ids : x;
+        if (position < 0 || position >= s->n_ids)
+            say(FAILED, "--positions %d: the prompt has %d tokens", x, s->n_ids);
+        if (position <= last)
+            say(FAILED, "--positions: expected them to ascend, found %d after %d", position, last);
+        s->wanted[last = position] = 1;
+    }
+    if (found < 0 || (left && last < 0))
+        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces",
+            s->positions);
+}
+
+/* Float32 as little-endian bytes on any machine. */
+static void write_row(struct session *s, const float *row)
+{
+    unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
+    size_t n = (size_t)s->config->n_vocab;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &row[i], 4);
+        for (int k = 0; k < 4; k++) bytes[4 * i + k] = (unsigned char)(u >> 8 * k);
+    }
+    gemma3_sha256_add(&s->sha256, bytes, 4 * n);
+    if (s->logits_file) write_out(&s->to, bytes, 4 * n);
+}
+
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
+    return all;
+}
+
+/* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
+static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
+    if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
+        say(FAILED, "%s", gemma3_state_error(s->state));
+    for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    for (int r = 0; r < n_rows && s->fault < 0; r++)
+        if (!are_numbers(s->logits + (size_t)r * s->config->n_vocab, (size_t)s->config->n_vocab))
+            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+}
+
+/* Takes tokens through the model; s->logits is then the last one's row. */
+static void read_tokens(struct session *s, const int32_t *ids, int n)
+{
+    size_t n_vocab = (size_t)s->config->n_vocab;
     double start = seconds();
-    for (int i = 0; i < n;) {
-        int count = lesser(n - i, s->params.n_batch), row = count - 1;
-        int is_last = i + count == n;
-        if (gemma3_forward(s->state, ids + i, count, &row, is_last, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        i += count;
-        show_reading(s, i, n);
+    for (int i = 0, count; i < n; i += count) {
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, most = s->params.n_batch;
+        if (most > GEMMA3_MAX_UBATCH) most = GEMMA3_MAX_UBATCH;
+        for (count = 0; count < most && i + count < n; count++)
+            if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
+        forward(s, ids + i, count, rows, n_rows);
+        for (int r = 0; s->wanted && r < n_rows; r++)
+            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * n_vocab);
+        if (n_rows > 1) memcpy(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, 4 * n_vocab);
     }
-    for (int i = 0; i < n; i++)
-        gemma3_sampler_accept(&s->sampler, ids[i]);
     s->n_read += n;
     s->read_seconds += seconds() - start;
-    return 0;
 }
 
-static void print_speed(const struct session *s)
-{
-    fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
-            s->n_read, s->read_seconds > 0 ? s->n_read / s->read_seconds : 0.0, s->n_written,
-            s->write_seconds > 0 ? s->n_written / s->write_seconds : 0.0);
-}
-
-/* ---- Command line: text ---- */
-
-/* How many of the first n bytes held are surely not the start of a --stop text. */
-static size_t n_free_bytes(const struct printer *p, const struct texts *stop)
-{
-    for (size_t k = 0; k < p->n_held; k++)
-        for (int i = 0; i < stop->n; i++)
-            if (strncmp(stop->text[i], p->held + k, p->n_held - k) == 0)
-                return k;
-    return p->n_held;
-}
+/* ---- Command line: text out ---- */
 
 static void print_byte(struct session *s, char byte)
 {
-    struct printer *p = &s->printer;
-    const struct texts *stop = &s->args->stop;
-    if (p->stopped)
-        return;
-    p->held[p->n_held++] = byte;
-    size_t n = n_free_bytes(p, stop), n_gone = n;
-    for (int i = 0; i < stop->n; i++) {
-        size_t length = strlen(stop->text[i]);
-        if (length > p->n_held ||
-            memcmp(stop->text[i], p->held + p->n_held - length, length) != 0)
-            continue;
-        if (!p->stopped || n > p->n_held - length) /* of several the longest */
-            n = p->n_held - length;
-        n_gone = p->n_held;
-        p->stopped = 1;
-    }
-    if (!s->args->out_ids)
-        fwrite(p->held, 1, n, s->out);
-    p->n_held -= n_gone;
-    memmove(p->held, p->held + n_gone, p->n_held);
+    if (s->stopped) return;
+    s->held[s->n_held++] = byte;
+    size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
+    for (size_t n = 1; n <= s->n_held; n++)
+        for (const char **stop = s->stop; *stop; stop++) {
+            if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
+            if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
+            if (!(*stop)[n]) s->stopped = 1;
+        }
+    if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
+    memmove(s->held, s->held + n_out, s->n_held -= n_out);
 }
 
-static int print_token(struct session *s, int32_t id)
+static void print_token(struct session *s, int32_t id)
 {
     char piece[GEMMA3_PIECE_MAX], character[8];
-    int n = gemma3_decode(s->tokenizer, id, s->args->special ? GEMMA3_SPECIAL : 0, piece);
+    int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
     for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->printer.utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++)
-            print_byte(s, character[k]);
+        int n_bytes = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], character);
+        for (int k = 0; k < n_bytes; k++) print_byte(s, character[k]);
     }
-    if (s->args->out_ids && !s->printer.stopped)
-        fprintf(s->out, s->printer.n_tokens ? " %d" : "%d", (int)id);
-    s->printer.n_tokens++;
-    return s->out == stdout ? flush_stdout() : 0;
+    if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
+    flush(s->out, "standard output");
 }
 
 /* What is still held back is text after all. */
-static int end_text(struct session *s)
+static void end_text(struct session *s)
 {
-    struct printer *p = &s->printer;
     char character[8];
-    int n = gemma3_utf8_end(&p->utf8, character);
-    for (int i = 0; i < n; i++)
-        print_byte(s, character[i]);
-    if (!s->args->out_ids && !p->stopped)
-        fwrite(p->held, 1, p->n_held, s->out);
-    if (s->args->out_ids || s->args->chat || isatty(STDOUT_FILENO))
-        fputc('\n', s->out);
-    return s->out == stdout ? flush_stdout() : 0;
+    int n = gemma3_utf8_end(&s->utf8, character);
+    for (int i = 0; i < n; i++) print_byte(s, character[i]);
+    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out);
+    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out, "standard output");
+    s->n_held = 0, s->n_printed = s->stopped = 0;
+}
+
+/* A stop token, or one without text that a --stop text spells. */
+static int ends_text(const struct session *s, int32_t id)
+{
+    char piece[GEMMA3_PIECE_MAX];
+    int32_t spelled;
+    if (gemma3_is_stop(s->tokenizer, id)) return 1;
+    if (gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece) > 0) return 0;
+    for (const char *const *stop = s->stop; *stop; stop++)
+        if (gemma3_encode(s->tokenizer, *stop, strlen(*stop), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
+            spelled == id)
+            return 1;
+    return 0;
 }
 
 /* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
  * because the conversation goes on after it. */
-static int write_tokens(struct session *s)
+static void write_tokens(struct session *s)
 {
-    const struct args *a = s->args;
     double start = seconds();
-    int code = 0;
-    s->printer = (struct printer){.n_held = 0};
-    for (int i = 0; !interrupted && !code && (a->n_predict < 0 || i < a->n_predict); i++) {
+    int row = 0, is_last = s->n_predict == 0, is_full = 0;
+    for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
         int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (gemma3_is_stop(s->tokenizer, id))
-            break;
-        gemma3_sampler_accept(&s->sampler, id);
-        code = print_token(s, id);
+        if (ends_text(s, id)) break;
+        print_token(s, id);
         s->n_written++;
-        int row = 0, is_last = i + 1 == a->n_predict || s->printer.stopped;
-        if (code || (is_last && !a->chat))
-            break;
-        if (gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state)) {
-            if (!is_last)
-                fprintf(stderr, "\ngemma3: the context of %d tokens is full\n",
-                        gemma3_state_n_ctx(s->state));
-            break;
-        }
-        if (gemma3_forward(s->state, &id, 1, &row, !is_last, s->logits))
-            code = complain("%s", gemma3_state_error(s->state));
-        if (is_last)
-            break;
+        is_last = i == s->n_predict || s->stopped;
+        is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
+        if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    return code ? code : end_text(s);
-}
-
-/* ---- Command line: scores ---- */
-
-/* The rows of --logits and --hash, on their way to the file and the hash. */
-struct rows_out {
-    int32_t *position;       /* [n] in the order asked for; NULL: all */
-    int n, n_done;
-    float *kept;             /* [n][n_vocab] when that order is not the model's, else NULL */
-    FILE *file;
-    const char *path;        /* --logits */
-    char *target, *unready;  /* owned: the file meant, and its name until it is whole; or NULL */
-    gemma3_sha256 hash;
-};
-
-static int write_row(struct rows_out *o, const float *row, int n_vocab)
-{
-    gemma3_sha256_add_floats(&o->hash, row, (size_t)n_vocab);
-    if (!o->file || write_floats(o->file, row, (size_t)n_vocab) == 0)
-        return 0;
-    return write_failed(o->file == stdout ? "standard output" : o->path);
-}
-
-/* Turns --positions into indices, and finds out whether rows can be written as they come. */
-static int begin_rows(struct session *s, struct rows_out *o)
-{
-    const struct numbers *p = &s->args->positions;
-    int ascending = 1;
-    gemma3_sha256_init(&o->hash);
-    if (p->n == 0)
-        return 0;
-    o->position = malloc((size_t)p->n * sizeof *o->position);
-    if (!o->position)
-        return out_of_memory((size_t)p->n * sizeof *o->position, "--positions");
-    for (; o->n < p->n; o->n++) {
-        int position = p->value[o->n] + (p->value[o->n] < 0 ? s->n_ids : 0);
-        if (position < 0 || position >= s->n_ids)
-            return complain("--positions %d: the prompt has %d tokens", (int)p->value[o->n],
-                            s->n_ids);
-        ascending &= o->n == 0 || position >= o->position[o->n - 1];
-        o->position[o->n] = position;
-    }
-    if (ascending)
-        return 0;
-    size_t n_values = (size_t)p->n * (size_t)s->config->n_vocab;
-    o->kept = malloc(n_values * sizeof *o->kept);
-    return o->kept ? 0 : out_of_memory(n_values * sizeof *o->kept, "--positions out of order");
-}
-
-static int is_same_file(const char *path, const struct stat *other)
-{
-    struct stat st;
-    return stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
-}
-
-/* A file is written under another name beside its own, which it gets when it is whole: a job that
- * fails leaves what was there. Devices and pipes are written as they are. */
-static int open_file(struct rows_out *o, const char *model)
-{
-    struct stat st;
-    int is_there = stat(o->path, &st) == 0;
-    if (is_there && is_same_file(model, &st))
-        return complain("--logits %s: this is the model, which would be overwritten", o->path);
-    if (is_there && !S_ISREG(st.st_mode)) {
-        o->file = fopen(o->path, "wb");
-        return o->file ? 0 : complain("%s: %s", o->path, strerror(errno));
-    }
-    if (is_there && access(o->path, W_OK))
-        return complain("%s: %s", o->path, strerror(errno));
-    o->target = is_there ? realpath(o->path, NULL) : strdup(o->path); /* what a link leads to */
-    size_t size = o->target ? strlen(o->target) + 32 : 0;
-    o->unready = size ? malloc(size) : NULL;
-    if (!o->unready)
-        return out_of_memory(strlen(o->path) + 32, "--logits");
-    snprintf(o->unready, size, "%s.%ld.tmp", o->target, (long)getpid());
-    o->file = fopen(o->unready, "wbx");
-    if (!o->file)
-        return complain("%s: %s", o->path, strerror(errno));
-    if (is_there && fchmod(fileno(o->file), st.st_mode & 0777))
-        return complain("%s: %s", o->unready, strerror(errno));
-    return 0;
-}
-
-static int open_rows(struct session *s, struct rows_out *o)
-{
-    int code = begin_rows(s, o);
-    o->path = s->args->logits;
-    if (code || !o->path)
-        return code;
-    if (strcmp(o->path, "-") != 0)
-        return open_file(o, s->model_path);
-    o->file = stdout;
-    return 0;
-}
-
-/* How often a row is wanted. */
-static int is_wanted(const struct rows_out *o, int position)
-{
-    if (!o->position)
-        return 1;
-    int n = 0;
-    for (int i = 0; i < o->n; i++)
-        n += o->position[i] == position;
-    return n;
-}
-
-static int take_row(struct session *s, struct rows_out *o, int position, const float *row)
-{
-    int n_vocab = s->config->n_vocab, code = 0;
-    if (o->kept) {
-        for (int i = 0; i < o->n; i++)
-            if (o->position[i] == position)
-                memcpy(o->kept + (size_t)i * (size_t)n_vocab, row, (size_t)n_vocab * sizeof *row);
-        return 0;
-    }
-    for (int n = is_wanted(o, position); n > 0 && !code; n--)
-        code = write_row(o, row, n_vocab);
-    return code;
-}
-
-static int close_rows(struct session *s, struct rows_out *o, int code)
-{
-    for (int i = 0; o->kept && i < o->n && !code; i++)
-        code = write_row(o, o->kept + (size_t)i * (size_t)s->config->n_vocab, s->config->n_vocab);
-    free(o->position);
-    free(o->kept);
-    if (o->file == stdout)
-        return code ? code : flush_stdout();
-    if (o->file && fclose(o->file) && !code)
-        code = complain("%s: %s", o->path, strerror(errno));
-    if (o->file && o->unready && !code && rename(o->unready, o->target))
-        code = complain("%s: %s", o->path, strerror(errno));
-    if (o->file && o->unready && code)
-        remove(o->unready);
-    free(o->target);
-    free(o->unready);
-    return code;
-}
-
-/* Everything asked about one position. */
-static int score_row(struct session *s, struct rows_out *o, int position, const float *row)
-{
-    const struct args *a = s->args;
-    if (a->nll && position + 1 < s->n_ids) {
-        int32_t next = s->ids[position + 1];
-        fprintf(s->out, "%d %d %.9g\n", position + 1, (int)next,
-                gemma3_nll(row, s->config->n_vocab, next));
-    }
-    return a->logits || a->hash ? take_row(s, o, position, row) : 0;
-}
-
-/* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
- * since --top and text come after it. */
-static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
-                       int rows[GEMMA3_MAX_UBATCH])
-{
-    const struct args *a = s->args;
-    int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
-    for (int i = 0; i < n; i++)
-        if (all || start + i + 1 == s->n_ids ||
-            ((a->logits || a->hash) && is_wanted(o, start + i)))
-            rows[n_rows++] = i;
-    return n_rows;
-}
-
-/* One pass over the prompt for everything that was asked for together. */
-static int score_prompt(struct session *s, struct rows_out *o)
-{
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    int code = 0, n_rows = 0;
-    double start = seconds();
-    for (int i = 0; i < s->n_ids && !code;) {
-        int rows[GEMMA3_MAX_UBATCH], n = lesser(s->n_ids - i, s->max_rows);
-        n_rows = rows_needed(s, o, i, n, rows);
-        if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        if (s->watch.trouble[0])
-            return complain("%s", s->watch.trouble);
-        for (int r = 0; r < n_rows && !code; r++)
-            code = score_row(s, o, i + rows[r], s->logits + (size_t)r * n_vocab);
-        if (!code && s->out == stdout)
-            code = flush_stdout();
-        i += n;
-        show_reading(s, i, s->n_ids);
-    }
-    if (code)
-        return code;
-    memmove(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, n_vocab * sizeof *s->logits);
-    for (int i = 0; i < s->n_ids; i++)
-        gemma3_sampler_accept(&s->sampler, s->ids[i]);
-    s->n_read = s->n_ids;
-    s->read_seconds = seconds() - start;
-    return 0;
-}
-
-static void print_hash(struct session *s, struct rows_out *o)
-{
-    char hex[65];
-    gemma3_sha256_end(&o->hash, hex);
-    fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-            s->args->exact ? "exact" : "default",
-            s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
-}
-
-/* By logit down, then by id up; what is not a number comes last. */
-static int by_logit(const void *left, const void *right)
-{
-    const gemma3_candidate *a = left, *b = right;
-    float x = isnan(a->logit) ? -INFINITY : a->logit, y = isnan(b->logit) ? -INFINITY : b->logit;
-    if (x != y)
-        return x < y ? 1 : -1;
-    return (a->id > b->id) - (a->id < b->id);
-}
-
-static void print_quoted(FILE *out, const char *text, int n)
-{
-    fputc('"', out);
-    for (int i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if (c == '\n')
-            fputs("\\n", out);
-        else if (c == '"' || c == '\\')
-            fprintf(out, "\\%c", c);
-        else if (c < 32 || c == 127 || (n == 1 && c > 127))
-            fprintf(out, "\\x%02x", c);
-        else
-            fputc(c, out);
-    }
-    fputs("\"", out);
-}
-
-/* p = exp(l - largest - log(sum)), where log(sum) is the largest one's nll. */
-static void print_top(struct session *s)
-{
-    int n_vocab = s->config->n_vocab;
-    gemma3_candidate *c = s->candidates;
-    for (int i = 0; i < n_vocab; i++)
-        c[i] = (gemma3_candidate){s->logits[i], i};
-    qsort(c, (size_t)n_vocab, sizeof *c, by_logit);
-    double log_sum = gemma3_nll(s->logits, n_vocab, c[0].id);
-    for (int i = 0; i < lesser(s->args->top, n_vocab); i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int n = gemma3_decode(s->tokenizer, c[i].id, GEMMA3_SPECIAL, piece);
-        fprintf(s->out, "%d\t", (int)c[i].id);
-        print_quoted(s->out, piece, n);
-        fprintf(s->out, "\t%.9g\t%.9g\n", (double)c[i].logit,
-                gemma3_exp((double)c[i].logit - (double)c[0].logit - log_sum));
-    }
-}
-
-static int score(struct session *s)
-{
-    struct rows_out o = {.n = 0};
-    int code = open_rows(s, &o);
-    if (!code)
-        code = score_prompt(s, &o);
-    if (!code && s->args->trace)
-        code = print_watched(&s->watch, s->out);
-    s->watch.names = ""; /* the prompt is traced, not what may be generated after it */
-    code = close_rows(s, &o, code);
-    if (code)
-        return code;
-    if (s->args->hash)
-        print_hash(s, &o);
-    if (s->args->top)
-        print_top(s);
-    return flush_stdout();
+    end_text(s);
+    if (is_full && !is_last)
+        say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
+            s->chats ? "; /clear starts again, -c gives more" : "");
 }
 
 /* ---- Command line: the jobs ---- */
 
-/* -p, -f, --ids */
-static int continue_prompt(struct session *s)
+/* --logits and --hash */
+static void write_numbers(struct session *s)
 {
-    const struct args *a = s->args;
-    int numbers = wants_numbers(a), code = read_prompt(s);
-    if (!code)
-        code = open_state(s);
-    if (!code)
-        code = numbers ? score(s) : read_tokens(s, s->ids, s->n_ids);
-    if (code || a->n_predict == 0 || (numbers && a->n_predict < 0))
-        return code;
-    code = write_tokens(s);
-    print_speed(s);
-    return code;
+    char hex[65];
+    gemma3_sha256_init(&s->sha256);
+    choose_rows(s);
+    if (s->logits_file) open_out(&s->to, s->logits_file);
+    read_tokens(s, s->ids, s->n_ids);
+    if (s->logits_file) close_out(&s->to);
+    gemma3_sha256_end(&s->sha256, hex);
+    if (s->hash)
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
+                s->options.exact ? "exact" : "default",
+                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
 }
 
-/* Sums over the tokens scored by --perplexity. */
-struct scored {
-    double nll, nll_squared; /* sums */
-    size_t n, n_bytes;       /* tokens, and their text */
-};
-
-/* One chunk of n tokens: <bos> in place of its first (as llama-perplexity does), scores for the
- * second half. Position i gives the probability of token i + 1. */
-static int score_chunk(struct session *s, const int32_t *ids, int n, struct scored *sum)
+static int write_state(void *user, const void *bytes, size_t n)
 {
-    const gemma3_vocab *v = gemma3_tokenizer_vocab(s->tokenizer);
-    size_t n_vocab = (size_t)s->config->n_vocab;
+    write_out(user, bytes, n);
+    return 0;
+}
+
+static int read_state(void *user, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(user, (long)offset, SEEK_SET) || fread(buffer, 1, n, user) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    gemma3_error err;
+    FILE *f = fopen(s->state_file, "rb");
+    if (f && gemma3_state_load(s->state, read_state, f, &err))
+        say(FAILED, "%s: %s", s->state_file, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state);
+    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
+    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    if (pos > 0 || n == 0) return pos;
     gemma3_state_reset(s->state);
-    for (int i = 0; i < n - 1;) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
-        int32_t tile[GEMMA3_MAX_UBATCH];
-        memcpy(tile, ids + i, (size_t)count * sizeof *tile);
-        if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
-            tile[0] = v->bos;
-        for (int k = 0; k < count; k++)
-            if (i + k >= n / 2)
-                rows[n_rows++] = k;
-        if (gemma3_forward(s->state, tile, count, rows, n_rows, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        for (int r = 0; r < n_rows; r++) {
-            char piece[GEMMA3_PIECE_MAX];
-            int32_t next = ids[i + rows[r] + 1];
-            double nll = gemma3_nll(s->logits + (size_t)r * n_vocab, (int)n_vocab, next);
-            sum->nll += nll;
-            sum->nll_squared += nll * nll;
-            sum->n++;
-            sum->n_bytes += (size_t)gemma3_decode(s->tokenizer, next, 0, piece);
-        }
-        i += count;
-    }
-    return 0;
+    read_tokens(s, ids, n);
+    open_out(&s->to, s->state_file);
+    if (gemma3_state_save(s->state, write_state, &s->to, &err)) say(FAILED, "%s", err.text);
+    close_out(&s->to);
+    return n;
 }
 
-static int perplexity(struct session *s)
+/* -p, -f, --ids */
+static void continue_prompt(struct session *s)
 {
-    int code = read_prompt(s), n = s->params.n_ctx;
-    struct scored sum = {0, 0, 0, 0};
-    if (!code && s->n_ids / 2 < n)
-        return complain("%s: %d tokens; --perplexity needs two chunks of %d (-c), %.0f tokens",
-                        s->args->perplexity, s->n_ids, n, 2.0 * n);
-    if (!code)
-        code = open_state(s);
-    for (int i = 0; i < s->n_ids / n && !code; i++) {
-        code = score_chunk(s, s->ids + (size_t)i * (size_t)n, n, &sum);
-        if (!code) {
-            printf("[%d]%.4f,", i + 1, gemma3_exp(sum.nll / (double)sum.n));
-            code = flush_stdout();
-        }
+    read_prompt(s);
+    if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
+    if (s->n_ids > s->params.n_ctx)
+        say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
+            s->n_ids, s->params.n_ctx, s->n_ids);
+    open_state(s);
+    if (s->numbers) write_numbers(s);
+    else {
+        int n_kept = s->state_file ? keep_tokens(s, s->ids, s->n_ids - 1) : 0;
+        read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
     }
-    if (code)
-        return code;
-    double n_scored = (double)sum.n, mean = sum.nll / n_scored;
-    double variance = sum.nll_squared / n_scored - mean * mean, ppl = gemma3_exp(mean);
-    double error = variance > 0 && sum.n > 1 ? ppl * sqrt(variance / (n_scored - 1)) : 0;
-    printf("\ntokens scored %zu of %d, chunks %d of %d\n", sum.n, s->n_ids, s->n_ids / n, n);
-    printf("mean nll %.9g\n", mean);
-    if (sum.n_bytes)
-        printf("bits per byte %.9g\n", sum.nll / gemma3_log(2) / (double)sum.n_bytes);
-    printf("ppl %.4f +- %.5f\n", ppl, error);
-    return 0;
+    if (s->writes) write_tokens(s);
 }
 
-static int tokenize(struct session *s)
+static void tokenize(struct session *s)
 {
-    const char *text = s->args->tokenize.text;
-    int code = text ? encode_text(s, text, strlen(text)) : encode_file(s, s->args->file);
-    for (int i = 0; i < s->n_ids && !code; i++)
-        printf(i ? " %d" : "%d", (int)s->ids[i]);
-    if (!code)
-        putchar('\n');
-    return code;
-}
-
-static int detokenize(struct session *s)
-{
-    const struct numbers *ids = &s->args->detokenize;
-    int code = check_ids(s, ids, "--detokenize");
-    for (int i = 0; i < ids->n && !code; i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int n = gemma3_decode(s->tokenizer, ids->value[i], s->args->special ? GEMMA3_SPECIAL : 0,
-                              piece);
-        fwrite(piece, 1, (size_t)n, stdout);
-    }
-    if (!code && isatty(STDOUT_FILENO))
-        putchar('\n');
-    return code;
-}
-
-static void print_memory(const struct session *s)
-{
-    gemma3_params p = s->params;
-    const int n_ctx[] = {512, 4096, s->config->n_ctx_train, s->params.n_ctx};
-    printf("weights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    for (int i = 0; i < 4; i++) {
-        int seen = 0;
-        for (int k = 0; k < i; k++)
-            seen |= n_ctx[k] == n_ctx[i];
-        if (seen)
-            continue;
-        p.n_ctx = n_ctx[i];
-        size_t n_bytes = gemma3_kv_bytes(s->config, &p);
-        printf("KV cache               %zu bytes for -c %d in %s\n", n_bytes, p.n_ctx,
-               p.kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    }
-    p = s->params;
-    p.n_threads = s->args->n_threads;
-    size_t n_scratch = gemma3_state_size(s->model, &p) - gemma3_kv_bytes(s->config, &p);
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p.n_ctx, p.n_batch,
-           p.n_threads);
-}
-
-/* A text out of the file: whole characters, and no control characters (U+0000 to 1F, 7F to 9F). */
-static void print_name(const char *name)
-{
-    gemma3_utf8 whole = {.n = 0};
-    char c[8];
-    for (; *name; name++) { /* n is 0 within a character */
-        int n = gemma3_utf8_push(&whole, (unsigned char)*name, c);
-        if (n == 1 ? c[0] < 32 || c[0] == 127 : n == 2 && memcmp(c, "\xC2\xA0", 2) < 0)
-            putchar('?');
-        else
-            fwrite(c, 1, (size_t)n, stdout);
-    }
-    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), stdout);
+    read_prompt(s);
+    for (int i = 0; i < s->n_ids; i++) printf(i ? " %d" : "%d", (int)s->ids[i]);
     putchar('\n');
 }
 
-static int info(struct session *s)
+static void detokenize(struct session *s)
+{
+    int flags = s->special ? GEMMA3_SPECIAL : 0;
+    char piece[GEMMA3_PIECE_MAX];
+    parse_ids(s, s->detokenize, strlen(s->detokenize), "--detokenize");
+    for (int i = 0; i < s->n_ids; i++)
+        fwrite(piece, 1, (size_t)gemma3_decode(s->tokenizer, s->ids[i], flags, piece), stdout);
+    if (is_terminal(stdout)) putchar('\n');
+}
+
+static void print_info(struct session *s)
 {
     const gemma3_config *c = s->config;
+    const struct { const char *name, *key; double value; } fields[] = {
+        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
+        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
+        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
+        {"n_ctx_train", "context_length", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window},
+        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
+        {"rope_base_global", "rope.freq_base", c->rope_base_global},
+        {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
+        {"rope_factor", "rope.scaling.factor", c->rope_factor},
+        {"query_scale", "attention.scale", c->query_scale},
+        {"embedding_scale", "", c->embedding_scale},
+        {"final_softcap", "final_logit_softcapping", c->final_softcap},
+    };
     printf("name                   ");
-    print_name(gemma3_model_name(s->model));
-    printf("chat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
+    print_safe(stdout, gemma3_model_name(s->model));
+    printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
     printf("contract               %d\n", GEMMA3_CONTRACT);
     printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
     printf("isa                    %s\n", gemma3_model_isa(s->model));
-    printf("n_layers               %d\n", c->n_layers);
-    printf("d_model                %d\n", c->d_model);
-    printf("d_ff                   %d\n", c->d_ff);
-    printf("n_heads                %d\n", c->n_heads);
-    printf("n_kv_heads             %d\n", c->n_kv_heads);
-    printf("head_dim               %d\n", c->head_dim);
-    printf("n_vocab                %d\n", c->n_vocab);
-    printf("n_ctx_train            %d tokens\n", c->n_ctx_train);
-    printf("window                 %d tokens\n", c->window);
-    printf("rms_eps                %.9g\n", (double)c->rms_eps);
-    printf("rope_base_global       %.9g\n", (double)c->rope_base_global);
-    printf("rope_base_local        %.9g\n", (double)c->rope_base_local);
-    printf("rope_factor            %.9g\n", (double)c->rope_factor);
-    printf("query_scale            %.9g\n", (double)c->query_scale);
-    printf("embedding_scale        %.9g\n", (double)c->embedding_scale);
-    printf("final_softcap          %.9g\n", (double)c->final_softcap);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const char *origin = gemma3_model_origin(s->model, fields[i].key);
+        printf("%-22s %.9g%s%s%s\n", fields[i].name, fields[i].value, *origin ? " (" : "", origin,
+               *origin ? ")" : "");
+    }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
-        if (!c->is_local[l])
-            printf(" %d", l);
-    putchar('\n');
-    print_memory(s);
-    return 0;
+        if (!c->is_local[l]) printf(" %d", l);
+    const gemma3_params *p = &s->params;
+    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
+    printf("\nweights                %zu bytes, %zu read for each token generated\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
+    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
+    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
+           p->n_batch, p->n_threads);
 }
 
-/* ---- Command line: chat ---- */
-
-static void note_interrupt(int signal_number)
+/* The beginning of a first turn that does not depend on the user's text. */
+static int keep_system(struct session *s, const int32_t *ids, int n)
 {
-    (void)signal_number;
-    interrupted = 1;
+    int32_t *other = allocate(((size_t)n + 32) * sizeof *other, "the turn");
+    int n_other = gemma3_encode_turn(s->tokenizer, s->system, "", 1, other, n + 32), n_same = 0;
+    while (n_same < n_other && n_same < n && other[n_same] == ids[n_same]) n_same++;
+    free(other);
+    return keep_tokens(s, ids, n_same);
 }
 
-/* flags: 0 while waiting for a line, so that the waiting ends; SA_RESTART while an answer is
- * written, so that the writing does not fail. */
-static void catch_interrupts(int flags)
+/* One turn and its answer. 0: it does not fit, and nothing happened. */
+static int answer(struct session *s, const char *text)
 {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = note_interrupt;
-    action.sa_flags = flags;
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGINT, &action, NULL);
-}
-
-/* Whatever ended the answer, the model finds it closed when the next turn comes. */
-static int close_turn(struct session *s)
-{
-    static const char mark[] = "<end_of_turn>";
-    int32_t id = gemma3_find(s->tokenizer, mark, sizeof mark - 1);
-    if (id < 0 || gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state))
-        return 0;
-    gemma3_sampler_accept(&s->sampler, id);
-    if (gemma3_forward(s->state, &id, 1, NULL, 0, NULL))
-        return complain("%s", gemma3_state_error(s->state));
-    return 0;
-}
-
-/* One turn and its answer. *full: the turn did not fit and nothing happened. */
-static int answer(struct session *s, const char *text, int *full)
-{
-    const char *system = s->args->system;
-    int pos = gemma3_state_pos(s->state), n_ctx = gemma3_state_n_ctx(s->state);
-    size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = room < INT_MAX ? malloc(room * sizeof *ids) : NULL;
-    if (!ids)
-        return out_of_memory(room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room), code = 0;
-    *full = n > n_ctx - pos;
-    if (n == -2)
-        code = out_of_memory(gemma3_encode_work(room), "encoding the turn");
-    else if (n < 0)
-        code = complain("the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
-    else if (*full)
-        fprintf(stderr, "gemma3: the context of %d tokens is full: this turn needs %d and %d are "
-                "left; /clear starts again, -c gives more\n", n_ctx, n, n_ctx - pos);
-    else if (!(code = read_tokens(s, ids, n)) && !(code = write_tokens(s)))
-        code = close_turn(s);
-    free(ids);
-    return code;
-}
-
-/* A line of the user's without its end. 0: there is none any more. Ctrl-C drops what there is of it. */
-static int read_line(char **line, size_t *size)
-{
-    int asks = isatty(STDIN_FILENO);
-    for (int n_interrupts = 0; n_interrupts < 2; n_interrupts++) {
-        interrupted = 0;
-        clearerr(stdin);
-        if (asks)
-            fputs("> ", stderr);
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
+    size_t room = strlen(text) + (s->system ? strlen(s->system) : 0) + 32;
+    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
+    int32_t *ids = allocate(room * sizeof *ids, "the turn");
+    int n = gemma3_encode_turn(s->tokenizer, s->system, text, pos == 0, ids, (int)room);
+    if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
+    if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
+    if (n > left)
+        say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
+            "starts again, -c gives more", s->params.n_ctx, n, left);
+    if (n <= left) {
+        int n_kept = s->state_file && pos == 0 ? keep_system(s, ids, n) : 0;
+        catch_interrupts(1);
+        read_tokens(s, ids + n_kept, n - n_kept);
+        write_tokens(s);
         catch_interrupts(0);
-        ssize_t n = getline(line, size, stdin);
-        catch_interrupts(SA_RESTART);
-        int is_whole = n > 0 && (!interrupted || (*line)[n - 1] == '\n');
-        while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
-            (*line)[--n] = 0;
-        if (is_whole)
-            return 1;
-        if (asks)
-            fputc('\n', stderr);
-        if (!interrupted)
-            return 0;
-        if (asks && n_interrupts == 0)
-            fputs("Ctrl-C again or /quit ends the chat\n", stderr);
+        /* Whatever ended the answer, the model finds it closed when the next turn comes. */
+        ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
+        if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
     }
-    return 0;
+    free(ids);
+    return n <= left;
+}
+
+/* A line of the user's without its end, allocated; one that ends in \ goes on in the next. NULL:
+ * there is none any more. */
+static char *read_line(void)
+{
+    size_t n = 0, room = 256;
+    char *line = allocate(room, "the line");
+    int c = 0;
+    if (is_terminal(stdin)) fputs("> ", stderr);
+    while (c != '\n' && (c = getchar()) != EOF) {
+        if (n + 1 == room) line = reallocate(line, room *= 2, "the line");
+        line[n++] = (char)c;
+        if (c != '\n') continue;
+        n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
+        if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
+    }
+    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    line[n] = 0;
+    if (n || c == '\n') return line;
+    free(line);
+    return NULL;
+}
+
+/* We write Gemma's turns, whatever the file's template says: where it says something else, so do we. */
+static void check_template(const struct session *s)
+{
+    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
+    size_t n = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    for (int i = 0; template && i < 4; i++) {
+        size_t length = strlen(words[i]), at = 0;
+        while (at + length <= n && memcmp(template + at, words[i], length) != 0) at++;
+        int has = at + length <= n;
+        if (i == 0 && !has) say(NOTE, "the file's chat template has no <start_of_turn>: it is not Gemma's, "
+                                "whose turns are used here");
+        if (i > 0 && has) say(NOTE, "the file's chat template asks for %s, which a chat here has not", words[i]);
+    }
 }
 
 /* A full context ends the chat, unless somebody is there to type /clear. */
-static int chat(struct session *s)
+static void chat(struct session *s)
 {
-    char *line = NULL;
-    size_t size = 0;
-    int full = 0, code = open_state(s);
-    if (!code && !gemma3_model_can_chat(s->model))
-        fputs("gemma3: no chat template in the file: this may be a base model, not trained to chat\n",
-              stderr);
-    while (!code && (!full || isatty(STDIN_FILENO)) && read_line(&line, &size)) {
-        interrupted = 0;
-        if (strcmp(line, "/quit") == 0)
-            break;
-        if (strcmp(line, "/clear") == 0) {
-            gemma3_state_reset(s->state);
-            s->sampler.n_last = 0;
-        } else if (line[strspn(line, " \t")]) {
-            code = answer(s, line, &full);
-        }
+    int goes_on = 1;
+    char *line;
+    open_state(s);
+    check_template(s);
+    while (goes_on && (line = read_line())) {
+        if (strcmp(line, "/quit") == 0) goes_on = 0;
+        else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
+        else if (line[strspn(line, " \t")]) goes_on = (answer(s, line) || is_terminal(stdin)) && s->fault < 0;
+        free(line);
     }
-    free(line);
-    if (!code && s->n_read)
-        print_speed(s);
-    return code;
 }
 
-/* ---- Command line: main ---- */
-
-/* No file that we open may get the number of a stream that the caller has closed. What stands in for
- * it can be neither read nor written, so that using it is an error. */
-static void fill_streams(void)
+/* The library calls this with every tensor inside. */
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width,
+                       float *data)
 {
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0)
-            return;
+    char *first = user;
+    (void)pos;
+    if (*first || are_numbers(data, (size_t)n * (size_t)width)) return;
+    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
-static int print_isas(void)
+/* The same tokens again, tensor by tensor. */
+static void explain_fault(struct session *s)
 {
-    for (int i = 0; gemma3_isa_name(i); i++)
-        puts(gemma3_isa_name(i));
-    return 0;
+    int n = s->fault + 1;
+    char first[64] = "";
+    gemma3_error err;
+    int32_t *ids = allocate((size_t)n * sizeof *ids, "the tokens again");
+    memcpy(ids, gemma3_state_ids(s->state), (size_t)n * sizeof *ids);
+    gemma3_state_free(s->state);
+    s->params.trace = find_fault, s->params.trace_user = first;
+    s->state = gemma3_state_new(s->model, &s->params, &err);
+    if (s->state) gemma3_forward(s->state, ids, n, &s->fault, 1, s->logits);
+    free(ids);
+    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
+        s->options.exact && s->params.kv_type == GEMMA3_KV_F32 ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-static int run_job(const struct args *a, enum job job, const char *program)
+static void run_job(struct session *s)
 {
-    struct session s = {.args = a, .out = a->logits && !strcmp(a->logits, "-") ? stderr : stdout};
-    char found[4096];
-    const char *path = a->model ? a->model : find_model(program, found, sizeof found);
-    if (!path)
-        return refuse("no model: give -m MODEL.gguf");
-    int code = open_model(&s, path, job == CONTINUE || job == CHAT || job == PERPLEXITY);
-    if (!code)
-        code = job == CONTINUE ? continue_prompt(&s) :
-               job == CHAT ? chat(&s) :
-               job == PERPLEXITY ? perplexity(&s) :
-               job == TOKENIZE ? tokenize(&s) :
-               job == DETOKENIZE ? detokenize(&s) : info(&s);
-    close_session(&s);
-    return code;
+    open_model(s, !s->tokenize && !s->detokenize && !s->info);
+    if (s->chats) chat(s);
+    else if (s->info) print_info(s);
+    else if (s->tokenize) tokenize(s);
+    else if (s->detokenize) detokenize(s);
+    else continue_prompt(s);
+    if (s->fault >= 0) explain_fault(s);
+    if (s->writes && s->n_read)
+        fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
+                s->n_read, s->n_read / s->read_seconds, s->n_written,
+                s->n_written ? s->n_written / s->write_seconds : 0.0);
+    gemma3_state_free(s->state);
+    gemma3_close(s->model);
+    gemma3_pool_free(s->pool);
+    free(s->candidates);
+    free(s->logits);
+    free(s->wanted);
+    free(s->ids);
 }
 
 int main(int argc, char **argv)
 {
-    struct args a = {
-        .n_predict = -1, .n_threads = gemma3_default_threads(), .n_batch = 512, .temperature = 1,
-        .top_k = 64, .top_p = 0.95, .repeat_penalty = 1, .seed = 42,
+    struct session s = {
+        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
+        .params = {.n_batch = 512, .n_threads = gemma3_default_threads()},
     };
-    enum job job = CONTINUE;
-    fill_streams();
-    signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
-#if defined(SIGXFSZ)
-    signal(SIGXFSZ, SIG_IGN); /* and so is a file that grows beyond its limit */
-#endif
-    int code = parse_args(&a, argc, argv);
-    if (code == 0 && a.help)
-        code = print_help();
-    else if (code == 0 && a.version)
+    char found[MAX_PATH_BYTES];
+    argv = start_program(argv);
+    if (argc > 0) parse_options(&s, argv + 1);
+    if (s.help) {
+        print_help();
+    } else if (s.version) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    else if (code == 0 && a.isa && strcmp(a.isa, "list") == 0)
-        code = print_isas();
-    else if (code == 0 && (code = check_args(&a, &job)) == 0)
-        code = run_job(&a, job, argv[0] ? argv[0] : "");
-    free(a.positions.value);
-    free(a.detokenize.value);
-    if (code == 0)
-        code = flush_stdout();
-    return code;
+    } else if (s.options.isa && strcmp(s.options.isa, "list") == 0) {
+        for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
+    } else {
+        check_options(&s);
+        if (!s.path) s.path = find_model(argc > 0 ? argv[0] : "", found);
+        run_job(&s);
+    }
+    flush(stdout, "standard output");
+    return 0;
 }
 
 #endif

@@ -2,7 +2,7 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
- *                              gemma3_default_threads
+ *                              gemma3_default_threads, gemma3_memory_limit
  *
  * A whole program:
  *
@@ -106,6 +106,7 @@ typedef struct gemma3_options {
     void *pool;
     void (*progress)(void *user, double fraction); /* may be NULL */
     void *user;
+    int obey_file;           /* stand-in, drop at merge */
 } gemma3_options;
 
 /* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. */
@@ -123,14 +124,28 @@ const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels ch
 const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
 int gemma3_model_is_exact(const gemma3_model *m);
 int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
+/* Stand-ins, drop at merge */
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n);
+const char *gemma3_model_note(const gemma3_model *m, int index);
+const char *gemma3_model_origin(const gemma3_model *m, const char *key);
+typedef int gemma3_read(void *user, uint64_t offset, void *buffer, size_t n);
+typedef int gemma3_write(void *user, const void *bytes, size_t n);
+const int32_t *gemma3_state_ids(const gemma3_state *s);
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
+
 size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
 size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
 
 /* Names of the kernels this CPU can run, best first; NULL after the last. */
 const char *gemma3_isa_name(int index);
 
-/* Threads that are worth having on this machine: its physical cores. */
+/* Threads that are worth having: the physical cores that this process, or its container, may use. */
 int gemma3_default_threads(void);
+
+/* Bytes of memory that this process may use: the machine's, its container's limit or the user's (ulimit
+ * -v), whichever is least; 0 when the system does not say. */
+size_t gemma3_memory_limit(void);
 
 /* ---- A conversation --------------------------------------------------------------------------- */
 
@@ -248,6 +263,8 @@ typedef struct gemma3_vocab {
     const int32_t *type;     /* SentencePiece: 1 normal 2 unknown 3 control 4 user 5 unused 6 byte */
     int32_t bos, eos, unknown; /* ids, -1 when there is none */
     int add_bos;             /* the file's add_bos_token, 1 when absent */
+    const int32_t *stop;     /* [n_stop] more ids that end an answer: eot_token_id, eos_token_ids .. */
+    int n_stop;
 } gemma3_vocab;
 
 enum {

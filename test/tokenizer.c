@@ -41,7 +41,8 @@ static int32_t add_piece(struct small *s, const char *text, float score, int typ
 static struct small *small_new(void)
 {
     struct small *s = calloc(1, sizeof *s);
-    s->vocab = (gemma3_vocab){0, s->text, s->length, s->score, s->type, -1, -1, -1, 1};
+    s->vocab = (gemma3_vocab){.text = s->text, .length = s->length, .score = s->score,
+                              .type = s->type, .bos = -1, .eos = -1, .unknown = -1, .add_bos = 1};
     return s;
 }
 
@@ -337,6 +338,85 @@ static void stops(void)
     ok(gemma3_is_stop(s->tokenizer, id_of(s, "a")), "eos_token_id stops, whatever it is");
     ok(gemma3_is_stop(s->tokenizer, id_of(s, "<eos>")), "and <eos> still does");
     small_free(s);
+
+    s = example();
+    int32_t im_end = add_piece(s, "<|im_end|>", 0, NORMAL), more[2] = {id_of(s, "the"), id_of(s, "aa")};
+    s->vocab.stop = more, s->vocab.n_stop = 2;
+    free(s->mem);
+    build_tokenizer(s);
+    ok(gemma3_is_stop(s->tokenizer, im_end), "<|im_end|>, the end of ChatML's turns, stops by text");
+    ok(gemma3_is_stop(s->tokenizer, more[0]) && gemma3_is_stop(s->tokenizer, more[1]),
+       "the vocabulary's list of more stops counts");
+    ok(gemma3_is_stop(s->tokenizer, id_of(s, "<end_of_turn>")), "and the others still do");
+    ok(!gemma3_is_stop(s->tokenizer, id_of(s, "a")), "but nothing else");
+    small_free(s);
+}
+
+/* ---- FunctionGemma --------------------------------------------------------------------------- */
+
+/* The example of Google's page "FunctionGemma formatting and best practices", shortened: a developer's
+ * turn declares a function, the model calls it and stops where the response begins, the program
+ * writes the response, the model answers. */
+static const char declaration[] =
+    "<start_of_turn>developer\nYou can do function calling<start_function_declaration>"
+    "declaration:get_weather{parameters:{properties:{city:{type:<escape>STRING<escape>}}}}"
+    "<end_function_declaration><end_of_turn>\n"
+    "<start_of_turn>user\nHow is the weather in Paris?<end_of_turn>\n<start_of_turn>model\n";
+static const char call[] =
+    "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>"
+    "<start_function_response>";
+static const char response[] =
+    "response:get_weather{sky:<escape>sunny<escape>}<end_function_response>";
+static const char answer[] = "It is sunny in Paris.<end_of_turn>";
+
+/* Every special token is one id, what stands between them is one id for each byte. */
+static void is_flow(const struct small *s, const char *text, const char *claim)
+{
+    int32_t ids[400], want[400];
+    int n = 0, n_ids = gemma3_encode(s->tokenizer, text, strlen(text), GEMMA3_SPECIAL, ids, 400);
+    for (const char *p = text; *p; n++) {
+        size_t length = *p == '<' ? strcspn(p, ">") + 1 : 1;
+        want[n] = gemma3_find(s->tokenizer, *p == ' ' ? MARK : p, *p == ' ' ? 3 : length);
+        p += length;
+    }
+    if (!ok(n_ids == n && !memcmp(ids, want, (size_t)n * sizeof *ids), "%s", claim))
+        diag("  %d ids, want %d", n_ids, n);
+}
+
+static void functions(void)
+{
+    static const char *const special[] = {
+        "<start_of_turn>", "<end_of_turn>", "<start_function_declaration>", "<end_function_declaration>",
+        "<start_function_call>", "<end_function_call>", "<start_function_response>",
+        "<end_function_response>", "<escape>",
+    };
+    static char letters[128][2];
+    struct small *s = small_new();
+    for (int c = 33; c < 127; c++) {
+        letters[c][0] = (char)c;
+        add_piece(s, letters[c], 0, NORMAL);
+    }
+    add_piece(s, MARK, 0, NORMAL);
+    add_piece(s, "\n", 0, NORMAL);
+    for (size_t i = 0; i < sizeof special / sizeof *special; i++)
+        add_piece(s, special[i], 0, i % 2 ? NORMAL : USER); /* wrong types, as in published files */
+    int32_t stop = add_piece(s, "<unused99>", 0, USER) - 3; /* <start_function_response> */
+    s->vocab.stop = &stop, s->vocab.n_stop = 1;
+    build_tokenizer(s);
+    is_flow(s, declaration, "FunctionGemma: a developer's turn with a declaration, a user's turn");
+    is_flow(s, call, "the model's call");
+    is_flow(s, response, "the program's response");
+    is_flow(s, answer, "the model's answer");
+
+    int32_t ids[200];
+    int n = gemma3_encode(s->tokenizer, call, strlen(call), GEMMA3_SPECIAL, ids, 200), first = 0;
+    while (first < n && !gemma3_is_stop(s->tokenizer, ids[first])) first++;
+    is_int(first, n - 1, "it stops at <start_function_response>, the file's additional stop");
+    is_decoded(s, stop, 0, "", "which is shown as nothing");
+    is_decoded(s, stop, GEMMA3_SPECIAL, "<start_function_response>", "or as its text");
+    n = gemma3_encode(s->tokenizer, call, strlen(call), 0, ids, 200);
+    is_int(n, (int)strlen(call), "what a user types calls no function: all is plain text");
+    small_free(s);
 }
 
 /* Checks a turn against the same text with its special tokens parsed. */
@@ -600,6 +680,7 @@ int main(void)
     whole_characters();
     no_bos();
     stops();
+    functions();
     turns();
     refused_vocabularies();
     real_vocabulary();
