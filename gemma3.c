@@ -1273,10 +1273,6 @@ INLINE uint32_t load_u32_le(const uint8_t *p)
     memcpy(&u, p, 4);
     return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
 }
-INLINE uint64_t load_u64_le(const uint8_t *p)
-{
-    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
-}
 INLINE void store_u16_le(uint8_t *p, uint16_t u)
 {
     u = BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
