@@ -179,6 +179,10 @@
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #include <arm_neon.h>
 #define HAVE_NEON 1
+#elif defined(__ARM_FEATURE_MVE)
+#include <arm_mve.h>
+#elif defined(__ARM_FEATURE_SIMD32)
+#include <arm_acle.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -1269,10 +1273,6 @@ INLINE uint32_t load_u32_le(const uint8_t *p)
     memcpy(&u, p, 4);
     return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
 }
-INLINE uint64_t load_u64_le(const uint8_t *p)
-{
-    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
-}
 INLINE void store_u16_le(uint8_t *p, uint16_t u)
 {
     u = BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
@@ -1788,10 +1788,57 @@ static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
     }
 }
 
-/* Rows of integer formats, as they lie in the file (rule 2). */
+/* sum + 16 codes, which are bits of bytes, times 16 of x. This is a board's main work: Helium
+ * multiplies 16 bytes at once, a Cortex-M with DSP instructions two. */
+INLINE int32_t NAME(dot_16)(int32_t sum, const uint8_t *w, int shift, int mask, const int8_t *x)
+{
+#if defined(__ARM_FEATURE_MVE)
+    uint8x16_t code = vandq_u8(vshlq_r_u8(vldrbq_u8(w), -shift), vdupq_n_u8((uint8_t)mask));
+    return vmladavaq_s8(sum, vreinterpretq_s8_u8(code), vldrbq_s8(x));
+#elif defined(__ARM_FEATURE_SIMD32)
+    for (int j = 0; j < 16; j += 4) {
+        uint32_t a = load_u32_le(w + j) >> shift & (uint32_t)mask * 0x01010101;
+        uint32_t b = load_u32_le((const uint8_t *)x + j);
+        sum = __smlad(__sxtb16(a), __sxtb16(b), sum); /* bytes 0 and 2, then 1 and 3 */
+        sum = __smlad(__sxtb16(a >> 8 | a << 24), __sxtb16(b >> 8 | b << 24), sum);
+    }
+    return sum;
+#else
+    for (int j = 0; j < 16; j++) sum += (int8_t)(w[j] >> shift & mask) * x[j];
+    return sum;
+#endif
+}
+
+/* Rows of integer formats, as they lie in the file (rule 2). Small models are made of these two. */
+INLINE void NAME(mul_plain)(const struct product *p, int type)
+{
+    for (int r = 0; r < p->n_rows; r++)
+        for (int b = 0; b < p->cols / 32; b++) {
+            const uint8_t *block = p->rows + r * p->row_bytes + b * (type == Q4_0 ? 18 : 34);
+            const uint8_t *w = block + 2;
+            float d = f16_to_f32(load_u16_le(block));
+            for (int i = 0; i < p->n; i++) {
+                const struct q8_block *x = &p->q8[i * p->x_stride + b];
+                int32_t isum = type == Q4_0 ? NAME(dot_16)(x->minus_8_sums, w, 0, 15, x->code) :
+                                              NAME(dot_16)(0, w, 0, 255, x->code);
+                isum = type == Q4_0 ? NAME(dot_16)(isum, w, 4, 15, x->code + 16) :
+                                      NAME(dot_16)(isum, w + 16, 0, 255, x->code + 16);
+                p->acc[i][r] = fma_of((float)isum, d * x->d, p->acc[i][r]);
+            }
+        }
+}
+
 static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
+    if (f->type == Q4_0) {
+        NAME(mul_plain)(p, Q4_0);
+        return;
+    }
+    if (f->type == Q8_0) {
+        NAME(mul_plain)(p, Q8_0);
+        return;
+    }
     for (int r = 0; r < p->n_rows; r++)
         for (int b = 0; b < p->cols / 32; b++) {
             const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
