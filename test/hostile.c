@@ -374,7 +374,8 @@ static void numbers(void)
     accepted(t, "a window of 0, which means none,", 0);
     t = tiny_new(TINY_F32);
     tiny_set_f32(&t, "gemma3.attention.layer_norm_rms_epsilon", 0);
-    accepted(t, "an epsilon of 0", 1);
+    refused(t, "an epsilon of 0", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is 0, "
+            "expected more");
 }
 
 /* ---- Tensors --------------------------------------------------------------------------------- */
