@@ -297,7 +297,7 @@ struct gemma3_state {
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
     uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
     uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
     char error[256];
@@ -359,7 +359,7 @@ struct kernels {
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
     /* out [cols] = row r of w as float32, as its format defines. */
-    void (*dequantize)(const struct matrix *w, int r, float *out);
+    void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
     /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
@@ -968,7 +968,7 @@ static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *
 static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
 {
     struct matrix here = rows_in_memory(s, w, row, 1, 0);
-    s->m->kernels->dequantize(&here, w->data ? row : 0, out);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, 1, out);
 }
 
 struct matmul {
@@ -1523,19 +1523,6 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
         }
 }
 
-/* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
-static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[MAX_BLOCK_BYTES])
-{
-    const struct format *f = w->format;
-    if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
-    size_t blocks = (size_t)w->cols / f->elements, tile = (size_t)(r / TILE_ROWS) * blocks + k;
-    const uint8_t *from = w->data + tile * TILE_ROWS * f->bytes;
-    for (int j = 0; j < 3 && f->field[j].unit; j++)
-        for (int at = f->field[j].at, u = f->field[j].unit, end = at + f->field[j].bytes; at < end; at += u)
-            memcpy(buffer + at, from + TILE_ROWS * at + u * (r % TILE_ROWS), u);
-    return buffer;
-}
-
 /* ---- A tile times vectors ---- */
 
 /* Our own floats, from now on in the order of a file's bytes. */
@@ -1544,36 +1531,28 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-enum { ROWS_AT_ONCE = 4 };            /* rows dequantised for exact mode, for all vectors */
-
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
 static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
 {
     const gemma3_state *s = job->s;
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
                         .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
                         .acc = acc_of(s, worker)};
-    if (is_float(w->format)) {
-        s->m->kernels->mul_floats(&p);
-        return;
+    if (!is_float(w->format)) {
+        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
+        s->m->kernels->dequantize(w, row, n_rows, rows);
+        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
+        p.format = find_format(F32);
+        p.rows = (const uint8_t *)rows;
+        p.row_bytes = 4 * (size_t)w->cols;
     }
-    p.format = find_format(F32);
-    p.rows = (const uint8_t *)rows;
-    p.row_bytes = 4 * (size_t)w->cols;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        p.n_rows = min_int(n_rows - r, ROWS_AT_ONCE);
-        for (int a = 0; a < p.n_rows; a++) {
-            float *to = rows + (size_t)a * w->cols;
-            s->m->kernels->dequantize(w, row + r + a, to);
-            to_file_order(to, w->cols); /* mul_floats reads floats as files have them */
-        }
-        p.acc = (float (*)[TILE_ROWS])(acc_of(s, worker)[0] + r); /* p.acc[i][0] is acc[i][r] */
-        s->m->kernels->mul_floats(&p);
-    }
+    s->m->kernels->mul_floats(&p);
 }
 
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
+enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
+enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
+enum { TILE, TILE_HALVES, TILE_WIDE, NIBBLES, PANEL, PANEL_HALVES, PANEL_WIDE };
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
 struct panel {
@@ -1692,27 +1671,6 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* The values of the `gguf` package, bit for bit: each is rounded at most twice, as there. */
-static void NAME(dequantize)(const struct matrix *w, int r, float *out)
-{
-    const struct format *f = w->format;
-    uint8_t buffer[MAX_BLOCK_BYTES];
-    struct group o;
-    if (is_float(f))
-        for (int j = 0; j < w->cols; j++) out[j] = load_float(f->type, w->data + r * w->row_bytes, j);
-    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
-        const uint8_t *block = block_of_row(w, r, k, buffer);
-        for (int g = 0; g < f->elements / 32; g++, out += 32) {
-            unpack(f, block, g, &o);
-            for (int h = 0; h < 2; h++) {
-                float d = o.d * (float)o.scale[h], m = o.m * (float)o.min[h];
-                for (int j = 16 * h; j < 16 * h + 16; j++) out[j] = d * (float)o.code[j];
-                for (int j = 16 * h; f->has_min && j < 16 * h + 16; j++) out[j] += m;
-            }
-        }
-    }
-}
-
 /* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
  * the 1. */
 static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
@@ -1815,6 +1773,22 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
 }
 
 #if LANES == 1
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
+ * twice, as there. */
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    struct group o;
+    for (const uint8_t *row = w->data + r * w->row_bytes; n > 0; n--, row += w->row_bytes) {
+        for (int j = 0; is_float(f) && j < w->cols; j++) *out++ = load_float(f->type, row, j);
+        for (int b = 0; !is_float(f) && b < w->cols / 32; b++, out += 32) {
+            unpack(f, row + (size_t)(32 * b / f->elements) * f->bytes, b % (f->elements / 32), &o);
+            for (int j = 0; j < 32; j++) out[j] = o.d * (float)o.scale[j / 16] * (float)o.code[j];
+            for (int j = 0; f->has_min && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
+        }
+    }
+}
+
 /* Rows of integer formats, as they lie in the file (rule 2). */
 static void NAME(mul_codes)(const struct product *p)
 {
@@ -1878,20 +1852,45 @@ static void NAME(mix_values)(const struct mix *m)
 #define store_floats NAME(store_floats)
 #define to_floats NAME(to_floats)
 #define widen_bytes NAME(widen_bytes)
+#define widen_u16 NAME(widen_u16)
 #define widen_f16 NAME(widen_f16)
 #define widen NAME(widen)             /* LANES of F32, F16 or BF16 from memory */
 #define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
 #define splat NAME(splat)                 /* a float in every lane */
 #define mul_add NAME(mul_add)         /* a * b + c rounded once */
-#define join_floats NAME(join_floats)               /* 16 lanes as rule 4's tree */
+#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
+#define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
 #define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
 #define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
-#define dot_add_signed NAME(dot_add_signed) /* which starts with it if begin did not; w is signed */
-#define dot_end NAME(dot_end)
+#define dot_end NAME(dot_end)         /* which starts with it if begin did not */
+#define dot_wide NAME(dot_wide)       /* the same at once for w signed */
+
+#define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
+#define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
+#define TOKENS (LANES == 16 ? 6 : 4)
+#define REGISTERS 2
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#define four NAME(four)
+typedef float four __attribute__((vector_size(16)));
+#if defined(HAVE_X86)
+INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+}
+#else
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
+#endif
 
 #if LANES == 8
 /* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
@@ -1899,42 +1898,37 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
+INLINE ints widen_bytes(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 INLINE ints look_up(ints c)
 {
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
 }
-INLINE float join_floats(const floats sum[2])
-{
-    __m256 eight = (__m256)(sum[0] + sum[1]);                          /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 typedef ints dot_sum;
-#if defined(HAS_DPBUSD)
-enum { NAME(INT16_SUMS) = 0 };
+#if HAS_DOT
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); } /* not used */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
-enum { NAME(INT16_SUMS) = 1 };
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
 }
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 128 * 127 fits */
-{
-    return dot_add(sum, (ints)_mm256_abs_epi8((__m256i)w), (ints)_mm256_sign_epi8((__m256i)x, (__m256i)w));
-}
 INLINE ints dot_end(dot_sum sum, int32_t start)
 {
     return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) + start;
+}
+INLINE ints dot_wide(ints sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 128 * 127 fits */
+{
+    __m256i signed_x = _mm256_sign_epi8((__m256i)x, (__m256i)w);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signed_x);
+    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #endif
 
@@ -1943,27 +1937,20 @@ INLINE ints dot_end(dot_sum sum, int32_t start)
 INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
+INLINE ints widen_bytes(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 INLINE ints look_up(ints c)
 {
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
 }
-INLINE float join_floats(const floats sum[1])
-{
-    __m256 low = _mm512_castps512_ps256((__m512)sum[0]), high = _mm512_extractf32x8_ps((__m512)sum[0], 1);
-    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 typedef ints dot_sum;
-enum { NAME(INT16_SUMS) = 0 };
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); } /* not used */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
@@ -1971,18 +1958,18 @@ INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 INLINE floats splat(float x) { return vdupq_n_f32(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
 INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+INLINE ints widen_u16(const void *p) { return (ints)vmovl_u16(vreinterpret_u16_u8(vld1_u8(p))); }
+INLINE ints widen_bytes(const void *p)
+{
+    uint32_t u;
+    memcpy(&u, p, 4);
+    return (ints)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(u))));
+}
 INLINE ints look_up(ints c)
 {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
 }
-INLINE float join_floats(const floats sum[4])
-{
-    float32x4_t four = (sum[0] + sum[2]) + (sum[1] + sum[3]);          /* lane j + j+8, + 4 */
-    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
-}
-#if defined(HAS_DPBUSD)
-enum { NAME(INT16_SUMS) = 0 };
+#if HAS_DOT
 typedef ints dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
@@ -1991,7 +1978,6 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
-enum { NAME(INT16_SUMS) = 1 };
 typedef struct { int16x8_t low, high; } dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
@@ -2004,7 +1990,7 @@ INLINE ints dot_end(dot_sum sum, int32_t start)
     return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
 }
 #endif
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); }
+INLINE ints dot_wide(ints sum, ints w, ints x) { return sum + dot_end(dot_add(dot_begin(0), w, x), 0); }
 #endif
 
 /* The same in every instruction set. */
@@ -2012,6 +1998,17 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
+INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+{
+    const float *lane[4] = {a, b, c, d};
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
 INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
 INLINE ints repeat_4(const int8_t *p)
 {
@@ -2019,19 +2016,9 @@ INLINE ints repeat_4(const int8_t *p)
     memcpy(&x, p, 4);
     return (ints){0} + x;
 }
-INLINE ints widen_bytes(const uint8_t *p)
-{
-    uint8_t v __attribute__((vector_size(LANES)));
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, ints);
-}
 INLINE floats widen(int type, const uint8_t *p)
 {
-    if (type == F16) return widen_f16(p);
-    if (type == F32) return load_floats(p);
-    uint16_t v __attribute__((vector_size(2 * LANES)));
-    memcpy(&v, p, sizeof v);
-    return (floats)(__builtin_convertvector(v, ints) << 16);
+    return type == F16 ? widen_f16(p) : type == F32 ? load_floats(p) : (floats)(widen_u16(p) << 16);
 }
 
 /* ---- Integer formats ---- */
@@ -2043,90 +2030,73 @@ INLINE floats widen(int type, const uint8_t *p)
  * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
  * values. */
 #define prefetch NAME(prefetch)
-enum { NAME(PREFETCH_FROM) = 4, NAME(PREFETCH_AHEAD) = 8192, NAME(PREFETCH_STREAM) = 2048 };
 INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 {
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-/* Scales of LANES rows: d and m as unpack_scales makes them; scale and min of the halves. */
-struct NAME(scales) { floats d, m, scale[2], min[2]; };
-
-/* Codes 4q .. 4q+3 of group g, for each of LANES rows from row r on. From a tile ... */
+/* Codes 4q .. 4q+3 of one half, of LANES rows from row r on. */
 #define codes_of NAME(codes_of)
-INLINE ints codes_of(int type, const uint8_t *tile, int g, int q, int r)
+INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
-    struct code_bits b = find_codes(type, g, q / 4);
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
     ints c = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101;
     if (b.top_mask) c |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101) << b.up;
     if (fifth_bits(type)) /* the product copies bit k of four to the lowest bit of byte k */
         c |= ((load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15) * 0x00204081 & 0x01010101) << 4;
     if (type == IQ4_NL || type == IQ4_XS) c = look_up(c);
-    if (NAME(INT16_SUMS) == 0 && LANES > 4 && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS))
-        c ^= (int32_t)0x80808080; /* dpbusd wants code + 128 */
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) c ^= (int32_t)0x80808080;
     return c;
 }
 
-#define scales_of NAME(scales_of)
-INLINE struct NAME(scales) scales_of(int type, const uint8_t *tile, int g, int r)
+/* What unpack_scales does, for LANES rows from row r on. */
+static void NAME(unpack_scales)(int type, const uint8_t *tile, int g, int r, struct panel *o)
 {
-    struct NAME(scales) s = {.scale = {splat(1), splat(1)}, .min = {splat(1), splat(1)}};
     const uint8_t *f16 = tile + 2 * r, *bytes = tile + r;
     int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
-    s.d = s.m = widen_f16(f16 + TILE_ROWS * d_at);
-    if (type == Q4_1 || type == Q5_1) s.m = widen_f16(f16 + TILE_ROWS * 2);
-    if (type == IQ4_XS) {
-        uint16_t v __attribute__((vector_size(2 * LANES)));
-        memcpy(&v, f16 + TILE_ROWS * 2, sizeof v);
-        ints top = __builtin_convertvector(v, ints) >> 2 * g & 3;
-        s.d *= to_floats(((widen_bytes(bytes + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15) | top << 4) - 32);
-    }
-    if (type == Q2_K) {
-        s.m = -widen_f16(f16 + TILE_ROWS * 82);
-        for (int h = 0; h < 2; h++) {
-            ints both = widen_bytes(bytes + TILE_ROWS * (2 * g + h));
-            s.scale[h] = to_floats(both & 15);
-            s.min[h] = to_floats(both >> 4);
-        }
-    }
-    for (int h = 0; h < 2 && type == Q3_K; h++) {
-        int i = 2 * g + h;
-        ints low = widen_bytes(bytes + TILE_ROWS * (96 + i % 8)), top = widen_bytes(bytes + TILE_ROWS * (104 + i % 4));
-        s.scale[h] = to_floats(((low >> 4 * (i / 8) & 15) | (top >> 2 * (i / 4) & 3) << 4) - 32);
-    }
+    floats d = widen_f16(f16 + TILE_ROWS * d_at), m = d;
+    if (type == Q4_1 || type == Q5_1) m = widen_f16(f16 + TILE_ROWS * 2);
     if (type == Q4_K || type == Q5_K) {
         const uint8_t *k = bytes + TILE_ROWS * (4 + g % 4);
         ints low = widen_bytes(k), mid = widen_bytes(k + TILE_ROWS * 4), high = widen_bytes(k + TILE_ROWS * 8);
-        s.d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
-        s.m = widen_f16(f16 + TILE_ROWS * 2) * -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+        d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+        m = widen_f16(f16 + TILE_ROWS * 2) * -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
     }
-    for (int h = 0; h < 2 && type == Q6_K; h++)
-        s.scale[h] = to_floats((widen_bytes(bytes + TILE_ROWS * (192 + 2 * g + h)) ^ 128) - 128);
-    return s;
+    if (type == IQ4_XS) {
+        ints low = widen_bytes(bytes + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15;
+        d *= to_floats((low | (widen_u16(f16 + TILE_ROWS * 2) >> 2 * g & 3) << 4) - 32);
+    }
+    if (type == Q2_K) m = -widen_f16(f16 + TILE_ROWS * 82);
+    store_floats(o->d + r, d);
+    store_floats(o->m + r, m);
+    for (int h = 0; h < 2; h++) {
+        int i = 2 * g + h;
+        ints scale = {0}, min = {0};
+        if (type == Q2_K) {
+            scale = widen_bytes(bytes + TILE_ROWS * i);
+            min = scale >> 4;
+            scale &= 15;
+        } else if (type == Q3_K) {
+            ints low = widen_bytes(bytes + TILE_ROWS * (96 + i % 8)), top = widen_bytes(bytes + TILE_ROWS * (104 + i % 4));
+            scale = ((low >> 4 * (i / 8) & 15) | (top >> 2 * (i / 4) & 3) << 4) - 32;
+        } else if (type == Q6_K) {
+            scale = (widen_bytes(bytes + TILE_ROWS * (192 + i)) ^ 128) - 128;
+        } else {
+            break;
+        }
+        store_floats(o->scale[h] + r, to_floats(scale));
+        store_floats(o->min[h] + r, to_floats(min));
+    }
 }
 
-/* ... or from a panel: a group that was unpacked into memory, because several vectors need it. */
-enum { NAME(PANEL) = 100, NAME(PANEL_HALVES), NAME(PANEL_WIDE) };
-
-/* The same from a panel, */
-#define group_codes NAME(group_codes)
-INLINE ints group_codes(int kind, const uint8_t *from, int g, int q, int r)
+static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct panel *o)
 {
-    if (kind < NAME(PANEL)) return codes_of(kind, from, g, q, r);
-    return load_ints(((const struct panel *)from)->code + 4 * (TILE_ROWS * q + r));
-}
-
-#define group_scales NAME(group_scales)
-INLINE struct NAME(scales) group_scales(int kind, const uint8_t *from, int g, int r)
-{
-    if (kind < NAME(PANEL)) return scales_of(kind, from, g, r);
-    const struct panel *p = (const struct panel *)from;
-    struct NAME(scales) s = {.d = load_floats(p->d + r), .m = load_floats(p->m + r),
-                             .scale = {splat(1), splat(1)}, .min = {splat(1), splat(1)}};
-    for (int h = 0; h < 2 && kind == NAME(PANEL_HALVES); h++)
-        s.scale[h] = load_floats(p->scale[h] + r), s.min[h] = load_floats(p->min[h] + r);
-    return s;
+    for (int q = 0; q < 8; q++) {
+        struct code_bits b = find_codes(type, g, q / 4);
+        for (int r = 0; r < TILE_ROWS; r += LANES)
+            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(type, b, tile, q, r));
+    }
+    for (int r = 0; r < TILE_ROWS; r += LANES) NAME(unpack_scales)(type, tile, g, r, o);
 }
 
 /* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
@@ -2135,66 +2105,71 @@ INLINE struct NAME(scales) group_scales(int kind, const uint8_t *from, int g, in
 INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
 {
     const struct format *f = p->format;
-    const int halves = kind == Q2_K || kind == Q3_K || kind == Q6_K || kind == NAME(PANEL_HALVES);
-    const int is_wide = kind == Q8_0 || kind == IQ4_NL || kind == IQ4_XS || kind == NAME(PANEL_WIDE);
-    const int six_bits = kind == Q6_K || kind == NAME(PANEL_HALVES);
-    const int five_bits = kind == Q5_0 || kind == Q5_1 || kind == Q5_K || kind == NAME(PANEL);
-    const int per_half = halves ? 4 : 8;
-    const int flips = !NAME(INT16_SUMS) && LANES > 4, signed_codes = is_wide && !flips;
-    /* quads whose products fit int16: 8 * 2 * 15 * 127, 4 * 2 * 31 * 127, 2 * 2 * 63 * 127, 2 * 128 * 127 */
-    const int at_once = !NAME(INT16_SUMS) ? per_half : is_wide ? 1 : six_bits ? 2 : five_bits || halves ? 4 : 8;
-    const int bias = f->is_wide && flips ? 128 : f->bias;
-    const int groups = kind < NAME(PANEL) ? f->elements / 32 : 1;
-    const size_t block_bytes = kind < NAME(PANEL) ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = kind == Q4_0 && i0 == 0 && r0 == 0 && p->n >= NAME(PREFETCH_FROM);
+    const int halves = kind == TILE_HALVES || kind == PANEL_HALVES, wide = kind == TILE_WIDE || kind == PANEL_WIDE;
+    const int quads = kind == NIBBLES ? 8 : INT16_SUMS && halves ? 2 : 4;
+    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
+    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int ahead = kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
     const uint8_t *from = p->rows;
-    floats sum[8][8];
+    floats sum[8][4];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
     for (int b = 0, g = 0; b < p->cols / 32; b++) {
         const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
-        floats isum[8][8];
+        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
+        floats isum[8][4];
+        ints total[8][4];
         if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
-        UNROLL for (int half = 0; half < 1 + halves; half++) {
-            ints total[8][8];
-            UNROLL for (int q0 = 0; q0 < per_half; q0 += at_once) {
-                dot_sum part[8][8];
-                int32_t start[8];
-                UNROLL for (int i = 0; i < NT; i++) {
-                    const struct q8_block *xi = x + i * p->x_stride;
-                    start[i] = q0 ? 0 : kind == Q4_0 ? xi->minus_8_sums :
-                               -bias * (halves ? xi->sum[half] : xi->sum[0] + xi->sum[1]);
-                    UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
-                }
-                UNROLL for (int q = q0; q < q0 + at_once; q++)
-                    UNROLL for (int h = 0; h < NH; h++) {
-                        ints w = group_codes(kind, from, g, per_half * half + q, r0 + LANES * h);
-                        UNROLL for (int i = 0; i < NT; i++) {
-                            ints c = repeat_4(x[i * p->x_stride].code + 4 * (per_half * half + q));
-                            part[i][h] = signed_codes ? dot_add_signed(part[i][h], w, c) : dot_add(part[i][h], w, c);
-                        }
-                    }
-                UNROLL for (int i = 0; i < NT; i++)
-                    UNROLL for (int h = 0; h < NH; h++)
-                        total[i][h] = q0 ? total[i][h] + dot_end(part[i][h], 0) : dot_end(part[i][h], start[i]);
-            }
-            UNROLL for (int h = 0; h < NH && halves; h++) {
-                floats scale = group_scales(kind, from, g, r0 + LANES * h).scale[half];
-                UNROLL for (int i = 0; i < NT; i++)
-                    isum[i][h] = half ? mul_add(scale, to_floats(total[i][h]), isum[i][h]) : scale * to_floats(total[i][h]);
-            }
-            UNROLL for (int h = 0; h < NH && !halves; h++)
-                UNROLL for (int i = 0; i < NT; i++) isum[i][h] = to_floats(total[i][h]);
+        if (kind < NIBBLES) {
+            if (r0 == 0) prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
+            for (int h = 0; h < NH; h++) NAME(unpack_scales)(f->type, from, g, r0 + LANES * h, p->scratch);
         }
-        UNROLL for (int h = 0; h < NH; h++) {
-            struct NAME(scales) s = group_scales(kind, from, g, r0 + LANES * h);
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+        for (int q0 = 0; q0 < 8; q0 += quads) {
+            struct code_bits bits = find_codes(f->type, g, q0 / 4);
+            dot_sum part[8][4];
+            int32_t start[8];
             UNROLL for (int i = 0; i < NT; i++) {
                 const struct q8_block *xi = x + i * p->x_stride;
-                sum[i][h] = mul_add(isum[i][h], s.d * splat(xi->d), sum[i][h]);
-                if (!f->has_min) continue;
+                start[i] = kind == NIBBLES ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
+                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+            }
+            UNROLL for (int k = 0; k < quads; k++) {
+                int q = kind == NIBBLES ? k / 2 + 4 * (k % 2) : q0 + k;
+                UNROLL for (int h = 0; h < NH; h++) {
+                    int r = r0 + LANES * h;
+                    ints w = kind == NIBBLES ? (load_ints(from + TILE_ROWS * (2 + 4 * (q % 4)) + 4 * r) >> 4 * (q / 4) & 0x0f0f0f0f)
+                             : kind <= NIBBLES ? codes_of(f->type, bits, from, q, r) : load_ints(panel->code + 4 * (TILE_ROWS * q + r));
+                    UNROLL for (int i = 0; i < NT; i++) {
+                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q);
+                        if (wide) total[i][h] = dot_wide(total[i][h], w, c);
+                        else part[i][h] = dot_add(part[i][h], w, c);
+                    }
+                }
+            }
+            UNROLL for (int i = 0; i < NT && !wide; i++)
+                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
+            if (halves && (q0 + quads) % 4 == 0)
+                UNROLL for (int h = 0; h < NH; h++)
+                    UNROLL for (int i = 0; i < NT; i++) {
+                        isum[i][h] = mul_add(load_floats(panel->scale[q0 / 4] + r0 + LANES * h), to_floats(total[i][h]), isum[i][h]);
+                        total[i][h] = (ints){0};
+                    }
+        }
+        UNROLL for (int h = 0; h < NH; h++) {
+            int r = r0 + LANES * h;
+            floats d = kind == NIBBLES ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            UNROLL for (int i = 0; i < NT; i++) {
+                const struct q8_block *xi = x + i * p->x_stride;
+                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
+                if (kind == NIBBLES || !f->has_min) continue;
                 floats msum = splat(xi->d_sum);
-                if (halves) msum = mul_add(splat((float)xi->sum[1]), s.min[1], splat((float)xi->sum[0]) * s.min[0]) * splat(xi->d);
-                sum[i][h] = mul_add(s.m, msum, sum[i][h]);
+                if (halves)
+                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
+                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
+                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
             }
         }
         if (++g == groups) g = 0, from += block_bytes;
@@ -2206,121 +2181,133 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    enum { NT = LANES == 8 ? 4 : 6, NH = LANES == 4 ? 2 : 2 };
+    enum { NT = TOKENS, NH = REGISTERS, ALONE = LANES == 16 ? 2 : 4 };
     int i = 0;
-    for (; i + NT <= p->n; i += NT)
+    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
     for (; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, 1, r, NH);
+        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
 }
 
-/* One vector: codes go from the tile into registers. */
-#define mul_few NAME(mul_few)
-INLINE void mul_few(const struct product *p, int kind)
+/* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
 {
-    for (int i = 0; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += 2 * LANES) mul_part(p, kind, i, 1, r, 2);
+    const int bias = f->is_wide ? 128 : f->bias;
+    uint8_t code[TILE_ROWS][32];
+    for (int i = 0; i < n; i++)
+        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+    for (int i = 0; i < n; i++, out += cols)
+        UNROLL for (int j = 0; j < 32; j += LANES) {
+            int h = j / 16, r = r0 + i;
+            ints c = widen_bytes(code[i] + j);
+            if (f->is_wide && !FLIPS) c ^= 128;
+            floats x = splat(o->d[r] * (f->has_halves ? o->scale[h][r] : 1)) * to_floats(c - bias);
+            if (f->has_min) x += splat(o->m[r] * (f->has_halves ? o->min[h][r] : 1));
+            store_floats(out + j, x);
+        }
 }
 
-static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct panel *out)
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 {
-    for (int r = 0; r < TILE_ROWS; r += LANES) {
-        for (int q = 0; q < 8; q++) store_ints(out->code + 4 * (TILE_ROWS * q + r), codes_of(type, tile, g, q, r));
-        struct NAME(scales) s = scales_of(type, tile, g, r);
-        store_floats(out->d + r, s.d);
-        store_floats(out->m + r, s.m);
-        for (int h = 0; h < 2; h++) store_floats(out->scale[h] + r, s.scale[h]), store_floats(out->min[h] + r, s.min[h]);
+    const struct format *f = w->format;
+    const int groups = f->elements / 32;
+    const uint8_t *tile = w->data + r / TILE_ROWS * TILE_ROWS * w->row_bytes;
+    struct panel o;
+    if (!w->tiled) dequantize_scalar(w, r, n, out);
+    for (int b = 0; w->tiled && b < w->cols / 32; b++) {
+        NAME(unpack_panel)(f->type, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
+        NAME(dequantize_panel)(&o, f, r % TILE_ROWS, n, out + 32 * b, w->cols);
     }
 }
 
 static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
-    if (f->type == Q4_0) {
-        mul_all(p, Q4_0);
-        return;
-    }
-    if (p->n < 4)
-        switch (f->type) {
-        case Q4_1: mul_few(p, Q4_1); return;
-        case Q5_0: mul_few(p, Q5_0); return;
-        case Q5_1: mul_few(p, Q5_1); return;
-        case Q8_0: mul_few(p, Q8_0); return;
-        case Q2_K: mul_few(p, Q2_K); return;
-        case Q3_K: mul_few(p, Q3_K); return;
-        case Q4_K: mul_few(p, Q4_K); return;
-        case Q5_K: mul_few(p, Q5_K); return;
-        case Q6_K: mul_few(p, Q6_K); return;
-        case IQ4_NL: mul_few(p, IQ4_NL); return;
-        case IQ4_XS: mul_few(p, IQ4_XS); return;
-        }
+    const int wide = f->is_wide && !FLIPS;
     int blocks = p->cols / 32, groups = f->elements / 32;
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
-    some.rows = (const uint8_t *)p->scratch;
-    for (int b = 0; b < blocks; b += PANELS) {
-        int take = min_int(blocks - b, PANELS);
-        for (int a = 0; a < take; a++) {
-            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-            prefetch(block + NAME(PREFETCH_AHEAD) + a % groups * (block_bytes / groups), block_bytes / groups);
-            NAME(unpack_panel)(f->type, block, (b + a) % groups, p->scratch + a);
+    if (f->type == Q4_0) mul_all(p, NIBBLES);
+    else if (p->n < UNPACK_FROM && wide) mul_all(p, TILE_WIDE);
+    else if (p->n < UNPACK_FROM && f->has_halves) mul_all(p, TILE_HALVES);
+    else if (p->n < UNPACK_FROM) mul_all(p, TILE);
+    else
+        for (int b = 0; b < blocks; b += PANELS) {
+            some.cols = 32 * min_int(blocks - b, PANELS);
+            some.q8 = p->q8 + b;
+            some.rows = (const uint8_t *)p->scratch;
+            for (int a = 0; a < some.cols / 32; a++) {
+                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
+                NAME(unpack_panel)(f->type, block, (b + a) % groups, p->scratch + a);
+            }
+            if (wide) mul_all(&some, PANEL_WIDE);
+            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
+            else mul_all(&some, PANEL);
         }
-        some.cols = 32 * take;
-        some.q8 = p->q8 + b;
-        if (f->is_wide && NAME(INT16_SUMS)) mul_all(&some, NAME(PANEL_WIDE));
-        else if (f->has_halves) mul_all(&some, NAME(PANEL_HALVES));
-        else mul_all(&some, NAME(PANEL));
-    }
 }
 
 /* ---- Floats ---- */
 
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
+ * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
+ * 8). One row times one vector is a stream, and takes all lanes in one pass. */
 #define mul_floats_part NAME(mul_floats_part)
-INLINE void mul_floats_part(const struct product *p, int type, int r0, int RT, int i0, int NT)
+INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
     enum { PARTS = 16 / LANES };
-    floats sum[4][4][PARTS];
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int k = 0; k < PARTS; k++) sum[r][i][k] = splat(0);
+    const int NP = NR == 1 ? PARTS : 1, size = type == F32 ? 4 : 2, whole = p->cols & ~15;
     const uint8_t *rows = p->rows + r0 * p->row_bytes;
     const float *x = p->x + i0 * p->x_stride;
-    const int size = type == F32 ? 4 : 2;
-    int j = 0;
-    for (; j + 16 <= p->cols; j += 16)
-        UNROLL for (int k = 0; k < PARTS; k++)
-            UNROLL for (int r = 0; r < RT; r++) {
-                floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
-                UNROLL for (int i = 0; i < NT; i++)
-                    sum[r][i][k] = mul_add(w, load_floats(x + i * p->x_stride + j + LANES * k), sum[r][i][k]);
-            }
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) {
-            float lane[16];
-            if (j == p->cols) {
-                p->acc[i0 + i][r0 + r] = join_floats(sum[r][i]);
-                continue;
-            }
-            memcpy(lane, sum[r][i], sizeof lane); /* elements past the last multiple of 16 */
-            for (int jj = j; jj < p->cols; jj++)
-                lane[jj % 16] = fma_of(load_float(type, rows + r * p->row_bytes, jj), x[i * p->x_stride + jj], lane[jj % 16]);
-            p->acc[i0 + i][r0 + r] = join_lanes(lane);
+    float lane[4][4][16];
+    if (whole == 0) memset(lane, 0, sizeof lane);
+    for (int j0 = 0, end; j0 < whole; j0 = end) {
+        end = NP == PARTS ? whole : min_int(j0 + COLS_AT_ONCE, whole);
+        for (int l = 0; l < 16; l += NP * LANES) {
+            floats sum[4][4][PARTS];
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        sum[i][r][k] = j0 ? load_floats(lane[i][r] + l + LANES * k) : splat(0);
+            for (int j = j0 + l; j < end; j += 16)
+                UNROLL for (int k = 0; k < NP; k++) {
+                    floats xj[4];
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    UNROLL for (int r = 0; r < NR; r++) {
+                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                    }
+                }
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        store_floats(lane[i][r] + l + LANES * k, sum[i][r][k]);
         }
+    }
+    UNROLL for (int i = 0; i < NV; i++) {
+        for (int j = whole; j < p->cols; j++)
+            for (int r = 0; r < NR; r++)
+                lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
+                                            x[i * p->x_stride + j], lane[i][r][j % 16]);
+        float joined[4];
+        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
+    }
 }
 
 #define mul_floats_of NAME(mul_floats_of)
 INLINE void mul_floats_of(const struct product *p, int type)
 {
-    enum { RT = LANES == 16 ? 4 : 2, NT = RT };
-    int i = 0;
-    for (; i + NT <= p->n; i += NT) {
-        int r = 0;
-        for (; r + RT <= p->n_rows; r += RT) mul_floats_part(p, type, r, RT, i, NT);
-        for (; r < p->n_rows; r++)
-            for (int k = 0; k < NT; k++) mul_floats_part(p, type, r, 1, i + k, 1);
+    enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
+    int r = 0, i;
+    for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
+        for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
-    for (; i < p->n; i++)
-        for (int r = 0; r < p->n_rows; r++) mul_floats_part(p, type, r, 1, i, 1);
+    for (; r < p->n_rows; r++)
+        for (i = 0; i < p->n; i++) mul_floats_part(p, type, r, i, 1, 1);
 }
 
 static void NAME(mul_floats)(const struct product *p)
@@ -2332,36 +2319,43 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
 #define mix_part NAME(mix_part)
-INLINE void mix_part(const struct mix *m, int type, int i0, int NT)
+INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
     enum { PARTS = MIX_WIDTH / LANES };
-    floats sum[8][PARTS];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    const int size = type == F32 ? 4 : 2;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) sum[i][k] = load_floats(out + i * m->out_stride + LANES * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        const uint8_t *v = m->v + p * m->v_bytes;
-        __builtin_prefetch(v + NAME(PREFETCH_STREAM));
-        UNROLL for (int k = 0; k < PARTS; k++) {
-            floats part = widen(type, v + size * LANES * k);
-            UNROLL for (int i = 0; i < NT; i++) sum[i][k] = mul_add(splat(e[i * m->e_stride + p]), part, sum[i][k]);
+    const int NP = min_int(PARTS, NQ > 4 ? 2 : 4), size = type == F32 ? 4 : 2;
+    const float *e = m->e + q0 * m->e_stride;
+    for (int j = 0; j < MIX_WIDTH; j += NP * LANES) {
+        floats sum[8][4], v[4];
+        float *out = m->out + q0 * m->out_stride + j;
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+        for (int p = p0; p < end; p++) {
+            const uint8_t *from = m->v + p * m->v_bytes + size * j;
+            __builtin_prefetch(from + PREFETCH_STREAM);
+            UNROLL for (int k = 0; k < NP; k++) v[k] = widen(type, from + size * LANES * k);
+            UNROLL for (int q = 0; q < NQ; q++) {
+                floats ep = splat(e[q * m->e_stride + p]);
+                UNROLL for (int k = 0; k < NP; k++) sum[q][k] = mul_add(ep, v[k], sum[q][k]);
+            }
         }
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) store_floats(out + i * m->out_stride + LANES * k, sum[i][k]);
 }
 
 #define mix_of NAME(mix_of)
 INLINE void mix_of(const struct mix *m, int type)
 {
-    int i = 0;
-    for (; LANES == 16 && i + 8 <= m->n; i += 8) mix_part(m, type, i, 8);
-    for (; i + 2 <= m->n; i += 2) mix_part(m, type, i, 2);
-    for (; i < m->n; i++) mix_part(m, type, i, 1);
+    enum { MANY = LANES == 8 ? 6 : 8, FEW = LANES == 8 ? 2 : 4 };
+    for (int p = 0, end; p < m->n_pos; p = end) {
+        int q = 0;
+        end = min_int(m->n_pos, p + POSITIONS_AT_ONCE);
+        for (; q + MANY <= m->n; q += MANY) mix_part(m, type, p, end, q, MANY);
+        for (; q + FEW <= m->n; q += FEW) mix_part(m, type, p, end, q, FEW);
+        for (; q < m->n; q++) mix_part(m, type, p, end, q, 1);
+    }
 }
 
 static void NAME(mix_values)(const struct mix *m)
@@ -2380,7 +2374,7 @@ static const struct kernels NAME(kernels) = {
 
 #undef INSTANCE
 #undef LANES
-#undef HAS_DPBUSD
+#undef HAS_DOT
 
 #else /* INSTANCE is not defined */
 
@@ -2398,23 +2392,26 @@ static const struct kernels NAME(kernels) = {
 
 #define INSTANCE scalar
 #define LANES 1
+#define HAS_DOT 0
 #include "gemma3.c"
 
 #if defined(HAVE_X86)
 BEGIN_TARGET("avx2,fma,f16c")
 #define INSTANCE avx2
 #define LANES 8
+#define HAS_DOT 0
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 #define INSTANCE avxvnni
 #define LANES 8
-#define HAS_DPBUSD
+#define HAS_DOT 1
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define INSTANCE avx512vnni
 #define LANES 16
+#define HAS_DOT 1
 #include "gemma3.c"
 END_TARGET
 #endif
@@ -2422,6 +2419,7 @@ END_TARGET
 #if defined(HAVE_NEON)
 #define INSTANCE neon
 #define LANES 4
+#define HAS_DOT 0
 #include "gemma3.c"
 /* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
@@ -2436,7 +2434,7 @@ BEGIN_TARGET("arch=armv8.2-a+crypto+fp16+dotprod")
 #endif
 #define INSTANCE dotprod
 #define LANES 4
-#define HAS_DPBUSD
+#define HAS_DOT 1
 #include "gemma3.c"
 #if !defined(__clang__) || __clang_major__ >= 16
 END_TARGET
@@ -2515,25 +2513,27 @@ static int cpu_has(const char *isa)
  * flush those, or a port may read its own floats in the order of a file's. */
 static const char *kernel_fault(const struct kernels *k)
 {
-    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
-                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
-    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .row_bytes = 18, .data = block};
-    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, one[32], small[32], rows[ROWS_AT_ONCE * 32];
-    float codes[1][TILE_ROWS] = {{0}}, floats[1][TILE_ROWS] = {{0}};
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, row[32], acc[1][TILE_ROWS] = {{0}};
     uint8_t tile[18 * TILE_ROWS];
     struct q8_block q8;
-    gemma3_model m = {.kernels = k};
-    gemma3_state s = {.m = &m, .row_floats = rows, .acc = floats, .n_acc = 1};
+    struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
     make_tile(tile, block, 18, 1, 1, w.format);
     k->quantize(&q8, x, 32);
-    k->mul_codes(&(struct product){.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
-                                   .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x_stride = 1, .acc = codes});
-    mul_tile_floats(&(struct matmul){.s = &s, .x = x, .n = 1, .blocks = 1}, &w, 0, 1, 0);
-    if (bits_of(codes[0][0]) != 0x80000) return "the product with int8 codes is wrong";
-    if (bits_of(floats[0][0]) != 0x80000) return "the product with floats is wrong";
-    for (int j = 0; j < 32; j++) one[j] = 1, small[j] = floats[0][0];
-    k->rmsnorm(x, one, small, 32, 0);
-    return memcmp(x, small, sizeof x) ? "subnormal numbers are lost in vectors" : NULL;
+    k->mul_codes(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    k->dequantize(&w, 0, 1, row);
+    to_file_order(row, 32);
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)row;
+    k->mul_floats(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) x[j] = 1, row[j] = acc[0][0];
+    k->rmsnorm(x, x, row, 32, 0);
+    return memcmp(x, row, sizeof x) ? "vectors lose subnormal numbers" : NULL;
 }
 
 const char *gemma3_isa_name(int index)
@@ -3390,7 +3390,7 @@ static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
     if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
         return reject(o, ": tensor %s cannot be read", s->name);
     if (!w->data) w->data = bytes;
-    o->m->kernels->dequantize(w, 0, out);
+    o->m->kernels->dequantize(w, 0, 1, out);
     *s->norm = out;
     return 0;
 }
@@ -3500,9 +3500,8 @@ static int choose_kernels(struct opening *o)
     for (int k = 0; k < N_KERNELS; k++)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
             o->kernels = all_kernels[k];
-            o->repacks = o->kernels->tiles && !o->options.exact && !o->options.no_repack;
-            const char *fault = kernel_fault(o->kernels);
-            return fault ? fail(o->err, "this build cannot keep the numeric contract: %s", fault) : 0;
+            o->repacks = o->kernels->tiles && !o->options.no_repack;
+            return 0;
         }
     return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
@@ -3563,6 +3562,7 @@ static int open_steps(struct opening *o)
 {
     gemma3_model *m = o->m;
     const char *fault = arithmetic_fault();
+    if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
     if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
         bind_weights(o) || open_tokenizer(o))
@@ -3760,7 +3760,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, exact ? n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
     s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
     s->unread = piece(a, n_threads, 1);
 }
@@ -4004,7 +4004,7 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
     return failed;
 }
 
-/* ==== 14. Scores, sampling, SHA-256 ============================================================= */
+/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -4074,8 +4074,8 @@ static void sort(gemma3_candidate *c, int n, int by_id)
             }
 }
 
-/* Puts the k best numbers among the logits into c; returns how many there are. They gather until
- * there are 2k, then the worse half goes; runs of 256 that are below the rest are passed over. */
+/* Puts the k best numbers among logits into c; returns how many there are. They gather until there
+ * are 2k, then the worse half goes; runs of 256 below the rest are passed over. */
 static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int k)
 {
     float least = MINUS_INFINITY;
@@ -4085,20 +4085,17 @@ static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int 
         if (largest_of(logits + id, end - id) < least) continue;
         for (; id < end; id++)
             if (logits[id] >= least) c[n++] = (gemma3_candidate){logits[id], id};
-        if (n - k < k) continue;
-        sort(c, n, 0);
-        least = c[(n = k) - 1].logit;
+        if (n - k >= k) sort(c, n, 0), n = k, least = c[k - 1].logit;
     }
     if (n > k) sort(c, n, 0);
     return min_int(n, k);
 }
 
-/* Without top-k all is sorted: 45 ms for Gemma's vocabulary. The best 1,024 would nearly always do,
- * but coming back for more when they do not takes 17 lines. */
+/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
 int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
-    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, r = s->repeat_penalty;
+    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, seen = 0, r = s->repeat_penalty;
     int k = s->temperature > 0 ? n_vocab : 1, n_kept = 0;
     if (s->top_k > 0) k = min_int(k, s->top_k);
     for (int j = 0, first = 0; j < min_int(s->n_last, GEMMA3_PENALTY_WINDOW); j++, first = 0) {
@@ -4117,18 +4114,16 @@ int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_cand
     int32_t chosen = n > 0 ? c[0].id : 0;
     if (k > 1 && top - top == 0) {
         for (; n_kept < n && (n_kept == 0 || sum < limit); n_kept++) {
-            float e = exp_f32((c[n_kept].logit - top) / s->temperature);
+            float e = c[n_kept].logit = exp_f32((c[n_kept].logit - top) / s->temperature);
             sum += e;
             kept += e >= s->min_p ? e : 0;
-            c[n_kept].logit = e;
         }
         s->rng ^= s->rng >> 12; /* xorshift64* */
         s->rng ^= s->rng << 25;
         s->rng ^= s->rng >> 27;
         float u = (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f * kept;
-        sum = 0;
-        for (int j = 0; j < n_kept && !(sum > u); j++)
-            if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
+        for (int j = 0; j < n_kept && !(seen > u); j++)
+            if (c[j].logit >= s->min_p) seen += c[j].logit, chosen = c[j].id;
     }
     fp_leave(fp);
     return chosen;
@@ -4138,7 +4133,7 @@ int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_cand
 
 static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-/* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
+/* The first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -4188,9 +4183,8 @@ void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
-        for (int shift = 0; shift < 32; shift += 8)
-            gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i]) >> shift)}, 1);
+    for (size_t i = 0; i < 4 * n; i++)
+        gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
@@ -4201,8 +4195,7 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
     c->block[14] = (uint32_t)(n_bits >> 32);
     c->block[15] = (uint32_t)n_bits;
     sha256_block(c);
-    for (int i = 0; i < 64; i++)
-        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> 4 * (7 - i % 8) & 15];
     hex[64] = 0;
 }
 
@@ -4613,25 +4606,21 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
 /* ---- Command line: what is asked of the system ---- */
 
-/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
- * one variable of the program that does not live in a struct. */
+/* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
+ * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
+static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
-static void note_interrupt(int signal_number)
-{
-    interrupted = 1;
-    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
-}
+#if !defined(_WIN32)
+#include <unistd.h>
 
-/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
- * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
- * that goes away, or a file beyond its limit, is an error of writing. */
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
 static char **start_program(char **argv)
 {
     for (int fd = 0; fd < 3; fd++)
@@ -4641,10 +4630,7 @@ static char **start_program(char **argv)
     return argv;
 }
 
-static int is_terminal(FILE *f)
-{
-    return isatty(fileno(f));
-}
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 static double seconds(void)
 {
@@ -4661,16 +4647,104 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links; where we lie ourselves, when the name of the program is given. */
-static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+/* Where a path leads through links, or, when there is nothing, the other one. */
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
-    char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
-    if (!found) found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    char *found = realpath(path, NULL);
+    if (!found) found = realpath(otherwise, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
     free(found);
 }
 
-/* ---- Command line: messages ---- */
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+enum { MAX_WIDE = 32768 };
+
+/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
+static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
+{
+    static const wchar_t mark[] = L"\\\\?\\";
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    wcscpy(wide, mark);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    return wide;
+}
+
+/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
+static char *narrow(const wchar_t *wide)
+{
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = calloc(1, (size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text ? text : "";
+}
+
+static char **start_program(char **argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    return text ? text : argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    wchar_t wide[MAX_WIDE];
+    if (_wstat64(widen(path, wide), &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
+{
+    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
+    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
+    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
+    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
+    return _wfopen(widen(path, wide), wide_mode);
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    wchar_t a[MAX_WIDE], b[MAX_WIDE];
+    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
+}
+
+static void remove_file(const char *path)
+{
+    wchar_t wide[MAX_WIDE];
+    DeleteFileW(widen(path, wide));
+}
+
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
 
 /* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
@@ -4708,8 +4782,7 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* What was written gets out, or we say why not: errno is that of the write that failed, now or
- * before. A reader that has gone away knows. */
+/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
 static void flush(FILE *f, const char *name)
 {
     if (fflush(f) == 0 && !ferror(f)) return;
@@ -4719,24 +4792,19 @@ static void flush(FILE *f, const char *name)
 
 /* ---- Command line: the options ---- */
 
-/* The help is also the table of options: a line of two spaces, the name and, after one more, its
- * value, which may be absent when it stands in [ ]. */
+/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
-    "logits, on every machine and with every other option.",
-    "\nWhat to read:",
+    "logits, on every machine and with every other option.\n\nWhat to read:",
     "  -m MODEL             a Gemma 3 GGUF; default: the small one in weights/",
     "  -p TEXT              continue TEXT, as it stands, after <bos>",
     "  -f FILE              continue the text in FILE; - is stdin",
     "  --ids FILE           continue the ids in FILE as they are; - is stdin",
-    "  -i                   chat; /clear forgets, /quit ends, Ctrl-C stops an answer, a line that",
-    "                       ends in \\ goes on in the next",
+    "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
     "  --system TEXT        put before the first turn of a chat",
-    "  --state FILE         keep what the prompt, or --system, computes for the next time",
     "  --special            control tokens are read and printed as their text",
-    "  --no-bos             no <bos> before the text",
-    "\nWhat to write:",
+    "  --no-bos             no <bos> before the text\n\nWhat to write:",
     "  -n N                 tokens to generate; default: until a stop token or a full context",
     "  --temp T             temperature; 0: always the likeliest; default 1",
     "  --top-k K            choose among the K likeliest; 0: all; default 64",
@@ -4747,13 +4815,11 @@ static const char *const help[] = {
     "  --stop TEXT          end before TEXT; may be given several times",
     "  --out-ids            print the ids generated, without the stop token, not their text",
     "\nNumbers instead of text (nothing is generated unless -n is given):",
-    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout, and what",
-    "                       else is asked for goes to stderr",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout",
     "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
     "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
     "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
-    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"",
-    "\nHow to compute:",
+    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
     "  -c N                 context in tokens; default: the model's, at most 4096",
     "  -t N                 threads; default: physical cores",
     "  -b N                 tokens of the prompt taken at once; default 512",
@@ -4761,36 +4827,33 @@ static const char *const help[] = {
     "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
     "  --isa NAME           force kernels; list: those that this CPU can run",
     "  --no-repack          weights where they lie in the file: opens faster, runs slower",
-    "  --obey-file          also where its keys contradict what the model is",
-    "\nAbout:",
+    "  --obey-file          also where its keys contradict what the model is\n\nAbout:",
     "  --info               the model's hyperparameters, and memory in bytes",
     "  --version            of the program and of the numeric contract",
-    "  --help               this text",
-    "\nScores and tensors inside: make conform, then test/conform.",
+    "  --help               this text\n",
+    "Scores and tensors inside: make conform, then test/conform.",
     "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
 /* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
 static const char *next_option(char ***args, const char **value)
 {
-    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
     const char *arg = *(*args)++, *next = **args, *form = NULL;
-    int n = (int)(strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg));
+    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
     for (int i = 0; help[i] && !form; i++)
-        if (n > 1 && strncmp(help[i] + 2, arg, (size_t)n) == 0 && help[i][n + 2] == ' ')
-            form = help[i] + 2;
-    for (int i = 0; i < 5 && !form; i++)
-        if ((int)strlen(moved[i]) == n && memcmp(moved[i], arg, (size_t)n) == 0)
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(arg + 2, "-="), arg + 2);
+        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
+    if (!form && n > 4 && strstr(moved, arg))
+        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+            (int)strcspn(arg + 2, "-"), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    int has_value = form[n + 1] != ' ', may_lack = form[n + 1] == '[';
+    const char *what = form + n + 1;
     *value = "";
-    if (arg[n] == '=' && !has_value) say(WRONG, "%.*s takes no value", n, arg);
+    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
     if (arg[n] == '=') *value = arg + n + 1;
-    else if (has_value && next && !(may_lack && *next == '-')) *value = *(*args)++;
-    else if (has_value && !may_lack)
-        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(form + n + 1, " "), form + n + 1);
+    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
+    else if (*what != ' ' && *what != '[')
+        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
     return form;
 }
 
@@ -4806,24 +4869,21 @@ static const char *option(char **args, const char *name)
     return last;
 }
 
-enum number_kind { REAL, WHOLE };
-
-static double number(char **args, const char *name, enum number_kind kind, double least,
-                     double most, double otherwise)
+static double number(char **args, const char *name, int is_whole, double least, double most,
+                     double otherwise)
 {
     const char *text = option(args, name);
     char *end;
     if (!text) return otherwise;
     double x = strtod(text, &end);
-    int is_wrong = end == text || *end || (kind == WHOLE && text[strspn(text, "0123456789")]);
-    if (is_wrong || !(x >= least && x <= most))
+    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+        !(x >= least && x <= most))
         say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
-            kind == WHOLE ? "whole number" : "number", least, most);
+            is_whole ? "whole number" : "number", least, most);
     return x;
 }
 
-/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
- * is something else. */
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
 static int next_number(const char **list, int *x)
 {
     static const char between[] = ", \t\r\n\v\f";
@@ -4837,33 +4897,6 @@ static int next_number(const char **list, int *x)
     *list = end;
     *x = (int)number;
     return 1;
-}
-
-/* One thing to do, and nothing that would have no effect. */
-static void check_options(char **args)
-{
-    static const char *const jobs[] = {"-p", "-f", "--ids", "-i", "--tokenize", "--detokenize",
-                                       "--info"};
-    const char *tokenize = option(args, "--tokenize");
-    int n_jobs = 0, has_prompt = 0, numbers = option(args, "--logits") || option(args, "--hash");
-    for (int i = 0; i < 7; i++) {
-        n_jobs += option(args, jobs[i]) != NULL;
-        if (i == 2) has_prompt = n_jobs && !tokenize;
-    }
-    if (tokenize && !*tokenize && option(args, "-f")) n_jobs--; /* the text of -f */
-    const char *kv = option(args, "--kv");
-    if (n_jobs > 1)
-        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
-            "--info, not several");
-    if (n_jobs == 0)
-        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
-            "or chat with -i");
-    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", kv);
-    if (numbers && !has_prompt) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!option(args, "-i") && option(args, "--system")) say(WRONG, "--system needs -i");
-    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
 }
 
 /* ---- Command line: a session, which is an opened model and all that goes with it ---- */
@@ -4885,10 +4918,10 @@ struct session {
     int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits or --state, which until it is whole has */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* another name, but devices and pipes */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing held back that */
-    char held[MAX_STOP_BYTES + 1]; /* may begin a --stop text */
+    FILE *out, *file;        /* of text; of --logits, which until it is whole has another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* (devices and pipes have not) */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
     int n_printed, stopped;  /* ids of this text; a --stop text came */
     int fault;               /* first position whose logits are not numbers, or -1 */
@@ -4896,43 +4929,49 @@ struct session {
     double read_seconds, write_seconds;
 };
 
-/* What can be said to be wrong before the model is opened. */
+/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
 static void read_options(struct session *s)
 {
     char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *isa = option(args, "--isa"), *stop;
-    const char *logits = option(args, "--logits");
-    s->out = logits && strcmp(logits, "-") == 0 ? stderr : stdout;
+    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
+    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
+    int threads = gemma3_default_threads(), n = 0;
+    int numbers = option(args, "--logits") || option(args, "--hash");
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
     s->chats = option(args, "-i") != NULL;
+    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
-    s->n_predict = (int)number(args, "-n", WHOLE, 0, INT_MAX, -1);
-    s->params.n_ctx = (int)number(args, "-c", WHOLE, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(args, "-b", WHOLE, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(args, "-t", WHOLE, 1, GEMMA3_MAX_THREADS,
-                                      gemma3_default_threads());
+    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
+    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
     if (seed && (*seed < '0' || *seed > '9' || *end || errno))
         say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
-    s->sampler.temperature = (float)number(args, "--temp", REAL, 0, 1e6, 1);
-    s->sampler.top_k = (int)number(args, "--top-k", WHOLE, 0, INT_MAX, 64);
-    s->sampler.top_p = (float)number(args, "--top-p", REAL, 0, 1, 0.95);
-    s->sampler.min_p = (float)number(args, "--min-p", REAL, 0, 1, 0);
-    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", REAL, 1e-6, 1e6, 1);
-    for (int n = 0; *args;) {
+    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    while (*args) {
         if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
         if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
         if (!*stop || strlen(stop) > MAX_STOP_BYTES)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
         s->stop[n++] = stop;
     }
-    char list[256] = "";
-    for (int i = 0; isa && gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
-        snprintf(list + strlen(list), sizeof list - strlen(list), " %s", gemma3_isa_name(i));
-    }
-    if (isa) say(WRONG, "--isa %s: this CPU can run%s", isa, list);
 }
 
 static void open_model(struct session *s, const char *path, int computes)
@@ -4958,10 +4997,9 @@ static void open_model(struct session *s, const char *path, int computes)
     s->params.pool = s->pool;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
-
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
-    size_t need = gemma3_state_size(s->model, &s->params), limit = gemma3_memory_limit();
+    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
+    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
             "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
@@ -4978,13 +5016,12 @@ static void open_model(struct session *s, const char *path, int computes)
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
     if (!f) say(FAILED, "%s: %s", path, strerror(errno));
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
-        if (size < (long long)room) size = (long long)room;
-        if (size > MAX_TEXT_BYTES)
+        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
@@ -5011,12 +5048,11 @@ static void encode_text(struct session *s, const char *text, size_t n)
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
     const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
-    int id, found;
+    int id, found, last = s->config->n_vocab - 1;
     s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
-        if (id < 0 || id >= s->config->n_vocab)
-            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id,
-                s->config->n_vocab - 1);
+        if (id < 0 || id > last)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id, last);
         s->ids[s->n_ids++] = id;
     }
     if (found < 0 || left < text + n)
@@ -5037,35 +5073,18 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-/* ---- Command line: files out ---- */
-
-static void open_out(struct session *s, const char *path)
+static void open_logits(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
-    FILE *old = size >= 0 ? fopen(path, "r+b") : NULL; /* what may not be written stays */
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, 0, s->path);
+    real_path(path, path, s->path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? fopen(s->part, "wb") : NULL;
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
-}
-
-static int write_out(void *session, const void *bytes, size_t n)
-{
-    struct session *s = session;
-    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
-    if (strcmp(s->part, s->path) != 0) remove(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
-    return -1;
-}
-
-static void close_out(struct session *s)
-{
-    if (s->file != stdout && (fclose(s->file) || rename(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
 /* --positions, or all. */
@@ -5091,23 +5110,16 @@ static void choose_rows(struct session *s)
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
-    size_t n = (size_t)s->config->n_vocab;
-    for (size_t i = 0; i < 4 * n; i++) {
+    size_t n = 4 * (size_t)s->config->n_vocab;
+    for (size_t i = 0; i < n; i++) {
         uint32_t u;
         memcpy(&u, &row[i / 4], 4);
         bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
-    gemma3_sha256_add(&s->sha256, bytes, 4 * n);
-    if (s->file) write_out(s, bytes, 4 * n);
-}
-
-/* ---- Command line: tokens in, text out ---- */
-
-static int are_numbers(const float *x, size_t n)
-{
-    int all = 1;
-    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
-    return all;
+    gemma3_sha256_add(&s->sha256, bytes, n);
+    if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
 }
 
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
@@ -5117,9 +5129,10 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
-            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    for (int r = 0, is_good = 1; r < n_rows && s->fault < 0; r++) {
+        for (size_t i = 0; i < n_vocab; i++) is_good &= !!isfinite(s->logits[r * n_vocab + i]);
+        if (!is_good) s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    }
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5141,31 +5154,6 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     s->read_seconds += seconds() - start;
 }
 
-static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
-{
-    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
-}
-
-/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
-static int keep_tokens(struct session *s, const char *path, const int32_t *ids, int n)
-{
-    gemma3_error err;
-    FILE *f = fopen(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
-    if (f) fclose(f);
-    int pos = gemma3_state_pos(s->state);
-    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
-    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    if (pos > 0 || n == 0) return pos;
-    gemma3_state_reset(s->state);
-    read_tokens(s, ids, n);
-    open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
-    close_out(s);
-    return n;
-}
-
 static void print_byte(struct session *s, char byte)
 {
     if (s->stopped) return;
@@ -5184,29 +5172,26 @@ static void print_byte(struct session *s, char byte)
 /* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
 static int print_token(struct session *s, int32_t id)
 {
-    char piece[GEMMA3_PIECE_MAX], character[8];
-    int32_t spelled;
+    char piece[GEMMA3_PIECE_MAX], c[8];
+    int32_t spelled = -1;
     int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
-    for (const char **t = s->stop; n == 0 && *t; t++)
-        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
-            spelled == id)
-            return 0;
-    if (gemma3_is_stop(s->tokenizer, id)) return 0;
-    for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++) print_byte(s, character[k]);
-    }
+    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
+        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
+            spelled = -1;
+    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
+    for (int i = 0; i < n; i++)
+        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
+            print_byte(s, c[k]);
     if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
     flush(s->out, "standard output");
     return 1;
 }
 
-/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
- * because the conversation goes on after it. */
+/* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
     double start = seconds();
-    char character[8];
+    char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
     s->n_held = 0, s->n_printed = s->stopped = 0;
     for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
@@ -5218,8 +5203,7 @@ static void write_tokens(struct session *s)
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    int n = gemma3_utf8_end(&s->utf8, character);
-    for (int i = 0; i < n; i++) print_byte(s, character[i]);
+    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
     if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
     flush(s->out, "standard output");
@@ -5234,7 +5218,6 @@ static void write_tokens(struct session *s)
 static void continue_prompt(struct session *s)
 {
     const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
-    const char *state = option(s->args, "--state");
     char hex[65];
     read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
@@ -5243,40 +5226,42 @@ static void continue_prompt(struct session *s)
             s->n_ids, s->params.n_ctx, s->n_ids);
     gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
-    if (logits && s->out == stderr) s->file = stdout;
-    else if (logits) open_out(s, logits);
-    int n_kept = state ? keep_tokens(s, state, s->ids, s->n_ids - 1) : 0;
-    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
-    if (logits) close_out(s);
+    if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
+    else if (logits) open_logits(s, logits);
+    read_tokens(s, s->ids, s->n_ids);
+    if (s->file && s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
     gemma3_sha256_end(&s->sha256, hex);
     if (hash)
         fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
                 gemma3_model_is_exact(s->model) ? "exact" : "default",
                 s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
-    else s->n_read = 0;
+    else s->n_read = 0; /* its speed is of no interest */
 }
 
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
     const gemma3_params *p = &s->params;
-    const struct { const char *name, *key; double value; } fields[] = {
-        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
-        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
-        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
-        {"head_dim", "attention.key_length", c->head_dim}, {"n_ctx_train", "", c->n_ctx_train},
-        {"window", "attention.sliding_window", c->window}, {"rms_eps", "", c->rms_eps},
+    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+        {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
+        {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
+        {"n_ctx_train", "context_length", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window},
+        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
         {"rope_base_global", "rope.freq_base", c->rope_base_global},
         {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
         {"rope_factor", "rope.scaling.factor", c->rope_factor},
-        {"query_scale", "attention.scale", c->query_scale}, {"embedding_scale", "", c->embedding_scale},
+        {"query_scale", "attention.scale", c->query_scale},
+        {"embedding_scale", "", c->embedding_scale},
         {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
     print_safe(stdout, gemma3_model_name(s->model));
-    printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
-    printf("contract               %d\nmode                   %s\nisa                    %s\n",
+    printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
+           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
            GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
            gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
@@ -5288,23 +5273,23 @@ static void print_info(const struct session *s)
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    printf("\nweights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
-           p->n_batch, p->n_threads);
+    printf("\nweights                %zu bytes, %zu read for each token generated\n"
+           "KV cache               %zu bytes for -c %d in %s\n"
+           "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
+           p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
-    const char *system = option(s->args, "--system"), *state = option(s->args, "--state");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0, n_bare = 0;
+    const char *system = option(s->args, "--system");
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
-    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
+    int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
+    int n = room > MAX_TEXT_BYTES ? -2 :
+            gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
     if (n > left) {
@@ -5312,12 +5297,9 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return free(ids), 0;
     }
-    if (state && pos == 0) n_bare = gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room);
-    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* what depends not on text */
-    if (n_kept) n_kept = keep_tokens(s, state, ids, n_kept);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
-    read_tokens(s, ids + n_kept, n - n_kept);
+    read_tokens(s, ids, n);
     write_tokens(s);
     signal(SIGINT, SIG_DFL);
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
@@ -5340,69 +5322,32 @@ static char *read_line(void)
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
-    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
-    free(line);
-    return NULL;
+    return free(line), NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says. */
-static void check_template(const struct session *s)
-{
-    static const char *const more[] = {"source_lang_code", "developer", "tools", "<start_of_turn>"};
-    size_t n = 0;
-    const char *text = gemma3_model_chat_template(s->model, &n);
-    if (!text)
-        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    for (int i = 0; text && i < 4; i++) {
-        size_t length = strlen(more[i]), at = 0;
-        while (at + length <= n && memcmp(text + at, more[i], length) != 0) at++;
-        if ((at + length <= n) != (i == 3))
-            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
-                i == 3 ? "has no" : "asks for", more[i]);
-    }
-}
-
-/* A full context ends the chat, unless somebody is there to type /clear. */
+/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
+ * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    int goes_on = 1;
+    size_t n = 0, at = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
-    check_template(s);
-    while (goes_on && s->fault < 0 && (line = read_line())) {
+    while (at + 15 <= n && memcmp(template + at, "<start_of_turn>", 15) != 0) at++;
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    else if (at + 15 > n)
+        say(NOTE, "the file's chat template has no <start_of_turn>: turns here are Gemma's");
+    for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
         else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
-        free(line);
     }
 }
 
-/* The library calls this with every tensor inside. */
-static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
-{
-    char *first = user;
-    (void)pos;
-    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
-    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
-}
-
-/* The same tokens again, tensor by tensor. */
-static void explain_fault(struct session *s)
-{
-    char first[64] = "";
-    gemma3_error err;
-    s->params.trace = find_fault, s->params.trace_user = first;
-    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
-    if (again)
-        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
-    int best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
-    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        best ? "" : ": try --kv f32 or --exact",
-        *first ? "; the first tensor to hold what is none was " : "", first);
-}
-
-/* Everything but --help and the like. */
+/* Everything that needs a model. */
 static void run_job(struct session *s, const char *path)
 {
     const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
@@ -5420,7 +5365,9 @@ static void run_job(struct session *s, const char *path)
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
-    if (s->fault >= 0) explain_fault(s);
+    if (s->fault >= 0)
+        say(FAILED, "logits are not numbers at position %d%s", s->fault, s->params.kv_type ==
+            GEMMA3_KV_F32 && gemma3_model_is_exact(s->model) ? "" : ": try --kv f32 or --exact");
     if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
@@ -5431,23 +5378,20 @@ static void run_job(struct session *s, const char *path)
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
-/* The model that comes with the program lies in weights/ or beside it, or where we are. */
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
-    char real[MAX_PATH_BYTES];
-    real_path(program, 1, real);
-    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
-                 real, i % 2 ? "" : "weights/");
-        if (file_size(path) >= 0) return;
-    }
-    say(WRONG, "no model: give -m MODEL.gguf");
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path("/proc/self/exe", program, path); /* however it was started */
+    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 int main(int argc, char **argv)
 {
-    struct session s = {.args = start_program(argv) + (argc > 0), .fault = -1};
+    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
     const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
     char found[MAX_PATH_BYTES];
     if (option(s.args, "--help")) {
@@ -5457,7 +5401,6 @@ int main(int argc, char **argv)
     } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
-        check_options(s.args);
         read_options(&s);
         if (!path) find_model(argc > 0 ? argv[0] : "", found);
         run_job(&s, path ? path : found);

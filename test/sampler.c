@@ -204,7 +204,7 @@ static void many_tokens(void)
     }
 }
 
-/* At a high temperature neighbouring logits have equal weights; their order is still the logits'. */
+/* At a high temperature neighbouring logits have equal weights; the logits still order them. */
 static void order_is_by_logit(void)
 {
     const float near[] = { 1, 1.00000012f }, penalized[] = { 1, 2 };
@@ -216,7 +216,7 @@ static void order_is_by_logit(void)
         int32_t id = next(&s, near, 2);
         if (u < 0.5f) n_low++, n_first += id == 1;
     }
-    ok(n_low > 50 && n_first == n_low, "of equal weights the one with the larger logit comes first");
+    ok(n_low > 50 && n_first == n_low, "of equal weights the larger logit comes first");
     gemma3_sampler s = plain(1);
     s.temperature = 100, s.top_p = 0, s.repeat_penalty = 2;
     gemma3_sampler_accept(&s, 1);
@@ -244,7 +244,8 @@ static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
         c[i] = (gemma3_candidate){ logits[i], i };
         for (int j = 0; j < GEMMA3_PENALTY_WINDOW && j < s->n_last; j++)
             if (s->last[j] == i) {
-                c[i].logit = logits[i] > 0 ? logits[i] / s->repeat_penalty : logits[i] * s->repeat_penalty;
+                float r = s->repeat_penalty;
+                c[i].logit = logits[i] > 0 ? logits[i] / r : logits[i] * r;
                 break;
             }
         if (isnan(c[i].logit)) c[i].logit = -float_of(0x7f800000);
@@ -253,7 +254,8 @@ static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
     int n_left = s->top_k && s->top_k < n ? s->top_k : n, k = 0;
     if (n_left == 1 || isinf(c[0].logit)) return c[0].id;
     for (int i = 0; i < n; i++) e[i] = 0;
-    for (int i = 0; i < n_left; i++) e[c[i].id] = exp_f32((c[i].logit - c[0].logit) / s->temperature);
+    for (int i = 0; i < n_left; i++)
+        e[c[i].id] = exp_f32((c[i].logit - c[0].logit) / s->temperature);
     for (int i = 0; i < n; i++) lane[i % 16] += e[i];
     float limit = s->top_p * join_lanes(lane);
     while (k < n_left && (k == 0 || sum < limit)) sum += e[c[k++].id];
@@ -298,7 +300,7 @@ static void as_the_plainest_form(void)
         gemma3_sampler s = plain((uint64_t)i);
         s.top_k = top_k[i % 7], s.top_p = top_p[i / 2 % 5], s.min_p = min_p[i / 3 % 4];
         s.temperature = temperature[i / 5 % 4], s.repeat_penalty = penalty[i / 11 % 3];
-        for (int j = 0; j < 80; j++) gemma3_sampler_accept(&s, (int32_t)((uint32_t)(i * j) % (2 * n_vocab)));
+        for (int j = 0; j < 80; j++) gemma3_sampler_accept(&s, i * j % (2 * n_vocab));
         gemma3_sampler t = s;
         for (int k = 0; k < 3; k++, n++) {
             int32_t id = next(&s, logits, n_vocab);
@@ -370,9 +372,10 @@ static void sums_of_scores(void)
             if (row % 11 == 1) logits[n / 2] = float_of(0xff800000);
             if (row % 13 == 1) logits[n / 2] = float_of(0x7fc00000);
             if (row % 17 == 1) logits[n / 2] = float_of(0x7f800000);
-            if (row % 19 == 1) for (int j = 0; j < n; j += 7) logits[j] = -690.0f - (float)(j % 3) / 64;
+            for (int j = 0; row % 19 == 1 && j < n; j += 7) logits[j] = -690 - (float)(j % 3) / 64;
             float max = largest_of(logits, n);
-            double want = sum_exp_defined(logits, n, max), got = all_kernels[k]->sum_exp(logits, n, max);
+            double want = sum_exp_defined(logits, n, max);
+            double got = all_kernels[k]->sum_exp(logits, n, max);
             n_same += !memcmp(&got, &want, sizeof got) || (isnan(got) && isnan(want));
         }
         is_int(n_same, n_rows, "%s: the sum under a score is the definition's, bit for bit",

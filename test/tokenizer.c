@@ -244,6 +244,114 @@ static void long_texts(void)
     small_free(s);
 }
 
+/* ---- Any bytes, any vocabulary, any numbers -------------------------------------------------- */
+
+static uint32_t next_random(uint32_t *random)
+{
+    *random = *random * 1664525u + 1013904223u;
+    return *random >> 8;
+}
+
+/* Whether n bytes become ids of the vocabulary, at most n, that decode to the same bytes. */
+static int comes_back(const gemma3_tokenizer *t, const char *text, size_t n)
+{
+    static int32_t ids[4096];
+    char out[GEMMA3_PIECE_MAX];
+    int n_ids = gemma3_encode(t, text, n, 0, ids, 4096);
+    size_t at = 0;
+    if (n_ids < 0 || (size_t)n_ids > n) return 0;
+    for (int i = 0; i < n_ids; i++) {
+        size_t length = (size_t)gemma3_decode(t, ids[i], 0, out);
+        if (ids[i] < 0 || length > n - at || memcmp(out, text + at, length)) return 0;
+        at += length;
+    }
+    return at == n;
+}
+
+/* Bytes of all kinds: any, letters of the vocabulary, beginnings of tokens, broken characters. */
+static void any_bytes(void)
+{
+    static const char *const parts[] = {
+        "the", " cat", "\n\n", "  ", "<unused7>", "</s>", "<eos>", "<0x41>", "\xE2\x96",
+        "\xF0\x9F\xA4\x97", "\xED\xA0\x80", "aaa", "\xFF", "<start_of_", "[tool]s", "\xC3"};
+    struct small *s = example();
+    uint32_t random = 1;
+    int n_same = 0, n_texts = 3000;
+    for (int k = 0; k < n_texts; k++) {
+        char text[512];
+        size_t n = 0, want = next_random(&random) % 400;
+        while (n < want) {
+            uint32_t r = next_random(&random);
+            const char *part = parts[r % 16];
+            if (r >> 4 & 1) text[n++] = (char)(r >> 8); /* zero bytes, too */
+            else for (size_t i = 0; part[i]; i++) text[n++] = part[i];
+        }
+        for (size_t i = 0; i + 3 <= n; i++) /* U+2581 comes back as a space: none here */
+            if (!memcmp(text + i, MARK, 3)) text[i] = 'x';
+        n_same += comes_back(s->tokenizer, text, n);
+    }
+    is_int(n_same, n_texts, "any bytes come back from their ids, which are no more");
+    small_free(s);
+}
+
+static void any_numbers(void)
+{
+    struct small *s = example();
+    const gemma3_tokenizer *t = s->tokenizer;
+    int32_t ids[4], outside[] = {-1, INT32_MIN, INT32_MAX, s->vocab.n_vocab};
+    char out[GEMMA3_PIECE_MAX];
+    for (int i = 0; i < 4; i++)
+        ok(gemma3_decode(t, outside[i], GEMMA3_SPECIAL, out) == 0 && !gemma3_is_stop(t, outside[i]),
+           "id %ld decodes to nothing and does not stop", (long)outside[i]);
+    is_int(gemma3_encode(t, "the", 3, 0, ids, 0), -1, "no room for ids: -1");
+    is_int(gemma3_encode(t, "the", 3, 0, ids, -5), -1, "nor less than none");
+    is_int(gemma3_encode(t, "", 0, 0, ids, 0), 0, "but no text needs no room");
+    is_int(gemma3_encode(t, "the", ((size_t)1 << 29) + 1, 0, ids, 4), -2, "above 2^29 bytes: -2");
+    is_int(gemma3_encode(t, "the", (size_t)INT32_MAX + 1, 0, ids, 4), -2, "one above 2^31");
+    is_int(gemma3_encode(t, "the", SIZE_MAX, 0, ids, 4), -2, "one as large as can be");
+    small_free(s);
+}
+
+/* Vocabularies of random bytes, lengths, scores and types open, and give ids of their own. */
+static void any_vocabulary(void)
+{
+    uint32_t random = 3;
+    int n_right = 0, n_vocabularies = 300;
+    for (int k = 0; k < n_vocabularies; k++) {
+        static char bytes[MAX_PIECES][8];
+        struct small *s = small_new();
+        int n_pieces = 1 + (int)(next_random(&random) % (MAX_PIECES - 1)), right = 1;
+        for (int i = 0; i < n_pieces; i++) {
+            uint32_t r = next_random(&random);
+            for (int j = 0; j < 8; j++) {
+                uint32_t byte = next_random(&random);
+                bytes[i][j] = r & 1 ? (char)byte : " \n<>a\xE2\x96\x81"[byte % 8];
+            }
+            float score = r & 2 ? float_of(r << 8) : (float)(r >> 4);
+            int32_t id = add_piece(s, "", score, (int)(r >> 4 & 7));
+            s->text[id] = bytes[i];
+            s->length[id] = r >> 8 & 7;
+        }
+        int32_t stop = (int32_t)next_random(&random) - 100;
+        s->vocab.bos = s->vocab.unknown = n_pieces - 1;
+        s->vocab.stop = &stop, s->vocab.n_stop = 1;
+        build_tokenizer(s);
+        for (int i = 0; s->tokenizer && i < 20; i++) {
+            char text[300];
+            int32_t ids[302];
+            for (int j = 0; j < 300; j++)
+                text[j] = bytes[next_random(&random) % (uint32_t)n_pieces][j % 8];
+            int flags = GEMMA3_BOS | (i & 1 ? GEMMA3_SPECIAL : 0);
+            int n = gemma3_encode(s->tokenizer, text, 300, flags, ids, 302);
+            right &= n >= 0 && n <= 301;
+            for (int j = 0; j < n; j++) right &= ids[j] >= 0 && ids[j] < n_pieces;
+        }
+        n_right += s->tokenizer && right;
+        small_free(s);
+    }
+    is_int(n_right, n_vocabularies, "any vocabulary opens, and any text has ids in it");
+}
+
 /* ---- Ids to text ----------------------------------------------------------------------------- */
 
 static void is_decoded(const struct small *s, int32_t id, int flags, const char *want,
@@ -310,14 +418,15 @@ static void no_bos(void)
     struct small *s = example();
     int32_t ids[32];
     is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 2, "<bos> and a word");
-    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0 && ids[0] == s->vocab.bos, 1,
-           "a first turn begins with <bos>");
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0, 1, "a first turn");
+    is_int(ids[0], s->vocab.bos, "a first turn begins with <bos>");
     free(s->mem);
     s->vocab.add_bos = 0;
     build_tokenizer(s);
-    is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 1, "no <bos> when the file wants none");
-    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0 && ids[0] == s->vocab.bos, 1,
-           "but in a turn, because the template writes it");
+    is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 1,
+           "no <bos> when the file wants none");
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0, 1, "a first turn again");
+    is_int(ids[0], s->vocab.bos, "but in a turn, because the template writes it");
     small_free(s);
 }
 
@@ -340,11 +449,12 @@ static void stops(void)
     small_free(s);
 
     s = example();
-    int32_t im_end = add_piece(s, "<|im_end|>", 0, NORMAL), more[2] = {id_of(s, "the"), id_of(s, "aa")};
+    int32_t im_end = add_piece(s, "<|im_end|>", 0, NORMAL);
+    int32_t more[2] = {id_of(s, "the"), id_of(s, "aa")};
     s->vocab.stop = more, s->vocab.n_stop = 2;
     free(s->mem);
     build_tokenizer(s);
-    ok(gemma3_is_stop(s->tokenizer, im_end), "<|im_end|>, the end of ChatML's turns, stops by text");
+    ok(gemma3_is_stop(s->tokenizer, im_end), "<|im_end|>, the end of ChatML's turns, stops too");
     ok(gemma3_is_stop(s->tokenizer, more[0]) && gemma3_is_stop(s->tokenizer, more[1]),
        "the vocabulary's list of more stops counts");
     ok(gemma3_is_stop(s->tokenizer, id_of(s, "<end_of_turn>")), "and the others still do");
@@ -354,9 +464,9 @@ static void stops(void)
 
 /* ---- FunctionGemma --------------------------------------------------------------------------- */
 
-/* The example of Google's page "FunctionGemma formatting and best practices", shortened: a developer's
- * turn declares a function, the model calls it and stops where the response begins, the program
- * writes the response, the model answers. */
+/* The flow on Google's page "FunctionGemma formatting and best practices": a developer's turn
+ * declares a function, the model calls it and stops where the response begins, the program writes
+ * the response, the model answers. */
 static const char declaration[] =
     "<start_of_turn>developer\nYou can do function calling<start_function_declaration>"
     "declaration:get_weather{parameters:{properties:{city:{type:<escape>STRING<escape>}}}}"
@@ -386,9 +496,9 @@ static void is_flow(const struct small *s, const char *text, const char *claim)
 static void functions(void)
 {
     static const char *const special[] = {
-        "<start_of_turn>", "<end_of_turn>", "<start_function_declaration>", "<end_function_declaration>",
-        "<start_function_call>", "<end_function_call>", "<start_function_response>",
-        "<end_function_response>", "<escape>",
+        "<start_of_turn>", "<end_of_turn>", "<start_function_declaration>",
+        "<end_function_declaration>", "<start_function_call>", "<end_function_call>",
+        "<start_function_response>", "<end_function_response>", "<escape>",
     };
     static char letters[128][2];
     struct small *s = small_new();
@@ -676,6 +786,9 @@ int main(void)
     unknown_characters();
     memory_limits();
     long_texts();
+    any_bytes();
+    any_numbers();
+    any_vocabulary();
     decoding();
     whole_characters();
     no_bos();
