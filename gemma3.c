@@ -2851,6 +2851,13 @@ static const struct { const char *begin; uint8_t n, at; const char *what; } othe
     {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
     {"", 0, 0, "does not begin with \"GGUF\""}};
 
+static int refuse_end(const struct opening *o)
+{
+    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
+    return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                  (unsigned long long)o->n_header);
+}
+
 static int read_start(struct opening *o, struct cursor *c)
 {
     const uint8_t *magic = take(c, 4);
@@ -2864,17 +2871,11 @@ static int read_start(struct opening *o, struct cursor *c)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
     o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
-    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32) /* at least */
+    /* A pair has 13 bytes or more, an info 32. */
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
-    return 0;
-}
-
-static int refuse_end(const struct opening *o)
-{
-    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
-    return reject(o, ": its header is longer than the first %llu bytes, which were given",
-                  (unsigned long long)o->n_header);
+    return o->n_kv > c->left / 13 || o->n_tensors > c->left / 32 ? refuse_end(o) : 0;
 }
 
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
@@ -3313,8 +3314,9 @@ static int special_id(const struct opening *o, const char *key, const char *text
 
 static int open_tokenizer(struct opening *o)
 {
-    static const char *const more[] = {
-        "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const more[] = {"tokenizer.ggml.eos_token_ids",
+                                       "tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     struct kv kv;
@@ -3381,7 +3383,7 @@ enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
 /* One tensor that the model needs. rows 0: as many as the file has. */
 struct slot {
     char name[48];
-    int layer, rows, cols;
+    int rows, cols;
     struct matrix *w;                /* NULL of a norm */
     const float **norm;
 };
@@ -3389,15 +3391,14 @@ struct slot {
 /* Number index of them; -1 after the last. */
 static int find_slot(gemma3_model *m, int index, struct slot *t)
 {
-    int in_layers = m->config.n_layers * PER_LAYER, l = (index - 1) / PER_LAYER;
-    int is_layers = index >= 1 && index <= in_layers;
-    const struct tensor_place *p = &places[index < 1 ? 0 : is_layers ? 1 + (index - 1) % PER_LAYER :
-                                           min_int(index - in_layers + PER_LAYER, N_PLACES - 1)];
-    if (index < 0 || index > in_layers + 2 - m->tied) return -1;
-    *t = (struct slot){.layer = is_layers ? l : -1, .rows = dim_of(m, p->rows),
-                       .cols = dim_of(m, p->cols)};
-    char *to = t->name, *owner = is_layers ? (char *)&m->layer[l] : (char *)m;
-    if (is_layers) {
+    int n = m->config.n_layers * PER_LAYER, l = -1, place = index;
+    if (index > n) place = index - n + PER_LAYER;
+    else if (index > 0) l = (index - 1) / PER_LAYER, place = 1 + (index - 1) % PER_LAYER;
+    if (index < 0 || place > N_PLACES - 1 - m->tied) return -1;
+    const struct tensor_place *p = &places[place];
+    *t = (struct slot){.rows = dim_of(m, p->rows), .cols = dim_of(m, p->cols)};
+    char *to = t->name, *owner = l < 0 ? (char *)m : (char *)&m->layer[l];
+    if (l >= 0) {
         to += strlen(strcpy(to, "blk."));
         for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
             *to++ = (char)('0' + l / unit % 10);
