@@ -143,7 +143,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
-#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc", "no-trapping-math", "no-math-errno")
 #pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #if defined(__ARM_FEATURE_MVE)
@@ -1547,7 +1547,7 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_HALVES, PANEL_WIDE };
+enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE };
 typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
@@ -2151,7 +2151,8 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 {
     const struct format *f = p->format;
     const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
-    const int nibbles = kind == NIBBLES, quads = INT16_SUMS && halves ? 2 : 4;
+    const int nibbles = kind == NIBBLES, small = kind == Q4_K || kind == PANEL_NIBBLES || !INT16_SUMS;
+    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
     const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
     const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
     const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
@@ -2172,12 +2173,11 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
         UNROLL for (int i = 0; i < NT; i++)
             UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
         for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
-            struct code_bits bits = find_codes(kind, g, q0 / 4);
             dot_sum part[8][8];
             int32_t start[8];
             UNROLL for (int i = 0; i < NT; i++) {
                 const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
+                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
                 UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
             }
             UNROLL for (int q = q0; q < q0 + quads; q++)
@@ -2186,7 +2186,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
                     UNROLL for (int h = 0; h < NH; h++) {
                         const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
                         if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
-                        else w[h] = kind < NIBBLES ? codes_of(kind, bits, from, q, r) : load_ints(panel->code + at);
+                        else w[h] = kind < NIBBLES ? codes_of(kind, find_codes(kind, g, q / 4), from, q, r) : load_ints(panel->code + at);
                     }
                     UNROLL for (int i = 0; i < NT; i++) {
                         ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
@@ -2229,7 +2229,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    enum { NT = 4, NH = 2, ALONE = TILE_ROWS / LANES };
+    const int NT = 4, NH = INT16_SUMS && kind == PANEL_HALVES ? 1 : 2, ALONE = TILE_ROWS / LANES;
     int i = 0;
     for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
@@ -2295,6 +2295,7 @@ static void NAME(mul_codes)(const struct product *p)
             }
             if (wide) mul_all(&some, PANEL_WIDE);
             else if (f->has_halves) mul_all(&some, PANEL_HALVES);
+            else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_all(&some, PANEL_NIBBLES);
             else mul_all(&some, PANEL);
         }
 }
