@@ -362,7 +362,7 @@ struct kernels {
     /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
-    /* out [cols] = row r of w as float32, as its format defines. */
+    /* out [n][cols] = rows r .. r+n-1 of w as float32, as its format defines; of one tile. */
     void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
@@ -1925,13 +1925,16 @@ INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1
 {
     four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
     four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
-    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+    __m128 x = (__m128)ab, y = (__m128)cd;
+    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
 }
 #else
 INLINE four last_joins(four a, four b, four c, four d)
 {
-    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
-    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
+    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
     return vpaddq_f32(ab, cd);
 }
 #endif
@@ -2041,12 +2044,11 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+INLINE void join_4(float out[4], const float lane[4][16], int n) /* n 1 or 4 */
 {
-    const float *lane[4] = {a, b, c, d};
     four sum[4], part[4];
     UNROLL for (int s = 0; s < 4; s++) {
-        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
         sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
     }
     sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
@@ -2239,12 +2241,14 @@ INLINE void mul_all(const struct product *p, int kind)
 
 #if !HAS_PIECES
 /* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
-static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n,
+                                   float *out, int cols)
 {
     const int bias = f->is_wide ? 128 : f->bias;
     uint8_t code[TILE_ROWS][32];
     for (int i = 0; i < n; i++)
-        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+        for (int q = 0; q < 8; q++)
+            memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
     for (int i = 0; i < n; i++, out += cols)
         UNROLL for (int j = 0; j < 32; j += LANES) {
             int h = j / 16, r = r0 + i;
@@ -2303,10 +2307,14 @@ static void NAME(mul_codes)(const struct product *p)
 #if !HAS_PIECES
 /* ---- Floats ---- */
 
-/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
- * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
- * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
- * 8). One row times one vector is a stream, and takes all lanes in one pass. */
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes:
+ * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8). One
+ * row times one vector is a stream and takes all lanes in one pass.
+ * Of AVX2's peak in L1: F16 keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73,
+ * of 6,912 0.53 (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all
+ * tiles kept in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or
+ * 4 x 6: no gain. */
 #define mul_floats_part NAME(mul_floats_part)
 INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
@@ -2327,9 +2335,10 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
             for (int j = j0 + l; j < end; j += 16)
                 UNROLL for (int k = 0; k < NP; k++) {
                     floats xj[4];
-                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    int at = j + LANES * k;
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + at);
                     UNROLL for (int r = 0; r < NR; r++) {
-                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        floats w = widen(type, rows + r * p->row_bytes + (size_t)size * at);
                         UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
                     }
                 }
@@ -2345,7 +2354,7 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
                 lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
                                             x[i * p->x_stride + j], lane[i][r][j % 16]);
         float joined[4];
-        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        join_4(joined, lane[i], NR);
         memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
     }
 }
@@ -2356,7 +2365,8 @@ INLINE void mul_floats_of(const struct product *p, int type)
     enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
     int r = 0, i;
     for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
-        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) /* 16 = 3 + 3 + 3 + 3 + 2 + 2 */
+            mul_floats_part(p, type, r, i, 4, NV);
         for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
         for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
@@ -2373,7 +2383,8 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a slice
+ * for six queries widens each value four times for 16 queries, a whole one for two eight times. */
 #define mix_part NAME(mix_part)
 INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
@@ -2384,7 +2395,8 @@ INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int
         floats sum[8][4], v[4];
         float *out = m->out + q0 * m->out_stride + j;
         UNROLL for (int q = 0; q < NQ; q++)
-            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+            UNROLL for (int k = 0; k < NP; k++)
+                sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
         for (int p = p0; p < end; p++) {
             const uint8_t *from = m->v + p * m->v_bytes + size * j;
             __builtin_prefetch(from + PREFETCH_STREAM);
@@ -2395,7 +2407,8 @@ INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int
             }
         }
         UNROLL for (int q = 0; q < NQ; q++)
-            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
+            UNROLL for (int k = 0; k < NP; k++)
+                store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
 }
 
