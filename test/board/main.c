@@ -84,7 +84,10 @@ static void run(int exact, const char *prompt)
 {
     static gemma3_error err;
     gemma3_options options = {.exact = exact, .no_repack = 1};
-    gemma3_model *m = gemma3_open_memory(model, model_end - model, "model", &options, &err);
+    gemma3_source from = {.data = model, .size = (uint64_t)(model_end - model), .name = "model"};
+    size_t model_bytes = gemma3_model_size(&from, &options, &err);
+    gemma3_model *m = NULL;
+    if (model_bytes) m = gemma3_model_init(&from, &options, malloc(model_bytes), model_bytes, &err);
     if (!m) quit(err.text);
     gemma3_params p = gemma3_default_params(m);
     p.n_ctx = N_CTX;
@@ -96,6 +99,7 @@ static void run(int exact, const char *prompt)
     logits = realloc(logits, (size_t)n * n_vocab * sizeof *logits);
     print_hash(exact ? "exact " : "default ", m, s, n);
     if (!exact) tell(m, s, prompt, logits + (size_t)(n - 1) * n_vocab);
+    print_number("bytes of the model: ", model_bytes);
     print_number("bytes of the state: ", size);
     gemma3_close(m);
 }
