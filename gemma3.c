@@ -179,6 +179,10 @@
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #include <arm_neon.h>
 #define HAVE_NEON 1
+#elif defined(__ARM_FEATURE_MVE)
+#include <arm_mve.h>
+#elif defined(__ARM_FEATURE_SIMD32)
+#include <arm_acle.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -297,7 +301,7 @@ struct gemma3_state {
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
+    float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
     uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
     uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
     char error[256];
@@ -359,7 +363,7 @@ struct kernels {
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
     /* out [cols] = row r of w as float32, as its format defines. */
-    void (*dequantize)(const struct matrix *w, int r, float *out);
+    void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
     /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
@@ -968,7 +972,7 @@ static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *
 static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
 {
     struct matrix here = rows_in_memory(s, w, row, 1, 0);
-    s->m->kernels->dequantize(&here, w->data ? row : 0, out);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, 1, out);
 }
 
 struct matmul {
@@ -1269,10 +1273,6 @@ INLINE uint32_t load_u32_le(const uint8_t *p)
     memcpy(&u, p, 4);
     return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
 }
-INLINE uint64_t load_u64_le(const uint8_t *p)
-{
-    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
-}
 INLINE void store_u16_le(uint8_t *p, uint16_t u)
 {
     u = BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
@@ -1379,28 +1379,29 @@ struct format {
     const char *name;
     int elements, bytes;              /* of a block */
     int bias;                         /* what q is too large by */
-    int has_min, has_halves;          /* m and min; scales that differ between the halves */
+    int d, m;                         /* where in a block they stand; m 0: there is no minimum */
+    int has_halves;                   /* scales, and minima, that differ between the halves */
     int is_wide;                      /* codes use all 8 bits and are signed; others are 0 .. 63 */
     struct { int at, bytes, unit; } field[3]; /* how a tile interleaves a block's bytes */
 };
 
 static const struct format formats[] = {
-    /* type, name, elements, bytes, bias, min, halves, wide, fields {at, bytes, unit} */
-    {F32, "F32", 1, 4, 0, 0, 0, 0, {{0}}},
-    {F16, "F16", 1, 2, 0, 0, 0, 0, {{0}}},
-    {BF16, "BF16", 1, 2, 0, 0, 0, 0, {{0}}},
-    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
-    {Q4_1, "Q4_1", 32, 20, 0, 1, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
-    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
-    {Q5_1, "Q5_1", 32, 24, 0, 1, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
-    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
-    {Q2_K, "Q2_K", 256, 84, 0, 1, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
-    {Q3_K, "Q3_K", 256, 110, 4, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
-    {Q4_K, "Q4_K", 256, 144, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
-    {Q5_K, "Q5_K", 256, 176, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
-    {Q6_K, "Q6_K", 256, 210, 32, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
-    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
-    {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
+    /* type, name, elements, bytes, bias, d, m, halves, wide, fields {at, bytes, unit} */
+    {F32, "F32", 1, 4, 0, 0, 0, 0, 0, {{0}}},
+    {F16, "F16", 1, 2, 0, 0, 0, 0, 0, {{0}}},
+    {BF16, "BF16", 1, 2, 0, 0, 0, 0, 0, {{0}}},
+    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
+    {Q4_1, "Q4_1", 32, 20, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
+    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
+    {Q5_1, "Q5_1", 32, 24, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
+    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
+    {Q2_K, "Q2_K", 256, 84, 0, 80, 82, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
+    {Q3_K, "Q3_K", 256, 110, 4, 108, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
+    {Q4_K, "Q4_K", 256, 144, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
+    {Q5_K, "Q5_K", 256, 176, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
+    {Q6_K, "Q6_K", 256, 210, 32, 208, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
+    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
+    {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
 };
 
 enum { MAX_BLOCK_BYTES = 210, MAX_BYTES_OF_32 = 34 }; /* Q6_K; Q8_0 */
@@ -1437,38 +1438,32 @@ INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t
 }
 
 /* Products of d and a sub-scale of at most 8 bits are exact. */
-INLINE void unpack_scales(int type, const uint8_t *p, int g, struct group *o)
+INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struct group *o)
 {
-    int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
-    o->d = f16_to_f32(load_u16_le(p + d_at));
-    o->m = f16_to_f32(load_u16_le(p + (type == Q2_K ? 82 : type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K ? 2 : d_at)));
-    for (int h = 0; h < 2; h++) o->scale[h] = o->min[h] = 1;
-    if (type == IQ4_XS)
+    o->d = f16_to_f32(load_u16_le(p + f->d));
+    o->m = f16_to_f32(load_u16_le(p + f->m));
+    o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
+    if (f->type == IQ4_XS)
         o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
-    if (type == Q2_K) {
-        for (int h = 0; h < 2; h++) o->scale[h] = p[2 * g + h] & 15, o->min[h] = p[2 * g + h] >> 4;
-        o->m = -o->m;
-    }
-    if (type == Q3_K)
-        for (int h = 0; h < 2; h++) {
-            const uint8_t *s = p + 96;
-            int i = 2 * g + h;
-            o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
-        }
-    if (type == Q4_K || type == Q5_K) {
+    if (f->type == Q4_K || f->type == Q5_K) {
         int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
         o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
         o->m *= -(float)(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
     }
-    if (type == Q6_K)
-        for (int h = 0; h < 2; h++) o->scale[h] = (int8_t)p[192 + 2 * g + h];
+    if (f->type == Q2_K) o->m = -o->m;
+    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
+        const uint8_t *s = p + 96;
+        if (f->type == Q2_K) o->scale[h] = p[i] & 15, o->min[h] = p[i] >> 4;
+        if (f->type == Q3_K) o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        if (f->type == Q6_K) o->scale[h] = (int8_t)p[192 + i];
+    }
 }
 
 /* Group g of the block at p. */
 INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group *o)
 {
     unpack_codes(f, p, g, o->code);
-    unpack_scales(f->type, p, g, o);
+    unpack_scales(f, p, g, o);
 }
 
 /* ---- Tiles ----
@@ -1523,19 +1518,6 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
         }
 }
 
-/* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
-static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[MAX_BLOCK_BYTES])
-{
-    const struct format *f = w->format;
-    if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
-    size_t blocks = (size_t)w->cols / f->elements, tile = (size_t)(r / TILE_ROWS) * blocks + k;
-    const uint8_t *from = w->data + tile * TILE_ROWS * f->bytes;
-    for (int j = 0; j < 3 && f->field[j].unit; j++)
-        for (int at = f->field[j].at, u = f->field[j].unit, end = at + f->field[j].bytes; at < end; at += u)
-            memcpy(buffer + at, from + TILE_ROWS * at + u * (r % TILE_ROWS), u);
-    return buffer;
-}
-
 /* ---- A tile times vectors ---- */
 
 /* Our own floats, from now on in the order of a file's bytes. */
@@ -1544,36 +1526,29 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-enum { ROWS_AT_ONCE = 4 };            /* rows dequantised for exact mode, for all vectors */
-
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
 static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
 {
     const gemma3_state *s = job->s;
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
                         .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
                         .acc = acc_of(s, worker)};
-    if (is_float(w->format)) {
-        s->m->kernels->mul_floats(&p);
-        return;
+    if (!is_float(w->format)) {
+        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
+        s->m->kernels->dequantize(w, row, n_rows, rows);
+        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
+        p.format = find_format(F32);
+        p.rows = (const uint8_t *)rows;
+        p.row_bytes = 4 * (size_t)w->cols;
     }
-    p.format = find_format(F32);
-    p.rows = (const uint8_t *)rows;
-    p.row_bytes = 4 * (size_t)w->cols;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        p.n_rows = min_int(n_rows - r, ROWS_AT_ONCE);
-        for (int a = 0; a < p.n_rows; a++) {
-            float *to = rows + (size_t)a * w->cols;
-            s->m->kernels->dequantize(w, row + r + a, to);
-            to_file_order(to, w->cols); /* mul_floats reads floats as files have them */
-        }
-        p.acc = (float (*)[TILE_ROWS])(acc_of(s, worker)[0] + r); /* p.acc[i][0] is acc[i][r] */
-        s->m->kernels->mul_floats(&p);
-    }
+    s->m->kernels->mul_floats(&p);
 }
 
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
+enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
+enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
+enum { NIBBLES = 100, PANEL, PANEL_HALVES, PANEL_WIDE };
+typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
 struct panel {
@@ -1636,9 +1611,11 @@ enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
 #define NAME(x) PASTE(x, INSTANCE)
+#define PIECE(x) PASTE(x, PIECES)
 #define fma_of NAME(fma_of)
 #define exp_of NAME(exp_of)
 
+#if !HAS_PIECES
 INLINE float fma_of(float a, float b, float c)
 {
     return LANES > 1 || HARD_FMA ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
@@ -1689,27 +1666,6 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
         out->sum[1] = sum[1];
         out->minus_8_sums = -8 * (sum[0] + sum[1]);
         out->d_sum = (float)(sum[0] + sum[1]) * out->d;
-    }
-}
-
-/* The values of the `gguf` package, bit for bit: each is rounded at most twice, as there. */
-static void NAME(dequantize)(const struct matrix *w, int r, float *out)
-{
-    const struct format *f = w->format;
-    uint8_t buffer[MAX_BLOCK_BYTES];
-    struct group o;
-    if (is_float(f))
-        for (int j = 0; j < w->cols; j++) out[j] = load_float(f->type, w->data + r * w->row_bytes, j);
-    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
-        const uint8_t *block = block_of_row(w, r, k, buffer);
-        for (int g = 0; g < f->elements / 32; g++, out += 32) {
-            unpack(f, block, g, &o);
-            for (int h = 0; h < 2; h++) {
-                float d = o.d * (float)o.scale[h], m = o.m * (float)o.min[h];
-                for (int j = 16 * h; j < 16 * h + 16; j++) out[j] = d * (float)o.code[j];
-                for (int j = 16 * h; f->has_min && j < 16 * h + 16; j++) out[j] += m;
-            }
-        }
     }
 }
 
@@ -1813,12 +1769,76 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
         for (int j = 0; j < step; j++) lane[j] += lane[j + step];
     return lane[0];
 }
+#endif /* !HAS_PIECES */
 
 #if LANES == 1
-/* Rows of integer formats, as they lie in the file (rule 2). */
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
+ * twice, as there. */
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    struct group o;
+    for (const uint8_t *row = w->data + r * w->row_bytes; n > 0; n--, row += w->row_bytes) {
+        for (int j = 0; is_float(f) && j < w->cols; j++) *out++ = load_float(f->type, row, j);
+        for (int b = 0; !is_float(f) && b < w->cols / 32; b++, out += 32) {
+            unpack(f, row + (size_t)(32 * b / f->elements) * f->bytes, b % (f->elements / 32), &o);
+            for (int j = 0; j < 32; j++) out[j] = o.d * (float)o.scale[j / 16] * (float)o.code[j];
+            for (int j = 0; f->m && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
+        }
+    }
+}
+
+/* sum + 16 codes, which are bits of bytes, times 16 of x. This is a board's main work: Helium
+ * multiplies 16 bytes at once, a Cortex-M with DSP instructions two. */
+INLINE int32_t NAME(dot_16)(int32_t sum, const uint8_t *w, int shift, int mask, const int8_t *x)
+{
+#if defined(__ARM_FEATURE_MVE)
+    uint8x16_t code = vandq_u8(vshlq_r_u8(vldrbq_u8(w), -shift), vdupq_n_u8((uint8_t)mask));
+    return vmladavaq_s8(sum, vreinterpretq_s8_u8(code), vldrbq_s8(x));
+#elif defined(__ARM_FEATURE_SIMD32)
+    for (int j = 0; j < 16; j += 4) {
+        uint32_t a = load_u32_le(w + j) >> shift & (uint32_t)mask * 0x01010101;
+        uint32_t b = load_u32_le((const uint8_t *)x + j);
+        sum = __smlad(__sxtb16(a), __sxtb16(b), sum); /* bytes 0 and 2, then 1 and 3 */
+        sum = __smlad(__sxtb16(a >> 8 | a << 24), __sxtb16(b >> 8 | b << 24), sum);
+    }
+    return sum;
+#else
+    for (int j = 0; j < 16; j++) sum += (int8_t)(w[j] >> shift & mask) * x[j];
+    return sum;
+#endif
+}
+
+/* Rows of integer formats, as they lie in the file (rule 2). Small models are made of these two. */
+INLINE void NAME(mul_plain)(const struct product *p, int type)
+{
+    for (int r = 0; r < p->n_rows; r++)
+        for (int b = 0; b < p->cols / 32; b++) {
+            const uint8_t *block = p->rows + r * p->row_bytes + b * (type == Q4_0 ? 18 : 34);
+            const uint8_t *w = block + 2;
+            float d = f16_to_f32(load_u16_le(block));
+            for (int i = 0; i < p->n; i++) {
+                const struct q8_block *x = &p->q8[i * p->x_stride + b];
+                int32_t isum = type == Q4_0 ? NAME(dot_16)(x->minus_8_sums, w, 0, 15, x->code) :
+                                              NAME(dot_16)(0, w, 0, 255, x->code);
+                isum = type == Q4_0 ? NAME(dot_16)(isum, w, 4, 15, x->code + 16) :
+                                      NAME(dot_16)(isum, w + 16, 0, 255, x->code + 16);
+                p->acc[i][r] = fma_of((float)isum, d * x->d, p->acc[i][r]);
+            }
+        }
+}
+
 static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
+    if (f->type == Q4_0) {
+        NAME(mul_plain)(p, Q4_0);
+        return;
+    }
+    if (f->type == Q8_0) {
+        NAME(mul_plain)(p, Q8_0);
+        return;
+    }
     for (int r = 0; r < p->n_rows; r++)
         for (int b = 0; b < p->cols / 32; b++) {
             const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
@@ -1832,7 +1852,7 @@ static void NAME(mul_codes)(const struct product *p)
                 int32_t msum = w.min[0] * x->sum[0] + w.min[1] * x->sum[1];
                 float *acc = &p->acc[i][r];
                 *acc = fma_of((float)isum, w.d * x->d, *acc);
-                if (f->has_min) *acc = fma_of(w.m, (float)msum * x->d, *acc);
+                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);
             }
         }
 }
@@ -1877,21 +1897,44 @@ static void NAME(mix_values)(const struct mix *m)
 #define load_floats NAME(load_floats)
 #define store_floats NAME(store_floats)
 #define to_floats NAME(to_floats)
-#define widen_bytes NAME(widen_bytes)
+#define widen_u8 NAME(widen_u8)       /* LANES small integers from memory */
+#define widen_u16 NAME(widen_u16)
 #define widen_f16 NAME(widen_f16)
 #define widen NAME(widen)             /* LANES of F32, F16 or BF16 from memory */
 #define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
 #define splat NAME(splat)                 /* a float in every lane */
 #define mul_add NAME(mul_add)         /* a * b + c rounded once */
-#define join_floats NAME(join_floats)               /* 16 lanes as rule 4's tree */
+#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
+#define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
 #define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
 #define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
-#define dot_add_signed NAME(dot_add_signed) /* which starts with it if begin did not; w is signed */
-#define dot_end NAME(dot_end)
+#define dot_end NAME(dot_end)         /* which starts with it if begin did not */
+#define dot_wide NAME(dot_wide)       /* the same at once for w signed */
+
+#define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
+#define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#define four NAME(four)
+typedef float four __attribute__((vector_size(16)));
+#if defined(HAVE_X86)
+INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+}
+#else
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
+#endif
 
 #if LANES == 8
 /* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
@@ -1899,42 +1942,37 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
+INLINE ints widen_u8(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 INLINE ints look_up(ints c)
 {
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
 }
-INLINE float join_floats(const floats sum[2])
-{
-    __m256 eight = (__m256)(sum[0] + sum[1]);                          /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 typedef ints dot_sum;
-#if defined(HAS_DPBUSD)
-enum { NAME(INT16_SUMS) = 0 };
+#if HAS_DOT
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); } /* not used */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
-enum { NAME(INT16_SUMS) = 1 };
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
 }
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 128 * 127 fits */
-{
-    return dot_add(sum, (ints)_mm256_abs_epi8((__m256i)w), (ints)_mm256_sign_epi8((__m256i)x, (__m256i)w));
-}
 INLINE ints dot_end(dot_sum sum, int32_t start)
 {
     return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) + start;
+}
+INLINE ints dot_wide(ints sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 128 * 127 fits */
+{
+    __m256i signed_x = _mm256_sign_epi8((__m256i)x, (__m256i)w);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signed_x);
+    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #endif
 
@@ -1943,27 +1981,20 @@ INLINE ints dot_end(dot_sum sum, int32_t start)
 INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
+INLINE ints widen_u8(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 INLINE ints look_up(ints c)
 {
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
 }
-INLINE float join_floats(const floats sum[1])
-{
-    __m256 low = _mm512_castps512_ps256((__m512)sum[0]), high = _mm512_extractf32x8_ps((__m512)sum[0], 1);
-    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 typedef ints dot_sum;
-enum { NAME(INT16_SUMS) = 0 };
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); } /* not used */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
@@ -1971,18 +2002,17 @@ INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 INLINE floats splat(float x) { return vdupq_n_f32(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
 INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+INLINE ints widen_u16(const void *p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
+INLINE ints widen_u8(const void *p)
+{
+    uint8x8_t four = vreinterpret_u8_u32(vld1_dup_u32(p));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four))));
+}
 INLINE ints look_up(ints c)
 {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
 }
-INLINE float join_floats(const floats sum[4])
-{
-    float32x4_t four = (sum[0] + sum[2]) + (sum[1] + sum[3]);          /* lane j + j+8, + 4 */
-    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
-}
-#if defined(HAS_DPBUSD)
-enum { NAME(INT16_SUMS) = 0 };
+#if HAS_DOT
 typedef ints dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
@@ -1991,7 +2021,6 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
-enum { NAME(INT16_SUMS) = 1 };
 typedef struct { int16x8_t low, high; } dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
@@ -2004,7 +2033,7 @@ INLINE ints dot_end(dot_sum sum, int32_t start)
     return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
 }
 #endif
-INLINE dot_sum dot_add_signed(dot_sum sum, ints w, ints x) { return dot_add(sum, w, x); }
+INLINE ints dot_wide(ints sum, ints w, ints x) { return sum + dot_end(dot_add(dot_begin(0), w, x), 0); }
 #endif
 
 /* The same in every instruction set. */
@@ -2012,6 +2041,17 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
+INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+{
+    const float *lane[4] = {a, b, c, d};
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
 INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
 INLINE ints repeat_4(const int8_t *p)
 {
@@ -2019,19 +2059,9 @@ INLINE ints repeat_4(const int8_t *p)
     memcpy(&x, p, 4);
     return (ints){0} + x;
 }
-INLINE ints widen_bytes(const uint8_t *p)
-{
-    uint8_t v __attribute__((vector_size(LANES)));
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, ints);
-}
 INLINE floats widen(int type, const uint8_t *p)
 {
-    if (type == F16) return widen_f16(p);
-    if (type == F32) return load_floats(p);
-    uint16_t v __attribute__((vector_size(2 * LANES)));
-    memcpy(&v, p, sizeof v);
-    return (floats)(__builtin_convertvector(v, ints) << 16);
+    return type == F16 ? widen_f16(p) : type == F32 ? load_floats(p) : (floats)(widen_u16(p) << 16);
 }
 
 /* ---- Integer formats ---- */
@@ -2043,90 +2073,75 @@ INLINE floats widen(int type, const uint8_t *p)
  * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
  * values. */
 #define prefetch NAME(prefetch)
-enum { NAME(PREFETCH_FROM) = 4, NAME(PREFETCH_AHEAD) = 8192, NAME(PREFETCH_STREAM) = 2048 };
 INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 {
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-/* Scales of LANES rows: d and m as unpack_scales makes them; scale and min of the halves. */
-struct NAME(scales) { floats d, m, scale[2], min[2]; };
-
-/* Codes 4q .. 4q+3 of group g, for each of LANES rows from row r on. From a tile ... */
+/* Codes 4q .. 4q+3 of the half that b finds, for LANES rows from row r on. */
 #define codes_of NAME(codes_of)
-INLINE ints codes_of(int type, const uint8_t *tile, int g, int q, int r)
+INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
-    struct code_bits b = find_codes(type, g, q / 4);
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints c = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101;
-    if (b.top_mask) c |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101) << b.up;
-    if (fifth_bits(type)) /* the product copies bit k of four to the lowest bit of byte k */
-        c |= ((load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15) * 0x00204081 & 0x01010101) << 4;
-    if (type == IQ4_NL || type == IQ4_XS) c = look_up(c);
-    if (NAME(INT16_SUMS) == 0 && LANES > 4 && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS))
-        c ^= (int32_t)0x80808080; /* dpbusd wants code + 128 */
-    return c;
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
+    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
+    if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
+        ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
+        w |= (four * 0x00204081 & 0x01010101) << 4;
+    }
+    if (type == IQ4_NL || type == IQ4_XS) w = look_up(w);
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= (int32_t)0x80808080;
+    return w;
 }
 
-#define scales_of NAME(scales_of)
-INLINE struct NAME(scales) scales_of(int type, const uint8_t *tile, int g, int r)
+/* What unpack_scales does, for all rows of a tile. */
+static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
-    struct NAME(scales) s = {.scale = {splat(1), splat(1)}, .min = {splat(1), splat(1)}};
-    const uint8_t *f16 = tile + 2 * r, *bytes = tile + r;
-    int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
-    s.d = s.m = widen_f16(f16 + TILE_ROWS * d_at);
-    if (type == Q4_1 || type == Q5_1) s.m = widen_f16(f16 + TILE_ROWS * 2);
-    if (type == IQ4_XS) {
-        uint16_t v __attribute__((vector_size(2 * LANES)));
-        memcpy(&v, f16 + TILE_ROWS * 2, sizeof v);
-        ints top = __builtin_convertvector(v, ints) >> 2 * g & 3;
-        s.d *= to_floats(((widen_bytes(bytes + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15) | top << 4) - 32);
+    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
+    if (f->type == Q4_K || f->type == Q5_K) {
+        const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
+        memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
+        scale[0] = g < 4 ? a & 0x3f3f3f3f : (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
+        min[0] = g < 4 ? b & 0x3f3f3f3f : (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
+    } else if (f->type == IQ4_XS) {
+        uint16_t top __attribute__((vector_size(2 * TILE_ROWS)));
+        memcpy(&a, tile + TILE_ROWS * (4 + g / 2), sizeof a), memcpy(&top, tile + TILE_ROWS * 2, sizeof top);
+        uint8_t low __attribute__((vector_size(TILE_ROWS))) = __builtin_convertvector(top >> 2 * g & 3, uint8_t __attribute__((vector_size(TILE_ROWS))));
+        memcpy(&b, &low, sizeof b);
+        scale[0] = (a >> 4 * (g % 2) & 0x0f0f0f0f) | b << 4;
     }
-    if (type == Q2_K) {
-        s.m = -widen_f16(f16 + TILE_ROWS * 82);
-        for (int h = 0; h < 2; h++) {
-            ints both = widen_bytes(bytes + TILE_ROWS * (2 * g + h));
-            s.scale[h] = to_floats(both & 15);
-            s.min[h] = to_floats(both >> 4);
+    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
+        memcpy(&a, tile + TILE_ROWS * (f->type == Q6_K ? 192 + i : f->type == Q3_K ? 96 + i % 8 : i), sizeof a);
+        memcpy(&b, tile + TILE_ROWS * (f->type == Q3_K ? 104 + i % 4 : 0), sizeof b);
+        scale[h] = f->type == Q6_K ? a ^ 0x80808080 :
+                   f->type == Q3_K ? (a >> 4 * (i / 8) & 0x0f0f0f0f) | (b >> 2 * (i / 4) & 0x03030303) << 4 : a & 0x0f0f0f0f;
+        min[h] = a >> 4 & 0x0f0f0f0f;
+    }
+    const int bias = f->type == Q6_K ? 128 : f->type == Q3_K || f->type == IQ4_XS ? 32 : 0;
+    const int k_scales = f->elements == 256 && !f->has_halves;
+    for (int r = 0; r < TILE_ROWS; r += LANES) {
+        floats d = widen_f16(tile + TILE_ROWS * f->d + 2 * r), m = widen_f16(tile + TILE_ROWS * f->m + 2 * r);
+        if (k_scales) {
+            d *= to_floats(widen_u8((const uint8_t *)scale + r) - bias);
+            m *= to_floats(widen_u8((const uint8_t *)min + r));
+        }
+        store_floats(o->d + r, d);
+        store_floats(o->m + r, f->elements == 256 ? -m : m);
+        for (int h = 0; h < 2 && f->has_halves; h++) {
+            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
+            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
         }
     }
-    for (int h = 0; h < 2 && type == Q3_K; h++) {
-        int i = 2 * g + h;
-        ints low = widen_bytes(bytes + TILE_ROWS * (96 + i % 8)), top = widen_bytes(bytes + TILE_ROWS * (104 + i % 4));
-        s.scale[h] = to_floats(((low >> 4 * (i / 8) & 15) | (top >> 2 * (i / 4) & 3) << 4) - 32);
-    }
-    if (type == Q4_K || type == Q5_K) {
-        const uint8_t *k = bytes + TILE_ROWS * (4 + g % 4);
-        ints low = widen_bytes(k), mid = widen_bytes(k + TILE_ROWS * 4), high = widen_bytes(k + TILE_ROWS * 8);
-        s.d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
-        s.m = widen_f16(f16 + TILE_ROWS * 2) * -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
-    }
-    for (int h = 0; h < 2 && type == Q6_K; h++)
-        s.scale[h] = to_floats((widen_bytes(bytes + TILE_ROWS * (192 + 2 * g + h)) ^ 128) - 128);
-    return s;
 }
 
-/* ... or from a panel: a group that was unpacked into memory, because several vectors need it. */
-enum { NAME(PANEL) = 100, NAME(PANEL_HALVES), NAME(PANEL_WIDE) };
-
-/* The same from a panel, */
-#define group_codes NAME(group_codes)
-INLINE ints group_codes(int kind, const uint8_t *from, int g, int q, int r)
+static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
-    if (kind < NAME(PANEL)) return codes_of(kind, from, g, q, r);
-    return load_ints(((const struct panel *)from)->code + 4 * (TILE_ROWS * q + r));
-}
-
-#define group_scales NAME(group_scales)
-INLINE struct NAME(scales) group_scales(int kind, const uint8_t *from, int g, int r)
-{
-    if (kind < NAME(PANEL)) return scales_of(kind, from, g, r);
-    const struct panel *p = (const struct panel *)from;
-    struct NAME(scales) s = {.d = load_floats(p->d + r), .m = load_floats(p->m + r),
-                             .scale = {splat(1), splat(1)}, .min = {splat(1), splat(1)}};
-    for (int h = 0; h < 2 && kind == NAME(PANEL_HALVES); h++)
-        s.scale[h] = load_floats(p->scale[h] + r), s.min[h] = load_floats(p->min[h] + r);
-    return s;
+    NAME(unpack_scales)(f, tile, g, o);
+    for (int q = 0; q < 8; q++) {
+        struct code_bits b = find_codes(f->type, g, q / 4);
+        for (int r = 0; r < TILE_ROWS; r += LANES)
+            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
+    }
 }
 
 /* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
@@ -2135,66 +2150,74 @@ INLINE struct NAME(scales) group_scales(int kind, const uint8_t *from, int g, in
 INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
 {
     const struct format *f = p->format;
-    const int halves = kind == Q2_K || kind == Q3_K || kind == Q6_K || kind == NAME(PANEL_HALVES);
-    const int is_wide = kind == Q8_0 || kind == IQ4_NL || kind == IQ4_XS || kind == NAME(PANEL_WIDE);
-    const int six_bits = kind == Q6_K || kind == NAME(PANEL_HALVES);
-    const int five_bits = kind == Q5_0 || kind == Q5_1 || kind == Q5_K || kind == NAME(PANEL);
-    const int per_half = halves ? 4 : 8;
-    const int flips = !NAME(INT16_SUMS) && LANES > 4, signed_codes = is_wide && !flips;
-    /* quads whose products fit int16: 8 * 2 * 15 * 127, 4 * 2 * 31 * 127, 2 * 2 * 63 * 127, 2 * 128 * 127 */
-    const int at_once = !NAME(INT16_SUMS) ? per_half : is_wide ? 1 : six_bits ? 2 : five_bits || halves ? 4 : 8;
-    const int bias = f->is_wide && flips ? 128 : f->bias;
-    const int groups = kind < NAME(PANEL) ? f->elements / 32 : 1;
-    const size_t block_bytes = kind < NAME(PANEL) ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = kind == Q4_0 && i0 == 0 && r0 == 0 && p->n >= NAME(PREFETCH_FROM);
+    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
+    const int nibbles = kind == NIBBLES, quads = INT16_SUMS && halves ? 2 : 4;
+    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
+    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
     const uint8_t *from = p->rows;
     floats sum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
     for (int b = 0, g = 0; b < p->cols / 32; b++) {
         const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
+        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
         floats isum[8][8];
+        ints total[8][8];
         if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
-        UNROLL for (int half = 0; half < 1 + halves; half++) {
-            ints total[8][8];
-            UNROLL for (int q0 = 0; q0 < per_half; q0 += at_once) {
-                dot_sum part[8][8];
-                int32_t start[8];
-                UNROLL for (int i = 0; i < NT; i++) {
-                    const struct q8_block *xi = x + i * p->x_stride;
-                    start[i] = q0 ? 0 : kind == Q4_0 ? xi->minus_8_sums :
-                               -bias * (halves ? xi->sum[half] : xi->sum[0] + xi->sum[1]);
-                    UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
-                }
-                UNROLL for (int q = q0; q < q0 + at_once; q++)
-                    UNROLL for (int h = 0; h < NH; h++) {
-                        ints w = group_codes(kind, from, g, per_half * half + q, r0 + LANES * h);
-                        UNROLL for (int i = 0; i < NT; i++) {
-                            ints c = repeat_4(x[i * p->x_stride].code + 4 * (per_half * half + q));
-                            part[i][h] = signed_codes ? dot_add_signed(part[i][h], w, c) : dot_add(part[i][h], w, c);
-                        }
-                    }
-                UNROLL for (int i = 0; i < NT; i++)
-                    UNROLL for (int h = 0; h < NH; h++)
-                        total[i][h] = q0 ? total[i][h] + dot_end(part[i][h], 0) : dot_end(part[i][h], start[i]);
-            }
-            UNROLL for (int h = 0; h < NH && halves; h++) {
-                floats scale = group_scales(kind, from, g, r0 + LANES * h).scale[half];
-                UNROLL for (int i = 0; i < NT; i++)
-                    isum[i][h] = half ? mul_add(scale, to_floats(total[i][h]), isum[i][h]) : scale * to_floats(total[i][h]);
-            }
-            UNROLL for (int h = 0; h < NH && !halves; h++)
-                UNROLL for (int i = 0; i < NT; i++) isum[i][h] = to_floats(total[i][h]);
+        if (kind < NIBBLES) {
+            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
+            NAME(unpack_scales)(f, from, g, p->scratch);
         }
-        UNROLL for (int h = 0; h < NH; h++) {
-            struct NAME(scales) s = group_scales(kind, from, g, r0 + LANES * h);
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+            struct code_bits bits = find_codes(kind, g, q0 / 4);
+            dot_sum part[8][8];
+            int32_t start[8];
             UNROLL for (int i = 0; i < NT; i++) {
                 const struct q8_block *xi = x + i * p->x_stride;
-                sum[i][h] = mul_add(isum[i][h], s.d * splat(xi->d), sum[i][h]);
-                if (!f->has_min) continue;
+                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
+                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+            }
+            UNROLL for (int q = q0; q < q0 + quads; q++)
+                UNROLL for (int high = 0; high <= nibbles; high++) {
+                    ints w[8];
+                    UNROLL for (int h = 0; h < NH; h++) {
+                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
+                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
+                        else w[h] = kind < NIBBLES ? codes_of(kind, bits, from, q, r) : load_ints(panel->code + at);
+                    }
+                    UNROLL for (int i = 0; i < NT; i++) {
+                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                        UNROLL for (int h = 0; h < NH; h++)
+                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                            else part[i][h] = dot_add(part[i][h], w[h], c);
+                    }
+                }
+            UNROLL for (int i = 0; i < NT && !wide; i++)
+                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
+            if (halves && (q0 + quads) % 4 == 0)
+                UNROLL for (int h = 0; h < NH; h++)
+                    UNROLL for (int i = 0; i < NT; i++) {
+                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
+                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
+                        total[i][h] = (ints){0};
+                    }
+        }
+        UNROLL for (int h = 0; h < NH; h++) {
+            int r = r0 + LANES * h;
+            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            UNROLL for (int i = 0; i < NT; i++) {
+                const struct q8_block *xi = x + i * p->x_stride;
+                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
+                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
                 floats msum = splat(xi->d_sum);
-                if (halves) msum = mul_add(splat((float)xi->sum[1]), s.min[1], splat((float)xi->sum[0]) * s.min[0]) * splat(xi->d);
-                sum[i][h] = mul_add(s.m, msum, sum[i][h]);
+                if (halves)
+                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
+                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
+                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
             }
         }
         if (++g == groups) g = 0, from += block_bytes;
@@ -2206,121 +2229,138 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    enum { NT = LANES == 8 ? 4 : 6, NH = LANES == 4 ? 2 : 2 };
+    enum { NT = 4, NH = 2, ALONE = TILE_ROWS / LANES };
     int i = 0;
-    for (; i + NT <= p->n; i += NT)
+    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
     for (; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, 1, r, NH);
+        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
 }
 
-/* One vector: codes go from the tile into registers. */
-#define mul_few NAME(mul_few)
-INLINE void mul_few(const struct product *p, int kind)
+#if !HAS_PIECES
+/* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
 {
-    for (int i = 0; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += 2 * LANES) mul_part(p, kind, i, 1, r, 2);
+    const int bias = f->is_wide ? 128 : f->bias;
+    uint8_t code[TILE_ROWS][32];
+    for (int i = 0; i < n; i++)
+        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+    for (int i = 0; i < n; i++, out += cols)
+        UNROLL for (int j = 0; j < 32; j += LANES) {
+            int h = j / 16, r = r0 + i;
+            ints c = widen_u8(code[i] + j);
+            if (f->is_wide && !FLIPS) c ^= 128;
+            floats x = splat(o->d[r] * (f->has_halves ? o->scale[h][r] : 1)) * to_floats(c - bias);
+            if (f->m) x += splat(o->m[r] * (f->has_halves ? o->min[h][r] : 1));
+            store_floats(out + j, x);
+        }
 }
 
-static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct panel *out)
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 {
-    for (int r = 0; r < TILE_ROWS; r += LANES) {
-        for (int q = 0; q < 8; q++) store_ints(out->code + 4 * (TILE_ROWS * q + r), codes_of(type, tile, g, q, r));
-        struct NAME(scales) s = scales_of(type, tile, g, r);
-        store_floats(out->d + r, s.d);
-        store_floats(out->m + r, s.m);
-        for (int h = 0; h < 2; h++) store_floats(out->scale[h] + r, s.scale[h]), store_floats(out->min[h] + r, s.min[h]);
+    const struct format *f = w->format;
+    const int groups = f->elements / 32;
+    const uint8_t *tile = w->data + r / TILE_ROWS * TILE_ROWS * w->row_bytes;
+    struct panel o;
+    if (!w->tiled) dequantize_scalar(w, r, n, out);
+    for (int b = 0; w->tiled && b < w->cols / 32; b++) {
+        NAME(unpack_panel)(f, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
+        NAME(dequantize_panel)(&o, f, r % TILE_ROWS, n, out + 32 * b, w->cols);
     }
 }
+#endif /* !HAS_PIECES */
 
 static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
-    if (f->type == Q4_0) {
-        mul_all(p, Q4_0);
-        return;
-    }
-    if (p->n < 4)
-        switch (f->type) {
-        case Q4_1: mul_few(p, Q4_1); return;
-        case Q5_0: mul_few(p, Q5_0); return;
-        case Q5_1: mul_few(p, Q5_1); return;
-        case Q8_0: mul_few(p, Q8_0); return;
-        case Q2_K: mul_few(p, Q2_K); return;
-        case Q3_K: mul_few(p, Q3_K); return;
-        case Q4_K: mul_few(p, Q4_K); return;
-        case Q5_K: mul_few(p, Q5_K); return;
-        case Q6_K: mul_few(p, Q6_K); return;
-        case IQ4_NL: mul_few(p, IQ4_NL); return;
-        case IQ4_XS: mul_few(p, IQ4_XS); return;
-        }
+    const int wide = f->is_wide && !FLIPS;
     int blocks = p->cols / 32, groups = f->elements / 32;
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
-    some.rows = (const uint8_t *)p->scratch;
-    for (int b = 0; b < blocks; b += PANELS) {
-        int take = min_int(blocks - b, PANELS);
-        for (int a = 0; a < take; a++) {
-            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-            prefetch(block + NAME(PREFETCH_AHEAD) + a % groups * (block_bytes / groups), block_bytes / groups);
-            NAME(unpack_panel)(f->type, block, (b + a) % groups, p->scratch + a);
+    if (f->type == Q4_0) mul_all(p, NIBBLES);
+    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
+    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
+    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
+    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
+    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
+    else
+        for (int b = 0; b < blocks; b += PANELS) {
+            some.cols = 32 * min_int(blocks - b, PANELS);
+            some.q8 = p->q8 + b;
+            some.rows = (const uint8_t *)p->scratch;
+            for (int a = 0; a < some.cols / 32; a++) {
+                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
+                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
+            }
+            if (wide) mul_all(&some, PANEL_WIDE);
+            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
+            else mul_all(&some, PANEL);
         }
-        some.cols = 32 * take;
-        some.q8 = p->q8 + b;
-        if (f->is_wide && NAME(INT16_SUMS)) mul_all(&some, NAME(PANEL_WIDE));
-        else if (f->has_halves) mul_all(&some, NAME(PANEL_HALVES));
-        else mul_all(&some, NAME(PANEL));
-    }
 }
 
+#if !HAS_PIECES
 /* ---- Floats ---- */
 
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
+ * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
+ * 8). One row times one vector is a stream, and takes all lanes in one pass. */
 #define mul_floats_part NAME(mul_floats_part)
-INLINE void mul_floats_part(const struct product *p, int type, int r0, int RT, int i0, int NT)
+INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
     enum { PARTS = 16 / LANES };
-    floats sum[4][4][PARTS];
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int k = 0; k < PARTS; k++) sum[r][i][k] = splat(0);
+    const int NP = NR == 1 ? PARTS : 1, size = type == F32 ? 4 : 2, whole = p->cols & ~15;
     const uint8_t *rows = p->rows + r0 * p->row_bytes;
     const float *x = p->x + i0 * p->x_stride;
-    const int size = type == F32 ? 4 : 2;
-    int j = 0;
-    for (; j + 16 <= p->cols; j += 16)
-        UNROLL for (int k = 0; k < PARTS; k++)
-            UNROLL for (int r = 0; r < RT; r++) {
-                floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
-                UNROLL for (int i = 0; i < NT; i++)
-                    sum[r][i][k] = mul_add(w, load_floats(x + i * p->x_stride + j + LANES * k), sum[r][i][k]);
-            }
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) {
-            float lane[16];
-            if (j == p->cols) {
-                p->acc[i0 + i][r0 + r] = join_floats(sum[r][i]);
-                continue;
-            }
-            memcpy(lane, sum[r][i], sizeof lane); /* elements past the last multiple of 16 */
-            for (int jj = j; jj < p->cols; jj++)
-                lane[jj % 16] = fma_of(load_float(type, rows + r * p->row_bytes, jj), x[i * p->x_stride + jj], lane[jj % 16]);
-            p->acc[i0 + i][r0 + r] = join_lanes(lane);
+    float lane[4][4][16];
+    if (whole == 0) memset(lane, 0, sizeof lane);
+    for (int j0 = 0, end; j0 < whole; j0 = end) {
+        end = NP == PARTS ? whole : min_int(j0 + COLS_AT_ONCE, whole);
+        for (int l = 0; l < 16; l += NP * LANES) {
+            floats sum[4][4][PARTS];
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        sum[i][r][k] = j0 ? load_floats(lane[i][r] + l + LANES * k) : splat(0);
+            for (int j = j0 + l; j < end; j += 16)
+                UNROLL for (int k = 0; k < NP; k++) {
+                    floats xj[4];
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    UNROLL for (int r = 0; r < NR; r++) {
+                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                    }
+                }
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        store_floats(lane[i][r] + l + LANES * k, sum[i][r][k]);
         }
+    }
+    UNROLL for (int i = 0; i < NV; i++) {
+        for (int j = whole; j < p->cols; j++)
+            for (int r = 0; r < NR; r++)
+                lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
+                                            x[i * p->x_stride + j], lane[i][r][j % 16]);
+        float joined[4];
+        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
+    }
 }
 
 #define mul_floats_of NAME(mul_floats_of)
 INLINE void mul_floats_of(const struct product *p, int type)
 {
-    enum { RT = LANES == 16 ? 4 : 2, NT = RT };
-    int i = 0;
-    for (; i + NT <= p->n; i += NT) {
-        int r = 0;
-        for (; r + RT <= p->n_rows; r += RT) mul_floats_part(p, type, r, RT, i, NT);
-        for (; r < p->n_rows; r++)
-            for (int k = 0; k < NT; k++) mul_floats_part(p, type, r, 1, i + k, 1);
+    enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
+    int r = 0, i;
+    for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
+        for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
-    for (; i < p->n; i++)
-        for (int r = 0; r < p->n_rows; r++) mul_floats_part(p, type, r, 1, i, 1);
+    for (; r < p->n_rows; r++)
+        for (i = 0; i < p->n; i++) mul_floats_part(p, type, r, i, 1, 1);
 }
 
 static void NAME(mul_floats)(const struct product *p)
@@ -2332,36 +2372,43 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
 #define mix_part NAME(mix_part)
-INLINE void mix_part(const struct mix *m, int type, int i0, int NT)
+INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
     enum { PARTS = MIX_WIDTH / LANES };
-    floats sum[8][PARTS];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    const int size = type == F32 ? 4 : 2;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) sum[i][k] = load_floats(out + i * m->out_stride + LANES * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        const uint8_t *v = m->v + p * m->v_bytes;
-        __builtin_prefetch(v + NAME(PREFETCH_STREAM));
-        UNROLL for (int k = 0; k < PARTS; k++) {
-            floats part = widen(type, v + size * LANES * k);
-            UNROLL for (int i = 0; i < NT; i++) sum[i][k] = mul_add(splat(e[i * m->e_stride + p]), part, sum[i][k]);
+    const int NP = min_int(PARTS, NQ > 4 ? 2 : 4), size = type == F32 ? 4 : 2;
+    const float *e = m->e + q0 * m->e_stride;
+    for (int j = 0; j < MIX_WIDTH; j += NP * LANES) {
+        floats sum[8][4], v[4];
+        float *out = m->out + q0 * m->out_stride + j;
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+        for (int p = p0; p < end; p++) {
+            const uint8_t *from = m->v + p * m->v_bytes + size * j;
+            __builtin_prefetch(from + PREFETCH_STREAM);
+            UNROLL for (int k = 0; k < NP; k++) v[k] = widen(type, from + size * LANES * k);
+            UNROLL for (int q = 0; q < NQ; q++) {
+                floats ep = splat(e[q * m->e_stride + p]);
+                UNROLL for (int k = 0; k < NP; k++) sum[q][k] = mul_add(ep, v[k], sum[q][k]);
+            }
         }
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < PARTS; k++) store_floats(out + i * m->out_stride + LANES * k, sum[i][k]);
 }
 
 #define mix_of NAME(mix_of)
 INLINE void mix_of(const struct mix *m, int type)
 {
-    int i = 0;
-    for (; LANES == 16 && i + 8 <= m->n; i += 8) mix_part(m, type, i, 8);
-    for (; i + 2 <= m->n; i += 2) mix_part(m, type, i, 2);
-    for (; i < m->n; i++) mix_part(m, type, i, 1);
+    enum { MANY = LANES == 8 ? 6 : 8, FEW = LANES == 8 ? 2 : 4 };
+    for (int p = 0, end; p < m->n_pos; p = end) {
+        int q = 0;
+        end = min_int(m->n_pos, p + POSITIONS_AT_ONCE);
+        for (; q + MANY <= m->n; q += MANY) mix_part(m, type, p, end, q, MANY);
+        for (; q + FEW <= m->n; q += FEW) mix_part(m, type, p, end, q, FEW);
+        for (; q < m->n; q++) mix_part(m, type, p, end, q, 1);
+    }
 }
 
 static void NAME(mix_values)(const struct mix *m)
@@ -2370,17 +2417,20 @@ static void NAME(mix_values)(const struct mix *m)
     else if (m->type == F16) mix_of(m, F16);
     else mix_of(m, F32);
 }
+#endif /* !HAS_PIECES */
 #endif /* LANES > 1 */
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
-    STRING(INSTANCE), LANES > 1, NAME(quantize), NAME(mul_codes), NAME(mul_floats), NAME(dequantize), NAME(rmsnorm),
-    NAME(rope), NAME(store), NAME(exp_scores), NAME(mix_values), NAME(gelu), NAME(sum_exp)};
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
+    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
-#undef HAS_DPBUSD
+#undef HAS_DOT
+#undef PIECES
+#undef HAS_PIECES
 
 #else /* INSTANCE is not defined */
 
@@ -2397,31 +2447,45 @@ static const struct kernels NAME(kernels) = {
 #endif
 
 #define INSTANCE scalar
+#define PIECES scalar
+#define HAS_PIECES 0
 #define LANES 1
+#define HAS_DOT 0
 #include "gemma3.c"
 
 #if defined(HAVE_X86)
 BEGIN_TARGET("avx2,fma,f16c")
 #define INSTANCE avx2
+#define PIECES avx2
+#define HAS_PIECES 0
 #define LANES 8
+#define HAS_DOT 0
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 #define INSTANCE avxvnni
+#define PIECES avx2
+#define HAS_PIECES 1
 #define LANES 8
-#define HAS_DPBUSD
+#define HAS_DOT 1
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define INSTANCE avx512vnni
+#define PIECES avx512vnni
+#define HAS_PIECES 0
 #define LANES 16
+#define HAS_DOT 1
 #include "gemma3.c"
 END_TARGET
 #endif
 
 #if defined(HAVE_NEON)
 #define INSTANCE neon
+#define PIECES neon
+#define HAS_PIECES 0
 #define LANES 4
+#define HAS_DOT 0
 #include "gemma3.c"
 /* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
@@ -2435,8 +2499,10 @@ BEGIN_TARGET("+dotprod")
 BEGIN_TARGET("arch=armv8.2-a+crypto+fp16+dotprod")
 #endif
 #define INSTANCE dotprod
+#define PIECES neon
+#define HAS_PIECES 1
 #define LANES 4
-#define HAS_DPBUSD
+#define HAS_DOT 1
 #include "gemma3.c"
 #if !defined(__clang__) || __clang_major__ >= 16
 END_TARGET
@@ -2527,7 +2593,7 @@ static __attribute__((noinline)) const char *kernel_fault(const struct kernels *
     k->quantize(&q8, x, 32);
     k->mul_codes(&p);
     if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
-    k->dequantize(&w, 0, row);
+    k->dequantize(&w, 0, 1, row);
     to_file_order(row, 32);
     p.format = find_format(F32);
     p.rows = (const uint8_t *)row;
@@ -3386,7 +3452,7 @@ static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
     if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
         return reject(o, ": tensor %s cannot be read", s->name);
     if (!w->data) w->data = bytes;
-    o->m->kernels->dequantize(w, 0, out);
+    o->m->kernels->dequantize(w, 0, 1, out);
     *s->norm = out;
     return 0;
 }
@@ -3496,7 +3562,7 @@ static int choose_kernels(struct opening *o)
     for (int k = 0; k < N_KERNELS; k++)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
             o->kernels = all_kernels[k];
-            o->repacks = o->kernels->tiles && !o->options.exact && !o->options.no_repack;
+            o->repacks = o->kernels->tiles && !o->options.no_repack;
             return 0;
         }
     return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
@@ -3761,7 +3827,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, exact ? n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
     s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
     s->unread = piece(a, n_threads, 1);
 }
@@ -4617,22 +4683,16 @@ enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP
 
 /* ---- Command line: what is asked of the system ---- */
 
-/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
- * one variable of the program that does not live in a struct. */
+/* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
+ * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
-
-static void note_interrupt(int signal_number)
-{
-    interrupted = 1;
-    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
-}
+static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
 #if !defined(_WIN32)
 #include <unistd.h>
 
-/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
- * may get the number of a stream that is closed: what stands in for it can do nothing. A reader
- * that goes away, or a file beyond its limit, is an error of writing. */
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
 static char **start_program(char **argv)
 {
     for (int fd = 0; fd < 3; fd++)
@@ -4641,6 +4701,8 @@ static char **start_program(char **argv)
     signal(SIGXFSZ, SIG_IGN);
     return argv;
 }
+
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 static double seconds(void)
 {
@@ -4657,20 +4719,18 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links; of the program, where it lies however it was started. */
-static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+/* Where a path leads through links, or, when there is nothing, the other one. */
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
-    char *found = is_program ? realpath("/proc/self/exe", NULL) : NULL;
-    if (!found) found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    char *found = realpath(path, NULL);
+    if (!found) found = realpath(otherwise, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
     free(found);
 }
 
 static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
 static int replace_file(const char *from, const char *to) { return rename(from, to); }
 static void remove_file(const char *path) { remove(path); }
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
@@ -4686,7 +4746,8 @@ static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
     wchar_t given[MAX_PATH_BYTES];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
     wcscpy(wide, mark);
-    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
+        wcscpy(wide, given);
     return wide;
 }
 
@@ -4728,11 +4789,11 @@ static long long file_size(const char *path)
     return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
 }
 
-static void real_path(const char *path, int is_program, char real[MAX_PATH_BYTES])
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
-    wchar_t wide[MAX_WIDE];
-    int found = is_program && GetModuleFileNameW(NULL, wide, MAX_WIDE);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : path);
+    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
+    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
     for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
 }
 
@@ -4757,8 +4818,6 @@ static void remove_file(const char *path)
 
 static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
 #endif
-
-/* ---- Command line: messages ---- */
 
 /* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
@@ -4796,8 +4855,7 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* What was written gets out, or we say why not: errno is that of the write that failed, now or
- * before. A reader that has gone away knows. */
+/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
 static void flush(FILE *f, const char *name)
 {
     if (fflush(f) == 0 && !ferror(f)) return;
@@ -4807,8 +4865,7 @@ static void flush(FILE *f, const char *name)
 
 /* ---- Command line: the options ---- */
 
-/* The help is also the table of options: a line of two spaces, the name and, after one more, its
- * value, which may be absent when it stands in [ ]. */
+/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
@@ -4817,9 +4874,9 @@ static const char *const help[] = {
     "  -p TEXT              continue TEXT, as it stands, after <bos>",
     "  -f FILE              continue the text in FILE; - is stdin",
     "  --ids FILE           continue the ids in FILE as they are; - is stdin",
-    "  -i                   chat; /clear forgets, /quit ends, Ctrl-C stops an answer, a line that",
-    "                       ends in \\ goes on in the next",
+    "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
     "  --system TEXT        put before the first turn of a chat",
+    "  --state FILE         keep what the prompt, or --system, computes for the next time",
     "  --special            control tokens are read and printed as their text",
     "  --no-bos             no <bos> before the text\n\nWhat to write:",
     "  -n N                 tokens to generate; default: until a stop token or a full context",
@@ -4832,8 +4889,7 @@ static const char *const help[] = {
     "  --stop TEXT          end before TEXT; may be given several times",
     "  --out-ids            print the ids generated, without the stop token, not their text",
     "\nNumbers instead of text (nothing is generated unless -n is given):",
-    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout, and what",
-    "                       else is asked for goes to stderr",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout",
     "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
     "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
     "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
@@ -4856,15 +4912,14 @@ static const char *const help[] = {
 /* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
 static const char *next_option(char ***args, const char **value)
 {
-    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
     const char *arg = *(*args)++, *next = **args, *form = NULL;
     size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
     for (int i = 0; help[i] && !form; i++)
         if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
-    for (int i = 0; i < 5 && !form; i++)
-        if (strlen(moved[i]) == n && memcmp(moved[i], arg, n) == 0)
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(arg + 2, "-="), arg + 2);
+    if (!form && n > 4 && strstr(moved, arg))
+        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+            (int)strcspn(arg + 2, "-"), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
     const char *what = form + n + 1;
     *value = "";
@@ -4902,8 +4957,7 @@ static double number(char **args, const char *name, int is_whole, double least, 
     return x;
 }
 
-/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
- * is something else. */
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
 static int next_number(const char **list, int *x)
 {
     static const char between[] = ", \t\r\n\v\f";
@@ -4917,26 +4971,6 @@ static int next_number(const char **list, int *x)
     *list = end;
     *x = (int)number;
     return 1;
-}
-
-/* One thing to do, and nothing that would have no effect. */
-static void check_options(char **args)
-{
-    const char *kv = option(args, "--kv"), *tokenize = option(args, "--tokenize");
-    const char *file = option(args, "-f"), *logits = option(args, "--logits");
-    int numbers = logits || option(args, "--hash"), chats = option(args, "-i") != NULL;
-    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
-    int n_jobs = prompts + chats + (tokenize && (*tokenize || !file)) +
-                 !!option(args, "--detokenize") + !!option(args, "--info");
-    if (n_jobs != 1)
-        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize "
-            "and --info, not several" : "nothing to do: give a prompt with -p TEXT, -f FILE (- is "
-            "stdin) or --ids FILE, or chat with -i");
-    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", kv);
-    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!chats && option(args, "--system")) say(WRONG, "--system needs -i");
 }
 
 /* ---- Command line: a session, which is an opened model and all that goes with it ---- */
@@ -4958,8 +4992,8 @@ struct session {
     int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits, which until it is whole has another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* (devices and pipes have not) */
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
@@ -4969,13 +5003,28 @@ struct session {
     double read_seconds, write_seconds;
 };
 
-/* What can be wrong before the model is opened. */
+/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
 static void read_options(struct session *s)
 {
     char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *stop;
+    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
+    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
     int threads = gemma3_default_threads(), n = 0;
+    int numbers = option(args, "--logits") || option(args, "--hash");
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
     s->chats = option(args, "-i") != NULL;
+    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
     s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
@@ -5023,9 +5072,8 @@ static void open_model(struct session *s, const char *path, int computes)
     s->params.pool = s->pool;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
-
     size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
-    size_t weights = o.exact || o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
@@ -5048,8 +5096,7 @@ static char *read_file(const char *path, size_t *n)
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
-        if (size < (long long)room) size = (long long)room;
-        if (size > MAX_TEXT_BYTES)
+        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
@@ -5101,9 +5148,7 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-/* ---- Command line: numbers out ---- */
-
-static void open_logits(struct session *s, const char *path)
+static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
@@ -5111,10 +5156,25 @@ static void open_logits(struct session *s, const char *path)
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, 0, s->path);
+    real_path(path, path, s->path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
     s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
+}
+
+static int write_out(void *session, const void *bytes, size_t n)
+{
+    struct session *s = session;
+    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    return -1;
+}
+
+static void close_out(struct session *s)
+{
+    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
 /* --positions, or all. */
@@ -5147,17 +5207,13 @@ static void write_row(struct session *s, const float *row)
         bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
     gemma3_sha256_add(&s->sha256, bytes, n);
-    if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
-    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    if (s->file) write_out(s, bytes, n);
 }
-
-/* ---- Command line: tokens in, text out ---- */
 
 static int are_numbers(const float *x, size_t n)
 {
     int all = 1;
-    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
     return all;
 }
 
@@ -5190,6 +5246,35 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     }
     s->n_read += n;
     s->read_seconds += seconds() - start;
+}
+
+static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    const char *path = option(s->args, "--state");
+    gemma3_error err;
+    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
+    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state), n_same = 0;
+    const int32_t *kept = gemma3_state_ids(s->state);
+    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
+    if (!path || n <= 0 || (f && n_same == pos)) {
+        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_same;
+    }
+    gemma3_state_reset(s->state);
+    read_tokens(s, ids, n);
+    open_out(s, path);
+    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    close_out(s);
+    return n;
 }
 
 static void print_byte(struct session *s, char byte)
@@ -5225,8 +5310,7 @@ static int print_token(struct session *s, int32_t id)
     return 1;
 }
 
-/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
- * because the conversation goes on after it. */
+/* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
     double start = seconds();
@@ -5266,10 +5350,10 @@ static void continue_prompt(struct session *s)
     gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
-    else if (logits) open_logits(s, logits);
-    read_tokens(s, s->ids, s->n_ids);
-    if (s->file && s->file != stdout && (fclose(s->file) || rename(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
+    else if (logits) open_out(s, logits);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
+    if (logits) close_out(s);
     gemma3_sha256_end(&s->sha256, hex);
     if (hash)
         fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
@@ -5283,11 +5367,10 @@ static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
     const gemma3_params *p = &s->params;
-    const struct { const char *name, *key; double value; } fields[] = {
-        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
-        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
-        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads}, {"n_vocab", "", c->n_vocab},
-        {"head_dim", "attention.key_length", c->head_dim},
+    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+        {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
+        {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
         {"n_ctx_train", "context_length", c->n_ctx_train},
         {"window", "attention.sliding_window", c->window},
         {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
@@ -5313,23 +5396,23 @@ static void print_info(const struct session *s)
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    printf("\nweights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
-           p->n_batch, p->n_threads);
+    printf("\nweights                %zu bytes, %zu read for each token generated\n"
+           "KV cache               %zu bytes for -c %d in %s\n"
+           "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
+           p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
     const char *system = option(s->args, "--system");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
-    int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
+    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    int n = room > MAX_TEXT_BYTES ? -2 :
+            gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
     if (n > left) {
@@ -5337,9 +5420,12 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return free(ids), 0;
     }
+    int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
+    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
-    read_tokens(s, ids, n);
+    read_tokens(s, ids + n_kept, n - n_kept);
     write_tokens(s);
     signal(SIGINT, SIG_DFL);
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
@@ -5368,34 +5454,28 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says. */
-static void check_template(const struct session *s)
-{
-    static const char *const more[] = {"source_lang_code", "developer", "tools", "<start_of_turn>"};
-    size_t n = 0;
-    const char *text = gemma3_model_chat_template(s->model, &n);
-    if (!text)
-        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    for (int i = 0; text && i < 4; i++) {
-        size_t length = strlen(more[i]), at = 0;
-        while (at + length <= n && memcmp(text + at, more[i], length) != 0) at++;
-        if ((at + length <= n) != (i == 3))
-            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
-                i == 3 ? "has no" : "asks for", more[i]);
-    }
-}
-
-/* A full context ends the chat, unless somebody is there to type /clear. */
+/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
+ * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    int goes_on = 1;
+    static const char *const words[] = {"source_lang_code", "developer", "tools",
+                                        "<start_of_turn>"};
+    size_t n = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
-    check_template(s);
-    while (goes_on && s->fault < 0 && (line = read_line())) {
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    for (int i = 0; template && i < 4; i++) {
+        size_t n_word = strlen(words[i]), at = 0;
+        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", words[i]);
+    }
+    for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
         else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
-        free(line);
     }
 }
 
@@ -5413,13 +5493,13 @@ static void explain_fault(struct session *s)
 {
     char first[64] = "";
     gemma3_error err;
-    int can_try = !gemma3_model_is_exact(s->model) || s->params.kv_type != GEMMA3_KV_F32;
+    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
     s->params.trace = find_fault, s->params.trace_user = first;
     gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        can_try ? ": try --kv f32 or --exact" : "",
+        is_best ? "" : ": try --kv f32 or --exact",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
@@ -5456,7 +5536,7 @@ static void run_job(struct session *s, const char *path)
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(program, 1, path);
+    real_path("/proc/self/exe", program, path); /* however it was started */
     size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
     if (file_size(path) < 0) strcpy(path, model);
@@ -5475,7 +5555,6 @@ int main(int argc, char **argv)
     } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
-        check_options(s.args);
         read_options(&s);
         if (!path) find_model(argc > 0 ? argv[0] : "", found);
         run_job(&s, path ? path : found);

@@ -112,7 +112,7 @@ is($err, "", "and nothing on stderr");
 run("--help");
 is($code, 0, "--help");
 for my $option (qw(-m -p -f --ids -i -n -c -t -b --temp --top-k --top-p --min-p --repeat-penalty
-    --seed --out-ids --exact --isa --kv --no-repack --system --stop --logits --positions --hash
+    --seed --out-ids --exact --isa --kv --no-repack --obey-file --system --state --stop --logits --positions --hash
     --tokenize --no-bos --detokenize --special --info --version --help)) {
     like($out, qr/^  \Q$option\E /m, "--help has $option");
 }
@@ -174,7 +174,7 @@ refuses(2, qr/--positions "0,x": expected whole numbers/, "--positions 0,x", "-m
 refuses(2, qr/--positions needs/, "--positions alone", "-m", $tiny, "-p", "a", "--positions", "0");
 refuses(2, qr/--system needs -i/, "--system without -i", "-m", $tiny, "-p", "a", "--system", "b");
 refuses(2, qr/need -p, -f or --ids/, "--hash of a chat", "-m", $tiny, "-i", "--hash");
-for my $moved ("--nll", "--perplexity", "--perplexity=a.txt", "--top", "--trace", "--trace-dir") {
+for my $moved ("--nll", "--perplexity", "--top", "--trace", "--trace-dir") {
     my ($option, $job) = $moved =~ /^(--(\w+)[\w-]*)/;
     refuses(2, qr{^gemma3: $option is now `test/conform $job` \(make conform\)}, "$moved, which has moved",
         "-m", $tiny, "-p", "a", $moved, "1");
@@ -579,7 +579,7 @@ sub with_key {
     my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor to hold what is none was ffn_norm-3$/m;
     run("-m", $nan, "-p", "the cat", "-n", 6);
     is($code, 1, "logits that are not numbers: exit code 1");
-    like($err, $says, "one sentence, with the position and the first tensor");
+    like($err, $says, "one sentence, with the position, what to try, and the first tensor");
     unlike($err, qr/generated/, "and nothing about what was generated");
     run(\"the cat\nthe dog\n", "-m", $nan, "-i");
     is($code, 1, "in a chat too");
@@ -644,6 +644,41 @@ sub with_key {
     tiny(\"the cat\n", "-i", "-c", 20, "--top-k", 1);
     like($err, qr/^gemma3: the context of 20 tokens is full; \/clear starts again, -c gives more$/m,
         "an answer that fills the context says what helps");
+}
+
+# --state: computed once.
+{
+    my $state = "$dir/kept state";
+    my $n_read = sub { return $err =~ /^prompt (\d+) tokens/m ? $1 : -1 };
+    my @go = ("--temp", 0, "-n", 8, "--repeat-penalty", 1.3, "--out-ids");
+    my $long = "once upon a time there was a little girl who lived in the forest";
+    my $want = tiny("-p", $long, @go);
+    my $n = $n_read->();
+    is(tiny("-p", $long, @go, "--state", $state), $want, "--state: the same text");
+    is($n_read->(), $n, "all of the prompt is computed");
+    my $kept = slurp($state);
+    is(tiny("-p", $long, @go, "--state", $state), $want, "and again from the file");
+    is($n_read->(), 1, "but for the last token nothing is computed");
+    is(tiny("-p", "$long with a cat", @go, "--state", $state), tiny("-p", "$long with a cat", @go), "a longer text");
+    ok(slurp($state) eq $kept, "leaves the file");
+    tiny("-p", "$long with a cat", @go, "--state", $state);
+    cmp_ok($n_read->(), "<", 8, "and computes what is new");
+    is(tiny("-p", "the cat", @go, "--state", $state), tiny("-p", "the cat", @go), "another text");
+    ok(slurp($state) ne $kept, "is computed and kept instead");
+    is(scalar(grep { /\.part$/ } glob "'$dir'/*"), 0, "no half file is left");
+
+    my @kind = (@chat, "--system", "you are a dog who lives in the forest", "--state", "$dir/system state");
+    my @plain = (@chat, "--system", "you are a dog who lives in the forest");
+    my $dog = tiny(\"the cat\n", @plain);
+    $n = $n_read->();
+    is(tiny(\"the cat\n", @kind), $dog, "a system text, computed");
+    is(tiny(\"the cat\n", @kind), $dog, "and read");
+    cmp_ok($n_read->(), "<", $n / 2, "which saves its tokens");
+    is(tiny(\"the girl\n/clear\nthe cat\n", @kind), tiny(\"the girl\n/clear\nthe cat\n", @plain), "for every turn that is the first");
+    refuses(1, qr/the model\.gguf: .+/, "--state of a model", "-m", $tiny, "-p", $long, "--state", $copy);
+    ok(slurp($copy) eq slurp($tiny), "which stays as it was");
+    refuses(1, qr/cut state: .+/, "half a state", "-m", $tiny, "-p", $long, "--state", spew("cut state", substr slurp($state), 0, -3));
+    refuses(2, qr/--state is not for --logits and --hash/, "--state with --hash", "-m", $tiny, "-p", $long, "--hash", "--state", $state);
 }
 
 # Memory, contexts, byte-order marks, locales.
