@@ -2593,7 +2593,7 @@ static int cpu_has(const char *isa)
 /* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
  * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
  * flush those, or a port may read its own floats in the order of a file's. */
-static const char *kernel_fault(const struct kernels *k)
+static __attribute__((noinline)) const char *kernel_fault(const struct kernels *k) /* 1 KB of stack */
 {
     static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
                                       0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
@@ -3271,7 +3271,7 @@ static int read_vocab(struct opening *o)
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
  * takes the place of its score. */
-static int rank_merges(const struct opening *o)
+static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 KB of stack */
 {
     float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;
