@@ -14,7 +14,7 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
-LINKED   = test/forward test/golden test/hostile test/replay test/state
+LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
 INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
 TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
 
@@ -48,7 +48,7 @@ test:
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
 
-test/hostile test/replay: test/tiny.h $(wildcard test/fuzz/*.c)
+test/hostile test/replay test/together: test/tiny.h $(wildcard test/fuzz/*.c)
 
 $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.o $(LIBS)
@@ -62,7 +62,7 @@ sanitize:
 	$(MAKE) clean
 
 # What strangers' files are tried with: test/fuzz/README.md.
-fuzz-gguf fuzz-tokenizer wrap coverage:
+fuzz-gguf fuzz-tokenizer wrap threads coverage prove:
 	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
@@ -83,5 +83,6 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin
-.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap coverage bench board clean
+	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
+	  test/*.gcda test/*.gcno
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap threads coverage prove bench board clean

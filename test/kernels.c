@@ -476,7 +476,7 @@ static int scales_of(const struct format *f, int at[2])
     static const struct { const char *name; int n, at[2]; } where[] = {
         { "Q4_0", 1, { 0 } }, { "Q4_1", 2, { 0, 2 } }, { "Q5_0", 1, { 0 } }, { "Q5_1", 2, { 0, 2 } },
         { "Q8_0", 1, { 0 } }, { "Q2_K", 2, { 80, 82 } }, { "Q3_K", 1, { 108 } }, { "Q4_K", 2, { 0, 2 } },
-        { "Q5_K", 2, { 0, 2 } }, { "Q6_K", 1, { 208 } }, { "IQ4_NL", 1, { 0 } } };
+        { "Q5_K", 2, { 0, 2 } }, { "Q6_K", 1, { 208 } }, { "IQ4_NL", 1, { 0 } }, { "IQ4_XS", 1, { 0 } } };
     for (size_t i = 0; i < sizeof where / sizeof *where; i++)
         if (!strcmp(where[i].name, f->name)) {
             at[0] = where[i].at[0], at[1] = where[i].at[1];
