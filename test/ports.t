@@ -107,7 +107,7 @@ push @cpus, qw(-march=armv8-a -march=armv8-a+fp16 -march=armv8.1-a -march=armv8.
 my %arm = (gcc => ["aarch64-linux-gnu-gcc"],
     clang => [qw(clang --target=aarch64-linux-gnu -I/usr/aarch64-linux-gnu/include)]);
 for my $compiler (sort keys %arm) {
-    my @command = (@{ $arm{$compiler} }, qw(-std=c11 -O1 -c -DGEMMA3_NO_MAIN -o /dev/null), @rules);
+    my @command = (@{ $arm{$compiler} }, qw(-std=c11 -O0 -w -c -DGEMMA3_NO_MAIN -o /dev/null));
     SKIP: {
         skip "aarch64 settings: no $command[0]", 1 if !tool($command[0]) || !tool("aarch64-linux-gnu-gcc");
         my @now = $compiler eq "gcc" || $ENV{TEST_ALL_PORTS} ? @cpus : qw(-mcpu=neoverse-n1 -mcpu=cortex-a53);
