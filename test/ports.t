@@ -159,9 +159,9 @@ SKIP: {
     run($gemma3, @logits, "$dir/want");
     run(@program, "-m", "test/data/tiny.gguf", "-p", "a", "--logits", "$dir/got");
     run(@program, @logits, "$dir/got");
-    is(slurp("$dir/got"), slurp("$dir/want"), "Windows: a file replaces another");
+    ok(slurp("$dir/got") eq slurp("$dir/want"), "Windows: a file replaces another");
     run("sh", "-c", '"$@" - >"$0" 2>"$0.err"', "$dir/got2", @program, @logits);
-    is(slurp("$dir/got2"), slurp("$dir/want"), "Windows: bytes on stdout are those bytes");
+    ok(slurp("$dir/got2") eq slurp("$dir/want"), "Windows: bytes on stdout are those bytes");
     ($got) = run(@program, "-m", "$dir/none.gguf", "-p", "a");
     like($got, qr/none\.gguf cannot be opened: No such file or directory/, "Windows: says why a file does not open");
     open my $f, ">", "$dir/large.gguf" or die;
