@@ -179,6 +179,10 @@
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #include <arm_neon.h>
 #define HAVE_NEON 1
+#elif defined(__ARM_FEATURE_MVE)
+#include <arm_mve.h>
+#elif defined(__ARM_FEATURE_SIMD32)
+#include <arm_acle.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -1269,10 +1273,6 @@ INLINE uint32_t load_u32_le(const uint8_t *p)
     memcpy(&u, p, 4);
     return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
 }
-INLINE uint64_t load_u64_le(const uint8_t *p)
-{
-    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
-}
 INLINE void store_u16_le(uint8_t *p, uint16_t u)
 {
     u = BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
@@ -1379,28 +1379,29 @@ struct format {
     const char *name;
     int elements, bytes;              /* of a block */
     int bias;                         /* what q is too large by */
-    int has_min, has_halves;          /* m and min; scales that differ between the halves */
+    int d, m;                         /* where in a block they stand; m 0: there is no minimum */
+    int has_halves;                   /* scales, and minima, that differ between the halves */
     int is_wide;                      /* codes use all 8 bits and are signed; others are 0 .. 63 */
     struct { int at, bytes, unit; } field[3]; /* how a tile interleaves a block's bytes */
 };
 
 static const struct format formats[] = {
-    /* type, name, elements, bytes, bias, min, halves, wide, fields {at, bytes, unit} */
-    {F32, "F32", 1, 4, 0, 0, 0, 0, {{0}}},
-    {F16, "F16", 1, 2, 0, 0, 0, 0, {{0}}},
-    {BF16, "BF16", 1, 2, 0, 0, 0, 0, {{0}}},
-    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
-    {Q4_1, "Q4_1", 32, 20, 0, 1, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
-    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
-    {Q5_1, "Q5_1", 32, 24, 0, 1, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
-    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
-    {Q2_K, "Q2_K", 256, 84, 0, 1, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
-    {Q3_K, "Q3_K", 256, 110, 4, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
-    {Q4_K, "Q4_K", 256, 144, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
-    {Q5_K, "Q5_K", 256, 176, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
-    {Q6_K, "Q6_K", 256, 210, 32, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
-    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
-    {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
+    /* type, name, elements, bytes, bias, d, m, halves, wide, fields {at, bytes, unit} */
+    {F32, "F32", 1, 4, 0, 0, 0, 0, 0, {{0}}},
+    {F16, "F16", 1, 2, 0, 0, 0, 0, 0, {{0}}},
+    {BF16, "BF16", 1, 2, 0, 0, 0, 0, 0, {{0}}},
+    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
+    {Q4_1, "Q4_1", 32, 20, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
+    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
+    {Q5_1, "Q5_1", 32, 24, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
+    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
+    {Q2_K, "Q2_K", 256, 84, 0, 80, 82, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
+    {Q3_K, "Q3_K", 256, 110, 4, 108, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
+    {Q4_K, "Q4_K", 256, 144, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
+    {Q5_K, "Q5_K", 256, 176, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
+    {Q6_K, "Q6_K", 256, 210, 32, 208, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
+    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
+    {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
 };
 
 enum { MAX_BLOCK_BYTES = 210, MAX_BYTES_OF_32 = 34 }; /* Q6_K; Q8_0 */
@@ -1437,38 +1438,32 @@ INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t
 }
 
 /* Products of d and a sub-scale of at most 8 bits are exact. */
-INLINE void unpack_scales(int type, const uint8_t *p, int g, struct group *o)
+INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struct group *o)
 {
-    int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
-    o->d = f16_to_f32(load_u16_le(p + d_at));
-    o->m = f16_to_f32(load_u16_le(p + (type == Q2_K ? 82 : type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K ? 2 : d_at)));
-    for (int h = 0; h < 2; h++) o->scale[h] = o->min[h] = 1;
-    if (type == IQ4_XS)
+    o->d = f16_to_f32(load_u16_le(p + f->d));
+    o->m = f16_to_f32(load_u16_le(p + f->m));
+    o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
+    if (f->type == IQ4_XS)
         o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
-    if (type == Q2_K) {
-        for (int h = 0; h < 2; h++) o->scale[h] = p[2 * g + h] & 15, o->min[h] = p[2 * g + h] >> 4;
-        o->m = -o->m;
-    }
-    if (type == Q3_K)
-        for (int h = 0; h < 2; h++) {
-            const uint8_t *s = p + 96;
-            int i = 2 * g + h;
-            o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
-        }
-    if (type == Q4_K || type == Q5_K) {
+    if (f->type == Q4_K || f->type == Q5_K) {
         int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
         o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
         o->m *= -(float)(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
     }
-    if (type == Q6_K)
-        for (int h = 0; h < 2; h++) o->scale[h] = (int8_t)p[192 + 2 * g + h];
+    if (f->type == Q2_K) o->m = -o->m;
+    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
+        const uint8_t *s = p + 96;
+        if (f->type == Q2_K) o->scale[h] = p[i] & 15, o->min[h] = p[i] >> 4;
+        if (f->type == Q3_K) o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        if (f->type == Q6_K) o->scale[h] = (int8_t)p[192 + i];
+    }
 }
 
 /* Group g of the block at p. */
 INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group *o)
 {
     unpack_codes(f, p, g, o->code);
-    unpack_scales(f->type, p, g, o);
+    unpack_scales(f, p, g, o);
 }
 
 /* ---- Tiles ----
@@ -1552,7 +1547,8 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { TILE, TILE_HALVES, TILE_WIDE, NIBBLES, PANEL, PANEL_HALVES, PANEL_WIDE };
+enum { NIBBLES = 100, PANEL, PANEL_HALVES, PANEL_WIDE };
+typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
 struct panel {
@@ -1615,9 +1611,11 @@ enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
 #define NAME(x) PASTE(x, INSTANCE)
+#define PIECE(x) PASTE(x, PIECES)
 #define fma_of NAME(fma_of)
 #define exp_of NAME(exp_of)
 
+#if !HAS_PIECES
 INLINE float fma_of(float a, float b, float c)
 {
     return LANES > 1 || HARD_FMA ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
@@ -1771,6 +1769,7 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
         for (int j = 0; j < step; j++) lane[j] += lane[j + step];
     return lane[0];
 }
+#endif /* !HAS_PIECES */
 
 #if LANES == 1
 /* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
@@ -1784,15 +1783,62 @@ static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
         for (int b = 0; !is_float(f) && b < w->cols / 32; b++, out += 32) {
             unpack(f, row + (size_t)(32 * b / f->elements) * f->bytes, b % (f->elements / 32), &o);
             for (int j = 0; j < 32; j++) out[j] = o.d * (float)o.scale[j / 16] * (float)o.code[j];
-            for (int j = 0; f->has_min && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
+            for (int j = 0; f->m && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
         }
     }
 }
 
-/* Rows of integer formats, as they lie in the file (rule 2). */
+/* sum + 16 codes, which are bits of bytes, times 16 of x. This is a board's main work: Helium
+ * multiplies 16 bytes at once, a Cortex-M with DSP instructions two. */
+INLINE int32_t NAME(dot_16)(int32_t sum, const uint8_t *w, int shift, int mask, const int8_t *x)
+{
+#if defined(__ARM_FEATURE_MVE)
+    uint8x16_t code = vandq_u8(vshlq_r_u8(vldrbq_u8(w), -shift), vdupq_n_u8((uint8_t)mask));
+    return vmladavaq_s8(sum, vreinterpretq_s8_u8(code), vldrbq_s8(x));
+#elif defined(__ARM_FEATURE_SIMD32)
+    for (int j = 0; j < 16; j += 4) {
+        uint32_t a = load_u32_le(w + j) >> shift & (uint32_t)mask * 0x01010101;
+        uint32_t b = load_u32_le((const uint8_t *)x + j);
+        sum = __smlad(__sxtb16(a), __sxtb16(b), sum); /* bytes 0 and 2, then 1 and 3 */
+        sum = __smlad(__sxtb16(a >> 8 | a << 24), __sxtb16(b >> 8 | b << 24), sum);
+    }
+    return sum;
+#else
+    for (int j = 0; j < 16; j++) sum += (int8_t)(w[j] >> shift & mask) * x[j];
+    return sum;
+#endif
+}
+
+/* Rows of integer formats, as they lie in the file (rule 2). Small models are made of these two. */
+INLINE void NAME(mul_plain)(const struct product *p, int type)
+{
+    for (int r = 0; r < p->n_rows; r++)
+        for (int b = 0; b < p->cols / 32; b++) {
+            const uint8_t *block = p->rows + r * p->row_bytes + b * (type == Q4_0 ? 18 : 34);
+            const uint8_t *w = block + 2;
+            float d = f16_to_f32(load_u16_le(block));
+            for (int i = 0; i < p->n; i++) {
+                const struct q8_block *x = &p->q8[i * p->x_stride + b];
+                int32_t isum = type == Q4_0 ? NAME(dot_16)(x->minus_8_sums, w, 0, 15, x->code) :
+                                              NAME(dot_16)(0, w, 0, 255, x->code);
+                isum = type == Q4_0 ? NAME(dot_16)(isum, w, 4, 15, x->code + 16) :
+                                      NAME(dot_16)(isum, w + 16, 0, 255, x->code + 16);
+                p->acc[i][r] = fma_of((float)isum, d * x->d, p->acc[i][r]);
+            }
+        }
+}
+
 static void NAME(mul_codes)(const struct product *p)
 {
     const struct format *f = p->format;
+    if (f->type == Q4_0) {
+        NAME(mul_plain)(p, Q4_0);
+        return;
+    }
+    if (f->type == Q8_0) {
+        NAME(mul_plain)(p, Q8_0);
+        return;
+    }
     for (int r = 0; r < p->n_rows; r++)
         for (int b = 0; b < p->cols / 32; b++) {
             const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
@@ -1806,7 +1852,7 @@ static void NAME(mul_codes)(const struct product *p)
                 int32_t msum = w.min[0] * x->sum[0] + w.min[1] * x->sum[1];
                 float *acc = &p->acc[i][r];
                 *acc = fma_of((float)isum, w.d * x->d, *acc);
-                if (f->has_min) *acc = fma_of(w.m, (float)msum * x->d, *acc);
+                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);
             }
         }
 }
@@ -1851,7 +1897,7 @@ static void NAME(mix_values)(const struct mix *m)
 #define load_floats NAME(load_floats)
 #define store_floats NAME(store_floats)
 #define to_floats NAME(to_floats)
-#define widen_bytes NAME(widen_bytes)
+#define widen_u8 NAME(widen_u8)       /* LANES small integers from memory */
 #define widen_u16 NAME(widen_u16)
 #define widen_f16 NAME(widen_f16)
 #define widen NAME(widen)             /* LANES of F32, F16 or BF16 from memory */
@@ -1868,8 +1914,6 @@ static void NAME(mix_values)(const struct mix *m)
 
 #define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
 #define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
-#define TOKENS (LANES == 16 ? 6 : 4)
-#define REGISTERS 2
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -1899,7 +1943,7 @@ INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
-INLINE ints widen_bytes(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+INLINE ints widen_u8(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 INLINE ints look_up(ints c)
 {
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
@@ -1938,7 +1982,7 @@ INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
-INLINE ints widen_bytes(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+INLINE ints widen_u8(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 INLINE ints look_up(ints c)
 {
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
@@ -1958,12 +2002,11 @@ INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 INLINE floats splat(float x) { return vdupq_n_f32(x); }
 INLINE floats mul_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
 INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
-INLINE ints widen_u16(const void *p) { return (ints)vmovl_u16(vreinterpret_u16_u8(vld1_u8(p))); }
-INLINE ints widen_bytes(const void *p)
+INLINE ints widen_u16(const void *p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
+INLINE ints widen_u8(const void *p)
 {
-    uint32_t u;
-    memcpy(&u, p, 4);
-    return (ints)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(u))));
+    uint8x8_t four = vreinterpret_u8_u32(vld1_dup_u32(p));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four))));
 }
 INLINE ints look_up(ints c)
 {
@@ -2035,68 +2078,70 @@ INLINE void prefetch(const uint8_t *p, size_t n_bytes)
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-/* Codes 4q .. 4q+3 of one half, of LANES rows from row r on. */
+/* Codes 4q .. 4q+3 of the half that b finds, for LANES rows from row r on. */
 #define codes_of NAME(codes_of)
 INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints c = load_ints(p + TILE_ROWS * b.low) >> b.shift & b.mask * 0x01010101;
-    if (b.top_mask) c |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & b.top_mask * 0x01010101) << b.up;
-    if (fifth_bits(type)) /* the product copies bit k of four to the lowest bit of byte k */
-        c |= ((load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15) * 0x00204081 & 0x01010101) << 4;
-    if (type == IQ4_NL || type == IQ4_XS) c = look_up(c);
-    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) c ^= (int32_t)0x80808080;
-    return c;
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
+    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
+    if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
+        ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
+        w |= (four * 0x00204081 & 0x01010101) << 4;
+    }
+    if (type == IQ4_NL || type == IQ4_XS) w = look_up(w);
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= (int32_t)0x80808080;
+    return w;
 }
 
-/* What unpack_scales does, for LANES rows from row r on. */
-static void NAME(unpack_scales)(int type, const uint8_t *tile, int g, int r, struct panel *o)
+/* What unpack_scales does, for all rows of a tile. */
+static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
-    const uint8_t *f16 = tile + 2 * r, *bytes = tile + r;
-    int d_at = type == Q2_K ? 80 : type == Q3_K ? 108 : type == Q6_K ? 208 : 0;
-    floats d = widen_f16(f16 + TILE_ROWS * d_at), m = d;
-    if (type == Q4_1 || type == Q5_1) m = widen_f16(f16 + TILE_ROWS * 2);
-    if (type == Q4_K || type == Q5_K) {
-        const uint8_t *k = bytes + TILE_ROWS * (4 + g % 4);
-        ints low = widen_bytes(k), mid = widen_bytes(k + TILE_ROWS * 4), high = widen_bytes(k + TILE_ROWS * 8);
-        d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
-        m = widen_f16(f16 + TILE_ROWS * 2) * -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
+    if (f->type == Q4_K || f->type == Q5_K) {
+        const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
+        memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
+        scale[0] = g < 4 ? a & 0x3f3f3f3f : (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
+        min[0] = g < 4 ? b & 0x3f3f3f3f : (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
+    } else if (f->type == IQ4_XS) {
+        uint16_t top __attribute__((vector_size(2 * TILE_ROWS)));
+        memcpy(&a, tile + TILE_ROWS * (4 + g / 2), sizeof a), memcpy(&top, tile + TILE_ROWS * 2, sizeof top);
+        uint8_t low __attribute__((vector_size(TILE_ROWS))) = __builtin_convertvector(top >> 2 * g & 3, uint8_t __attribute__((vector_size(TILE_ROWS))));
+        memcpy(&b, &low, sizeof b);
+        scale[0] = (a >> 4 * (g % 2) & 0x0f0f0f0f) | b << 4;
     }
-    if (type == IQ4_XS) {
-        ints low = widen_bytes(bytes + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15;
-        d *= to_floats((low | (widen_u16(f16 + TILE_ROWS * 2) >> 2 * g & 3) << 4) - 32);
+    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
+        memcpy(&a, tile + TILE_ROWS * (f->type == Q6_K ? 192 + i : f->type == Q3_K ? 96 + i % 8 : i), sizeof a);
+        memcpy(&b, tile + TILE_ROWS * (f->type == Q3_K ? 104 + i % 4 : 0), sizeof b);
+        scale[h] = f->type == Q6_K ? a ^ 0x80808080 :
+                   f->type == Q3_K ? (a >> 4 * (i / 8) & 0x0f0f0f0f) | (b >> 2 * (i / 4) & 0x03030303) << 4 : a & 0x0f0f0f0f;
+        min[h] = a >> 4 & 0x0f0f0f0f;
     }
-    if (type == Q2_K) m = -widen_f16(f16 + TILE_ROWS * 82);
-    store_floats(o->d + r, d);
-    store_floats(o->m + r, m);
-    for (int h = 0; h < 2; h++) {
-        int i = 2 * g + h;
-        ints scale = {0}, min = {0};
-        if (type == Q2_K) {
-            scale = widen_bytes(bytes + TILE_ROWS * i);
-            min = scale >> 4;
-            scale &= 15;
-        } else if (type == Q3_K) {
-            ints low = widen_bytes(bytes + TILE_ROWS * (96 + i % 8)), top = widen_bytes(bytes + TILE_ROWS * (104 + i % 4));
-            scale = ((low >> 4 * (i / 8) & 15) | (top >> 2 * (i / 4) & 3) << 4) - 32;
-        } else if (type == Q6_K) {
-            scale = (widen_bytes(bytes + TILE_ROWS * (192 + i)) ^ 128) - 128;
-        } else {
-            break;
+    const int bias = f->type == Q6_K ? 128 : f->type == Q3_K || f->type == IQ4_XS ? 32 : 0;
+    const int k_scales = f->elements == 256 && !f->has_halves;
+    for (int r = 0; r < TILE_ROWS; r += LANES) {
+        floats d = widen_f16(tile + TILE_ROWS * f->d + 2 * r), m = widen_f16(tile + TILE_ROWS * f->m + 2 * r);
+        if (k_scales) {
+            d *= to_floats(widen_u8((const uint8_t *)scale + r) - bias);
+            m *= to_floats(widen_u8((const uint8_t *)min + r));
         }
-        store_floats(o->scale[h] + r, to_floats(scale));
-        store_floats(o->min[h] + r, to_floats(min));
+        store_floats(o->d + r, d);
+        store_floats(o->m + r, f->elements == 256 ? -m : m);
+        for (int h = 0; h < 2 && f->has_halves; h++) {
+            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
+            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
+        }
     }
 }
 
-static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct panel *o)
+static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
+    NAME(unpack_scales)(f, tile, g, o);
     for (int q = 0; q < 8; q++) {
-        struct code_bits b = find_codes(type, g, q / 4);
+        struct code_bits b = find_codes(f->type, g, q / 4);
         for (int r = 0; r < TILE_ROWS; r += LANES)
-            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(type, b, tile, q, r));
+            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
     }
-    for (int r = 0; r < TILE_ROWS; r += LANES) NAME(unpack_scales)(type, tile, g, r, o);
 }
 
 /* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
@@ -2105,66 +2150,69 @@ static void NAME(unpack_panel)(int type, const uint8_t *tile, int g, struct pane
 INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
 {
     const struct format *f = p->format;
-    const int halves = kind == TILE_HALVES || kind == PANEL_HALVES, wide = kind == TILE_WIDE || kind == PANEL_WIDE;
-    const int quads = kind == NIBBLES ? 8 : INT16_SUMS && halves ? 2 : 4;
+    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
+    const int nibbles = kind == NIBBLES, quads = INT16_SUMS && halves ? 2 : 4;
     const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
     const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
+    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
     const uint8_t *from = p->rows;
-    floats sum[8][4];
+    floats sum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
     for (int b = 0, g = 0; b < p->cols / 32; b++) {
         const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
         const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
-        floats isum[8][4];
-        ints total[8][4];
+        floats isum[8][8];
+        ints total[8][8];
         if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
         if (kind < NIBBLES) {
-            if (r0 == 0) prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
-            for (int h = 0; h < NH; h++) NAME(unpack_scales)(f->type, from, g, r0 + LANES * h, p->scratch);
+            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
+            NAME(unpack_scales)(f, from, g, p->scratch);
         }
         UNROLL for (int i = 0; i < NT; i++)
             UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
-        for (int q0 = 0; q0 < 8; q0 += quads) {
-            struct code_bits bits = find_codes(f->type, g, q0 / 4);
-            dot_sum part[8][4];
+        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+            struct code_bits bits = find_codes(kind, g, q0 / 4);
+            dot_sum part[8][8];
             int32_t start[8];
             UNROLL for (int i = 0; i < NT; i++) {
                 const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = kind == NIBBLES ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
+                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
                 UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
             }
-            UNROLL for (int k = 0; k < quads; k++) {
-                int q = kind == NIBBLES ? k / 2 + 4 * (k % 2) : q0 + k;
-                UNROLL for (int h = 0; h < NH; h++) {
-                    int r = r0 + LANES * h;
-                    ints w = kind == NIBBLES ? (load_ints(from + TILE_ROWS * (2 + 4 * (q % 4)) + 4 * r) >> 4 * (q / 4) & 0x0f0f0f0f)
-                             : kind <= NIBBLES ? codes_of(f->type, bits, from, q, r) : load_ints(panel->code + 4 * (TILE_ROWS * q + r));
+            UNROLL for (int q = q0; q < q0 + quads; q++)
+                UNROLL for (int high = 0; high <= nibbles; high++) {
+                    ints w[8];
+                    UNROLL for (int h = 0; h < NH; h++) {
+                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
+                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
+                        else w[h] = kind < NIBBLES ? codes_of(kind, bits, from, q, r) : load_ints(panel->code + at);
+                    }
                     UNROLL for (int i = 0; i < NT; i++) {
-                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q);
-                        if (wide) total[i][h] = dot_wide(total[i][h], w, c);
-                        else part[i][h] = dot_add(part[i][h], w, c);
+                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                        UNROLL for (int h = 0; h < NH; h++)
+                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                            else part[i][h] = dot_add(part[i][h], w[h], c);
                     }
                 }
-            }
             UNROLL for (int i = 0; i < NT && !wide; i++)
                 UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
             if (halves && (q0 + quads) % 4 == 0)
                 UNROLL for (int h = 0; h < NH; h++)
                     UNROLL for (int i = 0; i < NT; i++) {
-                        isum[i][h] = mul_add(load_floats(panel->scale[q0 / 4] + r0 + LANES * h), to_floats(total[i][h]), isum[i][h]);
+                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
+                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
                         total[i][h] = (ints){0};
                     }
         }
         UNROLL for (int h = 0; h < NH; h++) {
             int r = r0 + LANES * h;
-            floats d = kind == NIBBLES ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
                 const struct q8_block *xi = x + i * p->x_stride;
                 if (!halves) isum[i][h] = to_floats(total[i][h]);
                 sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (kind == NIBBLES || !f->has_min) continue;
+                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
                 floats msum = splat(xi->d_sum);
                 if (halves)
                     msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
@@ -2181,7 +2229,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    enum { NT = TOKENS, NH = REGISTERS, ALONE = LANES == 16 ? 2 : 4 };
+    enum { NT = 4, NH = 2, ALONE = TILE_ROWS / LANES };
     int i = 0;
     for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
@@ -2189,6 +2237,7 @@ INLINE void mul_all(const struct product *p, int kind)
         for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
 }
 
+#if !HAS_PIECES
 /* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
 static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
 {
@@ -2199,10 +2248,10 @@ static void NAME(dequantize_panel)(const struct panel *o, const struct format *f
     for (int i = 0; i < n; i++, out += cols)
         UNROLL for (int j = 0; j < 32; j += LANES) {
             int h = j / 16, r = r0 + i;
-            ints c = widen_bytes(code[i] + j);
+            ints c = widen_u8(code[i] + j);
             if (f->is_wide && !FLIPS) c ^= 128;
             floats x = splat(o->d[r] * (f->has_halves ? o->scale[h][r] : 1)) * to_floats(c - bias);
-            if (f->has_min) x += splat(o->m[r] * (f->has_halves ? o->min[h][r] : 1));
+            if (f->m) x += splat(o->m[r] * (f->has_halves ? o->min[h][r] : 1));
             store_floats(out + j, x);
         }
 }
@@ -2215,10 +2264,11 @@ static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
     struct panel o;
     if (!w->tiled) dequantize_scalar(w, r, n, out);
     for (int b = 0; w->tiled && b < w->cols / 32; b++) {
-        NAME(unpack_panel)(f->type, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
+        NAME(unpack_panel)(f, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
         NAME(dequantize_panel)(&o, f, r % TILE_ROWS, n, out + 32 * b, w->cols);
     }
 }
+#endif /* !HAS_PIECES */
 
 static void NAME(mul_codes)(const struct product *p)
 {
@@ -2228,9 +2278,11 @@ static void NAME(mul_codes)(const struct product *p)
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
     if (f->type == Q4_0) mul_all(p, NIBBLES);
-    else if (p->n < UNPACK_FROM && wide) mul_all(p, TILE_WIDE);
-    else if (p->n < UNPACK_FROM && f->has_halves) mul_all(p, TILE_HALVES);
-    else if (p->n < UNPACK_FROM) mul_all(p, TILE);
+    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
+    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
+    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
+    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
+    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
     else
         for (int b = 0; b < blocks; b += PANELS) {
             some.cols = 32 * min_int(blocks - b, PANELS);
@@ -2239,7 +2291,7 @@ static void NAME(mul_codes)(const struct product *p)
             for (int a = 0; a < some.cols / 32; a++) {
                 const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
                 prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-                NAME(unpack_panel)(f->type, block, (b + a) % groups, p->scratch + a);
+                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
             }
             if (wide) mul_all(&some, PANEL_WIDE);
             else if (f->has_halves) mul_all(&some, PANEL_HALVES);
@@ -2247,6 +2299,7 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
+#if !HAS_PIECES
 /* ---- Floats ---- */
 
 /* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
@@ -2364,17 +2417,20 @@ static void NAME(mix_values)(const struct mix *m)
     else if (m->type == F16) mix_of(m, F16);
     else mix_of(m, F32);
 }
+#endif /* !HAS_PIECES */
 #endif /* LANES > 1 */
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
-    STRING(INSTANCE), LANES > 1, NAME(quantize), NAME(mul_codes), NAME(mul_floats), NAME(dequantize), NAME(rmsnorm),
-    NAME(rope), NAME(store), NAME(exp_scores), NAME(mix_values), NAME(gelu), NAME(sum_exp)};
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
+    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
 #undef HAS_DOT
+#undef PIECES
+#undef HAS_PIECES
 
 #else /* INSTANCE is not defined */
 
@@ -2391,6 +2447,8 @@ static const struct kernels NAME(kernels) = {
 #endif
 
 #define INSTANCE scalar
+#define PIECES scalar
+#define HAS_PIECES 0
 #define LANES 1
 #define HAS_DOT 0
 #include "gemma3.c"
@@ -2398,18 +2456,24 @@ static const struct kernels NAME(kernels) = {
 #if defined(HAVE_X86)
 BEGIN_TARGET("avx2,fma,f16c")
 #define INSTANCE avx2
+#define PIECES avx2
+#define HAS_PIECES 0
 #define LANES 8
 #define HAS_DOT 0
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avxvnni")
 #define INSTANCE avxvnni
+#define PIECES avx2
+#define HAS_PIECES 1
 #define LANES 8
 #define HAS_DOT 1
 #include "gemma3.c"
 END_TARGET
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define INSTANCE avx512vnni
+#define PIECES avx512vnni
+#define HAS_PIECES 0
 #define LANES 16
 #define HAS_DOT 1
 #include "gemma3.c"
@@ -2418,6 +2482,8 @@ END_TARGET
 
 #if defined(HAVE_NEON)
 #define INSTANCE neon
+#define PIECES neon
+#define HAS_PIECES 0
 #define LANES 4
 #define HAS_DOT 0
 #include "gemma3.c"
@@ -2433,6 +2499,8 @@ BEGIN_TARGET("+dotprod")
 BEGIN_TARGET("arch=armv8.2-a+crypto+fp16+dotprod")
 #endif
 #define INSTANCE dotprod
+#define PIECES neon
+#define HAS_PIECES 1
 #define LANES 4
 #define HAS_DOT 1
 #include "gemma3.c"
@@ -2783,6 +2851,13 @@ static const struct { const char *begin; uint8_t n, at; const char *what; } othe
     {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
     {"", 0, 0, "does not begin with \"GGUF\""}};
 
+static int refuse_end(const struct opening *o)
+{
+    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
+    return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                  (unsigned long long)o->n_header);
+}
+
 static int read_start(struct opening *o, struct cursor *c)
 {
     const uint8_t *magic = take(c, 4);
@@ -2796,17 +2871,11 @@ static int read_start(struct opening *o, struct cursor *c)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
     o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
-    if (c->failed || o->n_kv > c->left / 13 || o->n_tensors > c->left / 32) /* their least sizes */
+    /* A pair has 13 bytes or more, an info 32. */
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
-    return 0;
-}
-
-static int refuse_end(const struct opening *o)
-{
-    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
-    return reject(o, ": its header is longer than the first %llu bytes, which were given",
-                  (unsigned long long)o->n_header);
+    return o->n_kv > c->left / 13 || o->n_tensors > c->left / 32 ? refuse_end(o) : 0;
 }
 
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
@@ -3132,26 +3201,13 @@ static int configure(struct opening *o)
 
 /* ---- The tokenizer ---- */
 
-/* What the tokenizer works on; the texts stay in the header. */
-struct vocab_room {
-    const char **text;
-    uint32_t *length;
-    float *score;
-    int32_t *type;
-    void *tokenizer;
-    size_t tokenizer_bytes;
-};
+/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static struct vocab_room make_vocab_room(struct arena *a, int n)
+static void *tokenizer_room(struct arena *a, int n, size_t *size)
 {
-    struct vocab_room r;
-    r.text = piece(a, n, sizeof *r.text);
-    r.length = piece(a, n, sizeof *r.length);
-    r.score = piece(a, n, sizeof *r.score);
-    r.type = piece(a, n, sizeof *r.type);
-    r.tokenizer_bytes = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    r.tokenizer = piece(a, r.tokenizer_bytes, 1);
-    return r;
+    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, *size, 1);
 }
 
 static int is_array_of(const struct kv *kv, uint32_t element, int n)
@@ -3161,7 +3217,7 @@ static int is_array_of(const struct kv *kv, uint32_t element, int n)
 
 /* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
  * (rank_merges). */
-static int read_vocab(struct opening *o, struct vocab_room *r)
+static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
     int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
@@ -3178,28 +3234,32 @@ static int read_vocab(struct opening *o, struct vocab_room *r)
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    *r = make_vocab_room(&o->arena, n);
-    if (!r->tokenizer) return no_room(o);
+    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    if (!text) return no_room(o);
+    uint32_t *length = (uint32_t *)(void *)(text + n);
+    float *score = (float *)(void *)(length + n);
+    int32_t *type = (int32_t *)(void *)(score + n);
     for (int k = 0; k < n; k++) {
         struct string s = take_string(&tokens.value);
         if (s.n > GEMMA3_PIECE_MAX)
             return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
                           "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
-        r->text[k] = s.text;
-        r->length[k] = (uint32_t)s.n;
-        r->score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
-        r->type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+        text[k] = s.text;
+        length[k] = (uint32_t)s.n;
+        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
     }
-    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = r->text, .length = r->length,
-                                 .score = r->score, .type = r->type, .stop = o->m->stop};
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
+                                 .type = type, .stop = o->m->stop};
     o->m->config.n_vocab = n;
     return 0;
 }
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
  * takes the place of its score. */
-static int rank_merges(const struct opening *o, float *score)
+static int rank_merges(const struct opening *o)
 {
+    float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;
     if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
@@ -3254,14 +3314,14 @@ static int special_id(const struct opening *o, const char *key, const char *text
 
 static int open_tokenizer(struct opening *o)
 {
-    static const char *const more[] = {
-        "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const more[] = {"tokenizer.ggml.eos_token_ids",
+                                       "tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
-    struct vocab_room r = {0};
     struct kv kv;
     double add_bos = 1;
-    if (read_vocab(o, &r) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
+    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
     int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
@@ -3275,8 +3335,11 @@ static int open_tokenizer(struct opening *o)
     v->n_stop += n;
     if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    m->tokenizer = gemma3_tokenizer_init(v, r.tokenizer, r.tokenizer_bytes, o->err);
-    return m->tokenizer ? rank_merges(o, r.score) : -1;
+    size_t size;
+    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
+    if (!room) return no_room(o);
+    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
+    return m->tokenizer ? rank_merges(o) : -1;
 }
 
 /* ---- Weights ---- */
@@ -3320,7 +3383,7 @@ enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
 /* One tensor that the model needs. rows 0: as many as the file has. */
 struct slot {
     char name[48];
-    int layer, rows, cols;
+    int rows, cols;
     struct matrix *w;                /* NULL of a norm */
     const float **norm;
 };
@@ -3328,15 +3391,14 @@ struct slot {
 /* Number index of them; -1 after the last. */
 static int find_slot(gemma3_model *m, int index, struct slot *t)
 {
-    int in_layers = m->config.n_layers * PER_LAYER, l = (index - 1) / PER_LAYER;
-    int is_layers = index >= 1 && index <= in_layers;
-    const struct tensor_place *p = &places[index < 1 ? 0 : is_layers ? 1 + (index - 1) % PER_LAYER :
-                                           min_int(index - in_layers + PER_LAYER, N_PLACES - 1)];
-    if (index < 0 || index > in_layers + 2 - m->tied) return -1;
-    *t = (struct slot){.layer = is_layers ? l : -1, .rows = dim_of(m, p->rows),
-                       .cols = dim_of(m, p->cols)};
-    char *to = t->name, *owner = is_layers ? (char *)&m->layer[l] : (char *)m;
-    if (is_layers) {
+    int n = m->config.n_layers * PER_LAYER, l = -1, place = index;
+    if (index > n) place = index - n + PER_LAYER;
+    else if (index > 0) l = (index - 1) / PER_LAYER, place = 1 + (index - 1) % PER_LAYER;
+    if (index < 0 || place > N_PLACES - 1 - m->tied) return -1;
+    const struct tensor_place *p = &places[place];
+    *t = (struct slot){.rows = dim_of(m, p->rows), .cols = dim_of(m, p->cols)};
+    char *to = t->name, *owner = l < 0 ? (char *)m : (char *)&m->layer[l];
+    if (l >= 0) {
         to += strlen(strcpy(to, "blk."));
         for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
             *to++ = (char)('0' + l / unit % 10);
@@ -3512,8 +3574,11 @@ static void count_kv(struct opening *o, struct kv *kv)
     double n = 0;
     if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
         piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
-        make_vocab_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
+        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
+        piece(&o->arena, n_vocab, TOKEN_BYTES);
+        tokenizer_room(&o->arena, (int)n_vocab, &size);
+    }
 }
 
 static void count_tensor(struct opening *o, const struct tensor *t)
@@ -3523,7 +3588,7 @@ static void count_tensor(struct opening *o, const struct tensor *t)
     struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
                        .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
     o->counted += (uint64_t)w.row_bytes * t->ne[1];
-    if (o->counted / 4 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
     if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
     if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
 }
@@ -3554,7 +3619,9 @@ static int walk(struct opening *o)
     if (!o->from.is_mapped) return 0;
     uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
     if (o->m && !copy) return no_room(o);
-    if (copy) o->header = memcpy(copy, o->header, o->n_header);
+    if (!copy) return 0;
+    o->header = memcpy(copy, o->header, o->n_header);
+    host_give_back(o->m, o->from.data, o->n_header);
     return 0;
 }
 
@@ -3789,19 +3856,24 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 /* A caller's config: the model's shapes, and numbers with which nothing overflows. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
-    const struct { const char *name; float x, low; } number[] = {
-        {"rms_eps", c->rms_eps, 0}, {"rope_base_global", c->rope_base_global, 1},
-        {"rope_base_local", c->rope_base_local, 1}, {"rope_factor", c->rope_factor, 0x1p-7f},
-        {"query_scale", c->query_scale, 0}, {"embedding_scale", c->embedding_scale, 0},
-        {"final_softcap", c->final_softcap, 0}, {"window", (float)c->window, 1}};
+    const struct { const char *name; float x, low, high; } number[] = {
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rope_base_local", c->rope_base_local, 1, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"embedding_scale", c->embedding_scale, 0, 1e30f},
+        {"final_softcap", c->final_softcap, 0, 1e30f},
+        {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
         c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
         c->n_vocab != m->n_vocab)
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
-        if (!(number[k].x >= number[k].low && number[k].x <= 1e30f))
-            return fail(err, "a config with %s %g: expected a number from %g to 1e30",
-                        number[k].name, (double)number[k].x, (double)number[k].low);
+        if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
+            return fail(err, "a config with %s %g: expected a number from %g to %g", number[k].name,
+                        (double)number[k].x, (double)number[k].low, (double)number[k].high);
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->is_local[l] > 1)
+            return fail(err, "a config with is_local[%d] %d: expected 0 or 1", l, c->is_local[l]);
     return 0;
 }
 
@@ -4674,7 +4746,8 @@ static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
     wchar_t given[MAX_PATH_BYTES];
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
     wcscpy(wide, mark);
-    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\') wcscpy(wide, given);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
+        wcscpy(wide, given);
     return wide;
 }
 
@@ -4803,6 +4876,7 @@ static const char *const help[] = {
     "  --ids FILE           continue the ids in FILE as they are; - is stdin",
     "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
     "  --system TEXT        put before the first turn of a chat",
+    "  --state FILE         keep what the prompt, or --system, computes for the next time",
     "  --special            control tokens are read and printed as their text",
     "  --no-bos             no <bos> before the text\n\nWhat to write:",
     "  -n N                 tokens to generate; default: until a stop token or a full context",
@@ -4918,8 +4992,8 @@ struct session {
     int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits, which until it is whole has another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* (devices and pipes have not) */
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
@@ -4950,6 +5024,7 @@ static void read_options(struct session *s)
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
     if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
     if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
     s->special = option(args, "--special") != NULL;
     s->prints_ids = option(args, "--out-ids") != NULL;
     s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
@@ -5073,7 +5148,7 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-static void open_logits(struct session *s, const char *path)
+static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
@@ -5085,6 +5160,21 @@ static void open_logits(struct session *s, const char *path)
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
     s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
     if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
+}
+
+static int write_out(void *session, const void *bytes, size_t n)
+{
+    struct session *s = session;
+    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    return -1;
+}
+
+static void close_out(struct session *s)
+{
+    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
 /* --positions, or all. */
@@ -5117,9 +5207,14 @@ static void write_row(struct session *s, const float *row)
         bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
     gemma3_sha256_add(&s->sha256, bytes, n);
-    if (!s->file || (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0)) return;
-    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    if (s->file) write_out(s, bytes, n);
+}
+
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
+    return all;
 }
 
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
@@ -5129,10 +5224,9 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0, is_good = 1; r < n_rows && s->fault < 0; r++) {
-        for (size_t i = 0; i < n_vocab; i++) is_good &= !!isfinite(s->logits[r * n_vocab + i]);
-        if (!is_good) s->fault = gemma3_state_pos(s->state) - n + rows[r];
-    }
+    for (int r = 0; r < n_rows && s->fault < 0; r++)
+        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
+            s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5152,6 +5246,35 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     }
     s->n_read += n;
     s->read_seconds += seconds() - start;
+}
+
+static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    const char *path = option(s->args, "--state");
+    gemma3_error err;
+    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
+    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state), n_same = 0;
+    const int32_t *kept = gemma3_state_ids(s->state);
+    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
+    if (!path || n <= 0 || (f && n_same == pos)) {
+        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_same;
+    }
+    gemma3_state_reset(s->state);
+    read_tokens(s, ids, n);
+    open_out(s, path);
+    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    close_out(s);
+    return n;
 }
 
 static void print_byte(struct session *s, char byte)
@@ -5227,10 +5350,10 @@ static void continue_prompt(struct session *s)
     gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
-    else if (logits) open_logits(s, logits);
-    read_tokens(s, s->ids, s->n_ids);
-    if (s->file && s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
+    else if (logits) open_out(s, logits);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
+    if (logits) close_out(s);
     gemma3_sha256_end(&s->sha256, hex);
     if (hash)
         fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
@@ -5285,9 +5408,9 @@ static void print_info(const struct session *s)
 static int answer(struct session *s, const char *text)
 {
     const char *system = option(s->args, "--system");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = allocate(NULL, room * sizeof *ids, "the turn");
+    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
     int n = room > MAX_TEXT_BYTES ? -2 :
             gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
@@ -5297,9 +5420,12 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return free(ids), 0;
     }
+    int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
+    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
-    read_tokens(s, ids, n);
+    read_tokens(s, ids + n_kept, n - n_kept);
     write_tokens(s);
     signal(SIGINT, SIG_DFL);
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
@@ -5332,19 +5458,49 @@ static char *read_line(void)
  * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    size_t n = 0, at = 0;
+    static const char *const words[] = {"source_lang_code", "developer", "tools",
+                                        "<start_of_turn>"};
+    size_t n = 0;
     const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
-    while (at + 15 <= n && memcmp(template + at, "<start_of_turn>", 15) != 0) at++;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
-    else if (at + 15 > n)
-        say(NOTE, "the file's chat template has no <start_of_turn>: turns here are Gemma's");
+    for (int i = 0; template && i < 4; i++) {
+        size_t n_word = strlen(words[i]), at = 0;
+        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", words[i]);
+    }
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
         else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
     }
+}
+
+/* The library calls this with every tensor inside. */
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
+{
+    char *first = user;
+    (void)pos;
+    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
+    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
+}
+
+/* The same tokens again, tensor by tensor. */
+static void explain_fault(struct session *s)
+{
+    char first[64] = "";
+    gemma3_error err;
+    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
+    s->params.trace = find_fault, s->params.trace_user = first;
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    if (again)
+        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
+    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
+        is_best ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
 /* Everything that needs a model. */
@@ -5365,9 +5521,7 @@ static void run_job(struct session *s, const char *path)
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
-    if (s->fault >= 0)
-        say(FAILED, "logits are not numbers at position %d%s", s->fault, s->params.kv_type ==
-            GEMMA3_KV_F32 && gemma3_model_is_exact(s->model) ? "" : ": try --kv f32 or --exact");
+    if (s->fault >= 0) explain_fault(s);
     if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,

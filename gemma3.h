@@ -135,8 +135,8 @@ typedef struct gemma3_source {
     gemma3_read *read;       /* NULL, or reads the rest; all workers of a state may call it at once */
     void *user;
     const char *name;        /* for errors, may be NULL */
-    int is_mapped;           /* 1: data is a mapped file: it is not trusted to stay once it is open,
-                                but for the weights */
+    int is_mapped;           /* 1: data is a mapped file, which gemma3_close unmaps; of it only the
+                                weights are used once it is open */
 } gemma3_source;
 
 /* Opens one, in memory that is allocated at once. */

@@ -667,8 +667,8 @@ int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char
     }
     memcpy(turn + 5 + n_system, text, n_text);
     struct encoder e;
-    int result = begin(&e, t, n + 6, ids, max_ids, turn + n, n_work);
-    if (result == 0) result = encode_turn(&e, turn, n, first);
+    begin(&e, t, n + 6, ids, max_ids, turn + n, n_work); /* cannot fail with this memory */
+    int result = encode_turn(&e, turn, n, first);
     free(turn);
     return result;
 }

@@ -112,7 +112,7 @@ is($err, "", "and nothing on stderr");
 run("--help");
 is($code, 0, "--help");
 for my $option (qw(-m -p -f --ids -i -n -c -t -b --temp --top-k --top-p --min-p --repeat-penalty
-    --seed --out-ids --exact --isa --kv --no-repack --system --stop --logits --positions --hash
+    --seed --out-ids --exact --isa --kv --no-repack --obey-file --system --state --stop --logits --positions --hash
     --tokenize --no-bos --detokenize --special --info --version --help)) {
     like($out, qr/^  \Q$option\E /m, "--help has $option");
 }
@@ -576,17 +576,17 @@ sub with_key {
 {
     my %is = gguf(slurp($tiny));
     my $nan = edited("nan.gguf", $tiny, $is{"tensor blk.3.ffn_norm.weight"} + 4 * 7 => pack "f<", "nan");
-    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact$/m;
+    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor to hold what is none was ffn_norm-3$/m;
     run("-m", $nan, "-p", "the cat", "-n", 6);
     is($code, 1, "logits that are not numbers: exit code 1");
-    like($err, $says, "one sentence, with the position and what to try");
+    like($err, $says, "one sentence, with the position, what to try, and the first tensor");
     unlike($err, qr/generated/, "and nothing about what was generated");
     run(\"the cat\nthe dog\n", "-m", $nan, "-i");
     is($code, 1, "in a chat too");
     is(() = $err =~ /$says/g, 1, "once");
     run("-m", $nan, "--ids", $ids, "--hash", "--exact");
     is($code, 1, "--hash of them");
-    like($err, qr/^gemma3: logits are not numbers at position 0$/m,
+    like($err, qr/^gemma3: logits are not numbers at position 0; the first tensor to hold what is none was ffn_norm-3$/m,
         "there is nothing to try beyond --exact");
     like($out, qr/^contract 1 mode exact kv f32 sha256 \w{64}$/, "is printed all the same");
     my $at = $is{"tensor blk.2.attn_norm.weight"};
@@ -594,7 +594,7 @@ sub with_key {
         pack "f<*", map { $_ * 1e7 } unpack "f<64", substr slurp($tiny), $at, 256);
     run("-m", $large, "-p", "the cat", "-n", 6);
     is($code, 1, "values beyond what an F16 cache holds: exit code 1");
-    like($err, qr/try --kv f32 or --exact$/m, "says what to try");
+    like($err, qr/try --kv f32 or --exact; the first tensor to hold what is none was (kqv_out|attn_out)\S*-2$/m, "says what to try");
     for my $how (["--kv", "f32"], ["--exact"]) {
         run("-m", $large, "-p", "the cat", "-n", 6, @$how);
         is($code, 0, "and @$how is right");
@@ -625,9 +625,13 @@ sub with_key {
         return edited("$name.gguf", $tiny, $at + 8 => $t);
     };
     run(\"the cat\n", "-m", $with->("chatml", "<start_of_turn>", "<|im_start|>**"), @chat);
-    like($err, qr/^gemma3: the file's chat template has no <start_of_turn>: turns here are Gemma's$/m,
+    like($err, qr/^gemma3: the file's chat template has no <start_of_turn>: turns here are Gemma's, without more$/m,
         "a template that is not Gemma's is named");
     is($out, $first, "and the turns are Gemma's");
+    for my $word ("tools", "developer", "source_lang_code") {
+        run(\"the cat\n", "-m", $with->($word, substr($template, 0, length $word), $word), @chat);
+        like($err, qr/^gemma3: the file's chat template asks for $word: turns here are Gemma's, without more$/m, "one that asks for $word");
+    }
     tiny(\"the cat\n", @chat);
     unlike($err, qr/template/, "of Gemma's own nothing is said");
     my $lines = answer_to("<start_of_turn>user\nthe cat\nand\n\nthe dog<end_of_turn>\n<start_of_turn>model\n");
@@ -640,6 +644,41 @@ sub with_key {
     tiny(\"the cat\n", "-i", "-c", 20, "--top-k", 1);
     like($err, qr/^gemma3: the context of 20 tokens is full; \/clear starts again, -c gives more$/m,
         "an answer that fills the context says what helps");
+}
+
+# --state: computed once.
+{
+    my $state = "$dir/kept state";
+    my $n_read = sub { return $err =~ /^prompt (\d+) tokens/m ? $1 : -1 };
+    my @go = ("--temp", 0, "-n", 8, "--repeat-penalty", 1.3, "--out-ids");
+    my $long = "once upon a time there was a little girl who lived in the forest";
+    my $want = tiny("-p", $long, @go);
+    my $n = $n_read->();
+    is(tiny("-p", $long, @go, "--state", $state), $want, "--state: the same text");
+    is($n_read->(), $n, "all of the prompt is computed");
+    my $kept = slurp($state);
+    is(tiny("-p", $long, @go, "--state", $state), $want, "and again from the file");
+    is($n_read->(), 1, "but for the last token nothing is computed");
+    is(tiny("-p", "$long with a cat", @go, "--state", $state), tiny("-p", "$long with a cat", @go), "a longer text");
+    ok(slurp($state) eq $kept, "leaves the file");
+    tiny("-p", "$long with a cat", @go, "--state", $state);
+    cmp_ok($n_read->(), "<", 8, "and computes what is new");
+    is(tiny("-p", "the cat", @go, "--state", $state), tiny("-p", "the cat", @go), "another text");
+    ok(slurp($state) ne $kept, "is computed and kept instead");
+    is(scalar(grep { /\.part$/ } glob "'$dir'/*"), 0, "no half file is left");
+
+    my @kind = (@chat, "--system", "you are a dog who lives in the forest", "--state", "$dir/system state");
+    my @plain = (@chat, "--system", "you are a dog who lives in the forest");
+    my $dog = tiny(\"the cat\n", @plain);
+    $n = $n_read->();
+    is(tiny(\"the cat\n", @kind), $dog, "a system text, computed");
+    is(tiny(\"the cat\n", @kind), $dog, "and read");
+    cmp_ok($n_read->(), "<", $n / 2, "which saves its tokens");
+    is(tiny(\"the girl\n/clear\nthe cat\n", @kind), tiny(\"the girl\n/clear\nthe cat\n", @plain), "for every turn that is the first");
+    refuses(1, qr/the model\.gguf: .+/, "--state of a model", "-m", $tiny, "-p", $long, "--state", $copy);
+    ok(slurp($copy) eq slurp($tiny), "which stays as it was");
+    refuses(1, qr/cut state: .+/, "half a state", "-m", $tiny, "-p", $long, "--state", spew("cut state", substr slurp($state), 0, -3));
+    refuses(2, qr/--state is not for --logits and --hash/, "--state with --hash", "-m", $tiny, "-p", $long, "--hash", "--state", $state);
 }
 
 # Memory, contexts, byte-order marks, locales.

@@ -476,7 +476,7 @@ static int scales_of(const struct format *f, int at[2])
     static const struct { const char *name; int n, at[2]; } where[] = {
         { "Q4_0", 1, { 0 } }, { "Q4_1", 2, { 0, 2 } }, { "Q5_0", 1, { 0 } }, { "Q5_1", 2, { 0, 2 } },
         { "Q8_0", 1, { 0 } }, { "Q2_K", 2, { 80, 82 } }, { "Q3_K", 1, { 108 } }, { "Q4_K", 2, { 0, 2 } },
-        { "Q5_K", 2, { 0, 2 } }, { "Q6_K", 1, { 208 } }, { "IQ4_NL", 1, { 0 } } };
+        { "Q5_K", 2, { 0, 2 } }, { "Q6_K", 1, { 208 } }, { "IQ4_NL", 1, { 0 } }, { "IQ4_XS", 1, { 0 } } };
     for (size_t i = 0; i < sizeof where / sizeof *where; i++)
         if (!strcmp(where[i].name, f->name)) {
             at[0] = where[i].at[0], at[1] = where[i].at[1];
@@ -485,7 +485,7 @@ static int scales_of(const struct format *f, int at[2])
     return 0;
 }
 
-enum { ORDINARY, EXTREME, ANY, WEIGHT_KINDS };
+enum { ORDINARY, EXTREME, ANY_BYTES, WEIGHT_KINDS };
 static const char *const kind_names[] = { "ordinary", "extreme", "any" };
 
 /* Blocks with random codes and small scales; with one byte all over and the largest scales; or with
@@ -504,7 +504,7 @@ static void fill_weights(const struct format *f, uint8_t *data, size_t n_blocks,
             if (f->type == F32) store_u32_le(data, bits_of(x));
             else store_u16_le(data, f->type == F16 ? f32_to_f16(x) : (uint16_t)(bits_of(x) >> 16));
         }
-        for (int i = 0; i < n_scales && kind != ANY; i++)
+        for (int i = 0; i < n_scales && kind != ANY_BYTES; i++)
             store_u16_le(data + at[i], kind == EXTREME ? extremes[random_below(7)] : f32_to_f16(random_float() / 30));
     }
 }

@@ -136,6 +136,14 @@ static void is_pieces(const struct small *s, const char *text, int flags, const 
             diag("  got id %d", (int)got[i]);
 }
 
+static void is_decoded(const struct small *s, int32_t id, int flags, const char *want,
+                       const char *claim)
+{
+    char out[GEMMA3_PIECE_MAX];
+    int n = gemma3_decode(s->tokenizer, id, flags, out);
+    ok(n == (int)strlen(want) && memcmp(out, want, (size_t)n) == 0, "%s", claim);
+}
+
 /* ---- Text to ids ----------------------------------------------------------------------------- */
 
 static void merging(void)
@@ -203,6 +211,35 @@ static void unknown_characters(void)
     small_free(s);
 }
 
+/* Texts that nearly are byte tokens, unused tokens or runs; a vocabulary without the usual. */
+static void odd_pieces(void)
+{
+    static char marks[3 * 33 + 1];
+    struct small *s = small_new();
+    int32_t ids[40];
+    for (int i = 0; i < 33; i++) memcpy(marks + 3 * i, MARK, 3);
+    add_piece(s, "a", 0, NORMAL);
+    int32_t no_byte = add_piece(s, "<0x0G>", 0, BYTE);
+    add_piece(s, "<0xG0>", 0, NORMAL);
+    add_piece(s, "<unused-1>", 0, NORMAL);
+    add_piece(s, "<unusedx>", 0, NORMAL);
+    add_piece(s, "<unused1>>", 0, NORMAL);
+    add_piece(s, "<unused123", 0, NORMAL);
+    add_piece(s, "<0x412", 0, NORMAL);
+    add_piece(s, "<unused 1>", 0, USER);
+    int32_t run = add_piece(s, marks + 3, 0, USER); /* 32 spaces: one more than a run may have */
+    add_piece(s, MARK, 0, NORMAL);
+    build_tokenizer(s);
+    is_pieces(s, "a<0x0G>a", 0, "a|a", "what is no piece is left out without <unk>");
+    is_pieces(s, "a<unused 1>a", 0, "a|<unused 1>|a", "the file's type counts where no rule does");
+    is_decoded(s, no_byte, GEMMA3_SPECIAL, "", "a byte token without a byte decodes to nothing");
+    is_int(gemma3_find(s->tokenizer, marks + 3, 96), run, "32 spaces are a piece like any other");
+    is_int(gemma3_encode(s->tokenizer, marks, 99, 0, ids, 40), 2, "33 in the text: that and one");
+    is_int(gemma3_encode(s->tokenizer, "a", 1, GEMMA3_BOS, ids, 40), 1, "no <bos>, none is put");
+    ok(gemma3_tokenizer_vocab(s->tokenizer)->text == s->text, "the vocabulary is the caller's");
+    small_free(s);
+}
+
 static void memory_limits(void)
 {
     struct small *s = example();
@@ -216,6 +253,7 @@ static void memory_limits(void)
            "work memory may lie at any address");
     is_int(gemma3_encode_in(t, "xtxtx", 5, 0, ids, 8, work, gemma3_encode_work(5) - 1), -2,
            "too little of it: -2");
+    is_int(gemma3_encode_in(t, "xtxtx", 5, 0, ids, 8, NULL, sizeof work), -2, "or none at all");
     ok(gemma3_encode_work(1000) <= 32 * 1000 + 100, "it is at most 32 bytes a byte");
     is_int((long long)(gemma3_encode_work(SIZE_MAX) == SIZE_MAX), 1, "absurd sizes do not wrap");
     is_int(gemma3_encode(t, "a\0a", 3, 0, ids, 8), 3, "a zero byte is a character like others");
@@ -353,14 +391,6 @@ static void any_vocabulary(void)
 }
 
 /* ---- Ids to text ----------------------------------------------------------------------------- */
-
-static void is_decoded(const struct small *s, int32_t id, int flags, const char *want,
-                       const char *claim)
-{
-    char out[GEMMA3_PIECE_MAX];
-    int n = gemma3_decode(s->tokenizer, id, flags, out);
-    ok(n == (int)strlen(want) && memcmp(out, want, (size_t)n) == 0, "%s", claim);
-}
 
 static void decoding(void)
 {
@@ -568,6 +598,33 @@ static void turns(void)
     build_tokenizer(s);
     is_int(gemma3_encode_turn(s->tokenizer, NULL, "a", 1, ids, 8), -3, "no turn tokens: -3");
     small_free(s);
+
+    s = small_new();
+    add_piece(s, "<start_of_turn>", 0, NORMAL);
+    build_tokenizer(s);
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "a", 1, ids, 8), -3, "one of two: -3");
+    free(s->mem);
+    add_piece(s, "<end_of_turn>", 0, NORMAL);
+    for (const char *c = "u\0s\0e\0r\0m\0o\0d\0l\0\n\0"; *c; c += 2) add_piece(s, c, 0, NORMAL);
+    add_bytes(s);
+    build_tokenizer(s);
+    is_turn(s, NULL, "user", 1,
+            "<start_of_turn>user\nuser<end_of_turn>\n<start_of_turn>model\n",
+            "a first turn of a vocabulary without <bos>");
+    is_turn(s, NULL, "\x80\x80\x80\x80\x80 ", 1,
+            "<start_of_turn>user\n\x80\x80\x80\x80\x80<end_of_turn>\n<start_of_turn>model\n",
+            "bytes that are no characters are not trimmed");
+    is_turn(s, NULL, "\x80", 1,
+            "<start_of_turn>user\n\x80<end_of_turn>\n<start_of_turn>model\n",
+            "nor is a single one");
+    size_t n = ((size_t)1 << 27) + 1;
+    char *huge = malloc(n + 1);
+    memset(huge, 'u', n);
+    huge[n] = 0;
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, huge, 1, ids, 8), -2, "above 2^27 bytes: -2");
+    is_int(gemma3_encode_turn(s->tokenizer, huge, "u", 1, ids, 8), -2, "a system text too");
+    free(huge);
+    small_free(s);
 }
 
 static void is_refused(const struct small *s, size_t missing, const char *want, const char *claim)
@@ -586,8 +643,14 @@ static void refused_vocabularies(void)
     int n_vocab = s->vocab.n_vocab;
 
     is_refused(s, 1, "memory", "too little memory");
+    gemma3_error err;
+    ok(!gemma3_tokenizer_init(&s->vocab, NULL, SIZE_MAX, &err), "no memory: %s", err.text);
+    ok(!gemma3_tokenizer_init(&s->vocab, NULL, 0, NULL), "errors may be left unsaid");
     s->vocab.n_vocab = 0;
     is_refused(s, 0, "number of tokens", "no tokens");
+    ok(!gemma3_tokenizer_init(&s->vocab, NULL, 0, NULL), "here too");
+    s->vocab.n_vocab = (1 << 24) + 1;
+    is_refused(s, 0, "number of tokens", "more tokens than 2^24");
     s->vocab.n_vocab = n_vocab;
     s->vocab.bos = n_vocab;
     is_refused(s, 0, "bos_token_id", "bos outside the vocabulary");
@@ -784,6 +847,7 @@ int main(void)
     whole_tokens();
     spaces();
     unknown_characters();
+    odd_pieces();
     memory_limits();
     long_texts();
     any_bytes();
