@@ -14,7 +14,7 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
-LINKED   = test/forward test/golden test/hostile test/replay
+LINKED   = test/forward test/golden test/hostile test/replay test/state
 INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
 TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
 

@@ -164,6 +164,7 @@
 
 #include <float.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -213,7 +214,8 @@ struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
     size_t row_bytes;
-    const uint8_t *data;
+    const uint8_t *data;              /* NULL: read when it is needed, from */
+    uint64_t offset;                  /* there in the file */
 };
 
 /* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
@@ -230,6 +232,13 @@ struct layer {
     const float *post_ffw_norm;       /* [d_model] */
 };
 
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+
+struct string {
+    const char *text;                 /* without NUL */
+    size_t n;
+};
+
 /* Read-only once it is open. */
 struct gemma3_model {
     gemma3_config config;
@@ -239,17 +248,24 @@ struct gemma3_model {
     struct matrix lm_head;            /* token_embd itself in every public Gemma 3 */
     int tied;                         /* it is: there is no output.weight */
     const float *output_norm;         /* [d_model] */
-    struct layer layer[GEMMA3_MAX_LAYERS];
+    struct layer *layer;              /* [n_layers] */
 
     gemma3_tokenizer *tokenizer;
     gemma3_vocab vocab;
-    int can_chat;
+    int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
+    struct string chat_template;
     char name[128];
-    size_t weight_bytes;
-    void *owned[8];                   /* blocks to free on close */
-    int n_owned;
-    const void *mapping;              /* the file, when we mapped it */
+    const struct published *published; /* the size, when it is one of Google's */
+    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
+    int n_origins, n_notes;
+
+    gemma3_source source;             /* the file */
+    const void *mapping;              /* its bytes, when we mapped it */
     size_t mapping_bytes;
+    size_t weight_bytes;
+    size_t streamed_row;              /* bytes of the longest row that is not in memory */
+    void *allocated;                  /* by gemma3_open, else NULL */
 };
 
 /* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
@@ -263,6 +279,7 @@ struct gemma3_state {
     int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
     int q_block;                      /* tokens whose attention is computed together */
     int ring;                         /* slots of a local layer's cache */
+    int32_t *ids;                     /* [n_ctx] the tokens in the cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
@@ -281,6 +298,8 @@ struct gemma3_state {
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
     float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
+    uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
+    uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
     char error[256];
 };
 
@@ -339,7 +358,7 @@ struct kernels {
     /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
-    /* out [cols] = row r of w as float32, as its format defines. */
+    /* out [n][cols] = rows r .. r+n-1 of w as float32, as its format defines; of one tile. */
     void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
@@ -382,6 +401,7 @@ struct linear {
 };
 static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
 
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
 static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
@@ -427,7 +447,7 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
     const gemma3_config *c = s->c;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], 1, x);
+        dequantize_row(s, &s->m->token_embd, ids[i], x);
         for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
     }
 }
@@ -471,9 +491,8 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
                    float *logits)
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
-    void standin_keep(int pos, const int32_t *ids, int n); /* stand-in, drop at merge */
-    standin_keep(s->pos, ids, n);
     fp_state fp = fp_enter();
+    int before = s->pos;
     for (int done = 0, take; done < n; done += take) {
         int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
         take = min_int(n - done, s->n_ubatch);
@@ -481,10 +500,15 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
-    return 0;
+    if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
+    memset(s->unread, 0, s->p.n_threads);
+    s->pos = before;
+    snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
+    return -1;
 }
 
 /* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
@@ -922,6 +946,31 @@ static void copy_floats(float *to, const float *from, int n)
     else memcpy(to, from, n * sizeof(float));
 }
 
+/* w itself or, of weights that are not in memory, its rows row .. row + n - 1 as a matrix of their
+ * own, n <= TILE_ROWS, in the worker's room. */
+static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n,
+                                    int worker)
+{
+    struct matrix here = *w;
+    const gemma3_source *from = &s->m->source;
+    if (w->data) return here;
+    uint8_t *room = s->streamed + (size_t)worker * TILE_ROWS * s->m->streamed_row;
+    uint64_t offset = w->offset + (uint64_t)row * w->row_bytes;
+    if (from->read(from->user, offset, room, n * w->row_bytes)) {
+        memset(room, 0, n * w->row_bytes);
+        s->unread[worker] = 1;
+    }
+    here.data = room;
+    here.rows = n;
+    return here;
+}
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
+{
+    struct matrix here = rows_in_memory(s, w, row, 1, 0);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, 1, out);
+}
+
 struct matmul {
     const gemma3_state *s;
     const struct linear *to;
@@ -941,8 +990,9 @@ static void matmul_task(void *arg, int index, int worker)
     for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
     float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
     int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
+    struct matrix here = rows_in_memory(job->s, to->w, row, n_rows, worker);
     memset(acc, 0, job->n * sizeof *acc);
-    mul_tile(job, to->w, row, n_rows, worker);
+    mul_tile(job, &here, to->w->data ? row : 0, n_rows, worker);
     for (int i = 0; i < job->n; i++)
         copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
@@ -1828,13 +1878,16 @@ INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1
 {
     four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
     four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
-    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+    __m128 x = (__m128)ab, y = (__m128)cd;
+    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
 }
 #else
 INLINE four last_joins(four a, four b, four c, four d)
 {
-    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
-    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
+    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
     return vpaddq_f32(ab, cd);
 }
 #endif
@@ -1944,12 +1997,11 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+INLINE void join_4(float out[4], const float lane[4][16], int n) /* n 1 or 4 */
 {
-    const float *lane[4] = {a, b, c, d};
     four sum[4], part[4];
     UNROLL for (int s = 0; s < 4; s++) {
-        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
         sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
     }
     sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
@@ -2142,12 +2194,14 @@ INLINE void mul_all(const struct product *p, int kind)
 
 #if !HAS_PIECES
 /* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
-static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n,
+                                   float *out, int cols)
 {
     const int bias = f->is_wide ? 128 : f->bias;
     uint8_t code[TILE_ROWS][32];
     for (int i = 0; i < n; i++)
-        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+        for (int q = 0; q < 8; q++)
+            memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
     for (int i = 0; i < n; i++, out += cols)
         UNROLL for (int j = 0; j < 32; j += LANES) {
             int h = j / 16, r = r0 + i;
@@ -2206,10 +2260,14 @@ static void NAME(mul_codes)(const struct product *p)
 #if !HAS_PIECES
 /* ---- Floats ---- */
 
-/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
- * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
- * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
- * 8). One row times one vector is a stream, and takes all lanes in one pass. */
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes:
+ * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8). One
+ * row times one vector is a stream and takes all lanes in one pass.
+ * Of AVX2's peak in L1: F16 keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73,
+ * of 6,912 0.53 (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all
+ * tiles kept in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or
+ * 4 x 6: no gain. */
 #define mul_floats_part NAME(mul_floats_part)
 INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
@@ -2230,9 +2288,10 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
             for (int j = j0 + l; j < end; j += 16)
                 UNROLL for (int k = 0; k < NP; k++) {
                     floats xj[4];
-                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    int at = j + LANES * k;
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + at);
                     UNROLL for (int r = 0; r < NR; r++) {
-                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        floats w = widen(type, rows + r * p->row_bytes + (size_t)size * at);
                         UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
                     }
                 }
@@ -2248,7 +2307,7 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
                 lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
                                             x[i * p->x_stride + j], lane[i][r][j % 16]);
         float joined[4];
-        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        join_4(joined, lane[i], NR);
         memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
     }
 }
@@ -2259,7 +2318,8 @@ INLINE void mul_floats_of(const struct product *p, int type)
     enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
     int r = 0, i;
     for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
-        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) /* 16 = 3 + 3 + 3 + 3 + 2 + 2 */
+            mul_floats_part(p, type, r, i, 4, NV);
         for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
         for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
@@ -2276,7 +2336,8 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a slice
+ * for six queries widens each value four times for 16 queries, a whole one for two eight times. */
 #define mix_part NAME(mix_part)
 INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
@@ -2287,7 +2348,8 @@ INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int
         floats sum[8][4], v[4];
         float *out = m->out + q0 * m->out_stride + j;
         UNROLL for (int q = 0; q < NQ; q++)
-            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+            UNROLL for (int k = 0; k < NP; k++)
+                sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
         for (int p = p0; p < end; p++) {
             const uint8_t *from = m->v + p * m->v_bytes + size * j;
             __builtin_prefetch(from + PREFETCH_STREAM);
@@ -2298,7 +2360,8 @@ INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int
             }
         }
         UNROLL for (int q = 0; q < NQ; q++)
-            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
+            UNROLL for (int k = 0; k < NP; k++)
+                store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
 }
 
@@ -2414,6 +2477,8 @@ END_TARGET
 #endif
 #endif
 
+#undef floats /* a field's name in gemma3.h */
+
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels *const all_kernels[] = {
 #if defined(HAVE_X86)
@@ -2442,7 +2507,9 @@ static float dot(int type, const uint8_t *row, const float *x, int n)
     return acc[0][0];
 }
 
-#if defined(HAVE_NEON) && defined(__linux__)
+#if defined(HAVE_X86)
+#include <cpuid.h>
+#elif defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(HAVE_NEON) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -2461,7 +2528,10 @@ static int cpu_has(const char *isa)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(isa, "avx2")) return avx2; /* every CPU with AVX2 and FMA has F16C */
-    if (!strcmp(isa, "avxvnni")) return avx2 && __builtin_cpu_supports("avxvnni");
+    if (!strcmp(isa, "avxvnni")) { /* not every compiler knows the name */
+        unsigned a, b, c, d;
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
     if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
@@ -2473,6 +2543,34 @@ static int cpu_has(const char *isa)
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
 
+/* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
+ * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
+ * flush those, or a port may read its own floats in the order of a file's. */
+static const char *kernel_fault(const struct kernels *k)
+{
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, row[32], acc[1][TILE_ROWS] = {{0}};
+    uint8_t tile[18 * TILE_ROWS];
+    struct q8_block q8;
+    struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
+    make_tile(tile, block, 18, 1, 1, w.format);
+    k->quantize(&q8, x, 32);
+    k->mul_codes(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    k->dequantize(&w, 0, 1, row);
+    to_file_order(row, 32);
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)row;
+    k->mul_floats(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) x[j] = 1, row[j] = acc[0][0];
+    k->rmsnorm(x, x, row, 32, 0);
+    return memcmp(x, row, sizeof x) ? "vectors lose subnormal numbers" : NULL;
+}
+
 const char *gemma3_isa_name(int index)
 {
     for (int i = 0; i < N_KERNELS; i++)
@@ -2482,22 +2580,14 @@ const char *gemma3_isa_name(int index)
 
 /* ==== 11. Reading GGUF ==========================================================================
  *
- *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv pairs | n_tensors infos | padding | data
+ *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | pairs | infos of tensors | padding | data
  *     pair:  string key | u32 type | value          string: u64 length | bytes
  *     info:  string name | u32 n_dims | u64 ne[n_dims] | u32 type | u64 offset from data
  *     array: u32 element type | u64 count | elements
  *
- * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor that
- * knows what is left, and every tensor's type, shape and end are checked once, when it is bound. */
-
-static void *fail(gemma3_error *err, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    if (err) vsnprintf(err->text, sizeof err->text, format, args);
-    va_end(args);
-    return NULL;
-}
+ * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
+ * that knows what is left, and every tensor's type, shape and end are checked once, when it is
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
 
 /* A path for an error message, whose reason comes after it: the end of a long one. */
 enum { SHORT_PATH = 240 };
@@ -2507,9 +2597,88 @@ static const char *short_path(const char *path, char out[SHORT_PATH])
     if (n < SHORT_PATH) return path;
     path += n - (SHORT_PATH - 4);
     while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    snprintf(out, SHORT_PATH, "...%s", path);
-    return out;
+    return strcat(strcpy(out, "..."), path);
 }
+
+/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
+struct arena {
+    uint8_t *base;
+    size_t used, size;
+};
+
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+static void *piece(struct arena *a, size_t count, size_t bytes)
+{
+    size_t at = a->used;
+    a->used = plus(at, plus(times(count, bytes), 63) & ~(size_t)63);
+    return a->base && a->used <= a->size ? a->base + at : NULL;
+}
+
+/* What a model is opened with. */
+struct opening {
+    gemma3_source from;
+    gemma3_options options;
+    gemma3_error *err;
+    const char *name;                /* of the file, shortened if it must be */
+    char short_name[SHORT_PATH];
+    const uint8_t *header;           /* its first bytes, or a copy of them */
+    size_t n_header;
+    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
+    size_t infos;                    /* where infos begin */
+    uint64_t n_kv, n_tensors;
+    uint64_t data, alignment;        /* where tensors begin; of every tensor */
+    struct arena arena;              /* the model's memory */
+    gemma3_model *m;                 /* NULL: only count its pieces */
+    const struct kernels *kernels;
+    const struct published *size;    /* of that many layers, or NULL */
+    int failed;                      /* a number was refused */
+    int repacks;
+    uint64_t counted;                /* bytes of tensors */
+};
+
+/* Leave a sentence in err and return -1; that of reject begins with the file's name. print: a part
+ * of one. */
+#if defined(GEMMA3_NO_ERROR_TEXT)
+INLINE int fail(gemma3_error *err, const char *format, ...)
+{
+    (void)format;
+    if (err) err->text[0] = 0;
+    return -1;
+}
+INLINE int reject(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
+INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
+#else
+static int fail(gemma3_error *err, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return -1;
+}
+
+static int reject(const struct opening *o, const char *format, ...)
+{
+    va_list args;
+    fail(o->err, "%s", o->name);
+    size_t n = o->err ? strlen(o->err->text) : 0;
+    va_start(args, format);
+    if (o->err) vsnprintf(o->err->text + n, sizeof o->err->text - n, format, args);
+    va_end(args);
+    return -1;
+}
+
+static void print(char *out, size_t n, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(out, n, format, args);
+    va_end(args);
+}
+#endif
 
 struct cursor {
     const uint8_t *p;
@@ -2520,89 +2689,41 @@ struct cursor {
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->p;
-    if (c->failed || n > c->left) {
-        c->failed = 1;
-        return NULL;
-    }
+    if (n > c->left) c->failed = 1;
+    if (c->failed) return NULL;
     c->p += n;
     c->left -= (size_t)n;
     return p;
 }
 
-static uint32_t take_u32(struct cursor *c)
+/* A little-endian number of n bytes. */
+static uint64_t take_int(struct cursor *c, int n)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_u32_le(p) : 0;
+    const uint8_t *p = take(c, n);
+    uint64_t u = 0;
+    for (int j = n; p && j-- > 0;) u = u << 8 | p[j];
+    return u;
 }
 
-static uint64_t take_u64(struct cursor *c)
-{
-    const uint8_t *p = take(c, 8);
-    return p ? load_u64_le(p) : 0;
-}
-
-struct string {
-    const char *text;
-    size_t n;
-};
-static struct string standin_template; /* stand-ins, drop at merge */
-static int standin_obey;
-static float standin_cap;
+static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
+static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
     uint64_t n = take_u64(c);
     struct string s = {(const char *)take(c, n), (size_t)n};
-    if (!s.text) s.n = 0;
-    return s;
+    return s.text ? s : (struct string){"", 0};
 }
-
-enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
-       KV_I64, KV_F64, KV_TYPES };
-
-static const uint8_t kv_bytes[KV_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-static const char *const kv_names[KV_TYPES] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool",
-                                               "string", "array", "u64", "i64", "f64"};
-
-struct kv {
-    struct string key;
-    uint32_t type, element;      /* element: of an array */
-    uint64_t count;              /* of an array, else 1 */
-    struct cursor value;
-};
-
-struct tensor {
-    struct string name;
-    uint32_t type;
-    uint64_t ne[4], offset;
-};
-
-struct gguf {
-    const char *name;            /* of the file */
-    const uint8_t *data;         /* tensors */
-    size_t data_bytes;
-    uint64_t alignment;          /* of every tensor in data */
-    struct kv *kv;               /* sorted by key */
-    struct tensor *tensor;       /* sorted by name */
-    size_t n_kv, n_tensors;
-    gemma3_error *err;
-};
 
 static int compare_strings(struct string a, struct string b)
 {
-    size_t n = a.n < b.n ? a.n : b.n;
-    int c = n ? memcmp(a.text, b.text, n) : 0;
+    int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
     return c ? c : (a.n > b.n) - (a.n < b.n);
 }
 
-static int compare_kv(const void *a, const void *b)
+static int string_is(struct string s, const char *text)
 {
-    return compare_strings(((const struct kv *)a)->key, ((const struct kv *)b)->key);
-}
-
-static int compare_tensors(const void *a, const void *b)
-{
-    return compare_strings(((const struct tensor *)a)->name, ((const struct tensor *)b)->name);
+    return !compare_strings(s, (struct string){text, strlen(text)});
 }
 
 /* A name for an error message: printable, and not too long. */
@@ -2614,341 +2735,369 @@ static const char *shown(struct string s, char out[80])
     return out;
 }
 
-static int read_kv(struct gguf *g, struct cursor *c, struct kv *kv)
+enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
+       KV_I64, KV_F64, KV_TYPES };
+static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
+    {"u8", 1, 0}, {"i8", 1, 1}, {"u16", 2, 0}, {"i16", 2, 1}, {"u32", 4, 0}, {"i32", 4, 1},
+    {"f32", 4, 0}, {"bool", 1, 0}, {"string", 0, 0}, {"array", 0, 0}, {"u64", 8, 0}, {"i64", 8, 1},
+    {"f64", 8, 0}};
+
+struct kv {
+    struct string key;
+    uint32_t type, element;          /* element: of an array, else type */
+    uint64_t count;                  /* of an array, else 1 */
+    struct cursor value;
+};
+
+struct tensor {
+    struct string name;
+    uint32_t type;
+    uint64_t ne[4], offset;
+};
+
+static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
     char text[80];
     kv->key = take_string(c);
-    kv->type = take_u32(c);
-    kv->element = kv->type;
+    kv->element = kv->type = take_u32(c);
     kv->count = 1;
-    if (!c->failed && kv->type == KV_ARRAY) {
-        kv->element = take_u32(c);
-        kv->count = take_u64(c);
-    }
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
-        return fail(g->err, "%s: key %s is an array of arrays, which is not supported", g->name,
-                    shown(kv->key, text)), -1;
+        return reject(o, ": key %s is an array of arrays, which is not supported",
+                      shown(kv->key, text));
     if (kv->element >= KV_TYPES)
-        return fail(g->err, "%s: key %s has value type %u, which is not one of GGUF's", g->name,
-                    shown(kv->key, text), (unsigned)kv->element), -1;
+        return reject(o, ": key %s has value type %u, which is not one of GGUF's",
+                      shown(kv->key, text), (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
-    else if (kv->count > c->left) c->failed = 1;
-    else take(c, kv->count * kv_bytes[kv->element]);
+    else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
+    else take(c, kv->count * kv_types[kv->element].bytes);
     return 0;
 }
 
-static int read_tensor(struct gguf *g, struct cursor *c, struct tensor *t)
+static int read_tensor(const struct opening *o, struct cursor *c, struct tensor *t)
 {
     char text[80];
     t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return fail(g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", g->name,
-                    shown(t->name, text), (unsigned)n_dims), -1;
+        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+                      (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
     t->offset = take_u64(c);
     return 0;
 }
 
-static const struct kv *find_kv(const struct gguf *g, const char *key)
+static struct cursor cursor_at(const struct opening *o, size_t at)
 {
-    struct kv wanted = {.key = {key, strlen(key)}};
-    return g->n_kv ? bsearch(&wanted, g->kv, g->n_kv, sizeof wanted, compare_kv) : NULL;
+    return (struct cursor){o->header + at, o->n_header - at, 0};
 }
 
-static const struct tensor *find_tensor(const struct gguf *g, const char *name)
+static struct string name_at(const struct opening *o, size_t at)
 {
-    struct tensor wanted = {.name = {name, strlen(name)}};
-    return g->n_tensors ? bsearch(&wanted, g->tensor, g->n_tensors, sizeof wanted, compare_tensors) : NULL;
-}
-
-static int read_header(struct gguf *g, struct cursor *c)
-{
-    const uint8_t *magic = take(c, 4);
-    if (!magic || memcmp(magic, "GGUF", 4))
-        return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name), -1;
-    uint32_t version = take_u32(c);
-    if (!c->failed && version != 2 && version != 3)
-        return fail(g->err, "%s: GGUF version %u%s, expected 2 or 3", g->name, (unsigned)version,
-                    version && !(version & 0xffff) ? " (a big-endian file)" : ""), -1;
-    uint64_t n_tensors = take_u64(c), n_kv = take_u64(c);
-    if (c->failed || n_kv > c->left / 13 || n_tensors > c->left / 32) /* their least sizes */
-        return fail(g->err, "%s is truncated: its header promises %llu keys and %llu tensors", g->name,
-                    (unsigned long long)n_kv, (unsigned long long)n_tensors), -1;
-    g->n_kv = (size_t)n_kv;
-    g->n_tensors = (size_t)n_tensors;
-    g->kv = calloc(g->n_kv + 1, sizeof *g->kv);
-    g->tensor = calloc(g->n_tensors + 1, sizeof *g->tensor);
-    if (!g->kv || !g->tensor) return fail(g->err, "%s: out of memory for its keys", g->name), -1;
-    return 0;
-}
-
-static int sort_directory(struct gguf *g)
-{
-    char text[80];
-    qsort(g->kv, g->n_kv, sizeof *g->kv, compare_kv);
-    qsort(g->tensor, g->n_tensors, sizeof *g->tensor, compare_tensors);
-    for (size_t k = 1; k < g->n_kv; k++)
-        if (!compare_kv(g->kv + k - 1, g->kv + k))
-            return fail(g->err, "%s: key %s occurs twice", g->name, shown(g->kv[k].key, text)), -1;
-    for (size_t k = 1; k < g->n_tensors; k++)
-        if (!compare_tensors(g->tensor + k - 1, g->tensor + k))
-            return fail(g->err, "%s: tensor %s occurs twice", g->name, shown(g->tensor[k].name, text)), -1;
-    return 0;
-}
-
-static int read_gguf(struct gguf *g, const void *data, size_t size)
-{
-    struct cursor c = {data, size, 0};
-    if (read_header(g, &c)) return -1;
-    for (size_t k = 0; k < g->n_kv && !c.failed; k++)
-        if (read_kv(g, &c, g->kv + k)) return -1;
-    for (size_t k = 0; k < g->n_tensors && !c.failed; k++)
-        if (read_tensor(g, &c, g->tensor + k)) return -1;
-    if (c.failed) return fail(g->err, "%s is truncated: it ends inside its header", g->name), -1;
-    if (sort_directory(g)) return -1;
-    const struct kv *a = find_kv(g, "general.alignment");
-    uint64_t alignment = a && a->type == KV_U32 ? load_u32_le(a->value.p) : 32;
-    if ((a && a->type != KV_U32) || alignment == 0 || (alignment & (alignment - 1)))
-        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name), -1;
-    uint64_t start = (size - c.left + alignment - 1) & ~(alignment - 1);
-    g->alignment = alignment;
-    g->data = (const uint8_t *)data + (start < size ? start : size);
-    g->data_bytes = start < size ? (size_t)(size - start) : 0;
-    return 0;
-}
-
-/* A number of any type as double (exact for every value we accept); 0 and a sentence if it is none. */
-static int read_number(const struct gguf *g, const struct kv *kv, double *out)
-{
-    const uint8_t *p = kv->value.p;
-    char text[80];
-    switch (kv->type) {
-    case KV_U8: case KV_BOOL: *out = p[0]; return 1;
-    case KV_I8: *out = (int8_t)p[0]; return 1;
-    case KV_U16: *out = load_u16_le(p); return 1;
-    case KV_I16: *out = (int16_t)load_u16_le(p); return 1;
-    case KV_U32: *out = load_u32_le(p); return 1;
-    case KV_I32: *out = (int32_t)load_u32_le(p); return 1;
-    case KV_F32: *out = float_of(load_u32_le(p)); return 1;
-    case KV_U64: *out = (double)load_u64_le(p); return 1;
-    case KV_I64: *out = (double)(int64_t)load_u64_le(p); return 1;
-    case KV_F64: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); return 1; }
-    default:
-        fail(g->err, "%s: key %s is a %s, expected a number", g->name, shown(kv->key, text),
-             kv_names[kv->type]);
-        return 0;
-    }
-}
-
-/* Key "gemma3.NAME" as an integer in [low, high], or, when it is absent, fallback (< 0: required). */
-static int get_int(const struct gguf *g, const char *name, int low, int high, int fallback, int *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    *out = fallback;
-    if (!kv && fallback < 0) return fail(g->err, "%s: key %s is missing", g->name, key), -1;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= low && x <= high) || x != (int)x)
-        return fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, key, x,
-                    low, high), -1;
-    *out = (int)x;
-    return 0;
-}
-
-/* The same for a float of at least `least`; other: an older spelling of the key, or NULL. */
-static int get_float(const struct gguf *g, const char *name, const char *other, float least, float fallback,
-                     float *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    if (!kv && other) {
-        snprintf(key, sizeof key, "gemma3.%s", other);
-        kv = find_kv(g, key);
-    }
-    *out = fallback;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= least && x <= 1e30))
-        return fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, key, x, (double)least), -1;
-    *out = (float)x;
-    return 0;
-}
-
-static struct string get_string(const struct gguf *g, const char *key)
-{
-    const struct kv *kv = find_kv(g, key);
-    struct cursor c;
-    struct string none = {"", 0};
-    if (!kv || kv->type != KV_STRING) return none;
-    c = kv->value;
+    struct cursor c = cursor_at(o, at);
     return take_string(&c);
 }
 
-static int string_is(struct string s, const char *text)
+static int compare_at(const struct opening *o, size_t a, size_t b)
 {
-    return s.n == strlen(text) && !memcmp(s.text, text, s.n);
+    return compare_strings(name_at(o, a), name_at(o, b));
+}
+
+/* Why a file is none of ours, by how it begins. */
+static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer: get the file itself (git lfs pull)"},
+    {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
+    {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
+    {"{\"", 2, 8, "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
+    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
+    {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
+    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
+    {"", 0, 0, "does not begin with \"GGUF\""}};
+
+static int read_start(struct opening *o, struct cursor *c)
+{
+    const uint8_t *magic = take(c, 4);
+    size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
+    if (!magic || memcmp(magic, "GGUF", 4)) {
+        while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
+        return reject(o, " is not a GGUF file: it %s", other_files[k].what);
+    }
+    uint32_t version = take_u32(c);
+    if (!c->failed && version != 2 && version != 3)
+        return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
+                      version && !(version & 0xffff) ? " (a big-endian file)" : "");
+    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32) /* at least */
+        return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
+                      (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
+    return 0;
+}
+
+static int refuse_end(const struct opening *o)
+{
+    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
+    return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                  (unsigned long long)o->n_header);
+}
+
+/* Heap sort by name: n log n steps whatever the file, and no memory. */
+static void sort_names(const struct opening *o)
+{
+    size_t *at = o->names, n = o->n_names;
+    for (size_t start = n / 2, left = n, i, child; left > 1;) {
+        size_t moved = at[start > 0 ? --start : --left];
+        if (left < n) at[left] = at[0];
+        for (i = start; (child = 2 * i + 1) < left; i = child) {
+            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
+            if (compare_at(o, moved, at[child]) >= 0) break;
+            at[i] = at[child];
+        }
+        at[i] = moved;
+    }
+}
+
+static int sort_directory(const struct opening *o)
+{
+    char text[80];
+    sort_names(o);
+    for (size_t k = 1; k < o->n_names; k++)
+        if (!compare_at(o, o->names[k - 1], o->names[k]))
+            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, o->names[k]), text));
+    return 0;
+}
+
+/* Where the pair or info of that name begins; 0: nowhere. */
+static size_t find_name(const struct opening *o, const char *name)
+{
+    const struct string wanted = {name, strlen(name)};
+    const size_t *at = o->names;
+    for (size_t n = o->n_names; n;) {
+        int c = compare_strings(name_at(o, at[n / 2]), wanted);
+        if (c == 0) return at[n / 2];
+        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        else n /= 2;
+    }
+    return 0;
+}
+
+/* 1 and the pair of that key, or 0. */
+static int find_kv(const struct opening *o, const char *key, struct kv *kv)
+{
+    size_t at = find_name(o, key);
+    struct cursor c = cursor_at(o, at);
+    return at && at < o->infos && !read_kv(o, &c, kv);
+}
+
+static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
+{
+    size_t at = find_name(o, name);
+    struct cursor c = cursor_at(o, at);
+    return at >= o->infos && !read_tensor(o, &c, t);
+}
+
+static int read_alignment(struct opening *o)
+{
+    struct kv kv;
+    uint64_t a = 32;
+    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
+    return 0;
+}
+
+/* The next number of a pair or array as double (exact for every value we accept). */
+static int take_number(const struct opening *o, struct kv *kv, double *out)
+{
+    int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
+    char text[80];
+    if (!bytes)
+        return reject(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+                      kv_types[kv->type].name);
+    uint64_t u = take_int(&kv->value, bytes);
+    if (kv->element == KV_F32) *out = float_of((uint32_t)u);
+    else if (kv->element == KV_F64) memcpy(out, &u, 8);
+    else if (kv_types[kv->element].is_signed) *out = (double)((int64_t)(u << unused) >> unused);
+    else *out = (double)u;
+    return 0;
+}
+
+static int read_number(const struct opening *o, struct kv kv, double *out)
+{
+    if (kv.type == KV_ARRAY) kv.element = KV_ARRAY; /* which is none */
+    return take_number(o, &kv, out);
+}
+
+/* A string; empty when there is none. */
+static struct string get_string(const struct opening *o, const char *key)
+{
+    struct kv kv;
+    int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
+    return found ? take_string(&kv.value) : (struct string){"", 0};
 }
 
 /* 0 when a key is absent or one of two strings, of which the first is the usual one. */
-static int check_string(const struct gguf *g, const char *key, const char *usual, const char *other)
+static int check_string(const struct opening *o, const char *key, const char *usual,
+                        const char *other)
 {
     char text[80];
-    const struct kv *kv = find_kv(g, key);
-    if (!kv) return 0;
-    if (kv->type != KV_STRING)
-        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv->type]), -1;
-    struct string s = get_string(g, key);
+    struct kv kv;
+    if (!find_kv(o, key, &kv)) return 0;
+    if (kv.type != KV_STRING)
+        return reject(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
+    struct string s = take_string(&kv.value);
     if (string_is(s, usual) || string_is(s, other)) return 0;
-    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual), -1;
+    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
 }
 
-/* ==== 12. Opening a model ======================================================================= */
+/* ==== 12. Opening a model ===================================================================== */
+
+/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
+ * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
+static const struct published {
+    const char *name;
+    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    float rope_factor;               /* of global layers */
+    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
+} published[] = {
+    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
+    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
+    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
+    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
+    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
+    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+};
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
 
-struct opening {
-    struct gguf g;
-    gemma3_model *m;
-    gemma3_options options;
-    float *norms;                /* where the next norm goes */
-};
-
-static void *own(struct opening *o, size_t bytes, const char *what)
+static int no_room(const struct opening *o)
 {
-    gemma3_model *m = o->m;
-    void *p = m->n_owned < 8 ? malloc(bytes ? bytes : 1) : NULL;
-    if (!p) return fail(o->g.err, "%s: out of memory for %s (%llu bytes)", o->g.name, what, (unsigned long long)bytes);
-    return m->owned[m->n_owned++] = p;
+    return reject(o, " needs more than the %llu bytes of memory that were given",
+                  (unsigned long long)o->arena.size);
 }
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
 static int refuse_others(const struct opening *o)
 {
-    const struct gguf *g = &o->g;
+    struct kv kv;
+    double n = 0;
     char text[80];
-    double count = 0;
-    const struct kv *split = find_kv(g, "split.count"); /* only the first part has the model's keys */
-    if (split && read_number(g, split, &count) && count > 1)
-        return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
-                    g->name, count), -1;
-    if (!find_kv(g, "general.architecture"))
-        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
-    if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
-    for (size_t k = 0; k < g->n_tensors; k++) {
-        struct string name = g->tensor[k].name;
+    /* First, because later parts have no other keys. */
+    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1)
+        return reject(o, " is one of %.0f parts of a split model: merge them first "
+                      "(llama-gguf-split --merge)", n);
+    if (!find_kv(o, "general.architecture", &kv))
+        return reject(o, ": general.architecture is missing, expected \"gemma3\"");
+    if (string_is(get_string(o, "general.architecture"), "clip"))
+        return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
+    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
+    for (size_t k = 0; k < o->n_names; k++) {
+        struct string name = name_at(o, o->names[k]);
+        if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
-            return fail(g->err, "%s: tensor %s belongs to an embedding model (EmbeddingGemma), not to a Gemma 3 text model",
-                        g->name, shown(name, text)), -1;
+            return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
+                          "Gemma 3 text model", shown(name, text));
         if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
-            return fail(g->err, "%s: tensor %s is a fused projection, expected attn_q, attn_k and attn_v", g->name,
-                        shown(name, text)), -1;
+            return reject(o, ": tensor %s is a fused projection, expected attn_q, attn_k and "
+                          "attn_v", shown(name, text));
     }
     return 0;
 }
 
-/* [ne1][ne0], and what is not 1 before them. */
-static const char *shape_of(const struct tensor *t, char out[96])
+/* ---- What the keys say ----
+ *
+ * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
+ * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
+ * took it out later); obeying it halves the probability of the right word. Others have lost or
+ * changed RoPE's factor or local base. So for a published size its definition (technical report,
+ * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. */
+
+static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
+enum { REQUIRED = -1 };
+
+static int find_own_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    int n = 0;
-    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--)
-        n += snprintf(out + n, 96 - n, "[%llu]", (unsigned long long)t->ne[k]);
-    return out;
+    char full[80] = "gemma3.";
+    return find_kv(o, strcat(full, key), kv);
 }
 
-/* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
-static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
+static void set_origin(gemma3_model *m, const char *key, const char *origin)
 {
-    const struct gguf *g = &o->g;
-    const struct tensor *t = find_tensor(g, name);
-    if (!t) return fail(g->err, "%s: tensor %s is missing", g->name, name), -1;
-    w->format = find_format(t->type);
-    if (!w->format)
-        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
-                    "Q2_K to Q6_K IQ4_NL are)", g->name, name, (unsigned)t->type), -1;
-    char shape[96], want[32] = "any number of tokens";
-    if (rows) snprintf(want, sizeof want, "%d", rows);
-    if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
-        t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, name, shape_of(t, shape), want,
-                    cols), -1;
-    if (cols % w->format->elements)
-        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
-                    cols, w->format->name, w->format->elements), -1;
-    w->rows = (int)t->ne[1];
-    w->cols = cols;
-    w->tiled = 0;
-    w->row_bytes = (size_t)(cols / w->format->elements) * w->format->bytes;
-    uint64_t bytes = (uint64_t)w->row_bytes * w->rows;
-    if (t->offset % g->alignment)
-        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, name,
-                    (unsigned long long)t->offset, (unsigned long long)g->alignment), -1;
-    if (t->offset > g->data_bytes || bytes > g->data_bytes - t->offset)
-        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, name,
-                    (unsigned long long)(t->offset + bytes - g->data_bytes)), -1;
-    w->data = g->data + t->offset;
-    o->m->weight_bytes += (size_t)bytes;
-    return 0;
+    if (m->n_origins == MAX_ORIGINS) return;
+    m->origin[m->n_origins].key = key;
+    m->origin[m->n_origins++].origin = origin;
 }
 
-static int bind_layer(struct opening *o, int l, const char *name, int rows, int cols, struct matrix *w)
+/* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
+ * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
+static double get_number(struct opening *o, const char *key, double low, double high,
+                         double fallback)
 {
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind(o, full, rows, cols, w);
+    double x = low;
+    struct kv kv;
+    if (o->failed) return low;
+    if (!find_own_kv(o, key, &kv)) {
+        if (fallback == REQUIRED) o->failed = reject(o, ": key gemma3.%s is missing", key);
+        else set_origin(o->m, key, "default");
+        return o->failed ? low : fallback;
+    }
+    o->failed = read_number(o, kv, &x);
+    if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
+        o->failed = reject(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
+                           (int)low, (int)high);
+    else if (!o->failed && !(x >= low && x <= high))
+        o->failed = reject(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x,
+                           low);
+    return o->failed ? low : x;
 }
 
-/* A norm's vector: any float type, copied out as float32. */
-static int bind_norm(struct opening *o, const char *name, int n, const float **out)
+/* The same for what the definition says; older: another spelling of the key, or NULL. */
+static double get_defined(struct opening *o, const char *key, const char *older, double low,
+                          double high, double definition)
 {
-    struct matrix w;
-    if (bind(o, name, 1, n, &w)) return -1;
-    if (!is_float(w.format))
-        return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    o->m->kernels->dequantize(&w, 0, 1, o->norms);
-    *out = o->norms;
-    o->norms += n;
-    return 0;
-}
-
-static int bind_layer_norm(struct opening *o, int l, const char *name, int n, const float **out)
-{
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind_norm(o, full, n, out);
+    gemma3_model *m = o->m;
+    struct kv kv;
+    if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
+    double x = get_number(o, key, low, high, definition), off = x - definition;
+    if (o->failed || !m->published || o->options.obey_file) return x;
+    if ((off > 0 ? off : -off) > 1e-6 * definition && m->n_notes < MAX_NOTES) {
+        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, "
+              "which is used", key, x, m->published->name, definition);
+        set_origin(m, key, "overridden");
+    }
+    return definition;
 }
 
 /* Heads: some converters leave the keys out, the tensors' shapes always tell. */
 static int configure_heads(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct tensor *q = find_tensor(&o->g, "blk.0.attn_q.weight"), *k = find_tensor(&o->g, "blk.0.attn_k.weight");
-    if (get_int(&o->g, "attention.head_count", 1, 1024, -1, &c->n_heads)) return -1;
-    int from_q = q && q->ne[1] <= 1 << 20 ? (int)q->ne[1] / c->n_heads : 0;
-    if (get_int(&o->g, "attention.key_length", 2, 1024, from_q, &c->head_dim)) return -1;
+    struct tensor t;
+    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
+    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
+    if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
-        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim), -1;
-    int from_k = k && k->ne[1] <= 1 << 20 ? (int)k->ne[1] / c->head_dim : 0, value_length;
-    if (get_int(&o->g, "attention.head_count_kv", 1, 1024, from_k, &c->n_kv_heads)) return -1;
+        return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
+    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
+    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
+    if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads,
-                    c->n_kv_heads), -1;
-    if (get_int(&o->g, "attention.value_length", 1, 1024, c->head_dim, &value_length)) return -1;
+        return reject(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
+                      c->n_kv_heads);
     if (value_length != c->head_dim)
-        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name,
-                    value_length, c->head_dim), -1;
+        return reject(o, ": gemma3.attention.value_length is %d, expected key_length's %d",
+                      value_length, c->head_dim);
     return 0;
 }
 
@@ -2956,163 +3105,360 @@ static int configure_heads(struct opening *o)
  * n-th layer is global), or an array with one bool for each layer (true: local). */
 static int configure_layers(struct opening *o)
 {
+    const char *key = "attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
-    int known = c->n_layers == 18 || c->n_layers == 26 ? 512   /* 270M, 1B; 4B, 12B, 27B */
-              : c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62 ? 1024 : 0, pattern;
-    if (get_int(&o->g, "attention.sliding_window", 0, 1 << 24, known, &c->window)) return -1;
-    const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
-    int is_array = kv && kv->type == KV_ARRAY;
-    if (is_array && (kv->element != KV_BOOL || kv->count < (uint64_t)c->n_layers))
-        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers",
-                    o->g.name, c->n_layers), -1;
-    if (is_array) pattern = 0;
-    else if (get_int(&o->g, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6, &pattern)) return -1;
+    struct kv kv;
+    int is_array = find_own_kv(o, key, &kv) && kv.type == KV_ARRAY;
+    int n = is_array ? 0 : (int)get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
+    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
+                                 o->size ? o->size->window : 0);
+    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
+        return reject(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
-        int local = is_array ? kv->value.p[l] != 0 : pattern > 1 && (l + 1) % pattern != 0;
+        int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
         c->is_local[l] = (uint8_t)(local && c->window > 0);
     }
-    return 0;
+    return o->failed;
 }
 
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
-    if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
-    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
-        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
-        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
-        return -1;
-    if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
-    /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
-    if (c->rope_factor < 0x1p-7f)
-        return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
-                    o->g.name, (double)c->rope_factor), -1;
-    return 0;
+    float factor = o->size ? o->size->rope_factor : 1;
+    if (check_string(o, "gemma3.rope.scaling.type", "linear", "none")) return -1;
+    int none = string_is(get_string(o, "gemma3.rope.scaling.type"), "none");
+    c->rope_base_global =
+        (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
+    c->rope_base_local =
+        (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
+    c->rope_factor =
+        (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY, factor);
+    if (!o->m->published || o->options.obey_file)
+        if (none || c->rope_factor == 0) c->rope_factor = 1;
+    /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
+    if (!o->failed && c->rope_factor < 0x1p-7f)
+        return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
+                      "stay below 2^31)", (double)c->rope_factor);
+    return o->failed;
 }
 
 static int configure(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct gguf *g = &o->g;
-    if (get_int(g, "block_count", 1, GEMMA3_MAX_LAYERS, -1, &c->n_layers) ||
-        get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
-        get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
-        get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
-        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 0, 1e-6f, &c->rms_eps) ||
-        get_float(g, "final_logit_softcapping", NULL, 0, 0, &c->final_softcap))
-        return -1;
+    c->n_layers = (int)get_number(o, "block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = (int)get_number(o, "embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = (int)get_number(o, "feed_forward_length", 1, 1 << 20, REQUIRED);
+    c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
+    c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    if (!o->failed && c->rms_eps == 0)
+        return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
+    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
+        if (published[k].n_layers == c->n_layers) o->size = &published[k];
+    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
+    c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
-    int n = c->n_layers == 62 ? c->d_model / c->n_heads : c->head_dim;
-    c->query_scale = 1.0f / sqrt_of((float)n);
+    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
+    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
+    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
+    c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
+    return o->failed;
+}
+
+/* ---- The tokenizer ---- */
+
+/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
+
+static void *tokenizer_room(struct arena *a, int n, size_t *size)
+{
+    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, *size, 1);
+}
+
+static int is_array_of(const struct kv *kv, uint32_t element, int n)
+{
+    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
+}
+
+/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
+ * (rank_merges). */
+static int read_vocab(struct opening *o)
+{
+    struct kv tokens, scores, types, merges;
+    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
+                     is_array_of(&merges, KV_STRING, 1);
+    if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
+    has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
+    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+        return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
+    int n = o->m->token_embd.rows;
+    if (tokens.count < (uint64_t)n) n = (int)tokens.count;
+    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
+    if (!has_merges && !(has_scores && is_array_of(&scores, KV_F32, n)))
+        return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
+    int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
+    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+        return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
+    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    if (!text) return no_room(o);
+    uint32_t *length = (uint32_t *)(void *)(text + n);
+    float *score = (float *)(void *)(length + n);
+    int32_t *type = (int32_t *)(void *)(score + n);
+    for (int k = 0; k < n; k++) {
+        struct string s = take_string(&tokens.value);
+        if (s.n > GEMMA3_PIECE_MAX)
+            return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
+                          "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
+        text[k] = s.text;
+        length[k] = (uint32_t)s.n;
+        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+    }
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
+                                 .type = type, .stop = o->m->stop};
+    o->m->config.n_vocab = n;
     return 0;
 }
 
-/* The arrays that the tokenizer works on; strings stay in the file. */
-static int read_vocab(struct opening *o)
+/* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
+ * takes the place of its score. */
+static int rank_merges(const struct opening *o)
 {
-    gemma3_model *m = o->m;
-    const struct gguf *g = &o->g;
-    const struct kv *tokens = find_kv(g, "tokenizer.ggml.tokens"), *scores = find_kv(g, "tokenizer.ggml.scores");
-    const struct kv *types = find_kv(g, "tokenizer.ggml.token_type");
-    if (!tokens || tokens->type != KV_ARRAY || tokens->element != KV_STRING || !tokens->count)
-        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name), -1;
-    int n = m->token_embd.rows;
-    if (tokens->count < (uint64_t)n) n = (int)tokens->count;
-    m->config.n_vocab = n;
-    if (!scores || scores->type != KV_ARRAY || scores->element != KV_F32 || scores->count < (uint64_t)n)
-        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n), -1;
-    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) ||
-                  types->count < (uint64_t)n))
-        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n), -1;
-    const char **text = own(o, n * sizeof *text, "the vocabulary");
-    uint32_t *length = own(o, n * (sizeof *length + sizeof(float) + sizeof(int32_t)), "the vocabulary");
-    if (!text || !length) return -1;
-    float *score = (float *)(void *)(length + n);
-    int32_t *type = (int32_t *)(void *)(score + n);
-    struct cursor c = tokens->value;
-    for (int k = 0; k < n; k++) {
-        struct string s = take_string(&c);
-        if (s.n > GEMMA3_PIECE_MAX)
-            return fail(g->err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d", g->name,
-                        k, (unsigned long long)s.n, GEMMA3_PIECE_MAX), -1;
-        text[k] = s.text;
-        length[k] = (uint32_t)s.n;
-        score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
-        type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
+    float *score = (float *)(uintptr_t)o->m->vocab.score;
+    struct kv merges;
+    if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
+    if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
+        return reject(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
+    find_kv(o, "tokenizer.ggml.merges", &merges);
+    for (uint64_t k = 0; k < merges.count; k++) {
+        char joined[GEMMA3_PIECE_MAX];
+        struct string s = take_string(&merges.value);
+        const char *space = s.n > 2 ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
+        if (!space || s.n > sizeof joined)
+            return reject(o, ": key tokenizer.ggml.merges: number %llu is no pair of pieces",
+                          (unsigned long long)k);
+        size_t left = (size_t)(space - s.text);
+        memcpy(joined, s.text, left);
+        memcpy(joined + left, space + 1, s.n - left - 1);
+        int32_t id = gemma3_find(o->m->tokenizer, joined, s.n - 1);
+        if (id >= 0 && score[id] == -(float)merges.count) score[id] = -(float)k;
     }
-    m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score, .type = type};
     return 0;
+}
+
+/* The ids that a key gives, one or an array: how many, or -1. */
+static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, int max)
+{
+    struct kv kv;
+    double x;
+    int n_vocab = o->m->vocab.n_vocab;
+    if (!find_kv(o, key, &kv)) return 0;
+    if (kv.count > (uint64_t)max)
+        return reject(o, ": key %s has %llu ids, expected at most %d", key,
+                      (unsigned long long)kv.count, max);
+    for (int k = 0; k < (int)kv.count; k++) {
+        if (take_number(o, &kv, &x)) return -1;
+        if (!(x >= 0 && x < n_vocab))
+            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
+        ids[k] = (int32_t)x;
+        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
+    }
+    return (int)kv.count;
 }
 
 /* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
 static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
 {
-    const struct kv *kv = find_kv(&o->g, key);
     const gemma3_vocab *v = &o->m->vocab;
-    double x = -1;
-    if (kv && !read_number(&o->g, kv, &x)) return -1;
-    if (kv && !(x >= 0 && x < v->n_vocab))
-        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, v->n_vocab), -1;
-    *id = (int32_t)x;
-    if (*id != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x), -1;
-    for (int32_t k = 0; !kv && *id < 0 && k < v->n_vocab; k++)
+    int n = ids_of_key(o, key, id, 1);
+    if (n == 0) *id = -1;
+    for (int32_t k = 0; n == 0 && *id < 0 && k < v->n_vocab; k++)
         if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
-    return 0;
+    return n < 0 ? -1 : 0;
 }
 
 static int open_tokenizer(struct opening *o)
 {
+    static const char *const more[] = {
+        "tokenizer.ggml.eos_token_ids", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
+    struct kv kv;
     double add_bos = 1;
-    if (check_string(&o->g, "tokenizer.ggml.model", "llama", "llama") || read_vocab(o) ||
-        special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
-        special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos) ||
+    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
-    const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
-    if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
+    int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
+    if (n > 0) v->eos = m->stop[0];
+    else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
+    for (int k = 0; k < 3 && n >= 0; k++) {
+        v->n_stop += n;
+        n = ids_of_key(o, more[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+    }
+    if (n < 0) return -1;
+    v->n_stop += n;
+    if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    size_t size = gemma3_tokenizer_size(v);
-    void *mem = own(o, size, "the tokenizer");
-    if (!mem) return -1;
-    m->tokenizer = gemma3_tokenizer_init(v, mem, size, o->g.err);
-    return m->tokenizer ? 0 : -1;
+    size_t size;
+    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
+    if (!room) return no_room(o);
+    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
+    return m->tokenizer ? rank_merges(o) : -1;
+}
+
+/* ---- Weights ---- */
+
+enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
+
+static int dim_of(const gemma3_model *m, enum dim d)
+{
+    const gemma3_config *c = &m->config;
+    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
+                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    return n[d];
+}
+
+/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
+ * the first and the last two are the model's, those between each layer's. A norm has one row. */
+static const struct tensor_place {
+    const char *name;
+    size_t at;                       /* in the model or the layer: its matrix or norm */
+    enum dim rows, cols;
+} places[] = {
+    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
+    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
+    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
+    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
+    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
+    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
+    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
+    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
+    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
+    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
+    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
+    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
+    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
+    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
+    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
+    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
+};
+enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
+
+/* One tensor that the model needs. rows 0: as many as the file has. */
+struct slot {
+    char name[48];
+    int layer, rows, cols;
+    struct matrix *w;                /* NULL of a norm */
+    const float **norm;
+};
+
+/* Number index of them; -1 after the last. */
+static int find_slot(gemma3_model *m, int index, struct slot *t)
+{
+    int in_layers = m->config.n_layers * PER_LAYER, l = (index - 1) / PER_LAYER;
+    int is_layers = index >= 1 && index <= in_layers;
+    const struct tensor_place *p = &places[index < 1 ? 0 : is_layers ? 1 + (index - 1) % PER_LAYER :
+                                           min_int(index - in_layers + PER_LAYER, N_PLACES - 1)];
+    if (index < 0 || index > in_layers + 2 - m->tied) return -1;
+    *t = (struct slot){.layer = is_layers ? l : -1, .rows = dim_of(m, p->rows),
+                       .cols = dim_of(m, p->cols)};
+    char *to = t->name, *owner = is_layers ? (char *)&m->layer[l] : (char *)m;
+    if (is_layers) {
+        to += strlen(strcpy(to, "blk."));
+        for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
+            *to++ = (char)('0' + l / unit % 10);
+        *to++ = '.';
+    }
+    strcat(strcpy(to, p->name), ".weight");
+    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
+    else t->w = (struct matrix *)(void *)(owner + p->at);
+    return 0;
+}
+
+/* All types of ggml by number, those that were removed from it too. */
+static const char *const type_names[] = {
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
+    "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4",
+    "Q1_0"};
+enum { N_TYPES = sizeof type_names / sizeof *type_names };
+
+static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    char shape[96], *to = shape, want[24] = "any number of tokens";
+    if (!f) {
+        if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
+        else print(want, sizeof want, "%u", (unsigned)t->type);
+        return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
+    }
+    int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
+    if (s->rows) print(want, sizeof want, "%d", s->rows);
+    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
+        print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
+    if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
+        return reject(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
+    if (s->cols % f->elements)
+        return reject(o, ": tensor %s has rows of %d, expected a multiple of %s's block of %d",
+                      s->name, s->cols, f->name, f->elements);
+    if (s->norm && !is_float(f))
+        return reject(o, ": tensor %s has type %s, expected F32", s->name, f->name);
+    return 0;
+}
+
+/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
+static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
+{
+    float *out = piece(&o->arena, w->cols, sizeof *out);
+    if (!out) return no_room(o);
+    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
+        return reject(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = bytes;
+    o->m->kernels->dequantize(w, 0, 1, out);
+    *s->norm = out;
+    return 0;
+}
+
+/* Finds a tensor and checks its type, shape and end. */
+static int bind(struct opening *o, const struct slot *s)
+{
+    struct tensor t;
+    struct matrix norm, *w = s->w ? s->w : &norm;
+    if (!find_tensor(o, s->name, &t)) return reject(o, ": tensor %s is missing", s->name);
+    if (check_tensor(o, s, &t)) return -1;
+    const struct format *f = find_format(t.type);
+    size_t row_bytes = (size_t)(s->cols / f->elements) * f->bytes;
+    uint64_t bytes = row_bytes * t.ne[1], left = 0;
+    if (o->from.size > o->data) left = o->from.size - o->data;
+    if (t.offset % o->alignment)
+        return reject(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
+                      (unsigned long long)t.offset, (unsigned long long)o->alignment);
+    if (t.offset > left || bytes > left - t.offset)
+        return reject(o, " is truncated: tensor %s ends %llu bytes past the end of the file",
+                      s->name, (unsigned long long)(t.offset + bytes - left));
+    *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
+                         .offset = o->data + t.offset};
+    if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
+    else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
+    o->m->weight_bytes += (size_t)bytes;
+    return s->norm ? bind_norm(o, s, w) : 0;
 }
 
 static int bind_weights(struct opening *o)
 {
     gemma3_model *m = o->m;
-    const gemma3_config *c = &m->config;
-    int d = c->d_model, D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D;
-    o->norms = own(o, ((size_t)c->n_layers * (4 * d + 2 * D) + d) * sizeof(float), "the norms");
-    if (!o->norms || bind(o, "token_embd.weight", 0, d, &m->token_embd) ||
-        bind_norm(o, "output_norm.weight", d, &m->output_norm))
-        return -1;
-    m->lm_head = m->token_embd;
-    m->tied = !find_tensor(&o->g, "output.weight");
-    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->lm_head)) return -1;
-    for (int l = 0; l < c->n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
-            bind_layer(o, l, "attn_q", q, d, &w->attn_q) ||
-            bind_layer(o, l, "attn_k", kv, d, &w->attn_k) ||
-            bind_layer(o, l, "attn_v", kv, d, &w->attn_v) ||
-            bind_layer(o, l, "attn_output", d, q, &w->attn_output) ||
-            bind_layer_norm(o, l, "attn_q_norm", D, &w->attn_q_norm) ||
-            bind_layer_norm(o, l, "attn_k_norm", D, &w->attn_k_norm) ||
-            bind_layer_norm(o, l, "post_attention_norm", d, &w->post_attention_norm) ||
-            bind_layer_norm(o, l, "ffn_norm", d, &w->ffn_norm) ||
-            bind_layer(o, l, "ffn_gate", c->d_ff, d, &w->ffn_gate) ||
-            bind_layer(o, l, "ffn_up", c->d_ff, d, &w->ffn_up) ||
-            bind_layer(o, l, "ffn_down", d, c->d_ff, &w->ffn_down) ||
-            bind_layer_norm(o, l, "post_ffw_norm", d, &w->post_ffw_norm))
-            return -1;
-    }
+    struct slot s;
+    struct tensor t;
+    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
+    if (!m->layer) return no_room(o);
+    m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_slot(m, k, &s); k++)
+        if (bind(o, &s)) return -1;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3133,13 +3479,13 @@ static void repack_task(void *arg, int index, int worker)
 {
     const struct repack *job = arg;
     const struct matrix *w = job->w;
-    int tile, end, row, last;
+    int tile, end;
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
-    row = tile * TILE_ROWS, last = end * TILE_ROWS < w->rows ? end * TILE_ROWS : w->rows;
+    int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
     const uint8_t *from = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
-        n = last - row < TILE_ROWS ? last - row : TILE_ROWS;
+        n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
@@ -3148,112 +3494,195 @@ static void repack_task(void *arg, int index, int worker)
 
 static size_t tiled_bytes(const struct matrix *w)
 {
-    return is_float(w->format) ? 0 : (size_t)n_tiles(w) * TILE_ROWS * w->row_bytes;
-}
-
-static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
-{
-    size_t bytes = tiled_bytes(w);
-    struct repack job = {o->m, w, *to, MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-    if (!bytes) return;
-    if (o->options.parallel_for && o->options.n_threads > 1)
-        o->options.parallel_for(o->options.pool, job.n_tasks, repack_task, &job);
-    else
-        for (int k = 0; k < job.n_tasks; k++) repack_task(&job, k, 0);
-    w->data = *to;
-    w->tiled = 1;
-    *to += bytes;
+    return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
 static int repack(struct opening *o)
 {
     gemma3_model *m = o->m;
-    int n = 0, n_layers = m->config.n_layers;
-    struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
-    all[n++] = &m->token_embd;
-    if (!m->tied) all[n++] = &m->lm_head;
-    for (int l = 0; l < n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output,
-                                      &w->ffn_gate, &w->ffn_up, &w->ffn_down};
-        for (int k = 0; k < 7; k++) all[n++] = of_layer[k];
-    }
-    size_t bytes = 0;
-    for (int k = 0; k < n; k++) bytes += tiled_bytes(all[k]);
-    if (!bytes) return 0;
-    uint8_t *to = own(o, bytes + 64, "the weights");
-    if (!to) return -1;
-    host_use_large_pages(to, bytes);
-    to += -(uintptr_t)to & 63;
-    for (int k = 0; k < n; k++) {
-        repack_one(o, all[k], &to);
-        if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
+    const gemma3_options *p = &o->options;
+    struct slot s;
+    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
+        if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
+        size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
+        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
+        if (!job.to) return no_room(o);
+        if (!bytes) continue;
+        if (p->parallel_for && p->n_threads > 1)
+            p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
+        else
+            for (int i = 0; i < job.n_tasks; i++) repack_task(&job, i, 0);
+        s.w->data = job.to;
+        s.w->tiled = 1;
     }
     if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
+
+/* ---- Opening ---- */
 
 static int choose_kernels(struct opening *o)
 {
     const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
         if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
-            o->m->kernels = all_kernels[k];
+            o->kernels = all_kernels[k];
+            o->repacks = o->kernels->tiles && !o->options.no_repack;
             return 0;
         }
-    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted), -1;
+    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
 
-static int open_steps(struct opening *o, const void *data, size_t size)
+/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
+static void count_kv(struct opening *o, struct kv *kv)
 {
-    gemma3_model *m = o->m;
-    const char *fault = arithmetic_fault();
-    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1;
-    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
-        return -1;
-    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (m->kernels->tiles && !o->options.no_repack && repack(o)) return -1;
-    struct string name = get_string(&o->g, "general.name");
-    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
-    standin_template = get_string(&o->g, "tokenizer.chat_template"); /* stand-in, drop at merge */
-    standin_obey = o->options.obey_file, standin_cap = m->config.final_softcap;
-    if (!standin_obey) m->config.final_softcap = 0;
+    double n = 0;
+    if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
+        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
+        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
+        piece(&o->arena, n_vocab, TOKEN_BYTES);
+        tokenizer_room(&o->arena, (int)n_vocab, &size);
+    }
+}
+
+static void count_tensor(struct opening *o, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
+                       .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
+    o->counted += (uint64_t)w.row_bytes * t->ne[1];
+    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+}
+
+/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
+static int walk(struct opening *o)
+{
+    struct cursor c = cursor_at(o, 0);
+    struct kv kv;
+    struct tensor t;
+    if (read_start(o, &c)) return -1;
+    size_t n = 0, *at = o->names = piece(&o->arena, (size_t)(o->n_kv + o->n_tensors), sizeof *at);
+    if (o->m && !at) return no_room(o);
+    for (uint64_t k = 0; k < o->n_kv && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
+        if (read_kv(o, &c, &kv)) return -1;
+        if (!o->m && !c.failed) count_kv(o, &kv);
+    }
+    o->infos = o->n_header - c.left;
+    for (uint64_t k = 0; k < o->n_tensors && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
+        if (read_tensor(o, &c, &t)) return -1;
+        if (!o->m && !c.failed) count_tensor(o, &t);
+    }
+    o->n_names = n;
+    if (c.failed) return refuse_end(o);
+    o->data = o->n_header -= c.left;
+    if (!o->from.is_mapped) return 0;
+    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
+    if (o->m && !copy) return no_room(o);
+    if (!copy) return 0;
+    o->header = memcpy(copy, o->header, o->n_header);
+    host_give_back(o->m, o->from.data, o->n_header);
     return 0;
 }
 
-static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
-                                gemma3_error *err, gemma3_model *m)
+static int open_steps(struct opening *o)
 {
-    char shortened[SHORT_PATH];
-    struct opening o = {.g = {.name = short_path(name, shortened), .err = err}, .m = m};
-    fp_state fp = fp_enter();
-    if (options) o.options = *options;
-    m->exact = o.options.exact;
-    int failed = open_steps(&o, data, size);
-    free(o.g.kv);
-    free(o.g.tensor);
-    fp_leave(fp);
-    if (failed) gemma3_close(m);
-    return failed ? NULL : m;
+    gemma3_model *m = o->m;
+    const char *fault = arithmetic_fault();
+    if (!fault) fault = kernel_fault(m->kernels);
+    if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
+    if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
+        bind_weights(o) || open_tokenizer(o))
+        return -1;
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
+    struct string name = get_string(o, "general.name");
+    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    m->chat_template = get_string(o, "tokenizer.chat_template");
+    return o->repacks ? repack(o) : 0;
 }
 
-gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name, const gemma3_options *options,
+static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
+                  gemma3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    o->from = *from;
+    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->read && !from->data) o->from.size = 0;
+    o->header = from->data ? from->data : (const uint8_t *)"";
+    o->n_header = o->from.n_data;
+    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
+    o->err = err;
+    if (options) o->options = *options;
+}
+
+size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
+                         gemma3_error *err)
+{
+    struct opening o;
+    start(&o, from, options, err);
+    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
+    if (choose_kernels(&o) || walk(&o)) return 0;
+    if (o.arena.used < SIZE_MAX) return o.arena.used;
+    reject(&o, " needs more memory than this machine can address");
+    return 0;
+}
+
+gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
+                                size_t size, gemma3_error *err)
+{
+    struct opening o;
+    size_t to_align = -(uintptr_t)mem & 63;
+    fp_state fp = fp_enter();
+    start(&o, from, options, err);
+    o.arena.base = (uint8_t *)mem + to_align;
+    o.arena.size = size > to_align ? size - to_align : 0;
+    int failed = choose_kernels(&o);
+    if (!failed && !(o.m = piece(&o.arena, 1, sizeof *o.m))) failed = no_room(&o);
+    if (!failed) {
+        memset(o.m, 0, sizeof *o.m);
+        o.m->kernels = o.kernels;
+        o.m->source = o.from;
+        o.m->mapping = from->is_mapped ? from->data : NULL;
+        o.m->mapping_bytes = o.from.n_data;
+        o.m->exact = o.options.exact;
+        failed = open_steps(&o);
+    }
+    fp_leave(fp);
+    return failed ? NULL : o.m;
+}
+
+gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options,
                                  gemma3_error *err)
 {
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!name) name = "a model in memory";
-    if (!m) return fail(err, "out of memory for a model");
-    return open_bytes(data, size, name, options, err, m);
+    size_t size = gemma3_model_size(from, options, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem) fail(err, "out of memory for a model (%llu bytes)", (unsigned long long)size);
+    if (!mem) return NULL;
+    host_use_large_pages(mem, size);
+    gemma3_model *m = gemma3_model_init(from, options, mem, size, err);
+    if (m) m->allocated = mem;
+    else free(mem);
+    return m;
+}
+
+gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
+                                 const gemma3_options *options, gemma3_error *err)
+{
+    gemma3_source from = {.data = data, .size = size, .name = name};
+    return gemma3_open_source(&from, options, err);
 }
 
 void gemma3_close(gemma3_model *m)
 {
     if (!m) return;
-    for (int k = 0; k < m->n_owned; k++) free(m->owned[k]);
     host_unmap(m);
-    free(m);
+    free(m->allocated);
 }
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
@@ -3261,7 +3690,7 @@ const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
 int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->can_chat; }
+int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
 size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
@@ -3269,34 +3698,50 @@ size_t gemma3_model_token_bytes(const gemma3_model *m)
     return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
 }
 
-/* ==== 13. Sizes and states ====================================================================== */
-
-/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
-struct arena {
-    uint8_t *base;
-    size_t used;
-};
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
-static void *piece(struct arena *a, size_t count, size_t bytes)
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
 {
-    void *p = a->base ? a->base + a->used : NULL;
-    size_t size = times(count, bytes);
-    a->used = plus(a->used, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
-    return p;
+    *n = m->chat_template.n;
+    return *n ? m->chat_template.text : NULL;
 }
+
+const char *gemma3_model_size_name(const gemma3_model *m)
+{
+    return m->published ? m->published->name : "";
+}
+
+const char *gemma3_model_note(const gemma3_model *m, int index)
+{
+    return index >= 0 && index < m->n_notes ? m->note[index] : NULL;
+}
+
+const char *gemma3_model_origin(const gemma3_model *m, const char *key)
+{
+    key += strncmp(key, "gemma3.", 7) ? 0 : 7;
+    for (int k = 0; k < m->n_origins; k++)
+        if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
+    return "";
+}
+
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
+{
+    struct slot s;
+    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
+    strcpy(t->name, s.name);
+    if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
+    else t->format = s.w->format->name, t->data = s.w->data, t->bytes = s.w->row_bytes * s.w->rows;
+    return 0;
+}
+
+/* ==== 13. Sizes and states ==================================================================== */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->n_ubatch = p->n_batch < GEMMA3_MAX_UBATCH ? p->n_batch : GEMMA3_MAX_UBATCH;
-    s->n_ubatch = s->n_ubatch < p->n_ctx ? s->n_ubatch : p->n_ctx;
-    s->q_block = s->n_ubatch < 4 ? s->n_ubatch : 4;
-    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* attention has that many queries of a kv head */
-    s->ring = c->window + s->n_ubatch - 1 < p->n_ctx ? c->window + s->n_ubatch - 1 : p->n_ctx;
+    s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
+    s->q_block = min_int(s->n_ubatch, 4);
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a query block has that many to a kv head */
+    s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3314,12 +3759,14 @@ static int widest_input(const gemma3_config *c)
     return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
 }
 
-/* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
+/* Where everything of a state lies: the one place that knows, and the sizes are counted by it. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
-    size_t n_queries = (size_t)s->q_block * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
+    size_t blocks = ((size_t)widest_input(c) + 31) / 32;
+    int exact = s->m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3329,6 +3776,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
         s->cosine[local] = piece(a, n * (D / 2), sizeof(float));
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
+    s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->x = piece(a, n * c->d_model, sizeof(float));
     s->h = piece(a, n * c->d_model, sizeof(float));
     s->q = piece(a, n * q, sizeof(float));
@@ -3342,65 +3790,100 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
-    s->q8 = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->q8);
-    s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
-    s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
+    s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
+    s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
+    s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
+    s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
+    s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
+    s->unread = piece(a, n_threads, 1);
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = m->config.n_ctx_train < 4096 ? m->config.n_ctx_train : 4096, .n_batch = 512,
+    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
                        .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
     return p;
 }
 
+static const gemma3_config *config_of(const gemma3_model *m, const gemma3_params *p)
+{
+    return p->config ? p->config : &m->config;
+}
+
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m, .c = &m->config};
-    struct arena a = {NULL, 0};
-    size_state(&s, &m->config, p);
+    gemma3_state s = {.m = m, .c = config_of(m, p)};
+    struct arena a = {NULL, 0, 0};
+    size_state(&s, s.c, p);
     lay_out(&s, &a);
     return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
+}
+
+/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
+{
+    const struct { const char *name; float x, low, high; } number[] = {
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rope_base_local", c->rope_base_local, 1, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"embedding_scale", c->embedding_scale, 0, 1e30f},
+        {"final_softcap", c->final_softcap, 0, 1e30f},
+        {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
+    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
+        c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
+        c->n_vocab != m->n_vocab)
+        return fail(err, "a config with other shapes than the model's");
+    for (size_t k = 0; k < sizeof number / sizeof *number; k++)
+        if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
+            return fail(err, "a config with %s %g: expected a number from %g to %g", number[k].name,
+                        (double)number[k].x, (double)number[k].low, (double)number[k].high);
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->is_local[l] > 1)
+            return fail(err, "a config with is_local[%d] %d: expected 0 or 1", l, c->is_local[l]);
+    return 0;
 }
 
 /* -1 and a sentence when no state can be made of these. */
 static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), -1;
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
+    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), -1;
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    if (p->config && check_config(p->config, &m->config, err)) return -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx), -1;
+        return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                    p->n_ctx);
     return 0;
 }
 
-gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
-                                gemma3_error *err)
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
+                                size_t size, gemma3_error *err)
 {
-    const gemma3_config *c = &m->config;
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
-    if (size < need)
-        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-                    (unsigned long long)size);
+    if (size < need) {
+        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+             (unsigned long long)size);
+        return NULL;
+    }
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
-    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
+    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0, size};
     memset(s, 0, sizeof *s);
     s->m = m;
-    s->c = &m->config;
-    size_state(s, c, p);
+    s->c = config_of(m, p);
+    size_state(s, s->c, p);
     lay_out(s, &a);
+    memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
-        for (int j = 0; j < c->head_dim / 2; j++) {
-            float base = local ? c->rope_base_local : c->rope_base_global;
-            float turned = (float)power(base, 2.0 * j / c->head_dim);
-            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : c->rope_factor);
+        for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
+            float base = local ? s->c->rope_base_local : s->c->rope_base_global;
+            float turned = (float)power(base, 2.0 * j / D);
+            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : s->c->rope_factor);
         }
     fp_leave(fp);
     return s;
@@ -3411,8 +3894,11 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem)
-        return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+    if (!mem) {
+        fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
+             (unsigned long long)size);
+        return NULL;
+    }
     gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
     if (!s) free(mem);
     else s->allocated = mem;
@@ -3427,9 +3913,136 @@ void gemma3_state_free(gemma3_state *s)
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
 int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
+const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
-/* ==== 14. Scores, sampling, SHA-256 ============================================================= */
+/* ---- States that are kept ----
+ *
+ *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config as hex
+ *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
+ *     SHA-256 of all before as hex
+ *
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
+
+struct stream {
+    gemma3_write *write;             /* or: */
+    gemma3_read *read;
+    void *user;
+    uint64_t at;
+    int failed;
+    gemma3_sha256 sum;
+};
+
+static void pass(struct stream *f, void *bytes, size_t n)
+{
+    if (f->failed) return;
+    f->failed = f->write ? f->write(f->user, bytes, n) : f->read(f->user, f->at, bytes, n);
+    f->at += n;
+    gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
+}
+
+static void pass_u32(struct stream *f, uint32_t *u)
+{
+    uint8_t bytes[4];
+    store_u32_le(bytes, *u);
+    pass(f, bytes, 4);
+    *u = load_u32_le(bytes);
+}
+
+/* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
+ * two trained models share. All the weights would take seconds. */
+static void hash_model(gemma3_state *s, char hex[65])
+{
+    const gemma3_config *c = s->c;
+    const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
+                            c->rope_factor, c->query_scale, c->embedding_scale};
+    gemma3_sha256 sum;
+    struct slot t;
+    gemma3_sha256_init(&sum);
+    gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
+    gemma3_sha256_add(&sum, c->is_local, c->n_layers);
+    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
+        gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
+    }
+    gemma3_sha256_end(&sum, hex);
+}
+
+static void pass_cache(struct stream *f, gemma3_state *s, int n)
+{
+    const gemma3_config *c = s->c;
+    for (int l = 0; l < c->n_layers; l++) {
+        struct attention a = {.s = s, .l = l, .slots = slots_of(s, l)};
+        int first = c->is_local[l] && n > c->window ? n - c->window : 0, D = c->head_dim;
+        for (int g = 0; g < c->n_kv_heads; g++)
+            for (int p = first; p < n; p++) {
+                pass(f, key_at(&a, g, p), D * kv_element(s));
+                for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+                    pass(f, value_at(&a, g, j0, p), slice_width(D, j0) * kv_element(s));
+            }
+    }
+}
+
+static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
+{
+    static const char want[16] = "gemma3 state 1\n";
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
+    char magic[16], model[65], hex[65];
+    uint32_t n = s->pos;
+    hash_model(s, model);
+    memcpy(hex, model, sizeof hex);
+    memcpy(magic, want, sizeof magic);
+    gemma3_sha256_init(&f->sum);
+    pass(f, magic, sizeof magic);
+    if (!f->failed && memcmp(magic, want, sizeof want))
+        return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++) {
+        uint32_t u = ours[k];
+        pass_u32(f, &u);
+        if (!f->failed && u != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
+                        (unsigned)ours[k]);
+    }
+    pass_u32(f, &n);
+    pass(f, hex, 64);
+    if (!f->failed && memcmp(hex, model, 64))
+        return fail(err, "the state was saved with another model or config");
+    if (!f->failed && n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
+    for (uint32_t i = 0; i < n && !f->failed; i++) pass_u32(f, (uint32_t *)&s->ids[i]);
+    if (!f->failed) pass_cache(f, s, (int)n);
+    gemma3_sha256_end(&f->sum, model);
+    memcpy(hex, model, sizeof hex);
+    pass(f, hex, 64);
+    if (f->failed && f->write) return fail(err, "the state cannot be written");
+    if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
+    if (memcmp(hex, model, 64)) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    s->pos = (int)n;
+    return 0;
+}
+
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
+{
+    struct stream f = {.write = write, .user = user};
+    fp_state fp = fp_enter();
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
+}
+
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
+{
+    struct stream f = {.read = read, .user = user};
+    fp_state fp = fp_enter();
+    s->pos = 0;
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
+}
+
+/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -3459,16 +4072,16 @@ int32_t gemma3_argmax(const float *logits, int n_vocab)
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = largest_of(logits, n_vocab);
     int k = 0;
     while (!cpu_has(all_kernels[k]->name)) k++;
+    float max = largest_of(logits, n_vocab);
     double sum = all_kernels[k]->sum_exp(logits, n_vocab, max);
     double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
 
-/* ---- Sampling (README, rule 8) ---- */
+/* ---- Sampling: rule 8 ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -3487,124 +4100,68 @@ void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
     if (s->n_last == 2 * GEMMA3_PENALTY_WINDOW) s->n_last = GEMMA3_PENALTY_WINDOW;
 }
 
-static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
+/* Shell's sort, by id or else the best first: logit down, id up. */
+static void sort(gemma3_candidate *c, int n, int by_id)
 {
-    s->rng ^= s->rng >> 12;
-    s->rng ^= s->rng << 25;
-    s->rng ^= s->rng >> 27;
-    return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
+    for (int gap = (5 * n + 1) / 11; gap > 0; gap = (5 * gap + 1) / 11)
+        for (int i = gap; i < n; i++)
+            for (int j = i - gap; j >= 0; j -= gap) {
+                gemma3_candidate a = c[j], b = c[j + gap];
+                if (by_id || a.logit == b.logit ? a.id < b.id : a.logit > b.logit) break;
+                c[j] = b, c[j + gap] = a;
+            }
 }
 
-/* Whether the repeat penalty changes id: whether it is among the first n of the last ids. */
-static int is_recent(const gemma3_sampler *s, int n, int32_t id)
+/* Puts the k best numbers among logits into c; returns how many there are. They gather until there
+ * are 2k, then the worse half goes; runs of 256 below the rest are passed over. */
+static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int k)
 {
-    n = s->repeat_penalty == 1 ? 0 : min_int(n, s->n_last);
-    for (int j = 0; j < n; j++)
-        if (s->last[j] == id) return 1;
-    return 0;
-}
-
-static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
-{
-    float r = is_recent(s, GEMMA3_PENALTY_WINDOW, id) ? s->repeat_penalty : 1;
-    float l = logits[id] > 0 ? logits[id] / r : logits[id] * r;
-    return (gemma3_candidate){l == l ? l : MINUS_INFINITY, id}; /* NaN never wins */
-}
-
-/* Orders of candidates: the best first, which is logit down and id up; and id up. */
-static int is_better(gemma3_candidate a, gemma3_candidate b)
-{
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-}
-
-static int has_lower_id(gemma3_candidate a, gemma3_candidate b) { return a.id < b.id; }
-
-/* Shell's sort: insertion sort of every gap-th element, for gaps down to 1. */
-INLINE void sort(gemma3_candidate *c, int n, int (*before)(gemma3_candidate, gemma3_candidate))
-{
-    for (int gap = n; gap > 1;) {
-        gap = gap < 5 ? 1 : (int)(gap * (5 / 11.0));
-        for (int i = gap, j; i < n; i++) {
-            gemma3_candidate new = c[i];
-            for (j = i; j >= gap && before(new, c[j - gap]); j -= gap) c[j] = c[j - gap];
-            c[j] = new;
-        }
-    }
-}
-
-/* Puts the k best of n_vocab candidates into c, the best first. They gather until there are 2k;
- * then the worse half goes, and only what is better than the last one left may still come. Runs of
- * 256 logits below it are passed over; recent ids come first, as the penalty changes theirs. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab,
-                      gemma3_candidate *c, int k)
-{
-    gemma3_candidate last = {MINUS_INFINITY, INT32_MAX};
-    int n = 0, n_recent = s->repeat_penalty == 1 ? 0 : min_int(s->n_last, GEMMA3_PENALTY_WINDOW);
-    for (int j = 0; j < n_recent; j++)
-        if (s->last[j] >= 0 && s->last[j] < n_vocab && !is_recent(s, j, s->last[j]))
-            c[n++] = candidate(s, logits, s->last[j]);
+    float least = MINUS_INFINITY;
+    int n = 0;
     for (int32_t id = 0, end; id < n_vocab; id = end) {
         end = id + min_int(n_vocab - id, 256);
-        if (largest_of(logits + id, end - id) < last.logit) continue;
-        for (; id < end; id++) {
-            if (logits[id] < last.logit || is_recent(s, GEMMA3_PENALTY_WINDOW, id)) continue;
-            gemma3_candidate new = candidate(s, logits, id);
-            if (is_better(new, last)) c[n++] = new;
-        }
-        if (n - k < k) continue;
-        sort(c, n, is_better);
-        last = c[(n = k) - 1];
+        if (largest_of(logits + id, end - id) < least) continue;
+        for (; id < end; id++)
+            if (logits[id] >= least) c[n++] = (gemma3_candidate){logits[id], id};
+        if (n - k >= k) sort(c, n, 0), n = k, least = c[k - 1].logit;
     }
-    sort(c, n, is_better);
+    if (n > k) sort(c, n, 0);
+    return min_int(n, k);
 }
 
-static float weight(const gemma3_sampler *s, float logit, float top)
-{
-    return exp_f32((logit - top) / s->temperature);
-}
-
-/* Draws one of the best n candidates, whose logits become weights; -1 when there are more and top-p
- * may want them. Far below min_p nothing can be drawn any more: the rest is not looked at. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, int more, float top, float limit)
-{
-    float sum = 0, total = 0, e = s->min_p;
-    int kept = 0;
-    for (; kept < n && (kept == 0 || (sum < limit && !(e < s->min_p / 2))); kept++) {
-        c[kept].logit = e = weight(s, c[kept].logit, top);
-        sum += e;
-        if (e >= s->min_p) total += e;
-    }
-    if (kept == n && more) return -1;
-    float u = next_uniform(s) * total;
-    int32_t chosen = c[0].id;
-    sum = 0;
-    for (int j = 0; j < kept && !(sum > u); j++)
-        if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
-    return chosen;
-}
-
-int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c)
+/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
+int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
-    float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1;
-    if (s->top_k > 0) n = min_int(n, s->top_k);
-    int all = n == n_vocab, k = all ? min_int(n, 1024) : n; /* of all, the best may do for top-p */
-    keep_best(s, logits, n_vocab, c, k);
-    int32_t chosen = c[0].id;
-    float top = c[0].logit;
-    if (n > 1 && top - top == 0) {
-        if (!all) sort(c, n, has_lower_id);
-        for (int j = 0; j < n; j++) {
-            gemma3_candidate next = all ? candidate(s, logits, j) : c[j];
-            lane[next.id % 16] += weight(s, next.logit, top);
+    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, seen = 0, r = s->repeat_penalty;
+    int k = s->temperature > 0 ? n_vocab : 1, n_kept = 0;
+    if (s->top_k > 0) k = min_int(k, s->top_k);
+    for (int j = 0, first = 0; j < min_int(s->n_last, GEMMA3_PENALTY_WINDOW); j++, first = 0) {
+        int32_t id = s->last[j];
+        while (s->last[first] != id) first++;
+        if (first < j || id < 0 || id >= n_vocab) continue; /* once for each id */
+        logits[id] = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    }
+    int n = keep_best(logits, n_vocab, c, k);
+    sort(c, n, 1);
+    for (int j = 0; j < n; j++) top = c[j].logit > top ? c[j].logit : top;
+    for (int j = 0; j < n; j++)
+        lane[c[j].id % 16] += exp_f32((c[j].logit - top) / s->temperature);
+    float limit = s->top_p * join_lanes(lane);
+    sort(c, n, 0);
+    int32_t chosen = n > 0 ? c[0].id : 0;
+    if (k > 1 && top - top == 0) {
+        for (; n_kept < n && (n_kept == 0 || sum < limit); n_kept++) {
+            float e = c[n_kept].logit = exp_f32((c[n_kept].logit - top) / s->temperature);
+            sum += e;
+            kept += e >= s->min_p ? e : 0;
         }
-        if (!all) sort(c, n, is_better);
-        float limit = s->top_p * join_lanes(lane);
-        while ((chosen = draw(s, c, k, k < n, top, limit)) < 0) {
-            k = k > n / 8 ? n : 8 * k;
-            keep_best(s, logits, n_vocab, c, k);
-        }
+        s->rng ^= s->rng >> 12; /* xorshift64* */
+        s->rng ^= s->rng << 25;
+        s->rng ^= s->rng >> 27;
+        float u = (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f * kept;
+        for (int j = 0; j < n_kept && !(seen > u); j++)
+            if (c[j].logit >= s->min_p) seen += c[j].logit, chosen = c[j].id;
     }
     fp_leave(fp);
     return chosen;
@@ -3614,7 +4171,7 @@ int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma
 
 static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-/* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
+/* The first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -3627,16 +4184,15 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8]; /* v: a b c d e f g h of the standard */
+    uint32_t w[64], v[8]; /* v: a .. h of the standard */
+    memcpy(w, c->block, sizeof c->block);
     memcpy(v, c->h, sizeof v);
+    for (int i = 16; i < 64; i++) {
+        uint32_t x = w[i - 15], y = w[i - 2];
+        w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+               w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+    }
     for (int i = 0; i < 64; i++) {
-        const uint8_t *p = c->block + 4 * (i % 16);
-        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-        if (i >= 16) {
-            uint32_t x = w[i - 15], y = w[i - 2];
-            w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
-                   w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
-        }
         uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
                       (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
         uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
@@ -3651,78 +4207,68 @@ static void sha256_block(gemma3_sha256 *c)
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
     *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, 0, 0, {0}};
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        c->block[c->n_low++ % 64] = ((const uint8_t *)data)[i];
-        c->n_high += c->n_low == 0;
-        if (c->n_low % 64 == 0) sha256_block(c);
+        uint32_t *word = &c->block[c->n_bytes / 4 % 16];
+        *word = *word << 8 | ((const uint8_t *)data)[i];
+        if (++c->n_bytes % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        uint8_t bytes[4];
-        store_u32_le(bytes, bits_of(x[i]));
-        gemma3_sha256_add(c, bytes, 4);
-    }
+    for (size_t i = 0; i < 4 * n; i++)
+        gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 {
-    uint8_t length[8], pad = 0x80;
-    uint64_t n_bits = ((uint64_t)c->n_high << 32 | c->n_low) * 8;
-    for (int i = 0; i < 8; i++) length[i] = (uint8_t)(n_bits >> (56 - 8 * i));
-    gemma3_sha256_add(c, &pad, 1);
-    for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
-    gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++)
-        hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    uint64_t n_bits = c->n_bytes * 8;
+    gemma3_sha256_add(c, "\x80", 1);
+    while (c->n_bytes % 64 != 56) gemma3_sha256_add(c, "", 1);
+    c->block[14] = (uint32_t)(n_bits >> 32);
+    c->block[15] = (uint32_t)n_bits;
+    sha256_block(c);
+    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> 4 * (7 - i % 8) & 15];
     hex[64] = 0;
 }
 
 /* ==== 15. Threads and files of the host =========================================================
  *
- * What is asked of an operating system: map a file, count cores, say how much memory there is, start
- * and stop threads. Each has a body for POSIX and one for Windows; below them nothing knows which. */
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
+ * There is one body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <sys/stat.h>
 
-struct worker {
-    gemma3_pool *pool;
-    int id;
+struct limits {
+    double cpus, bytes; /* CPUs' worth of time, memory */
 };
-static void worker_main(struct worker *w);
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-/* Opens a file; *size: its bytes, -1 when it is not a regular file. -1 and errno on failure. */
-static int host_open(const char *path, long long *size)
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+static const void *host_map(const char *path, long long *size)
 {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    *size = fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : (long long)st.st_size;
-    return fd;
-}
-
-static void host_close(int fd) { close(fd); }
-
-static const void *host_map(int fd, size_t n)
-{
-    void *data = mmap(NULL, n, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *data = MAP_FAILED;
+    *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
+    if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fd >= 0) close(fd);
     return data == MAP_FAILED ? NULL : data;
 }
 
@@ -3734,8 +4280,8 @@ static void host_unmap(const gemma3_model *m)
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
-    uintptr_t to = ((uintptr_t)begin + n) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)begin;
+    uintptr_t from = (at + page - 1) / page * page, to = (at + n) / page * page;
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
@@ -3754,129 +4300,81 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-/* Up to two numbers in a file; what is not there, or is "max", leaves *a and *b as they are. */
-static void numbers_in(const char *folder, const char *name, double *a, double *b)
+/* The first number in a file, or `other`; *second if there is another. */
+static double number_in(const char *folder, const char *name, double other, double *second)
 {
     char path[4200];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lf %lf", a, b) < 0) errno = 0;
+    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
     if (f) fclose(f);
+    return other;
 }
 
-/* What control groups leave of the machine. Version 2 says "quota period" in cpu.max, version 1 has a
- * file for each. */
-struct limits {
-    double cpus, bytes;
-};
-
-static void limit_by_group(const char *folder, struct limits *least)
+/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
+static void limit_by_group(const char *folder, struct limits *l)
 {
-    double quota = -1, period = 1e5, bytes = -1, unused;
-    numbers_in(folder, "cpu.max", &quota, &period);
-    numbers_in(folder, "cpu.cfs_quota_us", &quota, &unused);
-    numbers_in(folder, "cpu.cfs_period_us", &period, &unused);
-    numbers_in(folder, "memory.max", &bytes, &unused);
-    numbers_in(folder, "memory.limit_in_bytes", &bytes, &unused);
-    if (quota > 0 && period > 0 && quota / period < least->cpus) least->cpus = quota / period;
-    if (bytes >= 0 && bytes < least->bytes) least->bytes = bytes;
+    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
+    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
+    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
+    quota = number_in(folder, "cpu.max", quota, &period);
+    bytes = number_in(folder, "memory.max", bytes, &unused);
+    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
 }
 
-/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each list of
- * controllers in a folder of that name below root. The groups above bind a group too. */
-static struct limits cgroup_limits(const char *self, const char *root)
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
+ * list of controllers in a folder of that name below root. The groups above bind a group too. */
+static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
-    struct limits least = {1e9, 1e18};
     char line[4096], folder[4200];
     FILE *f = fopen(self, "r");
     while (f && fgets(line, sizeof line, f)) {
         char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
         if (!path) continue;
         line[strcspn(line, "\n")] = 0;
-        *path++ = 0;
+        *path = 0;
         char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
-        memcpy(end, path, strlen(path) + 1);
-        for (char *cut = folder; cut; cut = strrchr(end, '/')) {
-            if (cut > folder) *cut = 0;
-            limit_by_group(folder, &least);
+        for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
+            *cut = 0;
+            limit_by_group(folder, l);
         }
     }
     if (f) fclose(f);
-    return least;
 }
 
-/* The cores this process may use: of the hardware threads that share a core one counts (two of them
- * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
- * to whoever is free. */
-static int host_cores(void)
+/* Of the hardware threads that share a core one counts: two of them gain nothing where memory or
+ * multipliers are the limit. Fast and slow ones count alike, as tasks go to whoever is free. */
+static struct limits host_limits(void)
 {
-    int cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
+                       (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+    struct rlimit room;
+    if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
+        l.bytes = (double)room.rlim_cur;
 #if defined(__linux__)
-    enum { MAX_CPUS = 1024 };
     cpu_set_t may_use;
-    uint8_t seen[MAX_CPUS] = {0};
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return cores;
-    cores = 0;
-    for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
+    uint8_t seen[CPU_SETSIZE] = {0};
+    int n = sched_getaffinity(0, sizeof may_use, &may_use) ? 0 : CPU_SETSIZE;
+    if (n) l.cpus = 0;
+    for (int cpu = 0; cpu < n; cpu++) {
         char folder[96];
-        double core = cpu, unused; /* named by the first of its threads */
+        double unused;
         if (!CPU_ISSET(cpu, &may_use)) continue;
         snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
-        numbers_in(folder, "thread_siblings_list", &core, &unused);
-        if (!(core >= 0 && core < MAX_CPUS)) core = cpu;
-        cores += !seen[(int)core];
-        seen[(int)core] = 1;
+        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        l.cpus += !seen[first];
+        seen[first] = 1;
     }
 #endif
-    double cpus = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").cpus;
-    return cpus < cores ? (int)cpus + (cpus > (int)cpus) : cores;
+    limit_by_groups("/proc/self/cgroup", "/sys/fs/cgroup", &l);
+    return l;
 }
-
-static double host_memory(void)
-{
-    struct rlimit space;
-    double bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    double group = cgroup_limits("/proc/self/cgroup", "/sys/fs/cgroup").bytes;
-    if (group < bytes) bytes = group;
-    if (!getrlimit(RLIMIT_AS, &space) && space.rlim_cur != RLIM_INFINITY && space.rlim_cur < bytes)
-        bytes = (double)space.rlim_cur;
-    return bytes;
-}
-
-struct host_lock { /* and a bell for those who wait under it */
-    pthread_mutex_t mutex;
-    pthread_cond_t bell;
-};
-static void lock_init(struct host_lock *l)
-{
-    pthread_mutex_init(&l->mutex, NULL);
-    pthread_cond_init(&l->bell, NULL);
-}
-static void lock_free(struct host_lock *l)
-{
-    pthread_cond_destroy(&l->bell);
-    pthread_mutex_destroy(&l->mutex);
-}
-static void lock(struct host_lock *l) { pthread_mutex_lock(&l->mutex); }
-static void unlock(struct host_lock *l) { pthread_mutex_unlock(&l->mutex); }
-static void wait_for_bell(struct host_lock *l) { pthread_cond_wait(&l->bell, &l->mutex); }
-static void ring(struct host_lock *l) { pthread_cond_broadcast(&l->bell); }
-
-typedef pthread_t host_thread;
-static void *thread_main(void *worker)
-{
-    worker_main(worker);
-    return NULL;
-}
-static int host_start(host_thread *t, struct worker *w) { return pthread_create(t, NULL, thread_main, w); }
-static void host_join(host_thread t) { pthread_join(t, NULL); }
-static void host_yield(void) { sched_yield(); }
 
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <io.h>
-#include <sys/stat.h>
 
 /* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
 static wchar_t *wide_path(const char *path)
@@ -3890,24 +4388,18 @@ static wchar_t *wide_path(const char *path)
     return wide;
 }
 
-static int host_open(const char *path, long long *size)
+static const void *host_map(const char *path, long long *size)
 {
     struct _stat64 st;
     wchar_t *wide = wide_path(path);
     int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
-    free(wide);
-    *size = fd < 0 || _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -1 : st.st_size;
-    return fd;
-}
-
-static void host_close(int fd) { _close(fd); }
-
-static const void *host_map(int fd, size_t n)
-{
-    HANDLE file = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
-    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, n) : NULL;
+    *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
+    HANDLE file = *size <= 0 ? NULL :
+                  CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (file) CloseHandle(file);
-    if (!data) errno = ENOMEM;
+    if (fd >= 0) _close(fd);
+    free(wide);
     return data;
 }
 
@@ -3922,202 +4414,190 @@ static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n
     if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
 }
 
-static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; } /* a privilege */
+/* Large pages are a privilege there. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 
-static int host_cores(void)
+static struct limits host_limits(void)
 {
-    SYSTEM_LOGICAL_PROCESSOR_INFORMATION all[1024];
-    DWORD bytes = sizeof all;
-    DWORD_PTR may_use = 1, exist;
-    int cores = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist);
-    if (!GetLogicalProcessorInformation(all, &bytes)) return 1;
-    for (DWORD k = 0; k < bytes / sizeof *all; k++)
-        cores += all[k].Relationship == RelationProcessorCore && (all[k].ProcessorMask & may_use);
-    return cores;
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION core[1024];
+    DWORD bytes = sizeof core;
+    DWORD_PTR may_use, exist;
+    MEMORYSTATUSEX memory = {.dwLength = sizeof memory};
+    struct limits l = {0, GlobalMemoryStatusEx(&memory) ? (double)memory.ullTotalPhys : 0};
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist) ||
+        !GetLogicalProcessorInformation(core, &bytes)) return l;
+    for (DWORD k = 0; k < bytes / sizeof *core; k++)
+        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use) l.cpus++;
+    return l;
 }
 
-static double host_memory(void)
+/* As much of POSIX threads as a pool needs. */
+typedef HANDLE pthread_t;
+typedef SRWLOCK pthread_mutex_t;
+typedef CONDITION_VARIABLE pthread_cond_t;
+#define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
+#define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
+static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
+static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
+static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
+static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
 {
-    MEMORYSTATUSEX status = {.dwLength = sizeof status};
-    return GlobalMemoryStatusEx(&status) ? (double)status.ullTotalPhys : 0;
+    SleepConditionVariableSRW(c, m, INFINITE, 0);
 }
-
-struct host_lock {
-    SRWLOCK mutex;
-    CONDITION_VARIABLE bell;
-};
-static void lock_init(struct host_lock *l) { memset(l, 0, sizeof *l); }
-static void lock_free(struct host_lock *l) { (void)l; }
-static void lock(struct host_lock *l) { AcquireSRWLockExclusive(&l->mutex); }
-static void unlock(struct host_lock *l) { ReleaseSRWLockExclusive(&l->mutex); }
-static void wait_for_bell(struct host_lock *l) { SleepConditionVariableSRW(&l->bell, &l->mutex, INFINITE, 0); }
-static void ring(struct host_lock *l) { WakeAllConditionVariable(&l->bell); }
-
-typedef HANDLE host_thread;
-static DWORD WINAPI thread_main(void *worker)
+static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
+static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
+static void sched_yield(void) { SwitchToThread(); }
+static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
 {
-    worker_main(worker);
-    return 0;
+    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
+    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
+    return *t == NULL;
 }
-static int host_start(host_thread *t, struct worker *w)
+static void pthread_join(HANDLE t, const void *unused)
 {
-    *t = CreateThread(NULL, 0, thread_main, w, 0, NULL);
-    return *t ? 0 : -1;
-}
-static void host_join(host_thread t)
-{
+    (void)unused;
     WaitForSingleObject(t, INFINITE);
     CloseHandle(t);
 }
-static void host_yield(void) { SwitchToThread(); }
 #endif
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     char shortened[SHORT_PATH];
     long long size;
-    if (!path) return fail(err, "no path of a model was given");
+    if (!path) return fail(err, "no path of a model was given"), NULL;
     const char *name = short_path(path, shortened);
-    int fd = host_open(path, &size);
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
-    const void *data = size > 0 && (uint64_t)size <= SIZE_MAX ? host_map(fd, (size_t)size) : NULL;
-    const char *why = strerror(errno);
-    host_close(fd);
-    if (size < 0) return fail(err, "%s is not a regular file", name);
-    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name);
-    if ((uint64_t)size > SIZE_MAX) return fail(err, "%s has %lld bytes: more than this machine can address", name, size);
-    if (!data) return fail(err, "%s cannot be mapped: %s", name, why);
-    gemma3_model *m = calloc(1, sizeof *m), unmapped = {.mapping = data, .mapping_bytes = (size_t)size};
-    if (!m) {
-        host_unmap(&unmapped);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+    const void *data = host_map(path, &size);
+    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
+    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
+    if ((unsigned long long)size > SIZE_MAX)
+        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
+    gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
+    gemma3_model *m = gemma3_open_source(&from, options, err);
+    if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
+    return m;
 }
 
 int gemma3_default_threads(void)
 {
-    int cores = host_cores();
-    return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
+    double cpus = host_limits().cpus;
+    if (cpus > GEMMA3_MAX_THREADS) return GEMMA3_MAX_THREADS;
+    return cpus < 1 ? 1 : (int)cpus + (cpus > (int)cpus); /* half a CPU is worth a thread */
 }
 
 size_t gemma3_memory_limit(void)
 {
-    double bytes = host_memory();
+    double bytes = host_limits().bytes;
     return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
 /* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
- * another; it ends when the caller has found none left, closed it, and all who were inside have gone. So
- * task and job change only while nobody is inside. A worker spins a while for the next round, then sleeps. */
+ * another; it ends when the caller has found none left, closed it, and all who were inside have
+ * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
+ * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
+enum { OPEN = 1 << 16, SPINS = 20000 };
+
+struct worker {
+    gemma3_pool *pool;
+    int id;
+    pthread_t thread;
+};
+
 struct gemma3_pool {
-    int n_threads;
-    host_thread *thread;
     gemma3_task *task;                /* of this round, with the next two */
     void *job;
     int n_tasks;
     atomic_int next;                  /* the first task that nobody has claimed */
     atomic_int inside;                /* workers inside; plus OPEN while more may enter */
-    atomic_uint round;                /* how many there were: a new number wakes the workers */
-    atomic_int sleepers, stop;
-    struct host_lock turn;            /* held during a round: states that share a pool take turns */
-    struct host_lock sleep;
+    atomic_uint round;                /* how many there were */
+    atomic_int stop;
+    pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
+    pthread_mutex_t mutex;            /* and the condition: of those who sleep */
+    pthread_cond_t wake;
+    int n_threads;
+    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
 };
-
-enum { OPEN = 1 << 16, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
 
 static void relax(int spin)
 {
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) host_yield();
+    if (spin % 256 == 255) sched_yield();
 }
 
-static void claim_tasks(gemma3_pool *pool, int worker)
-{
-    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;) pool->task(pool->job, i, worker);
-}
-
-static int enter_round(gemma3_pool *pool)
+static void take_part(gemma3_pool *pool, int worker)
 {
     int inside = atomic_load(&pool->inside);
-    while (inside >= OPEN)
-        if (atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) return 1;
-    return 0;
+    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
+    if (inside < OPEN) return;
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
+        pool->task(pool->job, i, worker);
+    atomic_fetch_sub(&pool->inside, 1);
 }
 
-static void sleep_until_round(gemma3_pool *pool, unsigned seen)
+static unsigned await_round(gemma3_pool *pool, unsigned seen)
 {
-    lock(&pool->sleep);
-    atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->round) == seen && !atomic_load(&pool->stop)) wait_for_bell(&pool->sleep);
-    atomic_fetch_sub(&pool->sleepers, 1);
-    unlock(&pool->sleep);
-}
-
-static void wake_workers(gemma3_pool *pool)
-{
-    lock(&pool->sleep);
-    ring(&pool->sleep);
-    unlock(&pool->sleep);
-}
-
-static void worker_main(struct worker *w)
-{
-    struct worker me = *w;
-    gemma3_pool *pool = me.pool;
-    unsigned seen = 0;
-    free(w);
-    fp_enter();
-    while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
-        if (atomic_load(&pool->round) == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->round);
-        if (!enter_round(pool)) continue;
-        claim_tasks(pool, me.id);
-        atomic_fetch_sub(&pool->inside, 1);
+    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+    if (atomic_load(&pool->round) == seen) {
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
     }
+    return atomic_load(&pool->round);
+}
+
+static void begin_round(gemma3_pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->round, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void *worker_main(void *arg)
+{
+    const struct worker *me = arg;
+    gemma3_pool *pool = me->pool;
+    fp_enter();
+    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
+        take_part(pool, me->id);
+    return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    lock(&pool->turn);
+    pthread_mutex_lock(&pool->turn);
     pool->task = task;
     pool->job = job;
     pool->n_tasks = n_tasks;
     atomic_store(&pool->next, 0);
     atomic_store(&pool->inside, OPEN);
-    atomic_fetch_add(&pool->round, 1);
-    if (atomic_load(&pool->sleepers)) wake_workers(pool);
-    claim_tasks(pool, 0);
+    begin_round(pool);
+    take_part(pool, 0);
     atomic_fetch_sub(&pool->inside, OPEN);
     for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
-    unlock(&pool->turn);
+    pthread_mutex_unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
-    gemma3_pool *pool = calloc(1, sizeof *pool);
-    if (!pool || !(pool->thread = calloc(n_threads > 0 ? n_threads : 1, sizeof *pool->thread))) {
-        free(pool);
-        return fail(err, "out of memory for %d threads", n_threads);
-    }
-    lock_init(&pool->turn);
-    lock_init(&pool->sleep);
+    size_t room = n_threads > 0 ? n_threads : 1;
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
+    *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                          .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = malloc(sizeof *w);
-        if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || host_start(&pool->thread[pool->n_threads], w)) {
-            fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-            free(w);
-            gemma3_pool_free(pool);
-            return NULL;
-        }
+        struct worker *w = &pool->worker[pool->n_threads];
+        w->pool = pool;
+        w->id = pool->n_threads;
+        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
+        gemma3_pool_free(pool);
+        return NULL;
     }
     return pool;
 }
@@ -4126,69 +4606,30 @@ void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
     atomic_store(&pool->stop, 1);
-    wake_workers(pool);
-    for (int k = 1; k < pool->n_threads; k++) host_join(pool->thread[k]);
-    lock_free(&pool->sleep);
-    lock_free(&pool->turn);
-    free(pool->thread);
+    begin_round(pool);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->turn);
     free(pool);
 }
 #else
-static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n) { (void)m, (void)begin, (void)n; }
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    (void)m, (void)begin, (void)n;
+}
 static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 static void host_unmap(const gemma3_model *m) { (void)m; }
 #endif /* GEMMA3_NO_FILE */
 
-/* Stand-ins, drop at merge: the least that lets the command line be written and tested. */
-static int32_t standin_ids[1 << 20];
-
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
-{
-    *n = standin_template.n;
-    return m->can_chat ? standin_template.text : NULL;
-}
-const char *gemma3_model_note(const gemma3_model *m, int index)
-{
-    return index == 0 && m->config.final_softcap == 0 && standin_cap > 0 && !standin_obey ?
-        "final_logit_softcapping = 30 contradicts Gemma 3's definition and was ignored" : NULL;
-}
-const char *gemma3_model_origin(const gemma3_model *m, const char *key)
-{
-    if (!strcmp(key, "final_logit_softcapping") && gemma3_model_note(m, 0)) return "overridden";
-    return !strcmp(key, "attention.scale") ? "default" : "";
-}
-const int32_t *gemma3_state_ids(const gemma3_state *s) { (void)s; return standin_ids; }
-void standin_keep(int pos, const int32_t *ids, int n);
-void standin_keep(int pos, const int32_t *ids, int n)
-{
-    if (ids != standin_ids) memcpy(standin_ids + pos, ids, (size_t)n * 4);
-}
-int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
-{
-    (void)err;
-    return write(user, "state", 5) || write(user, &s->pos, sizeof s->pos) ||
-           write(user, standin_ids, (size_t)s->pos * 4);
-}
-int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
-{
-    char magic[5];
-    int n;
-    gemma3_state_reset(s);
-    if (read(user, 0, magic, 5) || memcmp(magic, "state", 5)) return fail(err, "this is no state"), -1;
-    if (read(user, 5, &n, sizeof n) || read(user, 9, standin_ids, (size_t)n * 4))
-        return fail(err, "the state is cut off"), -1;
-    return gemma3_forward(s, standin_ids, n, NULL, 0, NULL);
-}
 #ifndef GEMMA3_NO_MAIN
 
 /* ==== 16. The command line ======================================================================
  *
  * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. The parts: what is asked of the system, messages,
- * the options, a session (the options and an opened model), numbers out, text out, the jobs.
- *
- * Text and results go to stdout, everything else to stderr. Whatever fails says why in one sentence
- * and ends the program: exit code 1, or 2 when the command line was wrong. */
+ * the library alone deletes from here to the end. Text and results go to stdout, the rest to
+ * stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2 when the
+ * command line was wrong. */
 
 #include "gemma3.h"
 
@@ -4203,50 +4644,31 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
-enum {
-    MAX_PATH_BYTES = 4096,
-    MAX_TEXT_BYTES = 1 << 29, /* of a prompt: the tokenizer takes no more */
-    MAX_STOPS = 32,          /* --stop texts */
-    MAX_STOP_BYTES = 1000,   /* of one of them */
-};
+enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
 /* ---- Command line: what is asked of the system ---- */
 
-/* Set by Ctrl-C while an answer is written. A signal handler can be given nothing, so this is the
- * one variable of the program that does not live in a struct. */
+/* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
+ * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
+static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
-static void note_interrupt(int signal_number)
-{
-    interrupted = 1;
-    signal(signal_number, SIG_DFL); /* whoever cannot wait presses it again */
-}
+#if !defined(_WIN32)
+#include <unistd.h>
 
-/* 1: Ctrl-C sets interrupted. 0: it ends the program, as it ends any other. */
-static void catch_interrupts(int on)
-{
-    interrupted = 0;
-    signal(SIGINT, on ? note_interrupt : SIG_DFL);
-}
-
-/* Streams and signals as the rest expects them, and the arguments in UTF-8. No file that we open
- * may get the number of a stream that the caller has closed: what stands in for that can be neither
- * read nor written. A reader that goes away, or a file beyond its limit, is an error of writing. */
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
 static char **start_program(char **argv)
 {
     for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0) break;
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     return argv;
 }
 
-static int is_terminal(FILE *f)
-{
-    return isatty(fileno(f));
-}
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 static double seconds(void)
 {
@@ -4263,38 +4685,107 @@ static long long file_size(const char *path)
     return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
 }
 
-/* Where a path leads through links. */
-static void real_path(const char *path, char real[MAX_PATH_BYTES])
+/* Where a path leads through links, or, when there is nothing, the other one. */
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
 {
     char *found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    if (!found) found = realpath(otherwise, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
     free(found);
 }
 
-/* Gives a file its name, also when another one has it. */
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+enum { MAX_WIDE = 32768 };
+
+/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
+static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
+{
+    static const wchar_t mark[] = L"\\\\?\\";
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    wcscpy(wide, mark);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
+        wcscpy(wide, given);
+    return wide;
+}
+
+/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
+static char *narrow(const wchar_t *wide)
+{
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = calloc(1, (size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text ? text : "";
+}
+
+static char **start_program(char **argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    return text ? text : argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    wchar_t wide[MAX_WIDE];
+    if (_wstat64(widen(path, wide), &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
+{
+    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
+    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
+    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
+    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
+    return _wfopen(widen(path, wide), wide_mode);
+}
+
 static int replace_file(const char *from, const char *to)
 {
-    return rename(from, to);
+    wchar_t a[MAX_WIDE], b[MAX_WIDE];
+    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
 }
 
-/* Where the program with this argv[0] lies: what has no slash was found through $PATH. */
-static void program_path(const char *name, char path[MAX_PATH_BYTES])
+static void remove_file(const char *path)
 {
-    char found[MAX_PATH_BYTES];
-    const char *dir = strchr(name, '/') ? NULL : getenv("PATH");
-    snprintf(found, sizeof found, "%s", name);
-    for (size_t n; dir && *dir; dir += n + (dir[n] == ':')) {
-        n = strcspn(dir, ":");
-        snprintf(found, sizeof found, "%.*s/%s", n ? (int)n : 1, n ? dir : ".", name);
-        if (file_size(found) >= 0 && access(found, X_OK) == 0) break;
-    }
-    real_path(found, path);
+    wchar_t wide[MAX_WIDE];
+    DeleteFileW(widen(path, wide));
 }
 
-/* ---- Command line: messages ---- */
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
 
-/* Text from anywhere, for people: whole characters, and none that a terminal obeys (U+0000 to 1F
- * and 7F to 9F). */
+/* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
 {
     gemma3_utf8 whole = {.n = 0};
@@ -4308,7 +4799,7 @@ static void print_safe(FILE *f, const char *text)
     fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), f);
 }
 
-enum { NOTE, FAILED, WRONG }; /* what a sentence means: the exit codes 1 and 2 end the program */
+enum { NOTE, FAILED, WRONG }; /* what a sentence means; the last two end the program */
 
 static void say(int code, const char *format, ...)
 {
@@ -4323,20 +4814,14 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
-static void *reallocate(void *old, size_t n_bytes, const char *what)
+static void *allocate(void *old, size_t n_bytes, const char *what)
 {
     void *p = realloc(old, n_bytes);
     if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
     return p;
 }
 
-static void *allocate(size_t n_bytes, const char *what)
-{
-    return reallocate(NULL, n_bytes, what);
-}
-
-/* What was written gets out, or we say why not: errno is that of the write that failed, now or
- * before. A reader that has gone away knows. */
+/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
 static void flush(FILE *f, const char *name)
 {
     if (fflush(f) == 0 && !ferror(f)) return;
@@ -4346,233 +4831,99 @@ static void flush(FILE *f, const char *name)
 
 /* ---- Command line: the options ---- */
 
-/* A file has another name beside its own until it is whole: a job that ends early leaves what was
- * there. Devices and pipes are written as they are. */
-struct file_out {
-    const char *name;        /* as messages call it */
-    FILE *file;
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* part "": written as it is */
+/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
+static const char *const help[] = {
+    "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
+    "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
+    "logits, on every machine and with every other option.\n\nWhat to read:",
+    "  -m MODEL             a Gemma 3 GGUF; default: the small one in weights/",
+    "  -p TEXT              continue TEXT, as it stands, after <bos>",
+    "  -f FILE              continue the text in FILE; - is stdin",
+    "  --ids FILE           continue the ids in FILE as they are; - is stdin",
+    "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
+    "  --system TEXT        put before the first turn of a chat",
+    "  --state FILE         keep what the prompt, or --system, computes for the next time",
+    "  --special            control tokens are read and printed as their text",
+    "  --no-bos             no <bos> before the text\n\nWhat to write:",
+    "  -n N                 tokens to generate; default: until a stop token or a full context",
+    "  --temp T             temperature; 0: always the likeliest; default 1",
+    "  --top-k K            choose among the K likeliest; 0: all; default 64",
+    "  --top-p P            among the likeliest with this probability together; default 0.95",
+    "  --min-p P            among those with P times the largest probability; default 0",
+    "  --repeat-penalty R   against repeating any of the last 64 tokens; default 1: none",
+    "  --seed S             a seed gives the same text everywhere; default 42",
+    "  --stop TEXT          end before TEXT; may be given several times",
+    "  --out-ids            print the ids generated, without the stop token, not their text",
+    "\nNumbers instead of text (nothing is generated unless -n is given):",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout",
+    "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
+    "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
+    "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
+    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
+    "  -c N                 context in tokens; default: the model's, at most 4096",
+    "  -t N                 threads; default: physical cores",
+    "  -b N                 tokens of the prompt taken at once; default 512",
+    "  --exact              weights and activations in float32",
+    "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
+    "  --isa NAME           force kernels; list: those that this CPU can run",
+    "  --no-repack          weights where they lie in the file: opens faster, runs slower",
+    "  --obey-file          also where its keys contradict what the model is\n\nAbout:",
+    "  --info               the model's hyperparameters, and memory in bytes",
+    "  --version            of the program and of the numeric contract",
+    "  --help               this text\n",
+    "Scores and tensors inside: make conform, then test/conform.",
+    "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
-/* What the options say, and an opened model with all that belongs to it. */
-struct session {
-    const char *path, *prompt, *file, *ids_file, *system, *seed, *stop[MAX_STOPS + 1];
-    const char *state_file, *logits_file, *positions, *tokenize, *detokenize, *kv;
-    int chats, special, no_bos, prints_ids, hash, info, version, help;
-    int n_predict;           /* -1: until a stop token */
-    int numbers, writes;     /* --logits or --hash; text is generated */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    gemma3_options options;
-    gemma3_params params;
-    gemma3_sampler sampler;
-    gemma3_pool *pool;
-    gemma3_model *model;
-    const gemma3_config *config;
-    const gemma3_tokenizer *tokenizer;
-    gemma3_state *state;
-    gemma3_candidate *candidates; /* [n_vocab] */
-    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab]; of text [1][n_vocab] */
-    int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
-    char *wanted;            /* [n_ids] 1: this row is for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    struct file_out to;      /* --logits, --state */
-    FILE *out;               /* stdout, or stderr while the logits go to stdout */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters only, and */
-    char held[MAX_STOP_BYTES + 1]; /* nothing that may begin a --stop text before that is decided */
-    size_t n_held;
-    int n_printed, stopped;  /* ids of this text; a --stop text came */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
-};
-
-enum option_kind { HEADING, FLAG, WHOLE, REAL, TEXT };
-
-struct option {
-    const char *name;        /* as typed; of a HEADING, the heading */
-    const char *value;       /* what --help calls the value; in [ ]: it may be absent */
-    enum option_kind kind;
-    size_t field;            /* where it goes: an int, int, float or const char * of the session */
-    double least, most;      /* of a number; most of a TEXT: how many may be given */
-    const char *help;
-};
-
-#define FIELD(name) offsetof(struct session, name)
-
-static const struct option options[] = {
-    {"What to read", "", HEADING, 0, 0, 0, ""},
-    {"-m", "MODEL", TEXT, FIELD(path), 0, 1, "a Gemma 3 GGUF; default: the small one in weights/"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 1, "continue TEXT, as it stands, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 1, "continue the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 1, "continue exactly the ids in FILE; - is stdin"},
-    {"-i", "", FLAG, FIELD(chats), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops an answer;\n"
-     "                       a line that ends in \\ goes on in the next"},
-    {"--system", "TEXT", TEXT, FIELD(system), 0, 1, "put before the first turn of a chat"},
-    {"--state", "FILE", TEXT, FIELD(state_file), 0, 1,
-     "where a prompt's state, or a --system text's, is kept: computed once, then read"},
-    {"--special", "", FLAG, FIELD(special), 0, 0, "read and print control tokens as their text"},
-    {"--no-bos", "", FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
-    {"What to write", "", HEADING, 0, 0, 0, ""},
-    {"-n", "N", WHOLE, FIELD(n_predict), 0, INT_MAX,
-     "tokens to generate; default: until a stop token or a full context"},
-    {"--temp", "T", REAL, FIELD(sampler.temperature), 0, 1e6, "0: the likeliest always; default 1"},
-    {"--top-k", "K", WHOLE, FIELD(sampler.top_k), 0, INT_MAX,
-     "choose among the K likeliest; 0: all; default 64"},
-    {"--top-p", "P", REAL, FIELD(sampler.top_p), 0, 1,
-     "among the likeliest that have probability P together; default 0.95"},
-    {"--min-p", "P", REAL, FIELD(sampler.min_p), 0, 1,
-     "among those with P times the largest probability; default 0"},
-    {"--repeat-penalty", "R", REAL, FIELD(sampler.repeat_penalty), 1e-6, 1e6,
-     "against repeating any of the last 64 tokens; default 1: none"},
-    {"--seed", "S", TEXT, FIELD(seed), 0, 1, "a seed gives the same text everywhere; default 42"},
-    {"--stop", "TEXT", TEXT, FIELD(stop), 0, MAX_STOPS, "end before TEXT; may be given repeatedly"},
-    {"--out-ids", "", FLAG, FIELD(prints_ids), 0, 0, "print the ids generated, not their text"},
-    {"Numbers instead of text (with -n text is generated too)", "", HEADING, 0, 0, 0, ""},
-    {"--logits", "FILE", TEXT, FIELD(logits_file), 0, 1,
-     "float32, little-endian, [positions][n_vocab]; -: stdout, the rest on stderr"},
-    {"--positions", "LIST", TEXT, FIELD(positions), 0, 1,
-     "which rows, ascending, as 0,5,-1; from the end when negative; default: all"},
-    {"--hash", "", FLAG, FIELD(hash), 0, 0, "contract, mode, cache, SHA-256 of those same logits"},
-    {"--tokenize", "[TEXT]", TEXT, FIELD(tokenize), 0, 1, "ids of TEXT, or of the text of -f"},
-    {"--detokenize", "IDS", TEXT, FIELD(detokenize), 0, 1, "bytes of the ids, as \"2 818 5279\""},
-    {"How to compute", "", HEADING, 0, 0, 0, ""},
-    {"-c", "N", WHOLE, FIELD(params.n_ctx), 1, 1 << 24,
-     "context in tokens; default: the smaller of the model's and 4096"},
-    {"-t", "N", WHOLE, FIELD(params.n_threads), 1, GEMMA3_MAX_THREADS, "default: physical cores"},
-    {"-b", "N", WHOLE, FIELD(params.n_batch), 1, INT_MAX, "prompt's tokens at once; default 512"},
-    {"--exact", "", FLAG, FIELD(options.exact), 0, 0, "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 1, "type of the cache; default f16, with --exact f32"},
-    {"--isa", "NAME", TEXT, FIELD(options.isa), 0, 1, "force kernels; list: what this CPU can run"},
-    {"--no-repack", "", FLAG, FIELD(options.no_repack), 0, 0,
-     "use the weights where they lie: opens faster, runs slower, same bits"},
-    {"--obey-file", "", FLAG, FIELD(options.obey_file), 0, 0,
-     "keys of the file win even where they contradict what the model is"},
-    {"About", "", HEADING, 0, 0, 0, ""},
-    {"--info", "", FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
-    {"--version", "", FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
-    {"--help", "", FLAG, FIELD(help), 0, 0, "this text"},
-    {NULL, NULL, HEADING, 0, 0, 0, NULL},
-};
-
-static void print_help(void)
+/* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
+static const char *next_option(char ***args, const char **value)
 {
-    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
-         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
-         "one bit pattern of logits, on every machine and with every other option.");
-    for (const struct option *o = options; o->name; o++)
-        if (o->kind == HEADING) printf("\n%s:\n", o->name);
-        else printf("  %s %-*s%s\n", o->name, 20 - (int)strlen(o->name), o->value, o->help);
-    puts("\nScores and tensors inside: make conform, then test/conform --help.\n"
-         "Exit: 0, 1 when the job failed, 2 when the command line was wrong.");
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
+    const char *arg = *(*args)++, *next = **args, *form = NULL;
+    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
+    for (int i = 0; help[i] && !form; i++)
+        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
+    if (!form && n > 4 && strstr(moved, arg))
+        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+            (int)strcspn(arg + 2, "-"), arg + 2);
+    if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
+    const char *what = form + n + 1;
+    *value = "";
+    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
+    if (arg[n] == '=') *value = arg + n + 1;
+    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
+    else if (*what != ' ' && *what != '[')
+        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
+    return form;
 }
 
-static const struct option *find_option(const char *name, size_t n)
+/* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
+static const char *option(char **args, const char *name)
 {
-    for (const struct option *o = options; o->name; o++)
-        if (o->kind != HEADING && strlen(o->name) == n && memcmp(o->name, name, n) == 0) return o;
-    return NULL;
-}
-
-static const char no_text[] = ""; /* --tokenize without its text: the one given by -f is meant */
-
-static void set_option(struct session *s, const struct option *o, const char *text)
-{
-    char *field = (char *)s + o->field, *end;
-    const char **slot = (const char **)(void *)field;
-    if (o->kind == FLAG) {
-        *(int *)(void *)field = 1;
-    } else if (o->kind == TEXT) {
-        for (int i = 1; *slot && i < (int)o->most; i++) slot++;
-        if (*slot && o->most > 1) say(WRONG, "%s: %.0f of them are possible", o->name, o->most);
-        *slot = text;
-    } else {
-        int whole = o->kind == WHOLE, digits = text[strspn(text, "0123456789")] == 0;
-        double x = strtod(text, &end);
-        if (end == text || *end || (whole && !digits) || !(x >= o->least && x <= o->most))
-            say(WRONG, "%s %s: expected a %s from %.10g to %.10g", o->name, text,
-                whole ? "whole number" : "number", o->least, o->most);
-        if (whole) *(int *)(void *)field = (int)x;
-        else *(float *)(void *)field = (float)x;
+    const char *value, *last = NULL;
+    size_t n = strlen(name);
+    while (*args) {
+        const char *form = next_option(&args, &value);
+        if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
     }
+    return last;
 }
 
-/* What measures numbers is a program of its own now. */
-static void refuse_name(const char *name, size_t n)
+static double number(char **args, const char *name, int is_whole, double least, double most,
+                     double otherwise)
 {
-    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
-    for (int i = 0; i < 5; i++)
-        if (strlen(moved[i]) == n && memcmp(moved[i], name, n) == 0)
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", moved[i],
-                (int)strcspn(name + 2, "-="), name + 2);
-    say(WRONG, *name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
-}
-
-/* Both "--seed 7" and "--seed=7". */
-static void parse_options(struct session *s, char **arg)
-{
-    while (*arg) {
-        const char *name = *arg++, *text = *arg;
-        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
-        const struct option *o = find_option(name, n);
-        if (!o) refuse_name(name, n);
-        if (name[n] == '=' && o->kind == FLAG) say(WRONG, "%s takes no value", o->name);
-        if (name[n] == '=') text = name + n + 1;
-        else if (o->value[0] == '[' && (!text || find_option(text, strlen(text)))) text = no_text;
-        else if (o->kind != FLAG && !*arg++) say(WRONG, "%s needs a value: %s", o->name, o->value);
-        set_option(s, o, text);
-    }
-}
-
-static void check_isa(const char *isa)
-{
-    char list[256] = "";
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0) return;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
-    }
-    say(WRONG, "--isa %s: this CPU can run%s", isa, list);
-}
-
-/* One thing to do, and nothing that would have no effect. */
-static void check_options(struct session *s)
-{
-    int of_file = s->tokenize == no_text, n_prompts = !!s->prompt + !!s->file + !!s->ids_file;
-    int n_jobs = n_prompts + s->chats + (s->tokenize && !of_file) + !!s->detokenize + s->info;
-    int continues = n_prompts && !of_file;
-    s->numbers = s->logits_file || s->hash;
-    s->writes = s->n_predict != 0 && (s->chats || (continues && (!s->numbers || s->n_predict > 0)));
-    if (s->logits_file && strcmp(s->logits_file, "-") == 0) s->out = stderr;
-    if (of_file && !s->file) say(WRONG, "--tokenize needs a TEXT or -f FILE");
-    if (n_jobs > 1)
-        say(WRONG, "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, --detokenize and "
-            "--info, not several");
-    if (n_jobs == 0)
-        say(WRONG, "nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or --ids FILE, "
-            "or chat with -i");
-    if (s->kv && strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
-    if (s->numbers && !continues) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (s->positions && !s->numbers) say(WRONG, "--positions needs --logits or --hash");
-    if (s->n_predict > 0 && !s->writes)
-        say(WRONG, "-n needs a prompt to continue: -p, -f, --ids or -i");
-    if (s->system && !s->chats) say(WRONG, "--system needs -i");
-    if (s->state_file && (s->numbers || !(continues || s->chats)))
-        say(WRONG, "--state needs a text to continue, and neither --logits nor --hash");
-    for (const char **stop = s->stop; *stop; stop++)
-        if (!**stop || strlen(*stop) > MAX_STOP_BYTES)
-            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-    if (s->options.isa) check_isa(s->options.isa);
+    const char *text = option(args, name);
     char *end;
-    errno = 0;
-    s->sampler.rng = gemma3_sampler_new(strtoull(s->seed, &end, 10)).rng;
-    if (*s->seed < '0' || *s->seed > '9' || *end || errno)
-        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", s->seed);
+    if (!text) return otherwise;
+    double x = strtod(text, &end);
+    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+        !(x >= least && x <= most))
+        say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
+            is_whole ? "whole number" : "number", least, most);
+    return x;
 }
 
-/* Takes the next number of a list parted by spaces, line ends or commas. 0: that was all; -1: there
- * is something else. */
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
 static int next_number(const char **list, int *x)
 {
     static const char between[] = ", \t\r\n\v\f";
@@ -4588,95 +4939,132 @@ static int next_number(const char **list, int *x)
     return 1;
 }
 
-/* ---- Command line: a session ---- */
+/* ---- Command line: a session, which is an opened model and all that goes with it ---- */
 
-static void show_loading(void *user, double fraction)
-{
-    (void)user;
-    fprintf(stderr, fraction < 1 ? "\rloading %3.0f %%" : "\r             \r", 100 * fraction);
-}
+struct session {
+    char **args;
+    const char *stop[MAX_STOPS + 1];
+    int chats, special, prints_ids, n_predict; /* n_predict -1: until a stop token */
+    gemma3_pool *pool;
+    gemma3_model *model;
+    const gemma3_config *config;
+    const gemma3_tokenizer *tokenizer;
+    gemma3_params params;
+    gemma3_state *state;
+    gemma3_sampler sampler;
+    gemma3_candidate *candidates; /* [n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
+    int32_t *ids;            /* [n_ids] the prompt */
+    int n_ids;
+    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
+    size_t n_held;
+    int n_printed, stopped;  /* ids of this text; a --stop text came */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    int n_read, n_written;   /* tokens, for the speed */
+    double read_seconds, write_seconds;
+};
 
-/* The model that comes with the program lies in weights/ or beside it, or where we are. */
-static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
+static void read_options(struct session *s)
 {
-    char real[MAX_PATH_BYTES];
-    program_path(program, real);
-    int n_folder = strrchr(real, '/') ? (int)(strrchr(real, '/') - real) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, MAX_PATH_BYTES, "%.*s%sgemma3-folktales-q4_0.gguf", i < 2 ? n_folder : 0,
-                 real, i % 2 ? "" : "weights/");
-        if (file_size(path) >= 0) return path;
+    char **args = s->args, *end;
+    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
+    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
+    int threads = gemma3_default_threads(), n = 0;
+    int numbers = option(args, "--logits") || option(args, "--hash");
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
+    s->chats = option(args, "-i") != NULL;
+    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
+    s->special = option(args, "--special") != NULL;
+    s->prints_ids = option(args, "--out-ids") != NULL;
+    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
+    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
+    errno = 0;
+    s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
+    if (seed && (*seed < '0' || *seed > '9' || *end || errno))
+        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
+    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    while (*args) {
+        if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
+        if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (!*stop || strlen(stop) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+        s->stop[n++] = stop;
     }
-    say(WRONG, "no model: give -m MODEL.gguf");
-    return NULL;
 }
 
-/* What will not fit is said before it is tried. Weights used where they lie in the file need none. */
-static void check_memory(const struct session *s, size_t n_weights, size_t n_state)
+static void open_model(struct session *s, const char *path, int computes)
 {
-    size_t limit = gemma3_memory_limit();
-    if (s->options.no_repack) n_weights = 0;
-    if (limit && (n_state > limit || n_weights > limit - n_state))
-        say(FAILED, "out of memory: the weights need %zu MB, what -c %d asks for %zu MB, and this "
-            "process may use %zu MB (--no-repack and a smaller -c need less)", n_weights >> 20,
-            s->params.n_ctx, n_state >> 20, limit >> 20);
-}
-
-static void open_model(struct session *s, int computes)
-{
+    const char *kv = option(s->args, "--kv"), *note;
     gemma3_error err;
-    gemma3_options *o = &s->options;
-    const char *note;
-    long long size = file_size(s->path);
-    if (computes && size > 0) check_memory(s, (size_t)size, 0);
     s->pool = gemma3_pool_new(s->params.n_threads, &err);
     if (!s->pool) say(FAILED, "%s", err.text);
-    o->no_repack |= !computes;
-    o->n_threads = s->params.n_threads;
-    o->parallel_for = s->params.parallel_for = gemma3_pool_run;
-    o->pool = s->params.pool = s->pool;
-    o->progress = computes && is_terminal(stderr) ? show_loading : NULL;
-    s->model = gemma3_open(s->path, o, &err);
+    gemma3_options o = {
+        .exact = option(s->args, "--exact") != NULL, .isa = option(s->args, "--isa"),
+        .no_repack = !computes || option(s->args, "--no-repack"),
+        .obey_file = option(s->args, "--obey-file") != NULL,
+        .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
+    };
+    s->model = gemma3_open(path, &o, &err);
     if (!s->model) say(FAILED, "%s", err.text);
     s->config = gemma3_model_config(s->model);
     s->tokenizer = gemma3_model_tokenizer(s->model);
     gemma3_params usual = gemma3_default_params(s->model);
     if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
-    s->params.kv_type = usual.kv_type;
-    if (s->kv) s->params.kv_type = strcmp(s->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.kv_type = !kv ? usual.kv_type : kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.parallel_for = gemma3_pool_run;
+    s->params.pool = s->pool;
     for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
-    if (computes && s->params.n_ctx > s->config->n_ctx_train)
-        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what it "
-            "writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+    if (!computes) return;
+    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
+    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t need = gemma3_state_size(s->model, &s->params);
+    if (limit && (need > limit || weights > limit - need))
+        say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
+            "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
+    if (s->params.n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
+            "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
             (double)s->config->rope_factor);
-}
-
-/* What computing needs besides the model. */
-static void open_state(struct session *s)
-{
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    size_t n_rows = s->numbers ? GEMMA3_MAX_UBATCH : 1;
-    gemma3_error err;
-    check_memory(s, gemma3_model_weight_bytes(s->model),
-                 gemma3_state_size(s->model, &s->params) + n_rows * n_vocab * sizeof *s->logits);
     s->state = gemma3_state_new(s->model, &s->params, &err);
     if (!s->state) say(FAILED, "%s", err.text);
-    s->logits = allocate(n_rows * n_vocab * sizeof *s->logits, "the logits");
-    s->candidates = allocate(n_vocab * sizeof *s->candidates, "sampling");
+    s->logits = allocate(NULL, n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
+    s->candidates = allocate(NULL, n_vocab * sizeof *s->candidates, "sampling");
 }
 
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
     if (!f) say(FAILED, "%s: %s", path, strerror(errno));
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
-    for (size_t room = *n = 0; *n == room; ) {
-        if (size <= (long long)room) size = (long long)room;
-        if (size > MAX_TEXT_BYTES)
+    for (size_t room = *n = 0; *n == room;) {
+        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
-        bytes = reallocate(bytes, (room = 2 * room + 65536) + 1, path);
+        bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
         if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
     }
@@ -4687,12 +5075,12 @@ static char *read_file(const char *path, size_t *n)
 
 static void encode_text(struct session *s, const char *text, size_t n)
 {
-    int flags = (s->no_bos ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
+    int flags = (option(s->args, "--no-bos") ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
     if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
         say(NOTE, "the text begins with <bos>: no other is put before it");
         flags = GEMMA3_SPECIAL;
     }
-    s->ids = allocate((n + 1) * sizeof *s->ids, "the text's ids");
+    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
     s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
     if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
@@ -4700,13 +5088,12 @@ static void encode_text(struct session *s, const char *text, size_t n)
 /* The ids spelled in n bytes of text. */
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    const char *left = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? text + 3 : text; /* BOM */
-    int id, found;
-    s->ids = allocate((n / 2 + 1) * sizeof *s->ids, where);
+    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
+    int id, found, last = s->config->n_vocab - 1;
+    s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
-        if (id < 0 || id >= s->config->n_vocab)
-            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id,
-                s->config->n_vocab - 1);
+        if (id < 0 || id > last)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id, last);
         s->ids[s->n_ids++] = id;
     }
     if (found < 0 || left < text + n)
@@ -4717,59 +5104,53 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
-    const char *path = s->ids_file ? s->ids_file : s->file;
-    const char *text = s->prompt ? s->prompt : s->tokenize;
+    const char *ids = option(s->args, "--ids"), *path = ids ? ids : option(s->args, "-f");
+    const char *prompt = option(s->args, "-p"), *text = option(s->args, "--tokenize");
+    if (prompt) text = prompt;
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
-    if (s->ids_file) parse_ids(s, bytes, n, path);
+    if (ids) parse_ids(s, bytes, n, ids);
     else encode_text(s, bytes ? bytes : text, n);
     free(bytes);
 }
 
-/* ---- Command line: numbers out ---- */
-
-static void open_out(struct file_out *o, const char *path)
+static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = file_size(path);
-    *o = (struct file_out){.name = "standard output", .file = stdout};
-    if (strcmp(path, "-") == 0) return;
-    if (size >= 0) {
-        FILE *old = fopen(path, "r+b"); /* what may not be written is not replaced either */
-        if (!old) say(FAILED, "%s: %s", path, strerror(errno));
-        if (fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
-            say(FAILED, "%s: this is a model, which would be overwritten", path);
-        fclose(old);
-    }
-    o->name = path;
-    real_path(path, o->path);
-    if (size != -2) snprintf(o->part, sizeof o->part, "%s.part", o->path);
-    o->file = fopen(size == -2 ? path : o->part, "wb");
-    if (!o->file) say(FAILED, "%s: %s", path, strerror(errno));
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+        say(FAILED, "%s: this is a model, which would be overwritten", path);
+    if (old) fclose(old);
+    real_path(path, path, s->path);
+    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
 }
 
-static void write_out(struct file_out *o, const void *bytes, size_t n)
+static int write_out(void *session, const void *bytes, size_t n)
 {
-    if (fwrite(bytes, 1, n, o->file) == n && fflush(o->file) == 0) return;
-    if (o->part[0]) remove(o->part);
-    flush(o->file, o->name);
+    struct session *s = session;
+    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    return -1;
 }
 
-static void close_out(struct file_out *o)
+static void close_out(struct session *s)
 {
-    int failed = o->file != stdout && fclose(o->file);
-    if (failed || (o->part[0] && replace_file(o->part, o->path)))
-        say(FAILED, "%s: %s", o->name, strerror(errno));
+    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
 }
 
 /* --positions, or all. */
 static void choose_rows(struct session *s)
 {
-    const char *left = s->positions;
+    const char *list = option(s->args, "--positions"), *left = list;
     int x, found = 0, last = -1;
-    s->wanted = allocate((size_t)s->n_ids, "--positions");
-    memset(s->wanted, !left, (size_t)s->n_ids);
-    while (left && (found = next_number(&left, &x)) > 0) {
+    s->wanted = allocate(NULL, (size_t)s->n_ids, "--positions");
+    memset(s->wanted, !list, (size_t)s->n_ids);
+    while (list && (found = next_number(&left, &x)) > 0) {
         int position = x < 0 ? x + s->n_ids : x;
         if (position < 0 || position >= s->n_ids)
             say(FAILED, "--positions %d: the prompt has %d tokens", x, s->n_ids);
@@ -4777,40 +5158,40 @@ static void choose_rows(struct session *s)
             say(FAILED, "--positions: expected them to ascend, found %d after %d", position, last);
         s->wanted[last = position] = 1;
     }
-    if (found < 0 || (left && last < 0))
-        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces",
-            s->positions);
+    if (found < 0 || (list && last < 0))
+        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
 }
 
 /* Float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
-    size_t n = (size_t)s->config->n_vocab;
+    size_t n = 4 * (size_t)s->config->n_vocab;
     for (size_t i = 0; i < n; i++) {
         uint32_t u;
-        memcpy(&u, &row[i], 4);
-        for (int k = 0; k < 4; k++) bytes[4 * i + k] = (unsigned char)(u >> 8 * k);
+        memcpy(&u, &row[i / 4], 4);
+        bytes[i] = (unsigned char)(u >> i % 4 * 8);
     }
-    gemma3_sha256_add(&s->sha256, bytes, 4 * n);
-    if (s->logits_file) write_out(&s->to, bytes, 4 * n);
+    gemma3_sha256_add(&s->sha256, bytes, n);
+    if (s->file) write_out(s, bytes, n);
 }
 
 static int are_numbers(const float *x, size_t n)
 {
     int all = 1;
-    for (size_t i = 0; i < n; i++) all &= isfinite(x[i]) != 0;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
     return all;
 }
 
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
+    size_t n_vocab = (size_t)s->config->n_vocab;
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
     for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * s->config->n_vocab, (size_t)s->config->n_vocab))
+        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
             s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
@@ -4833,7 +5214,34 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
     s->read_seconds += seconds() - start;
 }
 
-/* ---- Command line: text out ---- */
+static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+{
+    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+}
+
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
+{
+    const char *path = option(s->args, "--state");
+    gemma3_error err;
+    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
+    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state), n_same = 0;
+    const int32_t *kept = gemma3_state_ids(s->state);
+    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
+    if (!path || n <= 0 || (f && n_same == pos)) {
+        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_same;
+    }
+    gemma3_state_reset(s->state);
+    read_tokens(s, ids, n);
+    open_out(s, path);
+    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    close_out(s);
+    return n;
+}
 
 static void print_byte(struct session *s, char byte)
 {
@@ -4850,61 +5258,44 @@ static void print_byte(struct session *s, char byte)
     memmove(s->held, s->held + n_out, s->n_held -= n_out);
 }
 
-static void print_token(struct session *s, int32_t id)
+/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
+static int print_token(struct session *s, int32_t id)
 {
-    char piece[GEMMA3_PIECE_MAX], character[8];
+    char piece[GEMMA3_PIECE_MAX], c[8];
+    int32_t spelled = -1;
     int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
-    for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++) print_byte(s, character[k]);
-    }
+    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
+        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
+            spelled = -1;
+    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
+    for (int i = 0; i < n; i++)
+        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
+            print_byte(s, c[k]);
     if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
     flush(s->out, "standard output");
+    return 1;
 }
 
-/* What is still held back is text after all. */
-static void end_text(struct session *s)
-{
-    char character[8];
-    int n = gemma3_utf8_end(&s->utf8, character);
-    for (int i = 0; i < n; i++) print_byte(s, character[i]);
-    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out);
-    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    flush(s->out, "standard output");
-    s->n_held = 0, s->n_printed = s->stopped = 0;
-}
-
-/* A stop token, or one without text that a --stop text spells. */
-static int ends_text(const struct session *s, int32_t id)
-{
-    char piece[GEMMA3_PIECE_MAX];
-    int32_t spelled;
-    if (gemma3_is_stop(s->tokenizer, id)) return 1;
-    if (gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece) > 0) return 0;
-    for (const char *const *stop = s->stop; *stop; stop++)
-        if (gemma3_encode(s->tokenizer, *stop, strlen(*stop), GEMMA3_SPECIAL, &spelled, 1) == 1 &&
-            spelled == id)
-            return 1;
-    return 0;
-}
-
-/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
- * because the conversation goes on after it. */
+/* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
     double start = seconds();
+    char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
+    s->n_held = 0, s->n_printed = s->stopped = 0;
     for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
         int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (ends_text(s, id)) break;
-        print_token(s, id);
+        if (!print_token(s, id)) break;
         s->n_written++;
         is_last = i == s->n_predict || s->stopped;
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    end_text(s);
+    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
+    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
+    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out, "standard output");
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -4912,95 +5303,39 @@ static void write_tokens(struct session *s)
 
 /* ---- Command line: the jobs ---- */
 
-/* --logits and --hash */
-static void write_numbers(struct session *s)
-{
-    char hex[65];
-    gemma3_sha256_init(&s->sha256);
-    choose_rows(s);
-    if (s->logits_file) open_out(&s->to, s->logits_file);
-    read_tokens(s, s->ids, s->n_ids);
-    if (s->logits_file) close_out(&s->to);
-    gemma3_sha256_end(&s->sha256, hex);
-    if (s->hash)
-        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-                s->options.exact ? "exact" : "default",
-                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
-}
-
-static int write_state(void *user, const void *bytes, size_t n)
-{
-    write_out(user, bytes, n);
-    return 0;
-}
-
-static int read_state(void *user, uint64_t offset, void *buffer, size_t n)
-{
-    return fseek(user, (long)offset, SEEK_SET) || fread(buffer, 1, n, user) < n ? -1 : 0;
-}
-
-/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
-static int keep_tokens(struct session *s, const int32_t *ids, int n)
-{
-    gemma3_error err;
-    FILE *f = fopen(s->state_file, "rb");
-    if (f && gemma3_state_load(s->state, read_state, f, &err))
-        say(FAILED, "%s: %s", s->state_file, err.text);
-    if (f) fclose(f);
-    int pos = gemma3_state_pos(s->state);
-    if (pos > n || memcmp(gemma3_state_ids(s->state), ids, (size_t)pos * sizeof *ids) != 0) pos = 0;
-    for (int i = 0; i < pos; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    if (pos > 0 || n == 0) return pos;
-    gemma3_state_reset(s->state);
-    read_tokens(s, ids, n);
-    open_out(&s->to, s->state_file);
-    if (gemma3_state_save(s->state, write_state, &s->to, &err)) say(FAILED, "%s", err.text);
-    close_out(&s->to);
-    return n;
-}
-
 /* -p, -f, --ids */
 static void continue_prompt(struct session *s)
 {
+    const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
+    char hex[65];
     read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
             s->n_ids, s->params.n_ctx, s->n_ids);
-    open_state(s);
-    if (s->numbers) write_numbers(s);
-    else {
-        int n_kept = s->state_file ? keep_tokens(s, s->ids, s->n_ids - 1) : 0;
-        read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
-    }
-    if (s->writes) write_tokens(s);
+    gemma3_sha256_init(&s->sha256);
+    if (logits || hash) choose_rows(s);
+    if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
+    else if (logits) open_out(s, logits);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
+    if (logits) close_out(s);
+    gemma3_sha256_end(&s->sha256, hex);
+    if (hash)
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
+                gemma3_model_is_exact(s->model) ? "exact" : "default",
+                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
+    if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
+    else s->n_read = 0; /* its speed is of no interest */
 }
 
-static void tokenize(struct session *s)
-{
-    read_prompt(s);
-    for (int i = 0; i < s->n_ids; i++) printf(i ? " %d" : "%d", (int)s->ids[i]);
-    putchar('\n');
-}
-
-static void detokenize(struct session *s)
-{
-    int flags = s->special ? GEMMA3_SPECIAL : 0;
-    char piece[GEMMA3_PIECE_MAX];
-    parse_ids(s, s->detokenize, strlen(s->detokenize), "--detokenize");
-    for (int i = 0; i < s->n_ids; i++)
-        fwrite(piece, 1, (size_t)gemma3_decode(s->tokenizer, s->ids[i], flags, piece), stdout);
-    if (is_terminal(stdout)) putchar('\n');
-}
-
-static void print_info(struct session *s)
+static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
-    const struct { const char *name, *key; double value; } fields[] = {
-        {"n_layers", "block_count", c->n_layers}, {"d_model", "embedding_length", c->d_model},
-        {"d_ff", "feed_forward_length", c->d_ff}, {"n_heads", "attention.head_count", c->n_heads},
-        {"n_kv_heads", "attention.head_count_kv", c->n_kv_heads},
+    const gemma3_params *p = &s->params;
+    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+        {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
+        {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
         {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
         {"n_ctx_train", "context_length", c->n_ctx_train},
         {"window", "attention.sliding_window", c->window},
@@ -5014,189 +5349,181 @@ static void print_info(struct session *s)
     };
     printf("name                   ");
     print_safe(stdout, gemma3_model_name(s->model));
-    printf("\nchat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
-    printf("contract               %d\n", GEMMA3_CONTRACT);
-    printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
-    printf("isa                    %s\n", gemma3_model_isa(s->model));
+    printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
+           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
+           GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
+           gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
-        printf("%-22s %.9g%s%s%s\n", fields[i].name, fields[i].value, *origin ? " (" : "", origin,
-               *origin ? ")" : "");
+        printf("%-22s %.9g", fields[i].name, fields[i].value);
+        printf(*origin ? " (%s)\n" : "\n", origin);
     }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
-    const gemma3_params *p = &s->params;
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    printf("\nweights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    printf("KV cache               %zu bytes for -c %d in %s\n", n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p->n_ctx,
-           p->n_batch, p->n_threads);
-}
-
-/* The beginning of a first turn that does not depend on the user's text. */
-static int keep_system(struct session *s, const int32_t *ids, int n)
-{
-    int32_t *other = allocate(((size_t)n + 32) * sizeof *other, "the turn");
-    int n_other = gemma3_encode_turn(s->tokenizer, s->system, "", 1, other, n + 32), n_same = 0;
-    while (n_same < n_other && n_same < n && other[n_same] == ids[n_same]) n_same++;
-    free(other);
-    return keep_tokens(s, ids, n_same);
+    printf("\nweights                %zu bytes, %zu read for each token generated\n"
+           "KV cache               %zu bytes for -c %d in %s\n"
+           "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
+           p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos;
-    size_t room = strlen(text) + (s->system ? strlen(s->system) : 0) + 32;
-    if (room > MAX_TEXT_BYTES) say(FAILED, "a turn of %zu bytes is too long", room);
-    int32_t *ids = allocate(room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, s->system, text, pos == 0, ids, (int)room);
+    const char *system = option(s->args, "--system");
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
+    size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
+    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    int n = room > MAX_TEXT_BYTES ? -2 :
+            gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
     if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
-    if (n > left)
+    if (n > left) {
         say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
             "starts again, -c gives more", s->params.n_ctx, n, left);
-    if (n <= left) {
-        int n_kept = s->state_file && pos == 0 ? keep_system(s, ids, n) : 0;
-        catch_interrupts(1);
-        read_tokens(s, ids + n_kept, n - n_kept);
-        write_tokens(s);
-        catch_interrupts(0);
-        /* Whatever ended the answer, the model finds it closed when the next turn comes. */
-        ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
-        if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+        return free(ids), 0;
     }
-    free(ids);
-    return n <= left;
+    int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
+    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
+    interrupted = 0;
+    signal(SIGINT, note_interrupt);
+    read_tokens(s, ids + n_kept, n - n_kept);
+    write_tokens(s);
+    signal(SIGINT, SIG_DFL);
+    /* Whatever ended the answer, the model finds it closed when the next turn comes. */
+    ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
+    if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+    return free(ids), 1;
 }
 
-/* A line of the user's without its end, allocated; one that ends in \ goes on in the next. NULL:
- * there is none any more. */
+/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
 static char *read_line(void)
 {
     size_t n = 0, room = 256;
-    char *line = allocate(room, "the line");
+    char *line = allocate(NULL, room, "the line");
     int c = 0;
     if (is_terminal(stdin)) fputs("> ", stderr);
     while (c != '\n' && (c = getchar()) != EOF) {
-        if (n + 1 == room) line = reallocate(line, room *= 2, "the line");
+        if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
         if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
-    if (c == EOF && ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
     line[n] = 0;
     if (n || c == '\n') return line;
-    free(line);
-    return NULL;
+    return free(line), NULL;
 }
 
-/* We write Gemma's turns, whatever the file's template says: where it says something else, so do we. */
-static void check_template(const struct session *s)
+/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
+ * somebody is there to type /clear. */
+static void chat(struct session *s)
 {
-    static const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
+    static const char *const words[] = {"source_lang_code", "developer", "tools",
+                                        "<start_of_turn>"};
     size_t n = 0;
     const char *template = gemma3_model_chat_template(s->model, &n);
+    char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
     for (int i = 0; template && i < 4; i++) {
-        size_t length = strlen(words[i]), at = 0;
-        while (at + length <= n && memcmp(template + at, words[i], length) != 0) at++;
-        int has = at + length <= n;
-        if (i == 0 && !has) say(NOTE, "the file's chat template has no <start_of_turn>: it is not Gemma's, "
-                                "whose turns are used here");
-        if (i > 0 && has) say(NOTE, "the file's chat template asks for %s, which a chat here has not", words[i]);
+        size_t n_word = strlen(words[i]), at = 0;
+        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", words[i]);
     }
-}
-
-/* A full context ends the chat, unless somebody is there to type /clear. */
-static void chat(struct session *s)
-{
-    int goes_on = 1;
-    char *line;
-    open_state(s);
-    check_template(s);
-    while (goes_on && (line = read_line())) {
+    for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = (answer(s, line) || is_terminal(stdin)) && s->fault < 0;
-        free(line);
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
     }
 }
 
 /* The library calls this with every tensor inside. */
-static void find_fault(void *user, const char *name, int layer, int pos, int n, int width,
-                       float *data)
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
 {
     char *first = user;
     (void)pos;
-    if (*first || are_numbers(data, (size_t)n * (size_t)width)) return;
+    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
     snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
 /* The same tokens again, tensor by tensor. */
 static void explain_fault(struct session *s)
 {
-    int n = s->fault + 1;
     char first[64] = "";
     gemma3_error err;
-    int32_t *ids = allocate((size_t)n * sizeof *ids, "the tokens again");
-    memcpy(ids, gemma3_state_ids(s->state), (size_t)n * sizeof *ids);
-    gemma3_state_free(s->state);
+    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
     s->params.trace = find_fault, s->params.trace_user = first;
-    s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (s->state) gemma3_forward(s->state, ids, n, &s->fault, 1, s->logits);
-    free(ids);
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    if (again)
+        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        s->options.exact && s->params.kv_type == GEMMA3_KV_F32 ? "" : ": try --kv f32 or --exact",
+        is_best ? "" : ": try --kv f32 or --exact",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-static void run_job(struct session *s)
+/* Everything that needs a model. */
+static void run_job(struct session *s, const char *path)
 {
-    open_model(s, !s->tokenize && !s->detokenize && !s->info);
-    if (s->chats) chat(s);
-    else if (s->info) print_info(s);
-    else if (s->tokenize) tokenize(s);
-    else if (s->detokenize) detokenize(s);
-    else continue_prompt(s);
+    const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
+    const char *detokenize = option(s->args, "--detokenize");
+    char piece[GEMMA3_PIECE_MAX];
+    open_model(s, path, !tokenize && !detokenize && !info);
+    if (tokenize) read_prompt(s);
+    if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
+    for (int i = 0, n; i < s->n_ids; i++) {
+        n = gemma3_decode(s->tokenizer, s->ids[i], s->special ? GEMMA3_SPECIAL : 0, piece);
+        if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
+        else fwrite(piece, 1, (size_t)n, stdout);
+    }
+    if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
+    else if (info) print_info(s);
+    else if (s->chats) chat(s);
+    else if (!detokenize) continue_prompt(s);
     if (s->fault >= 0) explain_fault(s);
-    if (s->writes && s->n_read)
+    if (s->n_read)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
                 s->n_written ? s->n_written / s->write_seconds : 0.0);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
     gemma3_pool_free(s->pool);
-    free(s->candidates);
-    free(s->logits);
-    free(s->wanted);
-    free(s->ids);
+    free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static void find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path("/proc/self/exe", program, path); /* however it was started */
+    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 int main(int argc, char **argv)
 {
-    struct session s = {
-        .n_predict = -1, .fault = -1, .seed = "42", .sampler = gemma3_sampler_new(42), .out = stdout,
-        .params = {.n_batch = 512, .n_threads = gemma3_default_threads()},
-    };
+    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
+    const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
     char found[MAX_PATH_BYTES];
-    argv = start_program(argv);
-    if (argc > 0) parse_options(&s, argv + 1);
-    if (s.help) {
-        print_help();
-    } else if (s.version) {
+    if (option(s.args, "--help")) {
+        for (int i = 0; help[i]; i++) puts(help[i]);
+    } else if (option(s.args, "--version")) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    } else if (s.options.isa && strcmp(s.options.isa, "list") == 0) {
+    } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
-        check_options(&s);
-        if (!s.path) s.path = find_model(argc > 0 ? argv[0] : "", found);
-        run_job(&s);
+        read_options(&s);
+        if (!path) find_model(argc > 0 ? argv[0] : "", found);
+        run_job(&s, path ? path : found);
     }
     flush(stdout, "standard output");
     return 0;

@@ -35,10 +35,8 @@
 #include "gemma3.h"
 
 #include <stdio.h>
-#include <string.h>
-#ifndef GEMMA3_NO_FILE
 #include <stdlib.h>
-#endif
+#include <string.h>
 
 enum {
     MAX_VOCAB = 1 << 24,     /* pieces; Gemma 3 has 262,145 */
@@ -57,6 +55,7 @@ enum kind {
     UNUSED,                  /* never produced */
 };
 
+/* It lies in the caller's memory, and behind it slot and kind. */
 struct gemma3_tokenizer {
     gemma3_vocab vocab;
     const unsigned char *kind;   /* [n_vocab] enum kind */
@@ -70,7 +69,8 @@ struct gemma3_tokenizer {
 
 /* ---- Text ------------------------------------------------------------------------------------ */
 
-static int is_space_mark(const char *text, size_t n) /* U+2581, a space in the vocabulary */
+/* U+2581, a space in the vocabulary. */
+static int is_space_mark(const char *text, size_t n)
 {
     return n >= 3 && memcmp(text, "\xE2\x96\x81", 3) == 0;
 }
@@ -168,6 +168,7 @@ static int is_unused_token(const char *text, size_t n)
     return 1;
 }
 
+/* <b>, </b> and so on. */
 static int is_html_tag(const char *text, size_t n)
 {
     size_t begin = n > 1 && text[1] == '/' ? 2 : 1;
@@ -200,7 +201,6 @@ static enum kind kind_of(const gemma3_vocab *v, int32_t id)
 /* ---- Finding a piece by its text ------------------------------------------------------------- */
 
 static const uint32_t hash_of_nothing = 2166136261u;
-
 /* FNV-1a, going on from the hash of what stands before text. So the hash of two pieces needs no
  * copy of their text, and those of all beginnings of a text cost no more than the whole's. */
 static uint32_t hash_on(uint32_t hash, const char *text, size_t n)
@@ -335,7 +335,7 @@ gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t
                      (unsigned long)(mem ? size : 0), (unsigned long)needed);
         return NULL;
     }
-    gemma3_tokenizer *t = align(mem); /* the struct, behind it slot, and last kind */
+    gemma3_tokenizer *t = align(mem);
     uint32_t *slot = (uint32_t *)(t + 1);
     t->vocab = *v;
     t->n_slots = slots_for(v->n_vocab);
@@ -383,6 +383,7 @@ struct encoder {
     int after_unknown;       /* the last character became <unk> */
 };
 
+/* Which of two pairs is joined first. */
 static int is_better(const gemma3_vocab *v, struct pair a, struct pair b)
 {
     float score_a = v->score[a.id], score_b = v->score[b.id];
@@ -534,6 +535,7 @@ static size_t match_token(const gemma3_tokenizer *t, const char *text, size_t n,
     return 3 * run;
 }
 
+/* A whole text; at its end nothing is left open. */
 static void add_text(struct encoder *e, const char *text, size_t n, int flags)
 {
     while (n > 0 && !e->too_many) {
@@ -656,7 +658,7 @@ int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char
     text = trim(text, &n_text);
     if (n_system > MAX_TEXT / 4 || n_text > MAX_TEXT / 4) return -2;
     size_t n = 5 + n_system + n_text, n_work = gemma3_encode_work(n + 6);
-    char *turn = n_work == SIZE_MAX ? NULL : malloc(n + n_work);
+    char *turn = n_work > SIZE_MAX - n ? NULL : malloc(n + n_work);
     if (!turn) return -2;
     memcpy(turn, "user\n", 5);
     if (n_system > 0) {
@@ -665,8 +667,8 @@ int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char
     }
     memcpy(turn + 5 + n_system, text, n_text);
     struct encoder e;
-    int result = begin(&e, t, n + 6, ids, max_ids, turn + n, n_work);
-    if (result == 0) result = encode_turn(&e, turn, n, first);
+    begin(&e, t, n + 6, ids, max_ids, turn + n, n_work); /* cannot fail with this memory */
+    int result = encode_turn(&e, turn, n, first);
     free(turn);
     return result;
 }
@@ -694,15 +696,13 @@ int gemma3_decode(const gemma3_tokenizer *t, int32_t id, int flags, char *out)
     return (int)length;
 }
 
-static const char replacement[] = "\xEF\xBF\xBD"; /* U+FFFD */
-
 /* What of a character has come when it turns out not to continue is one invalid thing, and becomes
  * one U+FFFD, as in Python and as Unicode recommends. */
 int gemma3_utf8_end(gemma3_utf8 *u, char out[8])
 {
     if (u->n == 0) return 0;
     u->n = 0;
-    memcpy(out, replacement, 3);
+    memcpy(out, "\xEF\xBF\xBD", 3);
     return 3;
 }
 

@@ -189,10 +189,10 @@ SKIP: {
 # there is nothing but gemma3.h, and links with the library's objects.
 {
     open my $f, "<", "gemma3.c" or die "gemma3.c: $!";
-    my ($below) = do { local $/; <$f> } =~ /^(#ifndef GEMMA3_NO_MAIN\n.*)/ms;
+    my ($below) = do { local $/; <$f> } =~ /^(#ifndef GEMMA3_NO_MAIN\n.*^#endif)\n/ms;
     mkdir "$dir/alone";
     symlink "$top/gemma3.h", "$dir/alone/gemma3.h";
-    spew("alone/main.c", $below);
+    spew("alone/main.c", "$below\n");
     for my $compiler (@compilers) {
         my ($text, $status) = run($compiler, "-std=gnu17", "-O1", "-fno-pic", "-no-pie", @rules, "-o", "$dir/alone/gemma3",
             "$dir/alone/main.c", "$dir/$compiler-library.o", "$dir/$compiler-tokenizer.o", @libs);

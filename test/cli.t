@@ -112,7 +112,7 @@ is($err, "", "and nothing on stderr");
 run("--help");
 is($code, 0, "--help");
 for my $option (qw(-m -p -f --ids -i -n -c -t -b --temp --top-k --top-p --min-p --repeat-penalty
-    --seed --out-ids --exact --isa --kv --no-repack --system --stop --logits --positions --hash
+    --seed --out-ids --exact --isa --kv --no-repack --obey-file --system --state --stop --logits --positions --hash
     --tokenize --no-bos --detokenize --special --info --version --help)) {
     like($out, qr/^  \Q$option\E /m, "--help has $option");
 }
@@ -167,14 +167,14 @@ for my $bad (["-n", "x"], ["-n", "1.5"], ["-n", "-3"], ["-c", "0"], ["-t", "0"],
         "-p", "a", @$bad);
 }
 refuses(2, qr/--kv f8: expected f16 or f32/, "--kv f8", "-m", $tiny, "-p", "a", "--kv", "f8");
-refuses(2, qr/--isa sse9: this CPU can run .*scalar/, "--isa sse9", "-m", $tiny, "-p", "a",
-    "--isa", "sse9");
+refuses(1, qr/instruction set "sse9" is unknown or this CPU does not have it/, "--isa sse9", "-m", $tiny,
+    "-p", "a", "--isa", "sse9");
 refuses(2, qr/--positions "0,x": expected whole numbers/, "--positions 0,x", "-m", $tiny, "-p",
     "a", "--hash", "--positions", "0,x");
 refuses(2, qr/--positions needs/, "--positions alone", "-m", $tiny, "-p", "a", "--positions", "0");
 refuses(2, qr/--system needs -i/, "--system without -i", "-m", $tiny, "-p", "a", "--system", "b");
 refuses(2, qr/need -p, -f or --ids/, "--hash of a chat", "-m", $tiny, "-i", "--hash");
-for my $moved ("--nll", "--perplexity", "--perplexity=a.txt", "--top", "--trace", "--trace-dir") {
+for my $moved ("--nll", "--perplexity", "--top", "--trace", "--trace-dir") {
     my ($option, $job) = $moved =~ /^(--(\w+)[\w-]*)/;
     refuses(2, qr{^gemma3: $option is now `test/conform $job` \(make conform\)}, "$moved, which has moved",
         "-m", $tiny, "-p", "a", $moved, "1");
@@ -502,6 +502,224 @@ like($err, qr/the context of 40 tokens is full/, "and says so");
     kill INT => $pid;
     is(status_of($pid, 10) & 127, POSIX::SIGINT(), "Ctrl-C while a line is awaited ends the chat");
     is(slurp("$dir/stdout"), $first, "whose answers are out");
+}
+
+# ---- Files, texts and machines that are not as they should be --------------------------------------
+
+# Where things are in a GGUF: key => offset of its value (of an array: of its first element),
+# "tensor NAME" => offset of its data, and where keys, the directory and the alignment after it end.
+sub gguf {
+    my ($b) = @_;
+    my @size = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8);
+    my ($n_tensors, $n_keys) = unpack "x8 Q<2", $b;
+    my ($at, %is) = (24);
+    my $number = sub { my ($form, $n) = @_; $at += $n; return unpack $form, substr $b, $at - $n, $n };
+    my $string = sub { my $n = $number->("Q<", 8); $at += $n; return substr $b, $at - $n, $n };
+    for (1 .. $n_keys) {
+        my ($name, $type, $n) = ($string->(), $number->("V", 4), 1);
+        ($type, $n) = ($number->("V", 4), $number->("Q<", 8)) if $type == 9;
+        $is{$name} = $at;
+        if ($type == 8) { $string->() for 1 .. $n }
+        else            { $at += $n * $size[$type] }
+    }
+    $is{"end of keys"} = $at;
+    my %offset;
+    for (1 .. $n_tensors) {
+        my $name = $string->();
+        $at += 8 * $number->("V", 4) + 4;
+        $offset{"tensor $name"} = $number->("Q<", 8);
+    }
+    $is{"end of directory"} = $at;
+    $at = int(($at + 31) / 32) * 32;
+    return (%is, data => $at, map { ($_ => $at + $offset{$_}) } keys %offset);
+}
+
+# A copy of a model with bytes changed: (name of the copy, original, offset => bytes ...).
+sub edited {
+    my ($name, $model, %bytes) = @_;
+    my $b = slurp($model);
+    substr($b, $_, length $bytes{$_}) = $bytes{$_} for keys %bytes;
+    return spew($name, $b);
+}
+
+# A copy with one more key of type float32.
+sub with_key {
+    my ($name, $model, $key, $value) = @_;
+    my ($b, $n_keys) = (slurp($model), 0);
+    my %is = gguf($b);
+    my $data = substr $b, $is{data};
+    my $head = substr($b, 0, $is{"end of keys"}) . pack("Q</a V f<", $key, 6, $value) .
+        substr $b, $is{"end of keys"}, $is{"end of directory"} - $is{"end of keys"};
+    substr($head, 16, 8) = pack "Q<", 1 + unpack "Q<", substr $head, 16, 8;
+    return spew($name, $head . "\0" x (-length($head) % 32) . $data);
+}
+
+# A --stop text that is one token, also of a control token, which prints nothing.
+{
+    my $small = "weights/gemma3-folktales-q4_0.gguf";
+    my $b = slurp($small);
+    my ($the) = split " ", run("-m", $small, "--no-bos", "--tokenize", " the");
+    my %is = gguf($b);
+    my $at = index $b, pack("Q</a", "\xe2\x96\x81the"), $is{"tokenizer.ggml.tokens"};
+    my $control = edited("control.gguf", $small, $at + 8 => "<abcd>",
+        $is{"tokenizer.ggml.token_type"} + 4 * $the => pack "V", 3);
+    my @story = ("-m", $control, "-p", "Once upon a time", "-n", 60, "--temp", 0);
+    my ($until) = run(@story, "--out-ids") =~ /^(.*?) $the /;
+    ok(length($until // ""), "a story has the control token");
+    run(@story, "--out-ids", "--stop", "no such", "--stop", "<abcd>");
+    is($out, "$until\n", "--stop with the text of a control token ends there");
+    is(run(@story, "--stop", "<abcd>"), run("-m", $control, "--detokenize", $until), "printing what came before");
+    unlike(run(@story, "--special", "--stop", "<abcd>"), qr/<abcd>/, "with --special too");
+}
+
+# Numbers that are none.
+{
+    my %is = gguf(slurp($tiny));
+    my $nan = edited("nan.gguf", $tiny, $is{"tensor blk.3.ffn_norm.weight"} + 4 * 7 => pack "f<", "nan");
+    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor to hold what is none was ffn_norm-3$/m;
+    run("-m", $nan, "-p", "the cat", "-n", 6);
+    is($code, 1, "logits that are not numbers: exit code 1");
+    like($err, $says, "one sentence, with the position, what to try, and the first tensor");
+    unlike($err, qr/generated/, "and nothing about what was generated");
+    run(\"the cat\nthe dog\n", "-m", $nan, "-i");
+    is($code, 1, "in a chat too");
+    is(() = $err =~ /$says/g, 1, "once");
+    run("-m", $nan, "--ids", $ids, "--hash", "--exact");
+    is($code, 1, "--hash of them");
+    like($err, qr/^gemma3: logits are not numbers at position 0; the first tensor to hold what is none was ffn_norm-3$/m,
+        "there is nothing to try beyond --exact");
+    like($out, qr/^contract 1 mode exact kv f32 sha256 \w{64}$/, "is printed all the same");
+    my $at = $is{"tensor blk.2.attn_norm.weight"};
+    my $large = edited("large.gguf", $tiny, $at =>
+        pack "f<*", map { $_ * 1e7 } unpack "f<64", substr slurp($tiny), $at, 256);
+    run("-m", $large, "-p", "the cat", "-n", 6);
+    is($code, 1, "values beyond what an F16 cache holds: exit code 1");
+    like($err, qr/try --kv f32 or --exact; the first tensor to hold what is none was (kqv_out|attn_out)\S*-2$/m, "says what to try");
+    for my $how (["--kv", "f32"], ["--exact"]) {
+        run("-m", $large, "-p", "the cat", "-n", 6, @$how);
+        is($code, 0, "and @$how is right");
+    }
+}
+
+# <bos> in the text.
+{
+    is(tiny("--tokenize", "<bos>the cat", "--special"), tiny("--tokenize", "the cat"), "--special: a text's own <bos> is the one");
+    like($err, qr/^$/, "without it nothing is said");
+    tiny("--tokenize", "<bos>the cat", "--special");
+    like($err, qr/^gemma3: the text begins with <bos>: no other is put before it\n$/, "with it there is a note");
+    is(tiny("--tokenize", "<bos>the cat", "--special", "--no-bos"), tiny("--tokenize", "the cat"), "--no-bos: the same");
+    is($err, "", "and no note");
+    my ($hash) = tiny("-p", "the cat", "--hash");
+    is(tiny("-p", "<bos>the cat", "--special", "--hash"), $hash, "so are its logits");
+    is(scalar(() = tiny("--tokenize", "<bos><bos>", "--special") =~ /\b3\b/g), 2, "two in the text stay two");
+}
+
+# Chat templates that ask for something else, turns of several lines, a full context.
+{
+    my ($b, %is) = (slurp($tiny), gguf(slurp($tiny)));
+    my $at = $is{"tokenizer.chat_template"};
+    my $template = substr $b, $at + 8, unpack "Q<", substr $b, $at, 8;
+    my $with = sub {
+        my ($name, $from, $to) = @_;
+        (my $t = $template) =~ s/\Q$from\E/$to/g;
+        return edited("$name.gguf", $tiny, $at + 8 => $t);
+    };
+    run(\"the cat\n", "-m", $with->("chatml", "<start_of_turn>", "<|im_start|>**"), @chat);
+    like($err, qr/^gemma3: the file's chat template has no <start_of_turn>: turns here are Gemma's, without more$/m,
+        "a template that is not Gemma's is named");
+    is($out, $first, "and the turns are Gemma's");
+    for my $word ("tools", "developer", "source_lang_code") {
+        run(\"the cat\n", "-m", $with->($word, substr($template, 0, length $word), $word), @chat);
+        like($err, qr/^gemma3: the file's chat template asks for $word: turns here are Gemma's, without more$/m, "one that asks for $word");
+    }
+    tiny(\"the cat\n", @chat);
+    unlike($err, qr/template/, "of Gemma's own nothing is said");
+    my $lines = answer_to("<start_of_turn>user\nthe cat\nand\n\nthe dog<end_of_turn>\n<start_of_turn>model\n");
+    tiny(\"the cat\\\nand\\\n\\\nthe dog\n", @chat);
+    is($out, $lines, "a line that ends in \\ goes on in the next");
+    tiny(\"the cat\\\r\nand\\\r\n\\\r\nthe dog\r\n", @chat);
+    is($out, $lines, "with the line ends of Windows too");
+    tiny(\"the cat\\", @chat);
+    is($out, answer_to("<start_of_turn>user\nthe cat\\<end_of_turn>\n<start_of_turn>model\n"), "at the end of all lines it is a \\");
+    tiny(\"the cat\n", "-i", "-c", 20, "--top-k", 1);
+    like($err, qr/^gemma3: the context of 20 tokens is full; \/clear starts again, -c gives more$/m,
+        "an answer that fills the context says what helps");
+}
+
+# --state: computed once.
+{
+    my $state = "$dir/kept state";
+    my $n_read = sub { return $err =~ /^prompt (\d+) tokens/m ? $1 : -1 };
+    my @go = ("--temp", 0, "-n", 8, "--repeat-penalty", 1.3, "--out-ids");
+    my $long = "once upon a time there was a little girl who lived in the forest";
+    my $want = tiny("-p", $long, @go);
+    my $n = $n_read->();
+    is(tiny("-p", $long, @go, "--state", $state), $want, "--state: the same text");
+    is($n_read->(), $n, "all of the prompt is computed");
+    my $kept = slurp($state);
+    is(tiny("-p", $long, @go, "--state", $state), $want, "and again from the file");
+    is($n_read->(), 1, "but for the last token nothing is computed");
+    is(tiny("-p", "$long with a cat", @go, "--state", $state), tiny("-p", "$long with a cat", @go), "a longer text");
+    ok(slurp($state) eq $kept, "leaves the file");
+    tiny("-p", "$long with a cat", @go, "--state", $state);
+    cmp_ok($n_read->(), "<", 8, "and computes what is new");
+    is(tiny("-p", "the cat", @go, "--state", $state), tiny("-p", "the cat", @go), "another text");
+    ok(slurp($state) ne $kept, "is computed and kept instead");
+    is(scalar(grep { /\.part$/ } glob "'$dir'/*"), 0, "no half file is left");
+
+    my @kind = (@chat, "--system", "you are a dog who lives in the forest", "--state", "$dir/system state");
+    my @plain = (@chat, "--system", "you are a dog who lives in the forest");
+    my $dog = tiny(\"the cat\n", @plain);
+    $n = $n_read->();
+    is(tiny(\"the cat\n", @kind), $dog, "a system text, computed");
+    is(tiny(\"the cat\n", @kind), $dog, "and read");
+    cmp_ok($n_read->(), "<", $n / 2, "which saves its tokens");
+    is(tiny(\"the girl\n/clear\nthe cat\n", @kind), tiny(\"the girl\n/clear\nthe cat\n", @plain), "for every turn that is the first");
+    refuses(1, qr/the model\.gguf: .+/, "--state of a model", "-m", $tiny, "-p", $long, "--state", $copy);
+    ok(slurp($copy) eq slurp($tiny), "which stays as it was");
+    refuses(1, qr/cut state: .+/, "half a state", "-m", $tiny, "-p", $long, "--state", spew("cut state", substr slurp($state), 0, -3));
+    refuses(2, qr/--state is not for --logits and --hash/, "--state with --hash", "-m", $tiny, "-p", $long, "--hash", "--state", $state);
+}
+
+# Memory, contexts, byte-order marks, locales.
+SKIP: {
+    my $limited = "ulimit -v 600000 && exec $gemma3";
+    skip "no ulimit -v here", 2 if system("$limited --version >/dev/null 2>&1");
+    $code = system("sh -c '$limited -m $tiny -t 1 -p a -c 16777216' >$dir/stdout 2>$dir/stderr") >> 8;
+    is($code, 1, "more memory than there may be: exit code 1");
+    like(slurp("$dir/stderr"), qr/^gemma3: out of memory: -c 16777216 needs \d{4,} MB beside 0 MB of weights, and this process may use 585 MB$/m,
+        "which is said before it is tried");
+}
+tiny("-p", "a", "-n", 1, "-c", 600);
+like($err, qr/^gemma3: -c 600 goes beyond the 512 tokens the model was trained on \(RoPE factor 8\): what it writes after them may make no sense$/m,
+    "-c beyond what the model was trained on is said");
+tiny("-p", "a", "-n", 1, "-c", 512);
+unlike($err, qr/trained/, "up to it is not");
+is(tiny("--ids", spew("bom.ids", "\xef\xbb\xbf" . slurp($ids)), "--hash"), $hash, "ids after a byte-order mark");
+refuses(1, qr/found "\xef\xbb\xbf3"/, "which is none elsewhere", "-m", $tiny, "--ids", spew("bom.ids", "3 \xef\xbb\xbf3"));
+SKIP: {
+    mkdir "$dir/locales";
+    skip "no locale with a decimal comma", 3
+        if system("localedef -i de_DE -f UTF-8 '$dir/locales/de_DE.UTF-8' >/dev/null 2>&1");
+    local %ENV = (%ENV, LOCPATH => "$dir/locales", LC_ALL => "de_DE.UTF-8");
+    is(qx(perl -MPOSIX -Mlocale -e 'setlocale(LC_ALL, ""); printf "%.1f", 0.5'), "0,5", "a decimal comma");
+    is(tiny(@sampling, "--temp=0.01"), do { local $ENV{LC_ALL} = "C"; tiny(@sampling, "--temp=0.01") }, "is nothing to --temp 0.01");
+    like(tiny("--info"), qr/^rms_eps +9\.99999997e-07$/m, "nor to what is printed");
+}
+like(tiny("--info"), qr/^query_scale +0\.176776692 \(default\)$/m, "--info marks what is not in the file");
+unlike($out, qr/^d_model .*\(/m, "and nothing else");
+SKIP: {
+    skip "no $real", 6 if !-f $real;
+    my $capped = with_key("capped.gguf", $real, "gemma3.final_logit_softcapping", 30);
+    my @job = ("-p", "Paris is the capital of", "--hash", "-c", 64);
+    my $hash = run("-m", $real, @job);
+    is($err, "", "of a right file nothing is said");
+    is(run("-m", $capped, @job), $hash, "a key that contradicts the model's definition is not obeyed");
+    like($err, qr/^gemma3: .*final_logit_softcapping.*\n$/, "which is said");
+    like(run("-m", $capped, "--info"), qr/^final_softcap +0 \(overridden\)$/m, "and marked by --info");
+    isnt(run("-m", $capped, @job, "--obey-file"), $hash, "--obey-file obeys it");
+    is($err, "", "without a word");
+    unlink $capped;
 }
 
 # ---- The model that comes with the source ----------------------------------------------------------

@@ -19,9 +19,22 @@ static gemma3_sampler plain(uint64_t seed)
     return s;
 }
 
+/* Sampling changes the logits of ids that the penalty is for: it gets a copy. */
 static int32_t next(gemma3_sampler *s, const float *logits, int n)
 {
-    return gemma3_sample(s, logits, n, scratch);
+    static float copy[MAX_VOCAB];
+    memcpy(copy, logits, (size_t)n * sizeof *copy);
+    return gemma3_sample(s, copy, n, scratch);
+}
+
+static float next_uniform(gemma3_sampler *s) /* xorshift64*, its upper 24 bits */
+{
+    uint64_t x = s->rng;
+    x ^= x >> 12;
+    x ^= x << 25;
+    x ^= x >> 27;
+    s->rng = x;
+    return (float)(x * 0x2545F4914F6CDD1D >> 40) / 16777216.0f;
 }
 
 /* ---- The stored sequences -------------------------------------------------------------------- */
@@ -191,7 +204,7 @@ static void many_tokens(void)
     }
 }
 
-/* At a high temperature neighbouring logits have equal weights; their order is still the logits'. */
+/* At a high temperature neighbouring logits have equal weights; the logits still order them. */
 static void order_is_by_logit(void)
 {
     const float near[] = { 1, 1.00000012f }, penalized[] = { 1, 2 };
@@ -203,7 +216,7 @@ static void order_is_by_logit(void)
         int32_t id = next(&s, near, 2);
         if (u < 0.5f) n_low++, n_first += id == 1;
     }
-    ok(n_low > 50 && n_first == n_low, "of equal weights the one with the larger logit comes first");
+    ok(n_low > 50 && n_first == n_low, "of equal weights the larger logit comes first");
     gemma3_sampler s = plain(1);
     s.temperature = 100, s.top_p = 0, s.repeat_penalty = 2;
     gemma3_sampler_accept(&s, 1);
@@ -231,7 +244,8 @@ static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
         c[i] = (gemma3_candidate){ logits[i], i };
         for (int j = 0; j < GEMMA3_PENALTY_WINDOW && j < s->n_last; j++)
             if (s->last[j] == i) {
-                c[i].logit = logits[i] > 0 ? logits[i] / s->repeat_penalty : logits[i] * s->repeat_penalty;
+                float r = s->repeat_penalty;
+                c[i].logit = logits[i] > 0 ? logits[i] / r : logits[i] * r;
                 break;
             }
         if (isnan(c[i].logit)) c[i].logit = -float_of(0x7f800000);
@@ -240,7 +254,8 @@ static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
     int n_left = s->top_k && s->top_k < n ? s->top_k : n, k = 0;
     if (n_left == 1 || isinf(c[0].logit)) return c[0].id;
     for (int i = 0; i < n; i++) e[i] = 0;
-    for (int i = 0; i < n_left; i++) e[c[i].id] = exp_f32((c[i].logit - c[0].logit) / s->temperature);
+    for (int i = 0; i < n_left; i++)
+        e[c[i].id] = exp_f32((c[i].logit - c[0].logit) / s->temperature);
     for (int i = 0; i < n; i++) lane[i % 16] += e[i];
     float limit = s->top_p * join_lanes(lane);
     while (k < n_left && (k == 0 || sum < limit)) sum += e[c[k++].id];
@@ -285,7 +300,7 @@ static void as_the_plainest_form(void)
         gemma3_sampler s = plain((uint64_t)i);
         s.top_k = top_k[i % 7], s.top_p = top_p[i / 2 % 5], s.min_p = min_p[i / 3 % 4];
         s.temperature = temperature[i / 5 % 4], s.repeat_penalty = penalty[i / 11 % 3];
-        for (int j = 0; j < 80; j++) gemma3_sampler_accept(&s, (int32_t)((uint32_t)(i * j) % (2 * n_vocab)));
+        for (int j = 0; j < 80; j++) gemma3_sampler_accept(&s, i * j % (2 * n_vocab));
         gemma3_sampler t = s;
         for (int k = 0; k < 3; k++, n++) {
             int32_t id = next(&s, logits, n_vocab);
@@ -357,9 +372,10 @@ static void sums_of_scores(void)
             if (row % 11 == 1) logits[n / 2] = float_of(0xff800000);
             if (row % 13 == 1) logits[n / 2] = float_of(0x7fc00000);
             if (row % 17 == 1) logits[n / 2] = float_of(0x7f800000);
-            if (row % 19 == 1) for (int j = 0; j < n; j += 7) logits[j] = -690.0f - (float)(j % 3) / 64;
+            for (int j = 0; row % 19 == 1 && j < n; j += 7) logits[j] = -690 - (float)(j % 3) / 64;
             float max = largest_of(logits, n);
-            double want = sum_exp_defined(logits, n, max), got = all_kernels[k]->sum_exp(logits, n, max);
+            double want = sum_exp_defined(logits, n, max);
+            double got = all_kernels[k]->sum_exp(logits, n, max);
             n_same += !memcmp(&got, &want, sizeof got) || (isnan(got) && isnan(want));
         }
         is_int(n_same, n_rows, "%s: the sum under a score is the definition's, bit for bit",

@@ -4,11 +4,10 @@
  *     gemma3 -m weights/gemma3-folktales-q4_0.gguf -p "Once upon a time" --hash
  *     gemma3 -m weights/gemma3-folktales-q4_0.gguf -p "Once" --exact --hash
  *
- * The board gives it `print` and `stop` (start.c) and two ends of memory (board.ld). */
+ * The board gives it `print` and `stop` (start.c) and memory (board.ld). Nothing calls malloc. */
 #include "gemma3.h"
 
 #include <stddef.h>
-#include <stdlib.h>
 #include <string.h>
 
 void print(const char *text);
@@ -22,6 +21,7 @@ enum { MAX_IDS = 64, N_CTX = 64, STORY = 12 };
 static int32_t ids[MAX_IDS];
 static unsigned char work[4096]; /* of the tokenizer */
 static float *logits;            /* [MAX_IDS][n_vocab] */
+static size_t used;              /* bytes of memory */
 
 static void print_number(const char *what, size_t n)
 {
@@ -69,7 +69,7 @@ static void tell(const gemma3_model *m, gemma3_state *s, const char *prompt, con
 {
     print(prompt);
     for (int i = 0; i < STORY; i++) {
-        char text[GEMMA3_PIECE_MAX + 1];
+        static char text[GEMMA3_PIECE_MAX + 1];
         int32_t id = gemma3_argmax(last, gemma3_model_config(m)->n_vocab);
         int row = 0;
         text[gemma3_decode(gemma3_model_tokenizer(m), id, 0, text)] = 0;
@@ -80,43 +80,46 @@ static void tell(const gemma3_model *m, gemma3_state *s, const char *prompt, con
     print("\n");
 }
 
+/* The next n bytes of memory; what the last run took is free again when `used` is 0. */
+static void *take(size_t n)
+{
+    size_t at = used;
+    used += (n + 15) & ~(size_t)15;
+    return heap + at;
+}
+
 static void run(int exact, const char *prompt)
 {
     static gemma3_error err;
+    size_t n_file = model_end - model, size;
+    gemma3_source from = {.data = model, .n_data = n_file, .size = n_file, .name = "model"};
     gemma3_options options = {.exact = exact, .no_repack = 1};
-    gemma3_model *m = gemma3_open_memory(model, model_end - model, "model", &options, &err);
+    used = 0;
+    size = gemma3_model_size(&from, &options, &err);
+    if (size == 0) quit(err.text);
+    gemma3_model *m = gemma3_model_init(&from, &options, take(size), size, &err);
     if (!m) quit(err.text);
+    print_number("bytes of the opened model: ", size);
     gemma3_params p = gemma3_default_params(m);
     p.n_ctx = N_CTX;
     p.n_batch = 4;
-    size_t size = gemma3_state_size(m, &p);
-    gemma3_state *s = gemma3_state_init(m, &p, malloc(size), size, &err);
+    size = gemma3_state_size(m, &p);
+    gemma3_state *s = gemma3_state_init(m, &p, take(size), size, &err);
     if (!s) quit(err.text);
+    print_number("bytes of the state: ", size);
     int n = encode(m, prompt), n_vocab = gemma3_model_config(m)->n_vocab;
-    logits = realloc(logits, (size_t)n * n_vocab * sizeof *logits);
+    logits = take((size_t)n * n_vocab * sizeof *logits);
     print_hash(exact ? "exact " : "default ", m, s, n);
     if (!exact) tell(m, s, prompt, logits + (size_t)(n - 1) * n_vocab);
-    print_number("bytes of the state: ", size);
-    gemma3_close(m);
 }
 
 int main(void)
 {
     unsigned char *low = stack;
-    while (low + 256 < (unsigned char *)&low) *low++ = 0xa5; /* what is still so at the end was never used */
+    while (low + 256 < (unsigned char *)&low) *low++ = 0xa5; /* what stays so was never used */
     run(0, "Once upon a time");
     run(1, "Once");
     for (low = stack; *low == 0xa5;) low++;
     print_number("bytes of stack used: ", (size_t)(stack_top - low));
     return 0;
 }
-
-/* malloc's memory */
-void *sbrk(ptrdiff_t n)
-{
-    static size_t used;
-    void *p = heap + used;
-    used += n;
-    return p;
-}
-void *_sbrk(ptrdiff_t n) { return sbrk(n); }
