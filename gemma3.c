@@ -174,6 +174,7 @@
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
+#include <cpuid.h>
 #include <immintrin.h>
 #define HAVE_X86 1
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
