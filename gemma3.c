@@ -174,6 +174,7 @@
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
+#include <cpuid.h>
 #include <immintrin.h>
 #define HAVE_X86 1
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
@@ -2231,7 +2232,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    const int NT = 4, NH = INT16_SUMS && kind == PANEL_HALVES ? 1 : 2, ALONE = TILE_ROWS / LANES;
+    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
     int i = 0;
     for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
