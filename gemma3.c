@@ -1999,6 +1999,7 @@ struct unpacked {
  * once. The shapes are here, the room in lay_out (section 13). In attention a few tokens make a pack. */
 struct gemma3_state {
     const gemma3_model *m;
+    const gemma3_config *config;      /* the model's, or the one that params give */
     gemma3_params p;
     void *allocated;                  /* by _new, else NULL */
     int pos;                          /* tokens in the cache */
@@ -2066,7 +2067,7 @@ static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void
         for (int i = 0; i < n_items; i++) each(job, i, 0);
 }
 
-static void trace(const gemma3_state *s, const char *name, int l, const float *x, int n, int width)
+static void trace(const gemma3_state *s, const char *name, int l, float *x, int n, int width)
 {
     if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
 }
@@ -2204,7 +2205,7 @@ struct norm {
 static void norm_task(void *arg, int i, int worker)
 {
     const struct norm *job = arg;
-    const gemma3_config *c = &job->s->m->config;
+    const gemma3_config *c = job->s->config;
     size_t at = (size_t)i * c->d_model;
     (void)worker;
     job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
@@ -2239,14 +2240,14 @@ static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_
 
 static int slots_of(const gemma3_state *s, int l)
 {
-    return s->m->config.is_local[l] ? s->ring : s->p.n_ctx;
+    return s->config->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
 /* cos and sin of every angle of this chunk, for both bases; all layers share them. Linear scaling
  * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
 static void rope_tables(gemma3_state *s, int n)
 {
-    int half = s->m->config.head_dim / 2;
+    int half = s->config->head_dim / 2;
     for (int local = 0; local < 2; local++)
         for (int i = 0; i < n; i++)
             for (int j = 0; j < half; j++)
@@ -2278,7 +2279,7 @@ static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_
 /* First position that the token at position p sees: q - k < window in a local layer. */
 static int first_seen(const struct attention *a, int p)
 {
-    const gemma3_config *c = &a->s->m->config;
+    const gemma3_config *c = a->s->config;
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
@@ -2287,39 +2288,63 @@ static int slice_width(int head_dim, int j0) { return head_dim - j0 < MIX_WIDTH 
 /* Where K of kv head g at position p lies, and elements j0 .. j0 + slice_width - 1 of V. */
 static uint8_t *key_at(const struct attention *a, int g, int p)
 {
-    size_t D = a->s->m->config.head_dim;
+    size_t D = a->s->config->head_dim;
     return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
 }
 
 static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
 {
-    int D = a->s->m->config.head_dim;
+    int D = a->s->config->head_dim;
     size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
     return a->s->v_cache[a->l] + before * kv_element(a->s);
 }
 
-/* Norm and rope for the queries and keys of token i; its K and V go into the cache. */
-static void prepare_token(void *arg, int i, int worker)
+/* Norm of the queries and keys of token i. */
+static void norm_token(void *arg, int i, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
-    const struct kernels *kernels = s->m->kernels;
-    int D = c->head_dim, local = c->is_local[a->l], p = s->pos + i, is_f16 = cache_type(s) == F16;
-    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
+    const gemma3_config *c = s->config;
+    int D = c->head_dim;
     (void)worker;
     for (int h = 0; h < c->n_heads; h++) {
         float *q = s->q + ((size_t)i * c->n_heads + h) * D;
-        kernels->rmsnorm(q, q, a->w->attn_q_norm, D, c->rms_eps);
-        kernels->rope(q, cosine, sine, D);
+        s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, D, c->rms_eps);
     }
     for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D, *v = s->v + ((size_t)i * c->n_kv_heads + g) * D;
-        kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
-        kernels->rope(k, cosine, sine, D);
-        kernels->store(key_at(a, g, p), k, D, is_f16);
+        float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D;
+        s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
+    }
+}
+
+/* Rope for the queries and keys of token i. */
+static void turn_token(void *arg, int i, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    const gemma3_config *c = s->config;
+    int D = c->head_dim, local = c->is_local[a->l];
+    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
+    (void)worker;
+    for (int h = 0; h < c->n_heads; h++)
+        s->m->kernels->rope(s->q + ((size_t)i * c->n_heads + h) * D, cosine, sine, D);
+    for (int g = 0; g < c->n_kv_heads; g++)
+        s->m->kernels->rope(s->k + ((size_t)i * c->n_kv_heads + g) * D, cosine, sine, D);
+}
+
+/* K and V of token i go into the cache. */
+static void store_token(void *arg, int i, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    const gemma3_config *c = s->config;
+    int D = c->head_dim, p = s->pos + i, is_f16 = cache_type(s) == F16;
+    (void)worker;
+    for (int g = 0; g < c->n_kv_heads; g++) {
+        const float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D, *v = s->v + ((size_t)i * c->n_kv_heads + g) * D;
+        s->m->kernels->store(key_at(a, g, p), k, D, is_f16);
         for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
-            kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), is_f16);
+            s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), is_f16);
     }
 }
 
@@ -2344,7 +2369,7 @@ static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->m->config.head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
+    int D = s->config->head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
     int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
     float (*acc)[TILE_ROWS] = acc_of(s, worker);
     end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
@@ -2377,7 +2402,7 @@ static void softmax_task(void *arg, int index, int worker)
 static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
 {
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     int D = c->head_dim;
     for (int t = 0; t < n_queries(a); t++) {
         int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
@@ -2396,7 +2421,7 @@ static void mix_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->m->config.head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
+    int D = s->config->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
     int p0 = s->pos + a->i0, from = 0, to = 1;
     float *out = s->pack_out + query_at(a, g, 0) * D + j0;
     struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s), .e_stride = s->n_score,
@@ -2423,7 +2448,7 @@ static void mix_task(void *arg, int index, int worker)
 static void gather_queries(const struct attention *a)
 {
     gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
     for (int i = 0; i < a->n; i++)
         for (int g = 0; g < c->n_kv_heads; g++) {
@@ -2438,7 +2463,7 @@ static void gather_queries(const struct attention *a)
 static void attend(struct attention *a)
 {
     const gemma3_state *s = a->s;
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     a->first_pos = first_seen(a, s->pos + a->i0);
     gather_queries(a);
     for_each(s, c->n_kv_heads * n_score_runs(a), score_task, a);
@@ -2446,39 +2471,32 @@ static void attend(struct attention *a)
     for_each(s, c->n_kv_heads * n_slices(c->head_dim), mix_task, a);
 }
 
-/* For a trace alone: the heads after their norm and before rope, in room that is not in use yet. */
-static void trace_normed(const gemma3_state *s, const struct layer *w, int l, int n)
-{
-    const gemma3_config *c = &s->m->config;
-    int D = c->head_dim;
-    for (int h = 0; h < n * c->n_heads; h++)
-        s->m->kernels->rmsnorm(s->attended + (size_t)h * D, s->q + (size_t)h * D, w->attn_q_norm, D, c->rms_eps);
-    trace(s, "Qcur_normed", l, s->attended, n, c->n_heads * D);
-    for (int g = 0; g < n * c->n_kv_heads; g++)
-        s->m->kernels->rmsnorm(s->attended + (size_t)g * D, s->k + (size_t)g * D, w->attn_k_norm, D, c->rms_eps);
-    trace(s, "Kcur_normed", l, s->attended, n, c->n_kv_heads * D);
-}
-
 /* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
     struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
                          .n_products = 3, .n = n, .x = s->h};
     matmul(&qkv);
-    if (s->p.trace) trace_normed(s, w, l, n);
-    for_each(s, n, prepare_token, &a);
+    trace(s, "Qcur_raw", l, s->q, n, c->n_heads * c->head_dim);
+    trace(s, "Kcur_raw", l, s->k, n, c->n_kv_heads * c->head_dim);
+    trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
+    for_each(s, n, norm_token, &a);
+    trace(s, "Qcur_normed", l, s->q, n, c->n_heads * c->head_dim);
+    trace(s, "Kcur_normed", l, s->k, n, c->n_kv_heads * c->head_dim);
+    for_each(s, n, turn_token, &a);
     trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
     trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
-    trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
+    for_each(s, n, store_token, &a);
     for (a.i0 = 0; a.i0 < n; a.i0 += s->pack) {
         a.n = n - a.i0 < s->pack ? n - a.i0 : s->pack;
         attend(&a);
     }
     trace(s, "kqv_out", l, s->attended, n, c->n_heads * c->head_dim);
     matmul_one(s, s->h, &w->attn_output, s->attended, n);
+    trace(s, "attn_out", l, s->h, n, c->d_model);
 }
 
 /* ---- Feed-forward ---- */
@@ -2486,18 +2504,21 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 static void gelu_task(void *arg, int i, int worker)
 {
     gemma3_state *s = arg;
-    size_t d_ff = s->m->config.d_ff;
+    size_t d_ff = s->config->d_ff;
     (void)worker;
     s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
 }
 
 /* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
-static void feed_forward(gemma3_state *s, const struct layer *w, int n)
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
 {
     struct matmul gate_up = {.s = s, .w = {&w->ffn_gate, &w->ffn_up}, .y = {s->gate, s->up},
                              .n_products = 2, .n = n, .x = s->h};
     matmul(&gate_up);
+    trace(s, "ffn_gate", l, s->gate, n, s->config->d_ff);
+    trace(s, "ffn_up", l, s->up, n, s->config->d_ff);
     for_each(s, n, gelu_task, s);
+    trace(s, "ffn_geglu", l, s->gate, n, s->config->d_ff);
     matmul_one(s, s->h, &w->ffn_down, s->gate, n);
 }
 
@@ -2507,7 +2528,7 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int n)
  * this scale makes one matrix serve as both. */
 static void embed(gemma3_state *s, const int32_t *ids, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     for (int i = 0; i < n; i++) {
         float *x = s->x + (size_t)i * c->d_model;
         s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
@@ -2516,7 +2537,7 @@ static void embed(gemma3_state *s, const int32_t *ids, int n)
 }
 
 /* Rows that were asked for: their position is the first one's, the others need not be adjacent. */
-static void trace_rows(const gemma3_state *s, const char *name, const int *rows, const float *x, int n, int width)
+static void trace_rows(const gemma3_state *s, const char *name, const int *rows, float *x, int n, int width)
 {
     if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
 }
@@ -2524,7 +2545,7 @@ static void trace_rows(const gemma3_state *s, const char *name, const int *rows,
 /* Logits of n_rows tokens of the chunk, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
@@ -2543,7 +2564,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 /* n <= chunk tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
 static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     size_t size = (size_t)n * c->d_model;
     rope_tables(s, n);
     embed(s, ids, n);
@@ -2559,7 +2580,7 @@ static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
         trace(s, "sa_out", l, s->x, n, c->d_model);
         rmsnorm(s, s->h, s->x, w->ffn_norm, n);
         trace(s, "ffn_norm", l, s->h, n, c->d_model);
-        feed_forward(s, w, n);
+        feed_forward(s, w, l, n);
         trace(s, "ffn_out", l, s->h, n, c->d_model);
         rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
         trace(s, "ffn_post_norm", l, s->h, n, c->d_model);
@@ -2570,8 +2591,9 @@ static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
 
 /* Labels of the trace as they come; from the second to the third from the end each layer has them. */
 static const char *const trace_labels[] = {
-    "inp_scaled", "attn_norm", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur", "Vcur", "kqv_out",
-    "attn_post_norm", "sa_out", "ffn_norm", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+    "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur",
+    "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_geglu", "ffn_out",
+    "ffn_post_norm", "l_out", "result_norm", "result_output"};
 enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
 
 const char *gemma3_trace_label(int index, int *in_layers)
@@ -2583,7 +2605,7 @@ const char *gemma3_trace_label(int index, int *in_layers)
 
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
-    int n_vocab = s->m->config.n_vocab;
+    int n_vocab = s->config->n_vocab;
     if (n < 0) {
         snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
         return -1;
@@ -2617,7 +2639,7 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         forward_chunk(s, ids + done, take);
         for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) chunk_rows[in_chunk++] = *rows - done;
         if (in_chunk) unembed(s, chunk_rows, in_chunk, logits);
-        if (in_chunk) logits += (size_t)in_chunk * s->m->config.n_vocab;
+        if (in_chunk) logits += (size_t)in_chunk * s->config->n_vocab;
         s->pos += take;
     }
     fp_leave(fp);
@@ -3126,6 +3148,7 @@ static int configure_rope(struct opening *o)
         get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
         return -1;
     if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
+    c->rope_factor_local = 1;
     /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
     if (c->rope_factor < 0x1p-7f)
         return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
@@ -3395,6 +3418,47 @@ void gemma3_close(gemma3_model *m)
 }
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
+static int matrix_tensor(const struct matrix *w, gemma3_tensor *out)
+{
+    out->format = w->format->name;
+    out->rows = w->rows, out->cols = w->cols;
+    out->data = w->data;
+    out->bytes = (size_t)w->rows * w->row_bytes;
+    return 0;
+}
+
+static int norm_tensor(const float *w, int n, gemma3_tensor *out)
+{
+    out->format = "F32";
+    out->rows = 1, out->cols = n;
+    out->data = out->floats = w;
+    out->bytes = n * sizeof *w;
+    return 0;
+}
+
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *out)
+{
+    static const char *const names[] = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm",
+        "attn_output", "post_attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm"};
+    const gemma3_config *c = &m->config;
+    int l = (index - 1) / 13, k = (index - 1) % 13, after = index - 1 - 13 * c->n_layers;
+    memset(out, 0, sizeof *out);
+    if (index < 0 || after > (m->tied ? 0 : 1)) return -1;
+    if (index == 0 || after >= 0)
+        snprintf(out->name, sizeof out->name, "%s.weight", index == 0 ? "token_embd" : after ? "output" : "output_norm");
+    else snprintf(out->name, sizeof out->name, "blk.%d.%s.weight", l, names[k]);
+    if (index == 0) return matrix_tensor(&m->token_embd, out);
+    if (after == 0) return norm_tensor(m->output_norm, c->d_model, out);
+    if (after == 1) return matrix_tensor(&m->output, out);
+    const struct layer *w = &m->layer[l];
+    const struct matrix *matrices[13] = {NULL, &w->attn_q, &w->attn_k, &w->attn_v, NULL, NULL, &w->attn_output, NULL,
+                                         NULL, &w->ffn_gate, &w->ffn_up, &w->ffn_down, NULL};
+    const float *norms[13] = {w->attn_norm, NULL, NULL, NULL, w->attn_q_norm, w->attn_k_norm, NULL,
+                              w->post_attention_norm, w->ffn_norm, NULL, NULL, NULL, w->post_ffw_norm};
+    if (matrices[k]) return matrix_tensor(matrices[k], out);
+    return norm_tensor(norms[k], k == 4 || k == 5 ? c->head_dim : c->d_model, out);
+}
+
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
@@ -3455,7 +3519,7 @@ static int widest_input(const gemma3_config *c)
 /* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
-    const gemma3_config *c = &s->m->config;
+    const gemma3_config *c = s->config;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->chunk;
     size_t pack_q = (size_t)s->pack * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
     for (int l = 0; l < c->n_layers; l++) {
@@ -3495,9 +3559,9 @@ gemma3_params gemma3_default_params(const gemma3_model *m)
 
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m};
+    gemma3_state s = {.m = m, .config = p->config ? p->config : &m->config};
     struct arena a = {NULL, 0};
-    size_state(&s, &m->config, p);
+    size_state(&s, s.config, p);
     lay_out(&s, &a);
     return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
 }
@@ -3520,7 +3584,7 @@ static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_er
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
                                 gemma3_error *err)
 {
-    const gemma3_config *c = &m->config;
+    const gemma3_config *c = p->config ? p->config : &m->config;
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
     if (size < need)
@@ -3531,13 +3595,14 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
     struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
     memset(s, 0, sizeof *s);
     s->m = m;
+    s->config = c;
     size_state(s, c, p);
     lay_out(s, &a);
     for (int local = 0; local < 2; local++)
         for (int j = 0; j < c->head_dim / 2; j++) {
             float base = local ? c->rope_base_local : c->rope_base_global;
             float turned = (float)power(base, 2.0 * j / c->head_dim);
-            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : c->rope_factor);
+            s->inv_freq[local][j] = (1.0f / turned) / (local ? c->rope_factor_local : c->rope_factor);
         }
     fp_leave(fp);
     return s;
@@ -4694,7 +4759,7 @@ static void append_floats(struct watch *w, const struct tensor_seen *t, const fl
 
 /* The library calls this with every tensor inside. */
 static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       const float *data)
+                       float *data)
 {
     struct watch *w = user;
     char with_layer[64];

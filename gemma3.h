@@ -81,6 +81,7 @@ typedef struct gemma3_config {
     float rope_base_global;  /* rope.freq_base                    rope_theta */
     float rope_base_local;   /* rope.freq_base_swa                rope_local_base_freq */
     float rope_factor;       /* rope.scaling.factor: global layers' angles are divided by it */
+    float rope_factor_local; /* 1: those of local layers are not */
     float query_scale;       /* 1/sqrt(head_dim), 27B: 1/sqrt(d_model/n_heads)  query_pre_attn_scalar */
     float embedding_scale;   /* sqrt(d_model) */
     float final_softcap;     /* final_logit_softcapping, 0 when absent */
@@ -123,6 +124,17 @@ const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels ch
 const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
 int gemma3_model_is_exact(const gemma3_model *m);
 int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
+/* A weight. data is as in the file, where it lies there (always in exact mode). */
+typedef struct gemma3_tensor {
+    char name[64];           /* blk.0.attn_q.weight */
+    const char *format;      /* "Q4_0" */
+    int rows, cols;
+    const void *data;
+    size_t bytes;
+    const float *floats;     /* of a norm: its values; NULL for matrices */
+} gemma3_tensor;
+/* Tensors in the order of the layers, from 0. -1 past the last. */
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *out);
 size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
 size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
 
@@ -139,9 +151,9 @@ typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_t
 /* Called with every intermediate tensor, under llama.cpp's labels ("attn_norm", "Qcur", "l_out",
  * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos,
  * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
- * pos is that of the first one. */
+ * pos is that of the first one. What a trace writes into data is what the model goes on with. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
-                          const float *data);
+                          float *data);
 
 /* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
 const char *gemma3_trace_label(int index, int *in_layers);
@@ -155,6 +167,8 @@ typedef struct gemma3_params {
     void *pool;
     gemma3_trace *trace;     /* NULL: none */
     void *trace_user;
+    const gemma3_config *config; /* NULL: the model's. A copy of it with other numbers and the same
+                              * shapes shows what a wrong number does; it must outlive the state */
 } gemma3_params;
 
 /* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */

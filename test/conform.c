@@ -513,7 +513,7 @@ static void append_floats(struct watch *w, const struct tensor_seen *t, const fl
 
 /* The library calls this with every tensor inside. */
 static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       const float *data)
+                       float *data)
 {
     struct watch *w = user;
     char with_layer[64];

@@ -522,7 +522,7 @@ static int width_of(const gemma3_config *c, const char *name)
     return !strcmp(name, "result_output") ? c->n_vocab : c->d_model;
 }
 
-static void look(void *user, const char *name, int layer, int pos, int n, int width, const float *data)
+static void look(void *user, const char *name, int layer, int pos, int n, int width, float *data)
 {
     seen *s = user;
     int k = 0;
