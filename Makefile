@@ -14,7 +14,7 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Every test/*.c and test/*.t is a test, but the benchmark and the conformance kit.
-KIT     = test/conform.c
+KIT     = $(patsubst %,test/%.c,conform compare diagnose mistakes readers)
 C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c $(KIT),$(wildcard test/*.c)))
 TESTS   = $(C_TESTS) $(wildcard test/*.t)
 
@@ -42,7 +42,7 @@ test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $< gemma3.c tokenizer.c $(LIBS)
 
 conform: test/conform
-test/conform: $(KIT) test/conform.h gemma3.c gemma3.h tokenizer.c
+test/conform: $(KIT) $(wildcard test/*.h) gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $(KIT) gemma3.c tokenizer.c $(LIBS)
 
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).

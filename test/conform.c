@@ -14,6 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "compare.h"
 #include "conform.h"
 
 static const char default_model[] = "gemma3-folktales-q4_0.gguf";
@@ -631,6 +632,13 @@ static const struct command {
     {"trace", "NAMES", 1, 1, trace,
      "tensors inside, by llama.cpp's labels: l_out-7,attn_norm (of every\n"
      "layer); with --dir DIR whole, as DIR/l_out-7.f32"},
+    {"compare", "OTHER", 1, 1, compare,
+     "another engine's logits, in the file OTHER, against our exact mode:\n"
+     "how far they are, whether that conforms, and if not which known\n"
+     "mistake explains it. Forms, told apart by content: raw float32,\n"
+     ".npy or .safetensors, [T][V] or of the last position [V]; the base\n"
+     "file of llama-perplexity (its ids come with it); JSON lines of a\n"
+     "server with \"top_logprobs\""},
 };
 
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
@@ -660,12 +668,20 @@ static const struct option options[] = {
      "control tokens spelled in the text are those tokens"},
     {"--dir", "DIR", TEXT, FIELD(dir), 0, 0, "trace",
      "whole tensors, float32, little-endian; DIR is made when it is absent"},
+    {"--positions", "LIST", TEXT, FIELD(positions), 0, 0, "compare",
+     "those that OTHER has rows of, as 0,5,-1; from the end when negative"},
+    {"--json", NULL, FLAG, FIELD(json), 0, 0, "compare", "the report as JSON"},
+    {"--each", NULL, FLAG, FIELD(each), 0, 0, "compare", "a line for each position too"},
+    {"--band", "NAME", TEXT, FIELD(band), 0, 0, "compare",
+     "the widest that conforms: float32 kv-f16 bf16 int8 4-bit; default int8"},
+    {"--no-diagnosis", NULL, FLAG, FIELD(no_diagnosis), 0, 0, "compare",
+     "do not look for the mistake that explains a difference"},
     {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, NULL,
      "context in tokens; default: enough for the text"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,
      "threads; default: physical cores"},
     {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 512"},
-    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, NULL, "weights and activations in float32"},
+    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "nll perplexity top trace", "weights and activations in float32"},
     {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, NULL,
      "numbers in the cache; default f16, with --exact f32"},
     {"--isa", "NAME", TEXT, FIELD(isa), 0, 0, NULL, "force the kernels of an instruction set"},
@@ -711,7 +727,8 @@ static int print_help(const struct command *only)
     if (only) printf("usage: conform %s %s [options]\n\n", only->name, only->values);
     else
         puts("usage: conform COMMAND -m MODEL -p TEXT | -f FILE | --ids FILE [options]\n\n"
-             "Judges the numbers of Gemma 3: scores of a text, and tensors inside the model.\n");
+             "Judges numbers: those of another engine against ours, to find out whether it is right, how\n"
+             "close, and if not which mistake it makes; and ours alone.\n");
     for (int i = 0; i < N_COMMANDS; i++)
         if (!only || only == &commands[i])
             print_entry(commands[i].name, commands[i].values, commands[i].help);
@@ -779,7 +796,7 @@ static int check_args(const struct args *a, const struct command *c)
     if (a->n_values < c->least) return refuse("%s needs %s", c->name, c->values);
     if (!!a->prompt + !!a->file + !!a->ids_file > 1)
         return refuse("contradictory: one of -p, -f and --ids, not several");
-    if (!a->prompt && !a->file && !a->ids_file)
+    if (!a->prompt && !a->file && !a->ids_file && c->run != compare)
         return refuse("%s needs a text: -p TEXT, -f FILE (- is stdin) or --ids FILE", c->name);
     if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
         return refuse("--kv %s: expected f16 or f32", a->kv);
@@ -824,6 +841,7 @@ int main(int argc, char **argv)
     if (!is_help && !code && a.help) code = print_help(c);
     else if (!is_help && !code) {
         code = check_args(&a, c);
+        if (c->run == compare) a.exact = 1;
         if (!code && !a.model) a.model = find_model(argv[0], found, sizeof found);
         if (!code && !a.model) code = refuse("no model: give -m MODEL.gguf");
         if (!code) {
