@@ -180,6 +180,8 @@ int open_theirs(struct theirs *t, struct session *s, const char *path)
     if (fstat(fileno(t->file), &st) || !S_ISREG(st.st_mode))
         return complain("%s is not a regular file", path);
     struct input in = {path, (uint64_t)st.st_size, read_file, t};
+    if (s->n_ids == 0 && !is_kld_base(&in))
+        return complain("compare needs the text: -p TEXT, -f FILE or --ids FILE");
     int n = positions_of(s, &position);
     free(position);
     if (n == -2) return WRONG;
@@ -391,10 +393,18 @@ static void print_cause(const struct verdict *v)
                           c->n > 1 ? "both" : "it", 100 * c->explained);
 }
 
+static const char *band_words(const char *name)
+{
+    for (int i = 0; i < n_bands; i++)
+        if (strcmp(bands[i].name, name) == 0) return bands[i].words;
+    return name;
+}
+
 static void print_verdict(const struct total *t, const struct verdict *v)
 {
     char why[200];
     const char *words = v->band < n_bands ? bands[v->band].words : "no arithmetic explains so much";
+    if (v->cause.n == 1 && v->cause.mistake[0]->is_precision && v->conforms) words = band_words(v->cause.mistake[0]->name);
     snprintf(why, sizeof why, v->band < n_bands ? "within the band of %s" : "%s", words);
     print_total(t);
     print_cause(v);
@@ -438,8 +448,6 @@ static int open_for_compare(struct session *s, struct theirs *t, const struct ar
     int code = open_model(s, a);
     if (!code && has_text) code = read_ids(s);
     if (!code) code = open_theirs(t, s, a->value[0]);
-    if (!code && t->reader.form != FORM_KLD_BASE && !has_text)
-        code = complain("compare needs the text: -p TEXT, -f FILE or --ids FILE");
     if (!code && t->reader.form == FORM_KLD_BASE && has_text) code = check_text(s, &t->reader);
     if (t->reader.form == FORM_KLD_BASE) s->params.n_ctx = t->reader.n_ctx;
     else s->params.n_ctx = s->n_ids;

@@ -218,4 +218,198 @@ for my $job (["nll"], ["top", 443], ["trace", "l_out"]) {
     }
 }
 
+# ---- Comparing: the forms ----------------------------------------------------------------------------
+
+sub against { my ($other, @args) = @_; return tiny("compare", $other, "-t", 1, @args) }
+
+sub npy {
+    my ($name, $type, $shape, $data, $order) = @_;
+    my $header = sprintf "{'descr': '%s', 'fortran_order': %s, 'shape': (%s), }", $type, $order // "False", $shape;
+    $header .= " " x (117 - length $header) . "\n";
+    return spew($name, "\x93NUMPY\x01\x00" . pack("v", length $header) . $header . $data);
+}
+
+sub safetensors {
+    my ($name, $header, $data) = @_;
+    return spew($name, pack("Q<", length $header) . $header . $data);
+}
+
+my $exact = run($gemma3, "-m", $tiny, "--ids", $ids, "--exact", "--logits", "-");
+my @exact = unpack "f<*", $exact;
+my $row   = 4 * $n_vocab;
+my $base  = spew("exact.f32", $exact);
+
+# bf16 and f16 by rounding to the nearest, which is what is meant and not what is tested
+sub bf16 { return pack "v*", map { ($_ + 0x7fff + ($_ >> 16 & 1)) >> 16 & 0xffff } unpack "V*", pack "f<*", @_ }
+
+sub half {
+    return pack "v*", map {
+        my ($x, $sign) = (abs, $_ < 0 ? 0x8000 : 0);
+        my $e = $x > 0 ? POSIX::floor(log($x) / log 2) : -15;
+        $e = -15 if $e < -14;
+        my $m = $e == -15 ? $x * 2**24 : ($x / 2**$e - 1) * 1024;
+        $sign + (($e + 15) << 10) + POSIX::floor($m + 0.5)
+    } @_;
+}
+
+against($base);
+is($code, 0, "our own numbers conform");
+like($out, qr/^rows +72$/m, "all rows are compared");
+like($out, qr/^max difference +0,/m, "and do not differ");
+like($out, qr/^KL +mean 0, largest 0/m, "at all");
+like($out, qr/^verdict +conforms: .*float32/m, "which the verdict says");
+against("test/data/tiny.logits");
+is($code, 0, "transformers' float32 conforms");
+like($out, qr/^KL +mean \d\.\d+e-1[23], /m, "with a KL of 1e-12");
+like($out, qr/^first choice agrees +100\.00 %/m, "and the same first choices");
+
+my $f8 = pack "d<*", @exact;
+for my $form (["<f4", "72, 443", $exact], ["<f4", "1, 72, 443", $exact], ["<f8", "72, 443", $f8],
+    [">f4", "72, 443", pack "f>*", @exact]) {
+    against(npy("a.npy", @$form));
+    is($code, 0, ".npy $form->[0] ($form->[1])");
+    like($out, qr/^max difference +0,/m, "is read exactly");
+}
+against(npy("last.npy", "<f4", "443,", substr($exact, -$row)));
+is($code, 0, ".npy of the last position");
+like($out, qr/^rows +1$/m, "is one row");
+for my $narrow (["<f2", half(@exact), 5e-3], ["|V2", bf16(@exact), 5e-2]) {
+    against(npy("narrow.npy", $narrow->[0], "72, 443", $narrow->[1]), "--no-diagnosis");
+    my ($most) = $out =~ /^max difference +([0-9.e+-]+),/m;
+    ok($most > 0 && $most < $narrow->[2] * 2, ".npy $narrow->[0] is read, rounded") or diag($out . $err);
+}
+my $entry = '"logits":{"dtype":"F32","shape":[72,443],"data_offsets":[16,' . (16 + length $exact) . ']}';
+against(safetensors("a.safetensors",
+    '{"__metadata__":{"made":"by \\"hand\\""},"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},' . $entry . "}",
+    ("\0" x 16) . $exact));
+is($code, 0, ".safetensors with a tensor of that shape") or diag($err);
+like($out, qr/^max difference +0,/m, "is read exactly");
+against(spew("last.bin", substr $exact, -$row));
+is($code, 0, "raw float32 of the last position (llama.cpp's .bin)");
+like($out, qr/^rows +1$/m, "is one row");
+my $padded = join "", map { substr($exact, $_ * $row, $row) . "\0" x 256 } 0 .. 71;
+against(spew("padded.f32", $padded));
+is($code, 0, "a vocabulary padded by 64");
+like($err, qr/note: .*padded\.f32 has 507 columns, the model 443 tokens: the first 443 are compared/, "with a note");
+my $log = pack "f<*", map { my $r = $_; my $n = nll($r, 0); map { $_ - $r->[0] - $n } @$r } rows($exact);
+against(spew("log.f32", $log));
+is($code, 0, "log probabilities");
+like($err, qr/note: .*log\.f32 holds log probabilities/, "are noticed");
+against(spew("some.f32", join "", map { substr $exact, $_ * $row, $row } 5, 70), "--positions", "5,-2");
+is($code, 0, "--positions says which rows a file has");
+like($out, qr/^rows +2$/m, "those two");
+
+# llama-perplexity's base file: two pieces of 32, rows 16 .. 30 of each, after <bos>
+my ($codes, @pieces) = ("", [@ids[0 .. 31]], [@ids[32 .. 63]]);
+for my $piece (@pieces) {
+    my @r = rows(run(\"3 @{$piece}[1 .. 31]", $gemma3, "-m", $tiny, "--ids", "-", "--exact", "--logits", "-"));
+    for my $r (@r[16 .. 30]) {
+        my ($max, $min) = (sort { $b <=> $a } @$r)[0, -1];
+        $min = $max - 16 if $min < $max - 16;
+        my $lse = $r->[0] + nll($r, 0);
+        my $scale = ($max - $min) / 65535;
+        $codes .= pack("f<f<", $scale, $min - $lse)
+            . pack("v*", (map { $_ > $min ? int(($_ - $min) / $scale + 0.5) : 0 } @$r), 0);
+    }
+}
+sub kld { return "_logits_" . pack("V*", 32, 443, 2, @{ $_[0] }, @{ $_[1] }) . $_[2] }
+my $kld = spew("base.kld", kld(@pieces, $codes));
+conform("compare", $kld, "-m", $tiny, "-t", 1);
+is($code, 0, "llama-perplexity's base file needs no text") or diag($err);
+like($out, qr/^rows +30$/m, "all its rows are compared");
+my ($kl) = $out =~ /^KL +mean (\S+),/m;
+cmp_ok($kl, "<", 1e-7, "to the 16 bits of its numbers") or diag($out);
+conform("compare", $kld, "-m", $tiny, "-t", 1, "--ids", spew("front.ids", "@ids[0 .. 63]"));
+is($code, 0, "the text may be given beside it");
+
+# A server's answers: 20 alternatives a position, with text or id, as choices or as of old
+sub best { my ($r, $n) = @_; return (sort { $r->[$b] <=> $r->[$a] || $a <=> $b } 0 .. $#$r)[0 .. $n - 1] }
+my @er = rows($exact);
+my $lines = join "", map {
+    my ($r, $next) = ($er[$_], $ids[ $_ + 1 ]);
+    my $n = nll($r, 0) + $r->[0];
+    sprintf qq({"id":%d,"token":"?","logprob":-1,"top_logprobs":[%s]}\n), $next,
+        join ",", map { sprintf qq({"id":%d,"token":"\\u003f","logprob":%.9g}), $_, $r->[$_] - $n } best($r, 20)
+} 40 .. 70;
+against(spew("server.jsonl", $lines));
+is($code, 0, "a server's JSON lines with ids") or diag($out . $err);
+like($out, qr/^rows +31$/m, "are found in the text by the tokens that were chosen");
+my %id_of = map { $_ => (split " ", run($gemma3, "-m", $tiny, "--no-bos", "--tokenize", $_))[0] } "g".."m";
+my $old = '{"choices":[{"logprobs":{"top_logprobs":[null,' . join(",", map {
+    my $r = $er[$_];
+    my $n = nll($r, 0) + $r->[0];
+    "{" . join(",", map { sprintf qq("%s":%.9g), $_, $r->[$id_of{$_}] - $n } sort keys %id_of) . "}"
+} 0 .. 2) . "]}}]}";
+against(spew("words.json", $old), "--each");
+is($code, 0, "an older server's, by text, the first being null") or diag($out . $err);
+like($out, qr/^position 0: .*^position 2: .*^rows +3$/sm, "are of the positions before their tokens");
+against(spew("words.json", $old =~ s/"([g-m])"/"no token $1"/gr));
+is($code, 2, "texts that are no tokens cannot be compared");
+like($err, qr/no "top_logprobs" with tokens of the model/, "which is said");
+
+sub wrong { my ($like, $what, $path, @args) = @_;
+    refuses($like, $what, "compare", $path, "-m", $tiny, "--ids", $ids, "-t", 1, @args) }
+my $nan = $exact;
+substr $nan, 40, 4, pack "f<", "nan";
+wrong(qr/nan\.f32: row 0, value 10 is NaN, expected a number/, "a NaN", spew("nan.f32", $nan));
+wrong(qr/its shape is \[73\]\[440\]\[1\], expected \[72\]\[443\]/, "another shape",
+    npy("shape.npy", "<f4", "73,440,1", "\0" x (73 * 440 * 4)));
+wrong(qr/Fortran order/, "Fortran order", npy("fortran.npy", "<f4", "72, 443", $exact, "True"));
+wrong(qr/NumPy type <i4/, "whole numbers", npy("int.npy", "<i4", "72, 443", $exact));
+wrong(qr/31896 values of 4 bytes, but the file has 127000 bytes/, "a file cut short",
+    npy("cut.npy", "<f4", "72, 443", substr $exact, 0, 127000));
+wrong(qr/has 1000 bytes: raw float32 logits of 72 positions/, "no form at all", spew("x.f32", "\1" x 1000));
+wrong(qr/is empty/, "an empty file", spew("empty", ""));
+wrong(qr/No such file/, "no file", "$dir/nothing.npy");
+wrong(qr/test is not a regular file/, "a folder", "test");
+wrong(qr/--positions: the text has 72 tokens/, "a position too far", $base, "--positions", "72");
+wrong(qr/--positions "x": expected whole numbers/, "words for positions", $base, "--positions", "x");
+wrong(qr/no such band/, "an unknown band", $base, "--band", "f17");
+wrong(qr/two tensors have the shape of logits, a and b/, "two candidates", safetensors("two.safetensors",
+    '{"a":{"dtype":"F32","shape":[443],"data_offsets":[0,1772]},"b":{"dtype":"F32","shape":[1,443],' .
+    '"data_offsets":[0,1772]}}', substr $exact, 0, $row));
+my @other = @{ $pieces[0] };
+$other[7]++;
+wrong(qr/its token 7 is \d+, the text's is \d+: these are other ids/, "other ids",
+    spew("other.kld", kld(\@other, $pieces[1], $codes)));
+wrong(qr/other\.kld has \d+ bytes, expected \d+ for 2 pieces/, "a base file cut short",
+    spew("other.kld", substr kld(@pieces, $codes), 0, -4));
+refuses(qr/compare needs the text/, "no text", "compare", $base, "-m", $tiny);
+
+# ---- Comparing: the verdict --------------------------------------------------------------------------
+
+against($base, "--json", "--no-diagnosis");
+like($out, qr/"conforms":true,"causes":\[\]/, "--json");
+is(() = $out =~ /"position":/g, 72, "has every position");
+against($base, "--each");
+is(() = $out =~ /^position \d+: max diff 0 /mg, 72, "--each too");
+my $int8 = spew("int8.f32", $all);
+against($int8);
+is($code, 0, "our own 8-bit activations conform");
+like($out, qr/^cause +int8: /m, "and are recognised");
+against($int8, "--band", "float32");
+is($code, 1, "unless only float32 is allowed");
+like($out, qr/^verdict +does not conform/m, "which the verdict says");
+my $noise = pack "f<*", map { $_ + 8 * sin(77 * $_) } @exact;
+against(spew("noise.f32", $noise));
+is($code, 1, "numbers that are nobody's do not conform");
+like($out, qr/none of the known mistakes explains it/, "for no known reason");
+
+# Each mistake in transformers, with its numbers and not ours. make_mistakes.py made them.
+my ($at, $rows_of) = (0, slurp("test/vectors/mistakes.f32"));
+my %n_vocab = ("tiny" => 443, "tiny-62" => 263, "tiny-mixed" => 263);
+for (grep { !/^#/ } split /\n/, slurp("test/vectors/mistakes.txt")) {
+    my ($names, $model, @positions) = split;
+    my $size = 4 * $n_vocab{$model} * @positions;
+    my $path = spew("mistake.f32", substr $rows_of, $at, $size);
+    $at += $size;
+    conform("compare", $path, "-m", "test/data/$model.gguf", "--ids", "test/data/$model.ids", "-t", 1,
+        "--positions", join(",", @positions), "--json");
+    my ($causes) = $out =~ /"causes":\[(.*?)\]/;
+    is(join("+", sort split /,/, ($causes // "") =~ tr/"//dr), join("+", sort split /\+/, $names),
+        "transformers with $names: the cause is named") or diag($out =~ s/.*\],//sr . $err);
+    is($code, $names eq "kv-f16" ? 0 : 1, "and " . ($names eq "kv-f16" ? "conforms" : "does not conform"));
+}
+is($at, length $rows_of, "that is all of them");
+
 done_testing();

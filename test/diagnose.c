@@ -23,7 +23,8 @@ enum {
     N_LIKELY = 12,           /* pairs whose sum comes closest */
 };
 
-static const double is_explained = 0.9, is_exact = 1 - 1e-5;
+/* Shares of the difference, and of our own logits, that may be left. */
+static const double may_be_left = 0.1, is_rounding = 3e-11;
 
 /* Some columns of some rows: [n_rows][MAX_COLUMNS]. */
 struct sketch {
@@ -41,6 +42,7 @@ struct search {
     struct sketch *base, *d, *now; /* ours; theirs less ours; the pass that is running */
     struct sketch **e;       /* [n_mistakes] what each changes, NULL when it does not apply */
     double *left;            /* [n_mistakes] share of d that is left with each */
+    double rounding;         /* what may be left of d for float32 to explain it */
     int n_runs;
 };
 
@@ -129,6 +131,14 @@ static double share_left(const struct search *f, const struct sketch *e, const s
     return all > 0 && left == left ? left / all : 1;
 }
 
+static double energy(const struct search *f, const struct sketch *e)
+{
+    double sum = 0;
+    for (int r = 0; r < f->n_rows; r++)
+        if (e->is_there[r]) sum += row_dot(f, e, e, r);
+    return sum;
+}
+
 /* ---- Runs ---- */
 
 static void show_progress(const struct search *f, const char *name)
@@ -148,14 +158,6 @@ static int run_one(struct search *f, const struct mistake *const *m, int n, stru
     centre(f, e);
     if (n) subtract(f, e, f->base);
     return 0;
-}
-
-static double energy(const struct search *f, const struct sketch *e)
-{
-    double sum = 0;
-    for (int r = 0; r < f->n_rows; r++)
-        if (e->is_there[r]) sum += row_dot(f, e, e, r);
-    return sum;
 }
 
 static int run_singles(struct search *f)
@@ -196,7 +198,7 @@ struct pairs {
 
 static int try_pair(struct search *f, struct pairs *p, int a, int b)
 {
-    if (a == b || !f->e[a] || !f->e[b] || p->tried[a * n_mistakes + b] || p->left <= 1 - is_exact) return 0;
+    if (a == b || !f->e[a] || !f->e[b] || p->tried[a * n_mistakes + b] || p->left <= f->rounding) return 0;
     p->tried[a * n_mistakes + b] = p->tried[b * n_mistakes + a] = 1;
     const struct mistake *m[2] = {&mistakes[a], &mistakes[b]};
     int code = run_one(f, m, 2, p->e);
@@ -318,6 +320,7 @@ static int prepare(struct search *f, const float *kl)
     if (code) return code;
     centre(f, f->d);
     subtract(f, f->d, f->base);
+    f->rounding = is_rounding * energy(f, f->base) / energy(f, f->d);
     return 0;
 }
 
@@ -326,9 +329,9 @@ static void conclude(struct search *f, const struct pairs *p, struct cause *caus
     int best = best_single(f);
     double error, left = best < 0 ? 1 : f->left[best];
     int pair_is_better = p->a >= 0 && p->left < 0.5 * left;
-    if (pair_is_better && p->left < 1 - is_explained)
+    if (pair_is_better && p->left < may_be_left)
         *cause = (struct cause){2, {&mistakes[p->a], &mistakes[p->b]}, 1 - p->left, 1, 0};
-    else if (left < 1 - is_explained)
+    else if (left < may_be_left)
         *cause = (struct cause){1, {&mistakes[best]}, 1 - left, weight_of(f, f->e[best], &error), 0};
     else find_hidden(f, cause);
 }
@@ -341,7 +344,7 @@ int find_cause(struct session *s, struct theirs *t, const float *kl, struct caus
     int code = p.tried && p.e ? prepare(&f, kl) : out_of_memory(sizeof *p.e, "the search");
     if (!code) code = run_singles(&f);
     int best = code ? -1 : best_single(&f), is_slow = clock() - start > 60 * CLOCKS_PER_SEC;
-    if (best >= 0 && f.left[best] > 1 - is_exact) code = run_pairs(&f, &p, is_slow ? 1 : N_BEST);
+    if (best >= 0 && f.left[best] > f.rounding) code = run_pairs(&f, &p, is_slow ? 1 : N_BEST);
     if (!code) conclude(&f, &p, cause);
     show_progress(&f, "");
     for (int i = 0; f.e && i < n_mistakes; i++) free(f.e[i]);

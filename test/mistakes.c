@@ -61,8 +61,8 @@ static int has_global(const gemma3_config *c)
 
 static int factor_missing(gemma3_config *c) { return set(&c->rope_factor, 1) && has_global(c); }
 static int factor_on_local(gemma3_config *c) { return set(&c->rope_factor_local, c->rope_factor); }
-static int local_base_global(gemma3_config *c) { return set(&c->rope_base_local, c->rope_base_global); }
-static int global_base_local(gemma3_config *c) { return set(&c->rope_base_global, c->rope_base_local); }
+static int local_base_1e6(gemma3_config *c) { return set(&c->rope_base_local, 1e6f); }
+static int global_base_1e4(gemma3_config *c) { return set(&c->rope_base_global, 1e4f); }
 static int scale_of_head_dim(gemma3_config *c)
 {
     return set(&c->query_scale, 1 / sqrtf((float)c->head_dim));
@@ -319,8 +319,8 @@ static void nibbles_in_turn(const gemma3_tensor *t) { change_nibbles(t, take_nib
 const struct mistake mistakes[] = {
     {"rope-factor-missing", "the RoPE factor is missing on global layers", .config = factor_missing},
     {"rope-factor-on-local", "the RoPE factor is applied on local layers too", .config = factor_on_local},
-    {"rope-local-base", "local layers turn with the global layers' RoPE base", .config = local_base_global},
-    {"rope-global-base", "global layers turn with the local layers' RoPE base", .config = global_base_local},
+    {"rope-local-base", "local layers turn with a RoPE base of 1e6", .config = local_base_1e6},
+    {"rope-global-base", "global layers turn with a RoPE base of 1e4", .config = global_base_1e4},
     {"rope-interleaved", "RoPE turns the pairs (2j, 2j+1) instead of (j, j+D/2)", .hook = interleaved_rope},
     {"window-plus-1", "local layers see window + 1 keys", .config = window_more},
     {"window-minus-1", "local layers see window - 1 keys", .config = window_less},

@@ -504,7 +504,7 @@ static int open_raw(struct reader *r, const struct expected *e)
 
 /* ---- Logits: llama-perplexity's base file ---- */
 
-static int is_kld_base(const struct input *in)
+int is_kld_base(const struct input *in)
 {
     char magic[8];
     return in->size >= BASE_HEADER && in->read(in->user, 0, magic, 8) == 8 && !memcmp(magic, "_logits_", 8);

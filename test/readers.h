@@ -93,6 +93,7 @@ struct expected {
     find_token *find;
     void *find_user;
 };
+int is_kld_base(const struct input *in);
 int reader_open(struct reader *r, const struct input *in, const struct expected *e);
 
 /* Row number index as n_vocab floats: what is not there is NaN. A NaN or +infinity that *is* there is an
