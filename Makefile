@@ -14,7 +14,7 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Every test/*.c and test/*.t is a test, but the benchmark and the conformance kit.
-KIT     = $(patsubst %,test/%.c,conform compare diagnose mistakes readers)
+KIT     = $(patsubst %,test/%.c,conform compare diagnose export layers mistakes readers)
 C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c $(KIT),$(wildcard test/*.c)))
 TESTS   = $(C_TESTS) $(wildcard test/*.t)
 

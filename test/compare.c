@@ -25,6 +25,19 @@ int band_of(double mean_kl)
     return i;
 }
 
+int find_band(const char *name)
+{
+    for (int i = 0; i < n_bands; i++)
+        if (strcmp(bands[i].name, name) == 0) return i;
+    return -1;
+}
+
+/* The widest that conforms. */
+static int widest_allowed(const struct args *a)
+{
+    return find_band(a->band ? a->band : "int8");
+}
+
 /* ---- Measuring a row ---- */
 
 enum { TOP = 10 };
@@ -131,11 +144,25 @@ void add_measure(struct total *t, const struct measure *m, int has_next)
 
 static size_t read_file(void *user, uint64_t at, void *to, size_t n)
 {
-    struct theirs *t = user;
-    if (at != t->at && fseeko(t->file, (off_t)at, SEEK_SET)) return 0;
-    size_t got = fread(to, 1, n, t->file);
-    t->at = at + got;
+    struct file_bytes *f = user;
+    if (at != f->at && fseeko(f->file, (off_t)at, SEEK_SET)) return 0;
+    size_t got = fread(to, 1, n, f->file);
+    f->at = at + got;
     return got;
+}
+
+int open_input(struct input *in, struct file_bytes *f, const char *path)
+{
+    struct stat st;
+    *f = (struct file_bytes){fopen(path, "rb"), 0};
+    if (!f->file) return complain("%s: %s", path, strerror(errno));
+    if (fstat(fileno(f->file), &st) || !S_ISREG(st.st_mode)) {
+        fclose(f->file);
+        f->file = NULL;
+        return complain("%s is not a regular file", path);
+    }
+    *in = (struct input){path, (uint64_t)st.st_size, read_file, f};
+    return 0;
 }
 
 /* A server says " Paris" where the vocabulary has U+2581 for the space. */
@@ -171,15 +198,29 @@ static int positions_of(const struct session *s, int32_t **out)
     return n;
 }
 
+int wanted_positions(const struct session *s, char **wanted, int *n_rows)
+{
+    int32_t *position = NULL, last = -1;
+    int n = positions_of(s, &position);
+    if (n == -2) return WRONG;
+    *wanted = n < 0 ? NULL : calloc((size_t)s->n_ids, 1);
+    for (int i = 0; i < n; last = position[i++]) {
+        if (*wanted) (*wanted)[position[i]] = 1;
+        if (position[i] <= last) n = -3;
+    }
+    free(position);
+    if (n == -3) return complain("--positions: expected each after the one before");
+    *n_rows = n < 0 ? s->n_ids : n;
+    return n > 0 && !*wanted ? out_of_memory((size_t)s->n_ids, "the positions") : 0;
+}
+
 int open_theirs(struct theirs *t, struct session *s, const char *path)
 {
-    struct stat st;
+    struct input in;
     int32_t *position = NULL;
-    *t = (struct theirs){.file = fopen(path, "rb")};
-    if (!t->file) return complain("%s: %s", path, strerror(errno));
-    if (fstat(fileno(t->file), &st) || !S_ISREG(st.st_mode))
-        return complain("%s is not a regular file", path);
-    struct input in = {path, (uint64_t)st.st_size, read_file, t};
+    memset(t, 0, sizeof *t);
+    int code = open_input(&in, &t->file, path);
+    if (code) return code;
     if (s->n_ids == 0 && !is_kld_base(&in))
         return complain("compare needs the text: -p TEXT, -f FILE or --ids FILE");
     int n = positions_of(s, &position);
@@ -193,7 +234,7 @@ int open_theirs(struct theirs *t, struct session *s, const char *path)
 void close_theirs(struct theirs *t)
 {
     reader_close(&t->reader);
-    if (t->file) fclose(t->file);
+    if (t->file.file) fclose(t->file.file);
     free(t->row_of);
     free(t->wanted);
 }
@@ -362,14 +403,6 @@ struct verdict {
     int was_searched;
 };
 
-static int widest_allowed(const struct args *a)
-{
-    const char *name = a->band ? a->band : "int8";
-    int i = 0;
-    while (i < n_bands && strcmp(bands[i].name, name) != 0) i++;
-    return i;
-}
-
 static struct verdict judge(const struct total *t, const struct cause *cause, int was_searched,
                             const struct args *a)
 {
@@ -393,18 +426,12 @@ static void print_cause(const struct verdict *v)
                           c->n > 1 ? "both" : "it", 100 * c->explained);
 }
 
-static const char *band_words(const char *name)
-{
-    for (int i = 0; i < n_bands; i++)
-        if (strcmp(bands[i].name, name) == 0) return bands[i].words;
-    return name;
-}
-
 static void print_verdict(const struct total *t, const struct verdict *v)
 {
     char why[200];
     const char *words = v->band < n_bands ? bands[v->band].words : "no arithmetic explains so much";
-    if (v->cause.n == 1 && v->cause.mistake[0]->is_precision && v->conforms) words = band_words(v->cause.mistake[0]->name);
+    if (v->cause.n == 1 && v->cause.mistake[0]->is_precision && v->conforms)
+        words = bands[find_band(v->cause.mistake[0]->name)].words;
     snprintf(why, sizeof why, v->band < n_bands ? "within the band of %s" : "%s", words);
     print_total(t);
     print_cause(v);
@@ -456,10 +483,10 @@ static int open_for_compare(struct session *s, struct theirs *t, const struct ar
 
 int compare(struct session *s, const struct args *a)
 {
-    struct theirs t = {.file = NULL};
+    struct theirs t = {.row_of = NULL};
     struct comparison c = {.s = s, .t = &t};
     struct cause cause = {.n = 0};
-    if (widest_allowed(a) == n_bands) return complain("--band %s: no such band", a->band);
+    if (widest_allowed(a) < 0) return complain("--band %s: no such band", a->band);
     int code = open_for_compare(s, &t, a), was_searched = 0;
     size_t n_bytes = code ? 0 : (size_t)s->max_rows * (size_t)s->config->n_vocab * sizeof *c.rows;
     if (!code && !(c.rows = malloc(n_bytes))) code = out_of_memory(n_bytes, "their rows");

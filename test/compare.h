@@ -32,6 +32,7 @@ extern const struct band bands[];
 extern const int n_bands;
 /* The narrowest that holds this mean KL; n_bands when none does. */
 int band_of(double mean_kl);
+int find_band(const char *name); /* -1 when there is none of that name */
 
 struct total {
     int n, n_next, first_agrees, in_5, in_10, n_log, worst; /* worst: position of the largest KL */
@@ -40,11 +41,17 @@ struct total {
 };
 void add_measure(struct total *t, const struct measure *m, int has_next);
 
+/* A file as input. It stays where it is: open_input's caller closes f->file. */
+struct file_bytes {
+    FILE *file;
+    uint64_t at;             /* where it stands */
+};
+int open_input(struct input *in, struct file_bytes *f, const char *path);
+
 /* Their rows beside our text. */
 struct theirs {
     struct reader reader;
-    FILE *file;
-    uint64_t at;             /* where the file stands */
+    struct file_bytes file;
     int *row_of;             /* [n_ids] the row of each position, -1 when there is none */
     char *wanted;            /* [n_ids] 1 when there is one */
 };
@@ -64,6 +71,11 @@ struct cause {
 };
 int find_cause(struct session *s, struct theirs *t, const float *kl, struct cause *cause);
 
+/* --positions, ascending, as wanted[] for run_ids, NULL for all; and how many. */
+int wanted_positions(const struct session *s, char **wanted, int *n_rows);
+
 int compare(struct session *s, const struct args *a);
+int export_logits(struct session *s, const struct args *a);
+int layers(struct session *s, const struct args *a);
 
 #endif

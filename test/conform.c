@@ -85,8 +85,7 @@ int read_whole(const char *path, char **data, size_t *n)
     return 0;
 }
 
-/* Writes float32 as little-endian bytes on any machine. */
-static int write_floats(FILE *f, const float *x, size_t n)
+int write_floats(FILE *f, const float *x, size_t n)
 {
     unsigned char bytes[4 * 512];
     for (size_t i = 0; i < n;) {
@@ -639,6 +638,15 @@ static const struct command {
      ".npy or .safetensors, [T][V] or of the last position [V]; the base\n"
      "file of llama-perplexity (its ids come with it); JSON lines of a\n"
      "server with \"top_logprobs\""},
+    {"layers", "DIR", 1, 1, layers,
+     "tensors inside another engine against ours, in order: the first that\n"
+     "differs is named, and what stands before it. DIR: files by llama.cpp's\n"
+     "labels (l_out-7.npy .f32 .safetensors), transformers' hidden_states, or\n"
+     "a file with the text of llama-eval-callback"},
+    {"export", "", 0, 0, export_logits,
+     "exact mode's logits for other programs: --npy, --safetensors or\n"
+     "--kld-base FILE (what llama-perplexity --kl-divergence-base reads, of\n"
+     "pieces of -c tokens, default 512)"},
 };
 
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
@@ -668,12 +676,16 @@ static const struct option options[] = {
      "control tokens spelled in the text are those tokens"},
     {"--dir", "DIR", TEXT, FIELD(dir), 0, 0, "trace",
      "whole tensors, float32, little-endian; DIR is made when it is absent"},
-    {"--positions", "LIST", TEXT, FIELD(positions), 0, 0, "compare",
-     "those that OTHER has rows of, as 0,5,-1; from the end when negative"},
+    {"--positions", "LIST", TEXT, FIELD(positions), 0, 0, "compare export",
+     "those that OTHER has rows of, or that are exported, as 0,5,-1; from\nthe end when negative"},
+    {"--npy", "FILE", TEXT, FIELD(npy), 0, 0, "export", "a NumPy array [positions][n_vocab]"},
+    {"--safetensors", "FILE", TEXT, FIELD(safetensors), 0, 0, "export", "a tensor \"logits\" of that shape"},
+    {"--kld-base", "FILE", TEXT, FIELD(kld_base), 0, 0, "export", "a base file of llama-perplexity"},
     {"--json", NULL, FLAG, FIELD(json), 0, 0, "compare", "the report as JSON"},
     {"--each", NULL, FLAG, FIELD(each), 0, 0, "compare", "a line for each position too"},
-    {"--band", "NAME", TEXT, FIELD(band), 0, 0, "compare",
-     "the widest that conforms: float32 kv-f16 bf16 int8 4-bit; default int8"},
+    {"--band", "NAME", TEXT, FIELD(band), 0, 0, "compare layers",
+     "what noise conforms: float32 kv-f16 bf16 int8 4-bit; default of compare\n"
+     "int8, of layers float32"},
     {"--no-diagnosis", NULL, FLAG, FIELD(no_diagnosis), 0, 0, "compare",
      "do not look for the mistake that explains a difference"},
     {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, NULL,
@@ -841,7 +853,7 @@ int main(int argc, char **argv)
     if (!is_help && !code && a.help) code = print_help(c);
     else if (!is_help && !code) {
         code = check_args(&a, c);
-        if (c->run == compare) a.exact = 1;
+        if (c->run == compare || c->run == export_logits || c->run == layers) a.exact = 1;
         if (!code && !a.model) a.model = find_model(argv[0], found, sizeof found);
         if (!code && !a.model) code = refuse("no model: give -m MODEL.gguf");
         if (!code) {

@@ -395,6 +395,110 @@ against(spew("noise.f32", $noise));
 is($code, 1, "numbers that are nobody's do not conform");
 like($out, qr/none of the known mistakes explains it/, "for no known reason");
 
+# ---- Exporting ---------------------------------------------------------------------------------------
+
+my $file_of = "$dir/exported";
+conform("export", "-m", $tiny, "--ids", $ids, "--npy", $file_of);
+is($code, 0, "export --npy") or diag($err);
+ok(slurp($file_of) eq slurp(npy("same.npy", "<f4", "72, 443", $exact)) ||
+    substr(slurp($file_of), 128) eq $exact, "has the bits of exact mode");
+against($file_of);
+is($code, 0, "and is read back");
+conform("export", "-m", $tiny, "--ids", $ids, "--safetensors", $file_of, "--positions", "3,-1");
+ok(substr(slurp($file_of), 264) eq substr($exact, 3 * $row, $row) . substr($exact, -$row),
+    "--safetensors of some positions");
+against($file_of, "--positions", "3,-1");
+is($code, 0, "and is read back");
+conform("export", "-m", $tiny, "--ids", spew("front.ids", "@ids[0 .. 63]"), "--kld-base", $file_of, "-c", 32);
+my ($ours, $same) = (slurp($file_of), slurp($kld));
+is(length $ours, length $same, "--kld-base has the size of one made by hand");
+is(substr($ours, 0, 20 + 4 * 64), substr($same, 0, 20 + 4 * 64), "the same head and tokens");
+my @differ = grep { abs($_->[0] - $_->[1]) > 1 }
+    map { [unpack("v", substr $ours, $_, 2), unpack("v", substr $same, $_, 2)] }
+    map { my $at = 276 + $_ * 896 + 8; map { $at + 2 * $_ } 0 .. 442 } 0 .. 29;
+is(scalar @differ, 0, "and the same codes, but for rounding");
+conform("compare", $file_of, "-m", $tiny, "-t", 1);
+is($code, 0, "and is read back");
+refuses(qr/export needs one of/, "no form", "export", "-m", $tiny, "-p", "a");
+refuses(qr{no/where: No such file}, "a folder that is not there", "export", "-m", $tiny, "-p", "a", "--npy",
+    "$dir/no/where");
+refuses(qr/each after the one before/, "positions out of order", "export", "-m", $tiny, "--ids", $ids, "--npy",
+    $file_of, "--positions", "5,3");
+SKIP: {
+    my $python = qx(python3 -c "import numpy, safetensors.numpy; print('yes')" 2>&1);
+    skip "no numpy and safetensors in python3", 1 if $python ne "yes\n";
+    conform("export", "-m", $tiny, "--ids", $ids, "--npy", "$dir/e.npy");
+    conform("export", "-m", $tiny, "--ids", $ids, "--safetensors", "$dir/e.safetensors");
+    is(qx(python3 -c "import numpy as n, safetensors.numpy as s
+a = n.load('$dir/e.npy'); b = s.load_file('$dir/e.safetensors')['logits']; c = n.fromfile('$base', '<f4').reshape(72, 443)
+print((a == c).all() and (b == c).all())"), "True\n", "numpy and safetensors read the same numbers");
+}
+
+# ---- Layers ------------------------------------------------------------------------------------------
+
+my $inside = "$dir/inside";
+my $all_names = "inp_scaled,attn_norm,Qcur_raw,Qcur_normed,Qcur,Vcur,kqv_out,attn_out,sa_out,ffn_geglu,l_out,result_norm";
+tiny("trace", $all_names, "--exact", "--dir", $inside);
+sub layers { return tiny("layers", @_, "-t", 1) }
+layers($inside);
+is($code, 0, "layers: our own tensors agree") or diag($err);
+like($out, qr/^all 82 tensors agree; the noisiest has NMSE 0\.00e\+00$/m, "all of them");
+my $changed = slurp("$inside/kqv_out-3.f32");
+spew("inside/kqv_out-3.f32", pack "f<*", map { $_ * 1.01 } unpack "f<*", $changed);
+layers($inside);
+is($code, 1, "one that differs");
+like($out, qr/^kqv_out-3 is the first that differs; Qcur-3 before it is good$/m, "is named");
+like($out, qr/^between them stands: RoPE of the keys, attention: .* \(layer 3 is local\)$/m, "with what makes it");
+unlike($out, qr/^attn_out-3|^kqv_out-4/m, "and nothing is said of what follows");
+like($out, qr/usual with bf16.*--band bf16 goes on/, "or it is noise");
+layers($inside, "--band", "bf16");
+is($code, 0, "which may be allowed");
+spew("inside/kqv_out-3.f32", substr $changed, 0, -4);
+layers($inside);
+is($code, 2, "a file of another size is wrong");
+like($err, qr/kqv_out-3 has \d+ values, expected \[72\]\[128\]/, "which is said");
+mkdir "$dir/states";
+my $hidden = join "", map { slurp("$inside/$_.f32") } "inp_scaled", (map { "l_out-$_" } 0 .. 6), "result_norm";
+npy("states/hidden_states.npy", "<f4", "9, 1, 72, 64", $hidden);
+layers("$dir/states");
+is($code, 0, "transformers' hidden states, the last of them normed") or diag($out . $err);
+like($out, qr/^all 9 tensors agree/m, "all of them");
+substr $hidden, 4 * (72 * 64 * 7), 4 * 72 * 64, substr $hidden, 4 * (72 * 64 * 6), 4 * 72 * 64;
+npy("states/hidden_states.npy", "<f4", "9, 72, 64", $hidden);
+layers("$dir/states");
+like($out, qr/^l_out-6 is the first .* l_out-5 .*^between them stands: the whole of layer 6, which is local$/ms,
+    "a layer that does nothing is found");
+refuses(qr/no tensor has one of our names/, "a folder of something else", "layers", "test/data", "-m", $tiny,
+    "--ids", $ids);
+
+# What llama-eval-callback prints: three numbers from each end.
+sub shown { my $n = $_[0]; return $n > 6 ? (0 .. 2, $n - 3 .. $n - 1) : 0 .. $n - 1 }
+sub printed {
+    my ($name, $op, $data, @ne) = @_;
+    my $text = "common_debug_cb_eval: $name = (f32) $op(x{1, 1, 1, 1}, }) = {" . join(", ", @ne, (1) x (4 - @ne)) . "}\n";
+    for my $c (shown($ne[2] // 1)) {
+        for my $b (shown($ne[1])) {
+            $text .= join ", ", map { sprintf "%12.4f", $data->[$_ + $ne[0] * ($b + $ne[1] * $c)] } shown($ne[0]);
+            $text .= "\n...\n";
+        }
+    }
+    return $text . "sum = 1.0\n";
+}
+my %x = map { $_ => [unpack "f<*", slurp("$inside/$_.f32")] } "inp_scaled", "Qcur_raw-0", "Qcur-0", "l_out-7";
+my $dump = printed("inp_scaled", "SCALE", $x{"inp_scaled"}, 64, 72) . printed("Qcur-0", "MUL_MAT", $x{"Qcur_raw-0"}, 128, 72)
+    . printed("Qcur-0", "RESHAPE", $x{"Qcur_raw-0"}, 32, 4, 72) . printed("Qcur-0", "ROPE", $x{"Qcur-0"}, 32, 4, 72)
+    . printed("l_out-7", "ADD", [@{ $x{"l_out-7"} }[-64 .. -1]], 64, 1);
+layers(spew("dump.txt", $dump));
+is($code, 0, "llama-eval-callback's text, the last layer being of the last token") or diag($out . $err);
+is(() = $out =~ /NMSE 0\.00e\+00/g, 5, "to its four decimals");
+$x{"Qcur-0"}[5 * 128 - 1] += 1;
+$x{"Qcur-0"}[$_] += 0.5 for 0 .. 31;
+layers(spew("dump.txt", printed("Qcur-0", "MUL_MAT", $x{"Qcur_raw-0"}, 128, 72)
+    . printed("Qcur-0", "ROPE", $x{"Qcur-0"}, 32, 4, 72)));
+like($out, qr/^Qcur-0 is the first that differs; Qcur_raw-0 before it is good$/m, "queries after RoPE have their name twice");
+
+# ---- The mistakes --------------------------------------------------------------------------------------
+
 # Each mistake in transformers, with its numbers and not ours. make_mistakes.py made them.
 my ($at, $rows_of) = (0, slurp("test/vectors/mistakes.f32"));
 my %n_vocab = ("tiny" => 443, "tiny-62" => 263, "tiny-mixed" => 263);
