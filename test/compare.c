@@ -397,23 +397,18 @@ static void print_total(const struct total *t)
     if (t->n_next) printf("delta nll            mean %.4g\n", t->sum_delta / t->n_next);
 }
 
-struct verdict {
-    int conforms, band;      /* band: the narrowest that holds the mean KL */
-    struct cause cause;
-    int was_searched;
-};
-
-static struct verdict judge(const struct total *t, const struct cause *cause, int was_searched,
-                            const struct args *a)
+static struct result judge(const struct total *t, const struct cause *cause, int was_searched,
+                           const struct args *a)
 {
-    struct verdict v = {.band = band_of(t->sum_kl / t->n), .cause = *cause, .was_searched = was_searched};
+    struct result v = {.total = *t, .band = band_of(t->sum_kl / t->n), .cause = *cause,
+                       .was_searched = was_searched};
     int is_fault = 0;
     for (int i = 0; i < cause->n; i++) is_fault |= !cause->mistake[i]->is_precision;
     v.conforms = v.band <= widest_allowed(a) && !is_fault;
     return v;
 }
 
-static void print_cause(const struct verdict *v)
+static void print_cause(const struct result *v)
 {
     const struct cause *c = &v->cause;
     if (c->n == 0 && v->was_searched && v->band)
@@ -426,20 +421,21 @@ static void print_cause(const struct verdict *v)
                           c->n > 1 ? "both" : "it", 100 * c->explained);
 }
 
-static void print_verdict(const struct total *t, const struct verdict *v)
+static void print_verdict(const struct result *v)
 {
     char why[200];
     const char *words = v->band < n_bands ? bands[v->band].words : "no arithmetic explains so much";
     if (v->cause.n == 1 && v->cause.mistake[0]->is_precision && v->conforms)
         words = bands[find_band(v->cause.mistake[0]->name)].words;
     snprintf(why, sizeof why, v->band < n_bands ? "within the band of %s" : "%s", words);
-    print_total(t);
+    print_total(&v->total);
     print_cause(v);
     printf("verdict              %s: %s\n", v->conforms ? "conforms" : "does not conform", why);
 }
 
-static void print_json(const struct total *t, const struct verdict *v)
+static void print_json(const struct result *v)
 {
+    const struct total *t = &v->total;
     double n = t->n;
     printf("],\n\"rows\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"mean_kl\":%.6g,\"max_kl\":%.6g,"
            "\"worst_position\":%d,\"top1\":%.6g,\"top5\":%.6g,\"top10\":%.6g,\"worst_rank\":%d,\"delta_nll\":%.6g,\n",
@@ -481,33 +477,51 @@ static int open_for_compare(struct session *s, struct theirs *t, const struct ar
     return code ? code : open_state(s);
 }
 
+/* Everything of a comparison but the report. */
+static int compare_opened(struct session *s, struct theirs *t, struct result *r)
+{
+    struct comparison c = {.s = s, .t = t};
+    struct cause cause = {.n = 0};
+    size_t n_bytes = (size_t)s->max_rows * (size_t)s->config->n_vocab * sizeof *c.rows;
+    int was_searched = 0, code = (c.rows = malloc(n_bytes)) ? 0 : out_of_memory(n_bytes, "their rows");
+    if (!code) code = compare_rows(&c);
+    if (!code && c.total.n == 0) code = complain("%s: nothing to compare", t->reader.in.name);
+    if (!code && !s->args->other) print_notes(s, &t->reader, &c.total);
+    if (!code && !s->args->no_diagnosis && band_of(c.total.sum_kl / c.total.n) > 0) {
+        if (t->reader.n_pieces > 1) code = take_piece(s, &t->reader, 0);
+        if (!code) code = align_rows(t, s, 0);
+        if (!code) code = find_cause(s, t, c.kl, &cause);
+        was_searched = 1;
+    }
+    if (!code) *r = judge(&c.total, &cause, was_searched, s->args);
+    free(c.rows);
+    free(c.kl);
+    return code;
+}
+
+int compare_with(struct session *s, const char *path, struct result *r)
+{
+    struct theirs t;
+    int code = open_theirs(&t, s, path);
+    if (!code) code = open_state(s);
+    if (!code) code = compare_opened(s, &t, r);
+    close_theirs(&t);
+    return code;
+}
+
 int compare(struct session *s, const struct args *a)
 {
     struct theirs t = {.row_of = NULL};
-    struct comparison c = {.s = s, .t = &t};
-    struct cause cause = {.n = 0};
+    struct result r;
     if (widest_allowed(a) < 0) return complain("--band %s: no such band", a->band);
-    int code = open_for_compare(s, &t, a), was_searched = 0;
-    size_t n_bytes = code ? 0 : (size_t)s->max_rows * (size_t)s->config->n_vocab * sizeof *c.rows;
-    if (!code && !(c.rows = malloc(n_bytes))) code = out_of_memory(n_bytes, "their rows");
+    int code = open_for_compare(s, &t, a);
     if (!code && a->json) printf("{\"form\":\"%s\",\"positions\":[", t.reader.form_name);
-    if (!code) code = compare_rows(&c);
-    if (!code && c.total.n == 0) code = complain("%s: nothing to compare", a->value[0]);
-    if (!code) print_notes(s, &t.reader, &c.total);
-    if (!code && !a->no_diagnosis && band_of(c.total.sum_kl / c.total.n) > 0) {
-        if (t.reader.n_pieces > 1) code = take_piece(s, &t.reader, 0);
-        if (!code) code = align_rows(&t, s, 0);
-        if (!code) code = find_cause(s, &t, c.kl, &cause);
-        was_searched = 1;
-    }
+    if (!code) code = compare_opened(s, &t, &r);
     if (!code) {
-        struct verdict v = judge(&c.total, &cause, was_searched, a);
-        if (a->json) print_json(&c.total, &v);
-        else print_verdict(&c.total, &v);
-        code = v.conforms ? CONFORMS : DIFFERS;
+        if (a->json) print_json(&r);
+        else print_verdict(&r);
+        code = r.conforms ? CONFORMS : DIFFERS;
     }
-    free(c.rows);
-    free(c.kl);
     close_theirs(&t);
     return code;
 }

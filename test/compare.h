@@ -71,11 +71,23 @@ struct cause {
 };
 int find_cause(struct session *s, struct theirs *t, const float *kl, struct cause *cause);
 
+/* What came of a comparison. */
+struct result {
+    struct total total;
+    int conforms, band;      /* band: the narrowest that holds the mean KL */
+    struct cause cause;
+    int was_searched;
+};
+/* The logits in a file against ours for s->ids, whose state is not open yet. */
+int compare_with(struct session *s, const char *path, struct result *r);
+
 /* --positions, ascending, as wanted[] for run_ids, NULL for all; and how many. */
 int wanted_positions(const struct session *s, char **wanted, int *n_rows);
 
 int compare(struct session *s, const struct args *a);
 int export_logits(struct session *s, const struct args *a);
 int layers(struct session *s, const struct args *a);
+int write_vectors(struct session *s, const struct args *a);
+int check(struct session *s, const struct args *a);
 
 #endif

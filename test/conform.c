@@ -643,6 +643,10 @@ static const struct command {
      "differs is named, and what stands before it. DIR: files by llama.cpp's\n"
      "labels (l_out-7.npy .f32 .safetensors), transformers' hidden_states, or\n"
      "a file with the text of llama-eval-callback"},
+    {"check", "[NAME]..", 0, MAX_VALUES, check,
+     "this build against the vectors in test/vectors (or --dir), all models\n"
+     "or those named, every bit; with --other, another engine"},
+    {"vectors", "DIR [NAME]..", 1, MAX_VALUES, write_vectors, "writes them"},
     {"export", "", 0, 0, export_logits,
      "exact mode's logits for other programs: --npy, --safetensors or\n"
      "--kld-base FILE (what llama-perplexity --kl-divergence-base reads, of\n"
@@ -674,8 +678,11 @@ static const struct option options[] = {
     {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, NULL, "no <bos> before the text"},
     {"--special", NULL, FLAG, FIELD(special), 0, 0, NULL,
      "control tokens spelled in the text are those tokens"},
-    {"--dir", "DIR", TEXT, FIELD(dir), 0, 0, "trace",
-     "whole tensors, float32, little-endian; DIR is made when it is absent"},
+    {"--dir", "DIR", TEXT, FIELD(dir), 0, 0, "trace check",
+     "trace: whole tensors, float32, little-endian; DIR is made when absent"},
+    {"--other", "COMMAND", TEXT, FIELD(other), 0, 0, "check",
+     "runs an engine for each prompt and judges it: {ids} is a file of ids,\n"
+     "{out} the file for its logits, also {model} and {n_vocab}"},
     {"--positions", "LIST", TEXT, FIELD(positions), 0, 0, "compare export",
      "those that OTHER has rows of, or that are exported, as 0,5,-1; from\nthe end when negative"},
     {"--npy", "FILE", TEXT, FIELD(npy), 0, 0, "export", "a NumPy array [positions][n_vocab]"},
@@ -683,10 +690,10 @@ static const struct option options[] = {
     {"--kld-base", "FILE", TEXT, FIELD(kld_base), 0, 0, "export", "a base file of llama-perplexity"},
     {"--json", NULL, FLAG, FIELD(json), 0, 0, "compare", "the report as JSON"},
     {"--each", NULL, FLAG, FIELD(each), 0, 0, "compare", "a line for each position too"},
-    {"--band", "NAME", TEXT, FIELD(band), 0, 0, "compare layers",
+    {"--band", "NAME", TEXT, FIELD(band), 0, 0, "compare layers check",
      "what noise conforms: float32 kv-f16 bf16 int8 4-bit; default of compare\n"
      "int8, of layers float32"},
-    {"--no-diagnosis", NULL, FLAG, FIELD(no_diagnosis), 0, 0, "compare",
+    {"--no-diagnosis", NULL, FLAG, FIELD(no_diagnosis), 0, 0, "compare check",
      "do not look for the mistake that explains a difference"},
     {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, NULL,
      "context in tokens; default: enough for the text"},
@@ -784,7 +791,7 @@ static int parse_args(struct args *a, const struct command *c, int argc, char **
         size_t n = strcspn(name, "=");
         const struct option *o = *name == '-' && name[1] ? find_option(name, n) : NULL;
         if (!o && (*name != '-' || !name[1])) {
-            if (a->n_values == MAX_VALUES || (c && a->n_values == c->most))
+            if (a->n_values == MAX_VALUES || a->n_values == c->most)
                 return refuse("unexpected argument \"%s\"", name);
             a->value[a->n_values++] = name;
             continue;
@@ -808,7 +815,8 @@ static int check_args(const struct args *a, const struct command *c)
     if (a->n_values < c->least) return refuse("%s needs %s", c->name, c->values);
     if (!!a->prompt + !!a->file + !!a->ids_file > 1)
         return refuse("contradictory: one of -p, -f and --ids, not several");
-    if (!a->prompt && !a->file && !a->ids_file && c->run != compare)
+    int needs_text = c->run != compare && c->run != check && c->run != write_vectors;
+    if (needs_text && !a->prompt && !a->file && !a->ids_file)
         return refuse("%s needs a text: -p TEXT, -f FILE (- is stdin) or --ids FILE", c->name);
     if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
         return refuse("--kv %s: expected f16 or f32", a->kv);

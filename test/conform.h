@@ -15,7 +15,7 @@ enum { CONFORMS = 0, DIFFERS = 1, WRONG = 2 };
 enum {
     DEFAULT_PIECE = 512,     /* tokens of perplexity's pieces, as in llama-perplexity */
     ROWS_AT_ONCE = 32,       /* rows of logits held at once, at most */
-    MAX_VALUES = 4,          /* arguments without a name, at most */
+    MAX_VALUES = 8,          /* arguments without a name, at most */
 };
 
 struct args {

@@ -497,6 +497,72 @@ layers(spew("dump.txt", printed("Qcur-0", "MUL_MAT", $x{"Qcur_raw-0"}, 128, 72)
     . printed("Qcur-0", "ROPE", $x{"Qcur-0"}, 32, 4, 72)));
 like($out, qr/^Qcur-0 is the first that differs; Qcur_raw-0 before it is good$/m, "queries after RoPE have their name twice");
 
+# ---- Vectors -----------------------------------------------------------------------------------------
+
+my @small = ("tiny", "tiny-62", "tiny-mixed", "folktales");
+conform("check", @small);
+is($code, 0, "check: this build conforms") or diag($out . $err);
+like($out, qr/^conforms: contract 1, \w+, 4 models, \d+ prompts, \d+ rows in exact and default mode, every bit$/,
+    "in one line");
+mkdir "$dir/v";
+my $vectors = slurp("test/vectors/tiny.vec");
+for my $change (["row 5 [0-9a-f]{64}", "row 5 " . "0" x 64, "position 5: exact mode's logits differs"],
+    ["(row 5 [0-9a-f]{64}) [0-9a-f]{64}", sub { "$1 " . "0" x 64 }, "position 5: default mode's logits differs"],
+    ["(row 1 .*) \\S+\\n", sub { "$1 1.5\n" }, "position 1: nll differs"],
+    ["(top 0) \\d+:", sub { "$1 7:" }, "position 0: the first 16 differs"],
+    ["text 6f", "text 6e", "without-bos: the text has other ids"]) {
+    my ($from, $to, $says) = @$change;
+    (my $other = $vectors) =~ s/$from/ref $to ? $to->() : $to/e;
+    isnt($other, $vectors, "a change: $says");
+    spew("v/tiny.vec", $other);
+    conform("check", "tiny", "--dir", "$dir/v");
+    is($code, 1, "does not conform");
+    like($out, qr/\Q$says\E$/m, "and is named");
+    like($out, qr/^does not conform: /m, "the verdict is the last line");
+}
+for my $bad ([qr/^prompt/m, "Prompt"], [qr/^ids 3 /m, "ids 3 x "], [qr/^ids 3 /m, "ids 3 443 "], [qr/^row 1 /m, "row 0 "],
+    [qr/^top 0 /m, "top 0 x"], [qr/^contract 1/m, "contract 2"]) {
+    (my $other = $vectors) =~ s/$bad->[0]/$bad->[1]/;
+    spew("v/tiny.vec", $other);
+    refuses(qr/is not as README.md says|is of contract 2/, "a vector file with \"$bad->[1]\"", "check", "tiny", "--dir", "$dir/v");
+}
+(my $other_model = $vectors) =~ s/^model \S+ ./model $tiny z/m;
+spew("v/tiny.vec", $other_model);
+refuses(qr/tiny\.gguf is another file than the vectors are of/, "another model", "check", "tiny", "--dir", "$dir/v");
+conform("vectors", "$dir/v", "tiny");
+is($code, 0, "vectors");
+ok(slurp("$dir/v/tiny.vec") eq $vectors, "writes the same file anew");
+
+my $only = $vectors =~ s/^prompt length-2100.*//msr; # of these every one is judged
+$only =~ s/^prompt (bytes|whitespace).*?(?=^prompt)//msg;
+spew("v/tiny.vec", $only);
+conform("check", "tiny", "--dir", "$dir/v", "-t", 1, "--other", "$gemma3 -m {model} --exact -t 1 --ids {ids} --logits {out}");
+is($code, 0, "check --other: our own command line conforms");
+is(() = $out =~ /^tiny\.vec +\S+ +(\d+) +\1 +0 +0 +100\.00 %  conforms \(float32\)$/mg, 13, "prompt by prompt");
+like($out, qr/^13 of 13 prompts conform$/m, "all of them");
+conform("check", "tiny", "--dir", "$dir/v", "-t", 1, "--other", "cp $base {out}", "--no-diagnosis");
+is($code, 1, "an engine that gives other rows does not");
+is(() = $out =~ /the command failed, or gave no logits/g, 13, "which is said of each prompt");
+
+SKIP: {
+    skip "no python3", 2 if qx(python3 --version 2>&1) !~ /^Python 3/;
+    my ($reader) = slurp("test/vectors/README.md") =~ /^```python\n(.*?)^```/ms;
+    cmp_ok(() = $reader =~ /\n/g, "<=", 20, "README's reader has 20 lines at most");
+    my $script = spew("reader.py", $reader . <<"END");
+import hashlib, struct, sys
+model, prompts = read_vectors("test/vectors/tiny.vec")
+p = next(p for p in prompts if p["name"] == "length-24")
+n_vocab, data = int(model[2]), open(sys.argv[1], "rb").read()
+rows = [data[4 * n_vocab * i:4 * n_vocab * (i + 1)] for i in range(p["n"])]
+good = all(hashlib.sha256(rows[i]).hexdigest() == p["row"][i][0] for i in range(24))
+good &= all(rows[pos][4 * i:4 * i + 4] == b for pos, top in p["top"].items() for i, b in top)
+print(len(prompts), len(p["ids"]), good)
+END
+    my ($short) = $vectors =~ /^prompt length-24.*?\nids (.*?)\n/ms;
+    run(\$short, $gemma3, "-m", $tiny, "--ids", "-", "--exact", "--logits", "$dir/short.f32");
+    is(qx(python3 $script $dir/short.f32), "16 24 True\n", "and reads what is in the files");
+}
+
 # ---- The mistakes --------------------------------------------------------------------------------------
 
 # Each mistake in transformers, with its numbers and not ours. make_mistakes.py made them.
