@@ -412,7 +412,8 @@ static void print_cause(const struct result *v)
 {
     const struct cause *c = &v->cause;
     if (c->n == 0 && v->was_searched && v->band)
-        puts("cause                none of the known mistakes explains it, alone or in pairs");
+        printf("known mistakes       %s\n", v->conforms ? "none is in it, as far as its noise lets see" :
+               "none explains it, alone or in pairs");
     for (int i = 0; i < c->n; i++)
         printf("%-20s %s: %s\n", i ? "and" : "cause", c->mistake[i]->name, c->mistake[i]->sentence);
     if (c->n && c->is_hidden)
@@ -423,14 +424,15 @@ static void print_cause(const struct result *v)
 
 static void print_verdict(const struct result *v)
 {
-    char why[200];
-    const char *words = v->band < n_bands ? bands[v->band].words : "no arithmetic explains so much";
-    if (v->cause.n == 1 && v->cause.mistake[0]->is_precision && v->conforms)
-        words = bands[find_band(v->cause.mistake[0]->name)].words;
-    snprintf(why, sizeof why, v->band < n_bands ? "within the band of %s" : "%s", words);
+    const struct cause *c = &v->cause;
+    int is_fault = 0, is_named = c->n == 1 && c->mistake[0]->is_precision;
+    for (int i = 0; i < c->n; i++) is_fault |= !c->mistake[i]->is_precision;
     print_total(&v->total);
     print_cause(v);
-    printf("verdict              %s: %s\n", v->conforms ? "conforms" : "does not conform", why);
+    printf("verdict              %s: ", v->conforms ? "conforms" : "does not conform");
+    if (is_fault) printf("a known mistake%s\n", c->n > 1 ? " or two" : "");
+    else if (v->band == n_bands) puts("no arithmetic explains so much");
+    else printf("within the band of %s\n", bands[is_named ? find_band(c->mistake[0]->name) : v->band].words);
 }
 
 static void print_json(const struct result *v)

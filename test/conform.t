@@ -393,7 +393,7 @@ like($out, qr/^verdict +does not conform/m, "which the verdict says");
 my $noise = pack "f<*", map { $_ + 8 * sin(77 * $_) } @exact;
 against(spew("noise.f32", $noise));
 is($code, 1, "numbers that are nobody's do not conform");
-like($out, qr/none of the known mistakes explains it/, "for no known reason");
+like($out, qr/^known mistakes +none explains it, alone or in pairs/m, "for no known reason");
 
 # ---- Exporting ---------------------------------------------------------------------------------------
 
@@ -581,5 +581,25 @@ for (grep { !/^#/ } split /\n/, slurp("test/vectors/mistakes.txt")) {
     is($code, $names eq "kv-f16" ? 0 : 1, "and " . ($names eq "kv-f16" ? "conforms" : "does not conform"));
 }
 is($at, length $rows_of, "that is all of them");
+
+# The same in bf16, whose noise is larger than some mistakes.
+for my $path (glob "test/vectors/bf16*.npy") {
+    my ($name) = $path =~ /bf16-?(.*)\.npy/;
+    against($path, "--positions", join(",", map { 3 * $_ } 0 .. 23), "--json");
+    my ($causes) = $out =~ /"causes":\[(.*?)\]/;
+    is(($causes // "") =~ tr/"//dr, $name, "transformers in bf16, " . ($name ? "with $name" : "which is right") . ": "
+        . ($name ? "named all the same" : "no mistake is named")) or diag($out =~ s/.*\],//sr . $err);
+    is($code, $name ? 1 : 0, $name ? "does not conform" : "conforms");
+}
+
+# The real model's activations are too large for float16, and a server tells 20 logarithms a position.
+SKIP: {
+    my $real = "weights/gemma-3-270m-q4_k_m.gguf";
+    skip "no $real: make $real fetches it", 3 if !-f $real;
+    conform("compare", "test/vectors/f16-clamp.jsonl", "-m", $real, "-p", "The capital of France is Paris. The capital of Italy is");
+    is($code, 1, "the real model in transformers, clamped to float16: does not conform");
+    like($out, qr/^cause +f16-clamp: /m, "because it is clamped") or diag($out . $err);
+    like($err, qr/12 tokens do not go beyond the window of 512/, "a text too short for the window is noted");
+}
 
 done_testing();

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Makes test/vectors/mistakes.f32 and mistakes.txt: logits of transformers, float32, with each known
-mistake patched into it, for the models in test/data. Needs torch, transformers, gguf and numpy.
+"""Makes what test/conform.t compares from transformers with known mistakes patched into it, in
+test/vectors. Needs torch, transformers, gguf and numpy, and the real model in weights/.
 
-mistakes.txt has a line for each: its names (as in test/mistakes.c, parted by +), the model, and the
-positions whose rows of float32 follow one another in mistakes.f32.
+mistakes.f32: rows of float32 logits for the models in test/data; mistakes.txt has a line for each
+mistake: its names (as in test/mistakes.c, parted by +), the model, and the positions whose rows follow
+one another. bf16*.npy: every third position of tiny in bf16, without and with a mistake, as bf16.
+f16-clamp.jsonl: the real model, its activations clamped to float16, as a server tells it.
 """
+import json
 import os
 import sys
 
@@ -257,7 +260,10 @@ PAIRS = ["rope-factor-missing+window-plus-1", "rope-local-base+rope-global-base"
          "kv-heads-mixed+rows-late", "kv-f16+window-minus-1", "nibbles-in-turn+gelu-quick"]
 
 
-def logits_with(model, changes, ids):
+NOISY = ["", "gelu-quick", "rope-global-base", "softcap-30"]  # in bf16
+
+
+def logits_with(model, changes, ids, dtype=torch.float32):
     change = Change()
     for c in changes:
         c(change)
@@ -265,7 +271,7 @@ def logits_with(model, changes, ids):
     def prepare(c):
         for f in change.config:
             f(c)
-    m = F.load(os.path.join(F.DATA, model + ".gguf"), torch.float32, prepare, change.blocks)
+    m = F.load(os.path.join(F.DATA, model + ".gguf"), dtype, prepare, change.blocks)
     for f in change.model:
         f(m)
     saved = [(where, name, getattr(where, name)) for where, name, _ in change.patches]
@@ -273,7 +279,7 @@ def logits_with(model, changes, ids):
         setattr(where, name, value)
     run = ids[1:] if change.bos < 0 else ids[:1] * change.bos + ids
     with torch.inference_mode():
-        x = m(torch.tensor([run]), use_cache=False).logits[0].numpy()
+        x = m(torch.tensor([run]), use_cache=False).logits[0].float().numpy()
     for where, name, value in saved:
         setattr(where, name, value)
     if change.head is None:
@@ -281,8 +287,40 @@ def logits_with(model, changes, ids):
     return x, change.late - change.bos
 
 
+def make_noisy():
+    ids = [int(x) for x in open(os.path.join(F.DATA, "tiny.ids")).read().split()]
+    for name in NOISY:
+        x, _ = logits_with("tiny", [MISTAKES[name][1]] if name else [], ids, torch.bfloat16)
+        bits = (np.ascontiguousarray(x[::3]).view(np.uint32) >> 16).astype("<u2")  # exact: x is bf16
+        np.save(os.path.join(OUT, "bf16%s.npy" % (name and "-" + name)), bits.view("V2"))
+
+
+def make_clamped():
+    def clamp(x):
+        return x.clamp(-65504, 65504)
+
+    def forward(self, x, position_embeddings=None, attention_mask=None, **kwargs):
+        h = self.self_attn(hidden_states=self.input_layernorm(x), position_embeddings=position_embeddings,
+                           attention_mask=attention_mask, **kwargs)[0]
+        x = clamp(x + clamp(self.post_attention_layernorm(h)))
+        return clamp(x + clamp(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))))
+    model = F.load(os.path.join(F.DATA, "../../weights/gemma-3-270m-q4_k_m.gguf"), torch.float32)
+    saved, G.Gemma3DecoderLayer.forward = G.Gemma3DecoderLayer.forward, forward
+    # <bos>The capital of France is Paris. The capital of Italy is
+    ids = [2, 818, 5279, 529, 7001, 563, 9079, 236761, 669, 5279, 529, 11702, 563]
+    with torch.inference_mode():
+        x = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    G.Gemma3DecoderLayer.forward = saved
+    with open(os.path.join(OUT, "f16-clamp.jsonl"), "w") as f:
+        for row in x:
+            top = [{"id": int(i), "logprob": float("%.7g" % p)} for p, i in zip(*row.topk(20))]
+            f.write(json.dumps({"top_logprobs": top}) + "\n")
+
+
 def main():
     os.makedirs(OUT, exist_ok=True)
+    make_noisy()
+    make_clamped()
     index, rows = [], []
     for names in list(MISTAKES) + PAIRS:
         parts = [MISTAKES[n] for n in names.split("+")]
