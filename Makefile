@@ -5,46 +5,83 @@
 # make conform    builds test/conform, which judges numbers: ours and other engines'
 # make vectors    writes test/vectors anew
 # make bench      measures the speed of MODEL
+# make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
 
 CC     ?= cc
 CFLAGS ?= -O2
-RULES   = -std=c11 -D_POSIX_C_SOURCE=200809L -Wall -Wextra -Wpedantic
+RULES   = -std=c11 -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
 
-# Every test/*.c and test/*.t is a test, but the benchmark and the conformance kit.
-KIT     = $(patsubst %,test/%.c,conform compare diagnose export layers mistakes readers vectors)
-C_TESTS = $(patsubst %.c,%,$(filter-out test/bench.c $(KIT),$(wildcard test/*.c)))
-TESTS   = $(C_TESTS) $(wildcard test/*.t)
+# The conformance kit: a program of these files over the library.
+KIT      = $(patsubst %,test/%.o,conform compare diagnose export layers mistakes readers vectors)
 
-gemma3: gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -o $@ gemma3.c tokenizer.c $(LIBS)
+# Tests of what is public link the library as a user would; those of what is static include gemma3.c.
+LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
+INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
+TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
+
+# The program's own objects between functions that fail: what the linker of Linux can do.
+ifeq ($(shell uname),Linux)
+FAULTS   = test/faults
+WRAPPED  = malloc calloc realloc strdup realpath free fopen fopen64 fclose fflush open open64 rename \
+           fstat fstat64 mmap mmap64 munmap madvise sched_getaffinity pthread_create exit main
+endif
+
+gemma3: gemma3.o tokenizer.o
+	$(CC) $(CFLAGS) -o $@ gemma3.o tokenizer.o $(LIBS)
+
+gemma3.o: gemma3.c gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -c -o $@ gemma3.c
+
+tokenizer.o: tokenizer.c gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -c -o $@ tokenizer.c
+
+# The library: everything but the command line.
+test/gemma3.o: gemma3.c gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -c -o $@ gemma3.c
 
 run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
-test: gemma3 test/bench test/conform $(C_TESTS)
+test:
+	$(MAKE) -j2 gemma3 test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
-# Each test is the engine and its checks in one unit, so that it reaches static functions.
-$(C_TESTS): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.c $(LIBS)
+$(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
+
+test/hostile test/replay test/together: test/tiny.h $(wildcard test/fuzz/*.c)
+
+$(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< tokenizer.o $(LIBS)
+
+test/faults: test/faults.c test/tap.h test/tiny.h gemma3.h gemma3.o tokenizer.o
+	$(CC) $(RULES) $(CFLAGS) $(WRAPPED:%=-Wl,--wrap=%) -o $@ $< gemma3.o tokenizer.o $(LIBS)
 
 sanitize:
-	$(MAKE) -B test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(C_TESTS) $(wildcard test/cli.t)"
 	$(MAKE) clean
+	$(MAKE) test CFLAGS="-O1 -g -fsanitize=address,undefined" TESTS="$(LINKED) $(INCLUDED) $(FAULTS) test/cli.t"
+	$(MAKE) clean
+
+# What strangers' files are tried with: test/fuzz/README.md.
+fuzz-gguf fuzz-tokenizer wrap threads coverage prove:
+	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
 	test/bench $(MODEL)
 
-test/bench: test/bench.c gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $< gemma3.c tokenizer.c $(LIBS)
+board:
+	test/board/run m7 m55 rv32 rv64
 
 conform: test/conform
-test/conform: $(KIT) $(wildcard test/*.h) gemma3.c gemma3.h tokenizer.c
-	$(CC) $(RULES) $(CFLAGS) -DGEMMA3_NO_MAIN -o $@ $(KIT) gemma3.c tokenizer.c $(LIBS)
+test/conform: $(KIT) test/gemma3.o tokenizer.o
+	$(CC) $(CFLAGS) -o $@ $(KIT) test/gemma3.o tokenizer.o $(LIBS)
+
+$(KIT): %.o: %.c test/conform.h test/compare.h test/mistakes.h test/readers.h gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -c -o $@ $<
 
 # What every build and machine must compute; the models that are there.
 vectors: test/conform
@@ -62,5 +99,6 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -f gemma3 test/bench test/conform $(C_TESTS)
-.PHONY: run test sanitize bench conform vectors clean
+	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
+	  test/*.gcda test/*.gcno
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap threads coverage prove bench board conform vectors clean

@@ -8,25 +8,83 @@
  * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
  *
  *     x = embedding[id] * sqrt(d_model)
- *     for each layer l:
+ *     for each layer:
  *         h = rms(x) * attn_norm
- *         q, k, v = Wq h, Wk h, Wv h             n_heads queries, n_kv_heads keys and values
- *         q, k = rms(q) * q_norm, rms(k) * k_norm      each head for itself
- *         q, k = rope(q), rope(k)                turn pairs (j, j + head_dim/2) by p * theta^(-2j/head_dim)
- *         a = softmax(q . k * query_scale) v     over the past, itself included: all of it in every 6th
- *                                                layer (global), the last `window` tokens in the others (local)
+ *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
+ *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
+ *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
+ *                                                 at position p by p * base^(-2j/head_dim) / factor
+ *         a = softmax(q . k * query_scale) v      over the positions that the token sees
  *         x = x + rms(Wo a) * post_attention_norm
  *         h = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate h) * Wup h)
  *         x = x + rms(f) * post_ffw_norm
- *     logits = embedding . (rms(x) * output_norm)
+ *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
+ *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors is
- * element by element. query_scale is 1/sqrt(head_dim), in 27B 1/sqrt(168). Query head h uses key-value
- * head h / (n_heads / n_kv_heads): several queries share one K and V (grouped-query attention). K and V
- * of earlier tokens never change, so they are kept: the KV cache. A program repeats: ids -> logits after
- * the last token -> choose an id -> append it. Source: Gemma 3 Technical Report (arXiv 2503.19786),
- * and transformers' modeling_gemma3.py, with which exact mode agrees to float32 rounding.
+ * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
+ * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
+ * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
+ * exact mode agrees to float32 rounding.
+ *
+ * One layer, with the shapes of 1B:
+ *
+ *     x [1152] ---.
+ *        |     attn_norm
+ *        |        | h [1152]
+ *        |        +-------------+-------------.
+ *        |      attn_q        attn_k        attn_v
+ *        |        | [4][256]    | [1][256]    | [1][256]
+ *        |      q_norm        k_norm          |
+ *        |       rope          rope           |
+ *        |        |             |             |
+ *        |        |        .----+-------------+----.
+ *        |        |        | KV cache of the layer |  k, v of the positions so far
+ *        |        |        '----+-------------+----'
+ *        |     softmax(q . k / 16) ---------- v       query head h meets kv head h / (n_heads /
+ *        |        | [4][256]                          n_kv_heads): several queries share one K, V
+ *        |     attn_output
+ *        |        | [1152]
+ *        |     post_attention_norm
+ *       (+)-------'
+ *     x [1152] ---.
+ *        |     ffn_norm
+ *        |        | h [1152]
+ *        |        +-------------.
+ *        |     ffn_gate       ffn_up
+ *        |        | [6912]      | [6912]
+ *        |      gelu -------- times
+ *        |        | [6912]
+ *        |     ffn_down
+ *        |        | [1152]
+ *        |     post_ffw_norm
+ *       (+)-------'
+ *     x [1152]  into the next layer
+ *
+ * Five local layers, then a global one, and so on: L L L L L G L L L L L G ... A global layer sees
+ * the whole past, a local one the last `window` positions, the token's own included. With window 4:
+ *
+ *     token 9 sees    global  0 1 2 3 4 5 6 7 8 9         local              6 7 8 9
+ *
+ * So a local layer need not keep more than the window: its cache is a ring, and position p lies in
+ * slot p mod ring. With a ring of 4 slots, before and after token 10 comes:
+ *
+ *     slot  0 1 2 3          slot  0 1  2 3
+ *     pos   8 9 6 7          pos   8 9 10 7
+ *
+ * The published sizes (the code knows them in section 12 alone):
+ *
+ *             n_layers  d_model   d_ff  heads  kv heads  head_dim  window  factor  query_scale
+ *     270M          18      640   2048      4         1       256     512       1  1/sqrt(256)
+ *     1B            26     1152   6912      4         1       256     512       1  1/sqrt(256)
+ *     4B            34     2560  10240      8         4       256    1024       8  1/sqrt(256)
+ *     12B           48     3840  15360     16         8       256    1024       8  1/sqrt(256)
+ *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
+ *
+ * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
+ * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
+ * the others' by head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -41,22 +99,25 @@
  *     ffn_gate, _up, _down  mlp.{gate,up,down}_proj  blk.N.ffn_{gate,up,down}.weight
  *     post_ffw_norm   post_feedforward_layernorm     blk.N.post_ffw_norm.weight
  *     output_norm     model.norm                     output_norm.weight
+ *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head, r row,
- * b block of 32 elements (256 in a file's K formats: a super-block), j element or lane. In formats and
- * kernels g counts groups of elements and h registers of rows. n is the number of tokens in this call.
+ * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
+ * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
+ * 4" is rule 4 of the numeric contract in README.md.
  *
  * Contents
- *      1  Arithmetic that is the same everywhere
- *      2  Number formats
- *      3  Activations
- *      4  Dot products: the definition
- *      5  Dot products: AVX2, AVX-512, NEON
- *      6  Element-wise pieces: norm, rope, gelu, softmax
- *      7  The model and the state
- *      8  Matrix times vectors
- *      9  Attention, the KV cache, feed-forward
- *     10  The forward pass
+ *      1  The model and the state
+ *      2  The operations
+ *      3  The forward pass
+ *      4  Attention and the KV cache
+ *      5  Feed-forward
+ *      6  Matrix times vectors, and how threads share
+ *    How each operation is computed:
+ *      7  Arithmetic that is the same everywhere
+ *      8  Number formats
+ *      9  The operations: definitions
+ *     10  The operations: vector kernels
+ *    Around the model:
  *     11  Reading GGUF
  *     12  Opening a model
  *     13  Sizes and states
@@ -65,41 +126,51 @@
  *     16  The command line
  */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to treat
- * floats as real numbers, whatever its command line allows; open() tests that it was heard. The two last
- * lines for gcc change speed, never bits. */
+#if !defined(INSTANCE) /* the file includes itself: section 9 */
+
+/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
+ * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
+ * The two last lines for gcc change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* some targets do not know the first */
 #pragma float_control(precise, on)
 #pragma clang fp reassociate(off)
+#pragma clang diagnostic pop
 #endif
 #pragma STDC FP_CONTRACT OFF /* after the others: "precise" would allow it again */
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "no-unsafe-math-optimizations", "signed-zeros")
-#pragma GCC optimize("no-trapping-math", "no-math-errno", "tree-vectorize", "vect-cost-model=dynamic")
-#pragma GCC optimize("no-tree-ter") /* with it every sum waits for its last use: registers run out */
+#pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
+#pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
+#if defined(__ARM_FEATURE_MVE)
+#pragma GCC optimize("no-tree-vectorize") /* Helium's vectors of floats flush subnormals */
+#endif
 #endif
 #if defined(__FAST_MATH__)
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* mmap, pthreads, sigaction under -std=c11 */
-#endif
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
-#define _GNU_SOURCE 1           /* madvise, sched_getaffinity */
+#define _GNU_SOURCE 1
 #endif
+#define _NETBSD_SOURCE 1
+#define _FILE_OFFSET_BITS 64    /* files over 2 GB where pointers have 32 bits */
 #include "gemma3.h"
 
 #include <float.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic is wider than float here: on 32-bit x86 build with -msse2 -mfpmath=sse"
+#error "float arithmetic is wider than float: x86 wants -msse2 -mfpmath=sse, s390x -std=gnu11"
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
@@ -108,6 +179,10 @@
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #include <arm_neon.h>
 #define HAVE_NEON 1
+#elif defined(__ARM_FEATURE_MVE)
+#include <arm_mve.h>
+#elif defined(__ARM_FEATURE_SIMD32)
+#include <arm_acle.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -123,7 +198,831 @@ enum { BIG_ENDIAN_CPU = 0 };
 #define UNROLL _Pragma("clang loop unroll(full)")
 #endif
 
-/* ==== 1. Arithmetic that is the same everywhere =================================================
+typedef uint64_t fp_state;
+static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
+static void fp_leave(fp_state old);   /* as the caller had them */
+
+INLINE int min_int(int a, int b) { return a < b ? a : b; }
+
+/* ==== 1. The model and the state ============================================================== */
+
+/* Tensor types by their number in GGUF. */
+enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
+       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30 };
+
+enum { TILE_ROWS = 32 };              /* rows of a matrix multiplied together: section 8 */
+
+/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or
+ * as tiles: 32 rows interleaved, the last tile filled up with zero rows (section 8). */
+struct matrix {
+    const struct format *format;      /* F32, Q4_0 ...: section 8 */
+    int rows, cols, tiled;
+    size_t row_bytes;
+    const uint8_t *data;              /* NULL: read when it is needed, from */
+    uint64_t offset;                  /* there in the file */
+};
+
+/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
+struct layer {
+    const float *attn_norm;           /* [d_model] */
+    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
+    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
+    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
+    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
+    const float *post_attention_norm; /* [d_model] */
+    const float *ffn_norm;            /* [d_model] */
+    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
+    struct matrix ffn_down;           /* [d_model][d_ff] */
+    const float *post_ffw_norm;       /* [d_model] */
+};
+
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+
+struct string {
+    const char *text;                 /* without NUL */
+    size_t n;
+};
+
+/* Read-only once it is open. */
+struct gemma3_model {
+    gemma3_config config;
+    int exact;                        /* float activations, dequantised weights */
+    const struct kernels *kernels;    /* the operations on this CPU: section 2 */
+    struct matrix token_embd;         /* [n_vocab][d_model] */
+    struct matrix lm_head;            /* token_embd itself in every public Gemma 3 */
+    int tied;                         /* it is: there is no output.weight */
+    const float *output_norm;         /* [d_model] */
+    struct layer *layer;              /* [n_layers] */
+
+    gemma3_tokenizer *tokenizer;
+    gemma3_vocab vocab;
+    int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
+    struct string chat_template;
+    char name[128];
+    const struct published *published; /* the size, when it is one of Google's */
+    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
+    int n_origins, n_notes;
+
+    gemma3_source source;             /* the file */
+    const void *mapping;              /* its bytes, when we mapped it */
+    size_t mapping_bytes;
+    size_t weight_bytes;
+    size_t streamed_row;              /* bytes of the longest row that is not in memory */
+    void *allocated;                  /* by gemma3_open, else NULL */
+};
+
+/* One conversation: the KV cache, and room for the n_ubatch tokens that go through the layers at
+ * once. Shapes are said here; where everything lies says lay_out (section 13). */
+struct gemma3_state {
+    const gemma3_model *m;
+    const gemma3_config *c;           /* the model's, unless params have another */
+    gemma3_params p;
+    void *allocated;                  /* by _new, else NULL */
+    int pos;                          /* tokens in the cache */
+    int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
+    int q_block;                      /* tokens whose attention is computed together */
+    int ring;                         /* slots of a local layer's cache */
+    int32_t *ids;                     /* [n_ctx] the tokens in the cache */
+    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
+    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
+    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
+    float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
+    float *x;                         /* [n_ubatch][d_model]        residual stream */
+    float *h;                         /* [n_ubatch][d_model]        branch */
+    float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
+    float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
+    float *gate, *up;                 /* [n_ubatch][d_ff] */
+    float *block_q, *block_out;       /* [n_kv_heads][q_block][heads per kv head][head_dim] */
+    float *score_sum;                 /* [n_kv_heads][q_block][heads per kv head] */
+    float *score;                     /* [n_kv_heads][q_block][heads per kv head][n_score] */
+    size_t n_score;                   /* n_ctx, rounded up to 16 */
+    struct q8_block *q8;              /* [n_ubatch][widest input / 32]   a matrix's input as int8 */
+    int n_acc;                        /* vectors that a worker multiplies at once, at most */
+    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
+    struct unpacked *unpacked;        /* [n_threads] */
+    float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
+    uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
+    uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
+    char error[256];
+};
+
+/* ==== 2. The operations ==========================================================================
+ *
+ * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
+ * A table exists for plain C, which is the definition (section 9), and for each instruction set
+ * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+
+/* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
+struct q8_block {
+    float d;
+    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
+    int32_t sum[2];        /* of the codes in each half */
+    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
+    int32_t unused[3];     /* 64 bytes: a cache line */
+    int8_t code[32];
+};
+
+/* Up to TILE_ROWS rows of a matrix times n vectors. */
+struct product {
+    const struct format *format;
+    const uint8_t *rows;     /* n_rows rows, row_bytes apart, or a tile */
+    size_t row_bytes;
+    int n_rows, cols, n;
+    const struct q8_block *q8; /* mul_codes: [n][x_stride] */
+    const float *x;          /* mul_floats: [n][x_stride] */
+    size_t x_stride;
+    float (*acc)[TILE_ROWS]; /* [n][TILE_ROWS] */
+    struct panel *scratch;   /* mul_codes: [PANELS] */
+};
+
+/* Values of the cache, weighted and added up: for n queries and a slice of a head. */
+enum { MIX_WIDTH = 32 };     /* elements of a slice, but at a head's end */
+
+struct mix {
+    int type;                /* of the cache: F16 or F32 */
+    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
+    size_t v_bytes;
+    int n_pos;
+    const float *e;          /* [n][n_pos], e_stride apart */
+    size_t e_stride;
+    float *out;              /* [n][width], out_stride apart */
+    size_t out_stride;
+    int n, width;
+};
+
+struct kernels {
+    const char *name;
+    int tiles;               /* mul_codes takes a tile; 0: rows as they lie in the file */
+    /* x [n] -> codes: d = amax / 127, code = round(x * (127 / amax)), ties to even (rule 1). */
+    void (*quantize)(struct q8_block *out, const float *x, int n);
+    /* acc[i][r] += row r . q8[i], an integer format's tile: for each block in order
+     * acc = fma(isum, d_row * d, acc), isum the exact integer dot product (rule 2). */
+    void (*mul_codes)(const struct product *p);
+    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
+     * lanes joined as a tree (rule 4). */
+    void (*mul_floats)(const struct product *p);
+    /* out [cols] = row r of w as float32, as its format defines. */
+    void (*dequantize)(const struct matrix *w, int r, int n, float *out);
+    /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
+    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
+    /* v [head_dim]: each pair (j, j + head_dim/2) turned by its angle (rule 5). */
+    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
+    /* to [n] = x rounded to the cache's type, F16 or F32 (rule 6). */
+    void (*store)(uint8_t *to, const float *x, int n, int type);
+    /* s[k] = exp(s[k] - max) for positions first + k; returns their sum, added in the lanes of the
+     * absolute position: softmax's numerators and denominator (rule 6). */
+    float (*exp_scores)(float *s, int n, int first);
+    /* out[i] = fma(e[i][p], v[p], out[i]), positions in order (rule 6). */
+    void (*mix_values)(const struct mix *m);
+    /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
+    void (*gelu)(float *gate, const float *up, int n);
+    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    double (*sum_exp)(const float *logits, int n, float max);
+};
+
+/* From later sections: what the forward pass uses besides the table. */
+static void cos_sin(float angle, float *c, float *s);
+static void softcap(float *logits, size_t n, float cap);
+static float fma_f32(float a, float b, float c);
+static float exp_f32(float x);
+static const struct format *find_format(uint32_t type);
+static int is_float(const struct format *f);
+
+/* For params.trace, which may look at every tensor, and change it to see what a mistake would
+ * do. */
+static void trace(const gemma3_state *s, const char *name, int l, float *x, int width, int n)
+{
+    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
+}
+
+/* ==== 3. The forward pass ===================================================================== */
+
+/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+struct linear {
+    const struct matrix *w;
+    float *y;
+};
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
+static void embed(gemma3_state *s, const int32_t *ids, int n);
+static void rope_tables(gemma3_state *s, int n);
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
+static void attention(gemma3_state *s, const struct layer *w, int l, int n);
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
+static void add(float *x, const float *y, size_t n);
+
+/* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
+ * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * again. */
+static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = s->c;
+    size_t size = (size_t)n * c->d_model;
+    rope_tables(s, n);
+    embed(s, ids, n);
+    trace(s, "inp_scaled", -1, s->x, c->d_model, n);
+    for (int l = 0; l < c->n_layers; l++) {
+        const struct layer *w = &s->m->layer[l];
+        rmsnorm(s, s->h, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->h, c->d_model, n);
+        attention(s, w, l, n);
+        trace(s, "attn_out", l, s->h, c->d_model, n);
+        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->h, c->d_model, n);
+        add(s->x, s->h, size);
+        trace(s, "sa_out", l, s->x, c->d_model, n);
+        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->h, c->d_model, n);
+        feed_forward(s, w, l, n);
+        trace(s, "ffn_out", l, s->h, c->d_model, n);
+        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->h, c->d_model, n);
+        add(s->x, s->h, size);
+        trace(s, "l_out", l, s->x, c->d_model, n);
+    }
+}
+
+/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
+ * this scale makes one matrix serve as both. */
+static void embed(gemma3_state *s, const int32_t *ids, int n)
+{
+    const gemma3_config *c = s->c;
+    for (int i = 0; i < n; i++) {
+        float *x = s->x + (size_t)i * c->d_model;
+        dequantize_row(s, &s->m->token_embd, ids[i], x);
+        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
+    }
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t j = 0; j < n; j++) x[j] += y[j];
+}
+
+/* cos and sin of the angles of these n tokens, for both bases; all layers share them. Linear
+ * scaling divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
+static void rope_tables(gemma3_state *s, int n)
+{
+    int half = s->c->head_dim / 2;
+    for (int local = 0; local < 2; local++)
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < half; j++)
+                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i),
+                        &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
+}
+
+/* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
+static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
+{
+    const gemma3_config *c = s->c;
+    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
+    int pos = s->pos + rows[0];
+    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
+        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
+                c->d_model * sizeof(float));
+    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
+    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
+    if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
+    if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
+}
+
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows);
+
+int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
+                   float *logits)
+{
+    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
+    fp_state fp = fp_enter();
+    int before = s->pos;
+    for (int done = 0, take; done < n; done += take) {
+        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
+        take = min_int(n - done, s->n_ubatch);
+        forward_ubatch(s, ids + done, take);
+        for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
+        if (n_here) unembed(s, rows_here, n_here, logits);
+        if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
+        s->pos += take;
+    }
+    fp_leave(fp);
+    if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
+    memset(s->unread, 0, s->p.n_threads);
+    s->pos = before;
+    snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
+    return -1;
+}
+
+/* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
+static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
+    int n_vocab = s->c->n_vocab;
+    size_t size = sizeof s->error;
+    if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
+    if (n > s->p.n_ctx - s->pos)
+        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
+                        "%d more were given", s->p.n_ctx, s->pos, n);
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab)
+            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+                            s->pos + i, (int)ids[i], n_vocab);
+    for (int k = 0; k < n_rows; k++)
+        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
+            return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
+                            rows[k], n - 1);
+    return 0;
+}
+
+/* Labels of the trace as they come, llama.cpp's where it has one; from the second to the third from
+ * the end each layer has them. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+static const char *const trace_labels[] = {
+    "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
+    "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
+    "ffn_geglu", "ffn_out", "ffn_post_norm", "l_out", "result_norm", "result_output"};
+enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
+
+const char *gemma3_trace_label(int index, int *in_layers)
+{
+    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
+    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
+    return trace_labels[index];
+}
+
+/* ==== 4. Attention and the KV cache ==============================================================
+ *
+ * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
+ * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
+ * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
+ * first token of a call sees survives the call's own writes.
+ *
+ * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
+ *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
+ *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
+ *
+ * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
+ * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
+ * queries. */
+
+static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
+static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
+static int slots_of(const gemma3_state *s, int l)
+{
+    return s->c->is_local[l] ? s->ring : s->p.n_ctx;
+}
+
+/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
+ * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
+ * head. */
+struct attention {
+    gemma3_state *s;
+    const struct layer *w;
+    int l, slots;
+    int i0, n;                        /* tokens i0 .. i0+n-1 of this call */
+    int first_pos;                    /* lowest position that any of them sees */
+    int heads_per_kv;
+};
+
+static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
+static void copy_floats(float *to, const float *from, int n);
+static void norm_heads(void *attention, int i, int worker);
+static void rope_heads(void *attention, int i, int worker);
+static void store_heads(void *attention, int i, int worker);
+static void attend(struct attention *a);
+
+/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+static void attention(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    const gemma3_config *c = s->c;
+    int q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
+    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
+                          .heads_per_kv = c->n_heads / c->n_kv_heads};
+    struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
+    matmul(s, qkv, 3, s->h, n);
+    trace(s, "Qcur_raw", l, s->q, q_width, n);
+    trace(s, "Kcur_raw", l, s->k, kv_width, n);
+    trace(s, "Vcur", l, s->v, kv_width, n);
+    for_each(s, n, norm_heads, &a);
+    trace(s, "Qcur_normed", l, s->q, q_width, n);
+    trace(s, "Kcur_normed", l, s->k, kv_width, n);
+    for_each(s, n, rope_heads, &a);
+    trace(s, "Qcur", l, s->q, q_width, n);
+    trace(s, "Kcur", l, s->k, kv_width, n);
+    for_each(s, n, store_heads, &a);
+    for (a.i0 = 0; a.i0 < n; a.i0 += s->q_block) {
+        a.n = min_int(n - a.i0, s->q_block);
+        attend(&a);
+    }
+    trace(s, "kqv_out", l, s->attended, q_width, n);
+    matmul(s, &(struct linear){&w->attn_output, s->h}, 1, s->attended, n);
+}
+
+/* Head h of token i in q [n][n_heads][head_dim], or in k or v [n][n_kv_heads][head_dim]. */
+static float *head_at(float *x, int n_heads, int head_dim, int i, int h)
+{
+    return x + ((size_t)i * n_heads + h) * head_dim;
+}
+
+static void norm_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    const gemma3_config *c = a->s->c;
+    (void)worker;
+    for (int h = 0; h < c->n_heads; h++) {
+        float *q = head_at(a->s->q, c->n_heads, c->head_dim, i, h);
+        a->s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, c->head_dim, c->rms_eps);
+    }
+    for (int g = 0; g < c->n_kv_heads; g++) {
+        float *k = head_at(a->s->k, c->n_kv_heads, c->head_dim, i, g);
+        a->s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, c->head_dim, c->rms_eps);
+    }
+}
+
+static void rope_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    const gemma3_state *s = a->s;
+    int D = s->c->head_dim, local = s->c->is_local[a->l];
+    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
+    (void)worker;
+    for (int h = 0; h < s->c->n_heads; h++)
+        s->m->kernels->rope(head_at(s->q, s->c->n_heads, D, i, h), cosine, sine, D);
+    for (int g = 0; g < s->c->n_kv_heads; g++)
+        s->m->kernels->rope(head_at(s->k, s->c->n_kv_heads, D, i, g), cosine, sine, D);
+}
+
+/* ---- Where the cache keeps what ---- */
+
+static int slice_width(int head_dim, int j0) { return min_int(head_dim - j0, MIX_WIDTH); }
+static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
+
+/* K of kv head g at position p, and elements j0 .. j0 + slice_width - 1 of V. */
+static uint8_t *key_at(const struct attention *a, int g, int p)
+{
+    size_t before = ((size_t)g * a->slots + p % a->slots) * a->s->c->head_dim;
+    return a->s->k_cache[a->l] + before * kv_element(a->s);
+}
+
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
+{
+    int D = a->s->c->head_dim;
+    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
+    return a->s->v_cache[a->l] + before * kv_element(a->s);
+}
+
+/* K and V of token i go into the cache. */
+static void store_heads(void *attention, int i, int worker)
+{
+    const struct attention *a = attention;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, p = s->pos + i;
+    (void)worker;
+    for (int g = 0; g < s->c->n_kv_heads; g++) {
+        const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
+        const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
+        s->m->kernels->store(key_at(a, g, p), k, D, cache_type(s));
+        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+            s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), cache_type(s));
+    }
+}
+
+/* First position that the token at position p sees: q - k < window in a local layer. */
+static int first_seen(const struct attention *a, int p)
+{
+    const gemma3_config *c = a->s->c;
+    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
+}
+
+/* ---- softmax(q . k) v ---- */
+
+/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
+ * the positions that the token at position p sees. q is scaled; score has room for those positions.
+ * A test compares it with attend. */
+static float dot(int type, const uint8_t *row, const float *x, int n);
+static float exp_scores_of(float *score, int n, int first);
+static float value_of(int type, const uint8_t *row, size_t j);
+static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                           float *score, float *out)
+{
+    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
+    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
+    float sum = exp_scores_of(score, n, first);
+    for (int j = 0; j < D; j++) {
+        int j0 = j / MIX_WIDTH * MIX_WIDTH;
+        float o = 0;
+        for (int t = 0; t < n; t++)
+            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
+        out[j] = o / sum;
+    }
+}
+
+static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
+
+/* Number of a query among all of the block: where its row of block_q, score and block_out lies. */
+static size_t query_at(const struct attention *a, int g, int t)
+{
+    return (size_t)g * a->s->q_block * a->heads_per_kv + t;
+}
+
+/* Queries of one kv head side by side, and scaled. */
+static void gather_queries(const struct attention *a)
+{
+    gemma3_state *s = a->s;
+    const gemma3_config *c = s->c;
+    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
+    for (int i = 0; i < a->n; i++)
+        for (int g = 0; g < c->n_kv_heads; g++) {
+            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
+            float *to = s->block_q + ((size_t)g * s->q_block + i) * q_floats;
+            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
+        }
+}
+
+enum { SCORE_RUN = 64 };              /* positions that one task scores */
+
+static int n_score_runs(const struct attention *a)
+{
+    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
+}
+
+/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
+static int run_of(const struct attention *a, int begin, int end)
+{
+    return min_int(end - begin, a->slots - begin % a->slots);
+}
+
+/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
+ * Among them are positions that a query must not see, later ones and those before its window:
+ * softmax and mix pass over them, which is the causal mask. */
+static void score_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, g = index / n_score_runs(a);
+    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
+    int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
+    struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
+                           .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
+    for (; p < end; p += keys.n_rows) {
+        keys.rows = key_at(a, g, p);
+        keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
+        for (int t = 0; t < n_queries(a); t += keys.n) {
+            keys.x = s->block_q + query_at(a, g, t) * D;
+            keys.n = min_int(n_queries(a) - t, s->n_acc);
+            s->m->kernels->mul_floats(&keys);
+            for (int k = 0; k < keys.n; k++)
+                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos),
+                            keys.acc[k], keys.n_rows);
+        }
+    }
+}
+
+/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
+static void softmax_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int g = index / n_queries(a), t = index % n_queries(a);
+    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
+    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
+    (void)worker;
+    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
+}
+
+/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
+static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
+{
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim;
+    for (int t = 0; t < n_queries(a); t++) {
+        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
+        float *to = head_at(s->attended, s->c->n_heads, D, i, h) + j0;
+        float sum = s->score_sum[query_at(a, g, t)];
+        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
+    }
+}
+
+/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
+ * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
+ * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
+ * of a block:
+ *
+ *     position    5  6  7  8  9  10
+ *     token 8     x  x  x  x              from = 0 until 8
+ *     token 9        x  x  x  x           to = 2 from 6 on
+ *     token 10          x  x  x  x        to = 3 from 7 on, from = 1 at 9, 2 at 10
+ *
+ * Positions are taken up to where either end of the run changes, or the ring wraps. */
+static void mix_task(void *arg, int index, int worker)
+{
+    const struct attention *a = arg;
+    gemma3_state *s = a->s;
+    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
+    int p0 = s->pos + a->i0, from = 0, to = 1;
+    float *out = s->block_out + query_at(a, g, 0) * D + j0;
+    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s),
+                    .e_stride = s->n_score, .out_stride = D, .width = slice_width(D, j0)};
+    (void)worker;
+    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
+    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
+        while (p0 + from < p) from++;
+        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
+        end = p0 + from + 1;
+        if (to < a->n) end = min_int(end, first_seen(a, p0 + to));
+        end = p + run_of(a, p, end);
+        m.v = value_at(a, g, j0, p);
+        m.n_pos = end - p;
+        m.n = (to - from) * a->heads_per_kv;
+        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
+        m.out = out + (size_t)from * a->heads_per_kv * D;
+        s->m->kernels->mix_values(&m);
+    }
+    divide_and_place(a, g, j0, out);
+}
+
+/* attended [i0 .. i0+n-1][n_heads][head_dim] for one query block: three phases, each shared out. */
+static void attend(struct attention *a)
+{
+    const gemma3_state *s = a->s;
+    a->first_pos = first_seen(a, s->pos + a->i0);
+    gather_queries(a);
+    for_each(s, s->c->n_kv_heads * n_score_runs(a), score_task, a);
+    for_each(s, s->c->n_kv_heads * n_queries(a), softmax_task, a);
+    for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
+}
+
+/* ==== 5. Feed-forward ========================================================================= */
+
+static void gelu_task(void *state, int i, int worker)
+{
+    gemma3_state *s = state;
+    size_t d_ff = s->c->d_ff;
+    (void)worker;
+    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
+}
+
+/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
+{
+    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->h, n);
+    trace(s, "ffn_gate", l, s->gate, s->c->d_ff, n);
+    trace(s, "ffn_up", l, s->up, s->c->d_ff, n);
+    for_each(s, n, gelu_task, s);
+    trace(s, "ffn_geglu", l, s->gate, s->c->d_ff, n);
+    matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
+}
+
+/* ==== 6. Matrix times vectors, and how threads share =============================================
+ *
+ * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
+ * change a bit, because no sum is ever divided (rule 7). */
+
+/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
+static void share_of(int total, int n_tasks, int i, int *begin, int *end)
+{
+    *begin = (int)((int64_t)total * i / n_tasks);
+    *end = (int)((int64_t)total * (i + 1) / n_tasks);
+}
+
+/* Things to do for each of n_items, handed out in a few runs for each thread. */
+struct items {
+    int n_items, n_tasks;
+    gemma3_task *each;
+    void *job;
+};
+
+enum { TASKS_PER_THREAD = 6 };        /* 16 gave the same speed */
+
+static void items_task(void *arg, int index, int worker)
+{
+    const struct items *w = arg;
+    fp_state fp = fp_enter(); /* the thread may be the caller's */
+    int i, end;
+    share_of(w->n_items, w->n_tasks, index, &i, &end);
+    for (; i < end; i++) w->each(w->job, i, worker);
+    fp_leave(fp);
+}
+
+/* each(job, i, worker) for every i < n_items, on all threads. */
+static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
+{
+    struct items w = {n_items, min_int(n_items, s->p.n_threads * TASKS_PER_THREAD), each, job};
+    if (n_items > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, w.n_tasks, items_task, &w);
+    else
+        for (int i = 0; i < n_items; i++) each(job, i, 0);
+}
+
+/* y = rms(x) * w; x and y are [n][d_model] */
+struct norm {
+    const gemma3_state *s;
+    float *y;
+    const float *x, *w;
+};
+
+static void norm_task(void *arg, int i, int worker)
+{
+    const struct norm *job = arg;
+    const gemma3_config *c = job->s->c;
+    size_t at = (size_t)i * c->d_model;
+    (void)worker;
+    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
+}
+
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
+{
+    struct norm job = {.s = s, .y = y, .x = x, .w = w};
+    for_each(s, n, norm_task, &job);
+}
+
+static int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
+{
+    return s->acc + (size_t)worker * s->n_acc;
+}
+
+/* n <= 32; nearly always 32, which the compiler then copies in line. */
+static void copy_floats(float *to, const float *from, int n)
+{
+    if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
+    else memcpy(to, from, n * sizeof(float));
+}
+
+/* w itself or, of weights that are not in memory, its rows row .. row + n - 1 as a matrix of their
+ * own, n <= TILE_ROWS, in the worker's room. */
+static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n,
+                                    int worker)
+{
+    struct matrix here = *w;
+    const gemma3_source *from = &s->m->source;
+    if (w->data) return here;
+    uint8_t *room = s->streamed + (size_t)worker * TILE_ROWS * s->m->streamed_row;
+    uint64_t offset = w->offset + (uint64_t)row * w->row_bytes;
+    if (from->read(from->user, offset, room, n * w->row_bytes)) {
+        memset(room, 0, n * w->row_bytes);
+        s->unread[worker] = 1;
+    }
+    here.data = room;
+    here.rows = n;
+    return here;
+}
+
+static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out)
+{
+    struct matrix here = rows_in_memory(s, w, row, 1, 0);
+    s->m->kernels->dequantize(&here, w->data ? row : 0, 1, out);
+}
+
+struct matmul {
+    const gemma3_state *s;
+    const struct linear *to;
+    const float *x;                   /* [n][cols] */
+    int n;
+    size_t blocks;                    /* of a row of q8 */
+};
+
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker);
+
+/* Rows of tile `index`, counted through all the matrices, times every vector. */
+static void matmul_task(void *arg, int index, int worker)
+{
+    const struct matmul *job = arg;
+    const struct linear *to = job->to;
+    for (; index >= n_tiles(to->w); to++) index -= n_tiles(to->w);
+    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
+    int row = index * TILE_ROWS, n_rows = min_int(to->w->rows - row, TILE_ROWS);
+    struct matrix here = rows_in_memory(job->s, to->w, row, n_rows, worker);
+    memset(acc, 0, job->n * sizeof *acc);
+    mul_tile(job, &here, to->w->data ? row : 0, n_rows, worker);
+    for (int i = 0; i < job->n; i++)
+        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
+}
+
+static void quantize_task(void *arg, int i, int worker)
+{
+    const struct matmul *job = arg;
+    int cols = job->to->w->cols;
+    (void)worker;
+    job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
+}
+
+/* Every one of n_to matrices with the same input x [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
+{
+    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
+    int tiles = 0, has_codes = 0;
+    for (int k = 0; k < n_to; k++) {
+        tiles += n_tiles(to[k].w);
+        has_codes |= !is_float(to[k].w->format);
+    }
+    if (has_codes && !s->m->exact) for_each(s, n, quantize_task, &job);
+    for_each(s, tiles, matmul_task, &job);
+}
+
+/* ==== 7. Arithmetic that is the same everywhere =================================================
  *
  * IEEE 754 rounds + - * / and sqrt correctly on every machine. A fused multiply-add is the other
  * operation we build on; exp, sin, cos, pow and log are made of these, because every C library
@@ -167,12 +1066,6 @@ enum { HARD_FMA = 1 };
 enum { HARD_FMA = 0 };
 #endif
 
-/* hard is a constant wherever this is called: 1 only where the instruction exists. */
-INLINE float fma_of(int hard, float a, float b, float c)
-{
-    return hard ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
-}
-
 INLINE float sqrt_of(float x)
 {
     return __builtin_sqrtf(x);
@@ -186,41 +1079,24 @@ INLINE int32_t round_to_int(float x)
     return (int32_t)(bits_of(x + ROUNDER) - bits_of(ROUNDER));
 }
 
-/* exp of a float, at most 0.92 ulp wrong: x = n ln2 + r, |r| <= ln2 / 2; Taylor's polynomial of
- * degree 7 in r; then n goes into the exponent. */
-INLINE float exp_of(int hard, float x)
+INLINE float join_lanes(float lane[16])
 {
-    float shifted = fma_of(hard, x, 0x1.715476p+0f, ROUNDER); /* 1/ln2 */
-    float n = shifted - ROUNDER;
-    float r = fma_of(hard, n, -0x1.62e430p-1f, x);            /* ln2, leading part */
-    r = fma_of(hard, n, 0x1.05c610p-29f, r);                  /* and the rest */
-    float e = 1.0f / 5040;
-    e = fma_of(hard, e, r, 1.0f / 720);
-    e = fma_of(hard, e, r, 1.0f / 120);
-    e = fma_of(hard, e, r, 1.0f / 24);
-    e = fma_of(hard, e, r, 1.0f / 6);
-    e = fma_of(hard, e, r, 0.5f);
-    e = fma_of(hard, e, r, 1.0f);
-    e = fma_of(hard, e, r, 1.0f);
-    e = float_of(bits_of(e) + (bits_of(shifted) << 23));      /* ROUNDER's own low 9 bits are 0 */
-    e = x < -87.0f ? 0.0f : e;
-    e = x > 88.7f ? float_of(0x7f800000) : e;
-    return x != x ? x : e;
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
 }
 
 /* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
  * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
 #if defined(HAVE_X86)
-typedef unsigned fp_state;
 static fp_state fp_enter(void)
 {
     unsigned old = _mm_getcsr();
     _mm_setcsr(0x1f80);
     return old;
 }
-static void fp_leave(fp_state old) { _mm_setcsr(old); }
+static void fp_leave(fp_state old) { _mm_setcsr((unsigned)old); }
 #elif defined(__aarch64__)
-typedef uint64_t fp_state;
 static fp_state fp_enter(void)
 {
     uint64_t old;
@@ -229,20 +1105,37 @@ static fp_state fp_enter(void)
     return old;
 }
 static void fp_leave(fp_state old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
+#elif defined(__arm__) && defined(__VFP_FP__) && !defined(__SOFTFP__)
+static void fp_leave(fp_state old) { __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)old)); }
+static fp_state fp_enter(void)
+{
+    uint32_t old;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    return old;
+}
 #else
 #include <fenv.h>
-typedef int fp_state;
+#if defined(FE_TONEAREST)
 static fp_state fp_enter(void)
 {
     int old = fegetround();
     fesetround(FE_TONEAREST);
-    return old;
+    return (fp_state)old;
 }
-static void fp_leave(fp_state old) { fesetround(old); }
+static void fp_leave(fp_state old) { fesetround((int)old); }
+#else /* floats in software, which know one way of rounding */
+static fp_state fp_enter(void) { return 0; }
+static void fp_leave(fp_state old) { (void)old; }
+#endif
 #endif
 
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
+
+static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                                      1.0 / 479001600, 1.0 / 6227020800};
 
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
@@ -252,11 +1145,8 @@ static double exp_double(double x)
     if (x > 709.78) return (double)float_of(0x7f800000);
     double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
     double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    static const double taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
     double e = 0;
-    for (int k = 13; k >= 0; k--) e = taylor[k] + e * r;
+    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
     for (; n > 1000; n -= 512) e *= 0x1p512;
     for (; n < -1000; n += 512) e *= 0x1p-512;
     uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
@@ -336,39 +1226,40 @@ static void cos_sin(float angle, float *c, float *s)
     *s = (float)(quarter >= 2 ? -sine : sine);
 }
 
+static void softcap(float *logits, size_t n, float cap)
+{
+    for (size_t j = 0; j < n; j++) {
+        float t = logits[j] / cap, e = exp_f32(-2.0f * float_of(bits_of(t) & 0x7fffffff));
+        float tanh_of_abs = (1.0f - e) / (1.0f + e);
+        logits[j] = cap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
+    }
+}
+
 /* Says whether this build on this machine computes as the contract needs it; run by every open. */
 static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
+    volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
     if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
-    if (fma_of(HARD_FMA, a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
+    if (fma_f32(a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
     if (one / 3 != 0x1.555556p-2f || sqrt_of(2 * one) != 0x1.6a09e6p0f)
         return "division or square root is not correctly rounded";
-    if (bits_of(exp_of(HARD_FMA, one)) != 0x402df854) return "exp(1) is wrong";
+    if (bits_of(exp_f32(one)) != 0x402df854) return "exp(1) is wrong";
     return NULL;
 }
 
-/* ==== 2. Number formats =========================================================================
+/* ==== 8. Number formats =========================================================================
  *
- * Weights lie in blocks of 32 or 256 elements that share a scale. Each integer format has one function
- * that unpacks 32 elements to int8 codes and scales: it is the definition of the format. Dequantisation
- * and dot products use it; only Q4_0's dot products, the hottest, take the nibbles themselves. All
- * numbers in a file are little-endian.
- *
- * The functions unpack R rows at once. R is 1 for a row as it lies in the file, or 32 for a tile: 32
- * rows whose bytes are interleaved, so that each 32-bit lane of a vector register holds 4 bytes of one
- * row: a lane's sum is that row's, and none is needed across lanes. What lies at byte `at` of a block
- * lies at R * at in the tile: codes in units of 4 bytes, scales in units of one number. With R = 1 both
- * are the same, and the drawings below hold. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
- *
- *     0                   64                                                 192            576
- *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
+ * Weights lie in blocks of 32 or 256 elements that share a scale. All numbers in a file are
+ * little-endian. Here is what a block of one row means; how 32 rows are interleaved for the vector
+ * kernels, which read the same drawings, comes at the end. */
 
 INLINE uint16_t load_u16_le(const uint8_t *p)
 {
@@ -381,10 +1272,6 @@ INLINE uint32_t load_u32_le(const uint8_t *p)
     uint32_t u;
     memcpy(&u, p, 4);
     return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
-}
-INLINE uint64_t load_u64_le(const uint8_t *p)
-{
-    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
 }
 INLINE void store_u16_le(uint8_t *p, uint16_t u)
 {
@@ -422,259 +1309,99 @@ INLINE uint16_t f32_to_f16(float x)
 /* bfloat16 is the upper half of a float. */
 INLINE float bf16_to_f32(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-enum { TILE_ROWS = 32 };
-
-/* A panel: 32 elements of each of R rows, made ready for the kernels; the one shape that all formats but
- * Q4_0 take there. With half = j / 16 the value of element j of row r is
- *     d[r] * scale[half][r] * (code - bias)  +  m[r] * min[half][r]
- * Formats whose halves share a scale leave scale and min alone: both count as 1. */
-struct panel {
-    const int8_t *code;               /* element 4g + k of row r at (g * R + r) * 4 + k */
-    uint8_t unpacked[32 * TILE_ROWS]; /* where code points, unless the file's bytes are the codes */
-    int32_t scale[2][TILE_ROWS], min[2][TILE_ROWS];
-    float d[TILE_ROWS], m[TILE_ROWS];
-};
-
-INLINE void load_f16s(float *restrict out, const uint8_t *restrict p, int R)
+/* Element j of a row of floats as a file or the KV cache stores them. */
+INLINE float load_float(int type, const uint8_t *row, size_t j)
 {
-    for (int r = 0; r < R; r++) out[r] = f16_to_f32(load_u16_le(p + 2 * r));
+    if (type == F16) return f16_to_f32(load_u16_le(row + 2 * j));
+    if (type == BF16) return bf16_to_f32(load_u16_le(row + 2 * j));
+    return float_of(load_u32_le(row + 4 * j));
 }
 
-/* out[j] = (in[j] >> shift) & mask for n bytes, four at a time: what a shift moves from one byte into
- * the next is masked away, in either byte order. mask is one byte's, shift at most 7. */
-INLINE void take_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask)
-{
-    for (int j = 0; j < n; j += 4) {
-        uint32_t four;
-        memcpy(&four, in + j, 4);
-        four = four >> shift & mask * 0x01010101;
-        memcpy(out + j, &four, 4);
-    }
-}
-
-/* The same with more bits on top: out[j] = ((in[j] >> shift) & mask) | ((top[j] >> top_shift) & top_mask) << up */
-INLINE void join_bits(uint8_t *restrict out, const uint8_t *restrict in, int n, int shift, uint32_t mask,
-                      const uint8_t *restrict top, int top_shift, uint32_t top_mask, int up)
-{
-    for (int j = 0; j < n; j += 4) {
-        uint32_t low, high;
-        memcpy(&low, in + j, 4);
-        memcpy(&high, top + j, 4);
-        low = (low >> shift & mask * 0x01010101) | (high >> top_shift & top_mask * 0x01010101) << up;
-        memcpy(out + j, &low, 4);
-    }
-}
-
-/* 16 bytes of nibbles for each row: the low one element j, the high one element j + 16. */
-INLINE void unpack_nibbles(struct panel *restrict o, const uint8_t *restrict qs, int R)
-{
-    take_bits(o->unpacked, qs, 16 * R, 0, 15);
-    take_bits(o->unpacked + 16 * R, qs, 16 * R, 4, 15);
-}
-
-/* high: one u32 for each row; its bit j is the fifth bit of element j. The product copies bit k of
- * four to the lowest bit of byte k. */
-INLINE void add_fifth_bits(struct panel *restrict o, const uint8_t *restrict high, int R)
-{
-    for (int g = 0; g < 8; g++)
-        for (int r = 0; r < R; r++) {
-            uint8_t *four = o->unpacked + 4 * (g * R + r);
-            uint32_t bits = load_u32_le(high + 4 * r) >> 4 * g & 15;
-            store_u32_le(four, load_u32_le(four) | (bits * 0x00204081 & 0x01010101) << 4);
-        }
-}
-
-/* Q4_0, 18 bytes for 32 elements: value = d * (q - 8)
- *     0      2                                       18
- *     | d f16 | 16 bytes: low nibble element j,      |
- *     |       |           high nibble element j + 16 |   Q4_1, Q5_0, Q5_1, IQ4_NL pair them alike */
-INLINE void unpack_q4_0(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    unpack_nibbles(o, p + 2 * R, R);
-}
-
-/* Q4_1, 20 bytes for 32:  | d f16 | m f16 | 16 bytes of nibbles |   value = d * q + m */
-INLINE void unpack_q4_1(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    load_f16s(o->m, p + 2 * R, R);
-    unpack_nibbles(o, p + 4 * R, R);
-}
-
-/* Q5_0, 22 bytes for 32:  | d f16 | h u32: bit j is the fifth bit of element j | 16 bytes of nibbles |
- * value = d * (q - 16) */
-INLINE void unpack_q5_0(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    unpack_nibbles(o, p + 6 * R, R);
-    add_fifth_bits(o, p + 2 * R, R);
-}
-
-/* Q5_1, 24 bytes for 32:  | d f16 | m f16 | h u32 | 16 bytes of nibbles |   value = d * q + m */
-INLINE void unpack_q5_1(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    load_f16s(o->m, p + 2 * R, R);
-    unpack_nibbles(o, p + 8 * R, R);
-    add_fifth_bits(o, p + 4 * R, R);
-}
-
-/* Q8_0, 34 bytes for 32:  | d f16 | 32 x int8 |   value = d * q */
-INLINE void unpack_q8_0(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    load_f16s(o->d, p, R);
-    o->code = (const int8_t *)p + 2 * R;
-}
-
-/* IQ4_NL, 18 bytes for 32, laid out as Q4_0; a nibble is an index into 16 unevenly spaced levels. */
-INLINE void unpack_iq4_nl(const uint8_t *restrict p, int R, struct panel *restrict o)
-{
-    static const int8_t level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                     1,    13,   25,  38,  53,  69,  89,  113};
-    unpack_q4_0(p, R, o);
-    for (int j = 0; j < 32 * R; j++) o->unpacked[j] = (uint8_t)level[o->unpacked[j]];
-}
-
-/* The K formats: blocks of 256 elements = 8 groups of 32 with sub-scales; g is the group wanted.
+/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 .. 31 an
+ * element of it, h = j / 16 its half. q is the code as the bits say it.
  *
- * Q2_K, 84 bytes:  | scales[16] | qs[64] | d f16 | dmin f16 |
- *     scales[i]: low nibble scale, high nibble min of elements 16i .. 16i+15
- *     qs: bytes 0-31 hold groups 0-3, bytes 32-63 groups 4-7, two bits each, lowest first
- *     value = d * scale * q - dmin * min */
-INLINE void unpack_q2_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (16 + 32 * (g / 4)) * R, *scales = p + 2 * g * R;
-    take_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3);
-    for (int k = 0; k < 2; k++)
-        for (int r = 0; r < R; r++) {
-            o->scale[k][r] = scales[k * R + r] & 15;
-            o->min[k][r] = scales[k * R + r] >> 4;
-        }
-    load_f16s(o->d, p + 80 * R, R);
-    load_f16s(o->m, p + 82 * R, R);
-    for (int r = 0; r < R; r++) o->m[r] = -o->m[r];
-}
+ *     Q4_0    | d f16 | qs[16] |                       18 bytes, 32 elements      d * (q - 8)
+ *             qs[j % 16]: low nibble element j, high nibble element j + 16; so in all that follow
+ *     Q4_1    | d f16 | m f16 | qs[16] |               20, 32     d * q + m
+ *     Q5_0    | d f16 | fifth u32 | qs[16] |           22, 32     d * (q - 16)
+ *             bit j of fifth is the fifth bit of element j
+ *     Q5_1    | d f16 | m f16 | fifth u32 | qs[16] |   24, 32     d * q + m
+ *     Q8_0    | d f16 | qs[32] int8 |                  34, 32     d * q
+ *     IQ4_NL  | d f16 | qs[16] |                       18, 32     d * iq4_level[q]
+ *     IQ4_XS  | d f16 | sh u16 | sl[4] | qs[8][16] |  136, 256    d * (scale - 32) * iq4_level[q]
+ *             scale: nibble g % 2 of sl[g / 2] below bits 2g, 2g + 1 of sh
+ *     Q2_K    | scales[16] | qs[64] | d f16 | dmin f16 |   84, 256    d * scale * q - dmin * min
+ *             scales[2g + h]: low nibble scale, high nibble min
+ *             qs: bytes 0-31 hold groups 0-3, bytes 32-63 groups 4-7, two bits each, lowest first
+ *     Q3_K    | third[32] | qs[64] | scales[12] | d f16 |  110, 256   d * (scale - 32) * (q - 4)
+ *             qs as in Q2_K; bit g of third[j] is the third bit of element j
+ *             scale i = 2g + h: nibble i / 8 of byte i % 8 below bits 2(i / 4) of byte 8 + i % 4
+ *     Q4_K    | d f16 | dmin f16 | scales[12] | qs[128] |  144, 256   d * scale * q - dmin * min
+ *             32 bytes of qs hold two groups, the even one in the low nibbles
+ *             scales: byte 0-3: scale 0-3 in bits 0-5; bits 6-7: the top of scale 4-7
+ *                     byte 4-7: min 0-3 likewise; bits 6-7: the top of min 4-7
+ *                     byte 8-11: low nibble scale 4-7, high nibble min 4-7
+ *     Q5_K    | d f16 | dmin f16 | scales[12] | fifth[32] | qs[128] |   176, 256    as Q4_K
+ *             bit g of fifth[j] is the fifth bit of element j
+ *     Q6_K    | ql[128] | qh[64] | scales[16] int8 | d f16 |   210, 256   d * scale * (q - 32)
+ *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits in
+ *             nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
+static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-/* Q3_K, 110 bytes:  | hmask[32] | qs[64] | scales[12] | d f16 |
- *     qs as in Q2_K; bit g of hmask[j] is the third bit of element j of group g
- *     scales: 16 x 6 bits; low four bits of scale i: nibble i/8 of byte i%8; high two bits: bits
- *     2(i/4) of byte 8 + i%4
- *     value = d * (scale - 32) * (q - 4) */
-INLINE void unpack_q3_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (32 + 32 * (g / 4)) * R, *scales = p + 96 * R;
-    join_bits(o->unpacked, qs, 32 * R, 2 * (g % 4), 3, p, g, 1, 2);
-    for (int i = 2 * g; i < 2 * g + 2; i++)
-        for (int r = 0; r < R; r++) {
-            int low = scales[i % 8 * R + r] >> 4 * (i / 8) & 15;
-            int top = scales[(8 + i % 4) * R + r] >> 2 * (i / 4) & 3;
-            o->scale[i % 2][r] = (low | top << 4) - 32;
-        }
-    load_f16s(o->d, p + 108 * R, R);
-}
+/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte j of
+ * `top` has, shifted left by up. A mask of 0: there is no top. */
+struct code_bits { int low, shift, mask, top, top_shift, top_mask, up; };
 
-/* Q4_K and Q5_K keep 8 scales and 8 mins of 6 bits in 12 bytes:
- *     byte 0-3    scale 0-3 in bits 0-5, bits 6-7: the top of scale 4-7
- *     byte 4-7    min 0-3 likewise,      bits 6-7: the top of min 4-7
- *     byte 8-11   low nibble scale 4-7, high nibble min 4-7
- * value = d * scale * q - dmin * min; both products are exact, so they become d and m. */
-INLINE void unpack_k_scales(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
+INLINE struct code_bits find_codes(int type, int g, int h)
 {
-    const uint8_t *s = p + 4 * R;
-    load_f16s(o->d, p, R);
-    load_f16s(o->m, p + 2 * R, R);
-    for (int r = 0; r < R; r++) {
-        int first = s[g % 4 * R + r], second = s[(g % 4 + 4) * R + r], third = s[(g % 4 + 8) * R + r];
-        int scale = g < 4 ? first & 63 : (third & 15) | first >> 6 << 4;
-        int min = g < 4 ? second & 63 : third >> 4 | second >> 6 << 4;
-        o->d[r] *= (float)scale;
-        o->m[r] *= -(float)min;
-    }
-}
-
-/* Q4_K, 144 bytes:  | d f16 | dmin f16 | scales[12] | qs[128] |
- *     32 bytes of qs hold two groups: the even one in the low nibbles */
-INLINE void unpack_q4_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (16 + 32 * (g / 2)) * R;
-    take_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15);
-    unpack_k_scales(p, R, g, o);
-}
-
-/* Q5_K, 176 bytes:  | d f16 | dmin f16 | scales[12] | qh[32] | qs[128] |
- *     bit g of qh[j] is the fifth bit of element j of group g */
-INLINE void unpack_q5_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    const uint8_t *qs = p + (48 + 32 * (g / 2)) * R, *qh = p + 16 * R;
-    join_bits(o->unpacked, qs, 32 * R, 4 * (g % 2), 15, qh, g, 1, 4);
-    unpack_k_scales(p, R, g, o);
-}
-
-/* Q6_K, 210 bytes:  | ql[128] | qh[64] | scales[16] int8 | d f16 |
- *     in each half of 128 elements (64 bytes of ql, 32 of qh) group k = 0..3 has its low four bits in
- *     nibble k/2 of ql[32 (k%2) + j] and its high two in bits 2k of qh[j]
- *     value = d * scale * (q - 32) */
-INLINE void unpack_q6_k(const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    int half = g / 4, k = g % 4;
-    const uint8_t *ql = p + (64 * half + 32 * (k % 2)) * R, *qh = p + (128 + 32 * half) * R;
-    const uint8_t *scales = p + (192 + 2 * g) * R;
-    join_bits(o->unpacked, ql, 32 * R, 4 * (k / 2), 15, qh, 2 * k, 3, 4);
-    for (int h = 0; h < 2; h++)
-        for (int r = 0; r < R; r++) o->scale[h][r] = (int8_t)scales[h * R + r];
-    load_f16s(o->d, p + 208 * R, R);
-}
-
-/* Tensor types by their number in GGUF. */
-enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
-       Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, BF16 = 30 };
-
-/* Group g of the block at p in R interleaved rows. R is a constant in every call. */
-INLINE void unpack(int type, const uint8_t *restrict p, int R, int g, struct panel *restrict o)
-{
-    o->code = (const int8_t *)o->unpacked;
+    int k = g % 4, nibble = 4 * h, j = 16 * h;
     switch (type) {
-    case Q4_0: unpack_q4_0(p, R, o); break;
-    case Q4_1: unpack_q4_1(p, R, o); break;
-    case Q5_0: unpack_q5_0(p, R, o); break;
-    case Q5_1: unpack_q5_1(p, R, o); break;
-    case Q8_0: unpack_q8_0(p, R, o); break;
-    case Q2_K: unpack_q2_k(p, R, g, o); break;
-    case Q3_K: unpack_q3_k(p, R, g, o); break;
-    case Q4_K: unpack_q4_k(p, R, g, o); break;
-    case Q5_K: unpack_q5_k(p, R, g, o); break;
-    case Q6_K: unpack_q6_k(p, R, g, o); break;
-    case IQ4_NL: unpack_iq4_nl(p, R, o); break;
+    case Q4_1: return (struct code_bits){4, nibble, 15, 0, 0, 0, 0};
+    case Q5_0: return (struct code_bits){6, nibble, 15, 0, 0, 0, 0}; /* and fifth_bits */
+    case Q5_1: return (struct code_bits){8, nibble, 15, 0, 0, 0, 0}; /* likewise */
+    case Q8_0: return (struct code_bits){2 + j, 0, 255, 0, 0, 0, 0};
+    case IQ4_XS: return (struct code_bits){8 + 16 * g, nibble, 15, 0, 0, 0, 0};
+    case Q2_K: return (struct code_bits){16 + 32 * (g / 4) + j, 2 * k, 3, 0, 0, 0, 0};
+    case Q3_K: return (struct code_bits){32 + 32 * (g / 4) + j, 2 * k, 3, j, g, 1, 2};
+    case Q4_K: return (struct code_bits){16 + 32 * (g / 2) + j, 4 * (g % 2), 15, 0, 0, 0, 0};
+    case Q5_K: return (struct code_bits){48 + 32 * (g / 2) + j, 4 * (g % 2), 15, 16 + j, g, 1, 4};
+    case Q6_K: return (struct code_bits){64 * (g / 4) + 32 * (k % 2) + j, 4 * (k / 2), 15,
+                                         128 + 32 * (g / 4) + j, 2 * k, 3, 4};
+    default: return (struct code_bits){2, nibble, 15, 0, 0, 0, 0}; /* Q4_0, IQ4_NL */
     }
 }
+
+/* Byte offset of Q5_0's and Q5_1's fifth; other formats have none, and 0 */
+INLINE int fifth_bits(int type) { return type == Q5_0 ? 2 : type == Q5_1 ? 4 : 0; }
 
 struct format {
     int type;
     const char *name;
     int elements, bytes;              /* of a block */
-    int bias;                         /* what codes are too large by */
-    int has_min, has_halves;          /* m and min; scales that differ between the halves */
+    int bias;                         /* what q is too large by */
+    int d, m;                         /* where in a block they stand; m 0: there is no minimum */
+    int has_halves;                   /* scales, and minima, that differ between the halves */
     int is_wide;                      /* codes use all 8 bits and are signed; others are 0 .. 63 */
     struct { int at, bytes, unit; } field[3]; /* how a tile interleaves a block's bytes */
 };
 
 static const struct format formats[] = {
-    /* type, name, elements, bytes, bias, min, halves, wide, fields {at, bytes, unit} */
-    {F32, "F32", 1, 4, 0, 0, 0, 0, {{0}}},
-    {F16, "F16", 1, 2, 0, 0, 0, 0, {{0}}},
-    {BF16, "BF16", 1, 2, 0, 0, 0, 0, {{0}}},
-    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
-    {Q4_1, "Q4_1", 32, 20, 0, 1, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
-    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
-    {Q5_1, "Q5_1", 32, 24, 0, 1, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
-    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
-    {Q2_K, "Q2_K", 256, 84, 0, 1, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
-    {Q3_K, "Q3_K", 256, 110, 4, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
-    {Q4_K, "Q4_K", 256, 144, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
-    {Q5_K, "Q5_K", 256, 176, 0, 1, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
-    {Q6_K, "Q6_K", 256, 210, 32, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
-    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
+    /* type, name, elements, bytes, bias, d, m, halves, wide, fields {at, bytes, unit} */
+    {F32, "F32", 1, 4, 0, 0, 0, 0, 0, {{0}}},
+    {F16, "F16", 1, 2, 0, 0, 0, 0, 0, {{0}}},
+    {BF16, "BF16", 1, 2, 0, 0, 0, 0, 0, {{0}}},
+    {Q4_0, "Q4_0", 32, 18, 8, 0, 0, 0, 0, {{0, 2, 2}, {2, 16, 4}}},
+    {Q4_1, "Q4_1", 32, 20, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 16, 4}}},
+    {Q5_0, "Q5_0", 32, 22, 16, 0, 0, 0, 0, {{0, 2, 2}, {2, 20, 4}}},
+    {Q5_1, "Q5_1", 32, 24, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 20, 4}}},
+    {Q8_0, "Q8_0", 32, 34, 0, 0, 0, 0, 1, {{0, 2, 2}, {2, 32, 4}}},
+    {Q2_K, "Q2_K", 256, 84, 0, 80, 82, 1, 0, {{0, 16, 1}, {16, 64, 4}, {80, 4, 2}}},
+    {Q3_K, "Q3_K", 256, 110, 4, 108, 0, 1, 0, {{0, 96, 4}, {96, 12, 1}, {108, 2, 2}}},
+    {Q4_K, "Q4_K", 256, 144, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
+    {Q5_K, "Q5_K", 256, 176, 0, 0, 2, 0, 0, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
+    {Q6_K, "Q6_K", 256, 210, 32, 208, 0, 1, 0, {{0, 192, 4}, {192, 16, 1}, {208, 2, 2}}},
+    {IQ4_NL, "IQ4_NL", 32, 18, 0, 0, 0, 0, 1, {{0, 2, 2}, {2, 16, 4}}},
+    {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
 };
 
 enum { MAX_BLOCK_BYTES = 210, MAX_BYTES_OF_32 = 34 }; /* Q6_K; Q8_0 */
@@ -686,18 +1413,68 @@ static const struct format *find_format(uint32_t type)
     return NULL;
 }
 
-INLINE int is_float(const struct format *f) { return f->elements == 1; }
+static int is_float(const struct format *f) { return f->elements == 1; }
 
-/* A weight matrix: y = W x for x [cols], y [rows]. Rows lie one after the other as in the file, or in
- * tiles of 32 interleaved rows, block after block. The last tile is filled up with zero rows. */
-struct matrix {
-    const struct format *format;
-    int rows, cols, tiled;
-    size_t row_bytes;
-    const uint8_t *data;
+/* 32 elements of one row: element j is d * scale[j / 16] * code[j] + m * min[j / 16]. */
+struct group {
+    int8_t code[32];
+    int scale[2], min[2];             /* 1 where the halves share one */
+    float d, m;
 };
 
-INLINE int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
+INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t code[32])
+{
+    uint32_t fifth = fifth_bits(f->type) ? load_u32_le(p + fifth_bits(f->type)) : 0;
+    for (int h = 0; h < 2; h++) {
+        struct code_bits b = find_codes(f->type, g, h);
+        for (int j = 0; j < 16; j++) {
+            int q = (p[b.low + j] >> b.shift & b.mask) | (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
+            q |= (int)(fifth >> (16 * h + j) & 1) << 4;
+            code[16 * h + j] = (int8_t)(q - f->bias);
+        }
+    }
+    if (f->type == IQ4_NL || f->type == IQ4_XS)
+        for (int j = 0; j < 32; j++) code[j] = iq4_level[code[j]];
+}
+
+/* Products of d and a sub-scale of at most 8 bits are exact. */
+INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struct group *o)
+{
+    o->d = f16_to_f32(load_u16_le(p + f->d));
+    o->m = f16_to_f32(load_u16_le(p + f->m));
+    o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
+    if (f->type == IQ4_XS)
+        o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
+    if (f->type == Q4_K || f->type == Q5_K) {
+        int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
+        o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+        o->m *= -(float)(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+    }
+    if (f->type == Q2_K) o->m = -o->m;
+    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
+        const uint8_t *s = p + 96;
+        if (f->type == Q2_K) o->scale[h] = p[i] & 15, o->min[h] = p[i] >> 4;
+        if (f->type == Q3_K) o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        if (f->type == Q6_K) o->scale[h] = (int8_t)p[192 + i];
+    }
+}
+
+/* Group g of the block at p. */
+INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group *o)
+{
+    unpack_codes(f, p, g, o->code);
+    unpack_scales(f, p, g, o);
+}
+
+/* ---- Tiles ----
+ *
+ * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so that
+ * each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's, and none is
+ * needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile: codes in units of
+ * 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
+ *
+ *     0                   64                                                 192            576
+ *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
 
 /* n units of each row, side by side. */
 INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
@@ -741,67 +1518,134 @@ static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int 
         }
 }
 
-/* Block number k (of 32 or 256 elements) of row r, as it lay in the file. */
-static const uint8_t *block_of_row(const struct matrix *w, int r, int k, uint8_t buffer[MAX_BLOCK_BYTES])
+/* ---- A tile times vectors ---- */
+
+/* Our own floats, from now on in the order of a file's bytes. */
+static void to_file_order(float *x, int n)
 {
-    const struct format *f = w->format;
-    if (!w->tiled) return w->data + r * w->row_bytes + (size_t)k * f->bytes;
-    size_t blocks = (size_t)w->cols / f->elements, tile = (size_t)(r / TILE_ROWS) * blocks + k;
-    const uint8_t *from = w->data + tile * TILE_ROWS * f->bytes;
-    for (int j = 0; j < 3 && f->field[j].unit; j++)
-        for (int at = f->field[j].at, u = f->field[j].unit, end = at + f->field[j].bytes; at < end; at += u)
-            memcpy(buffer + at, from + TILE_ROWS * at + u * (r % TILE_ROWS), u);
-    return buffer;
+    for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-/* 32 elements, unpacked from one row, as float32: the values of the `gguf` package, bit for bit. An
- * f16 times a sub-scale of at most 8 bits is exact, so each value is rounded at most twice, as there. */
-INLINE void dequantize_group(const struct format *f, const struct panel *o, float *out)
+/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
 {
-    for (int half = 0; half < 2; half++, out += 16) {
-        const int8_t *code = o->code + 16 * half;
-        float d = o->d[0] * (float)(f->has_halves ? o->scale[half][0] : 1);
-        float m = f->has_min ? o->m[0] * (float)(f->has_halves ? o->min[half][0] : 1) : 0;
-        for (int j = 0; j < 16; j++) out[j] = d * (float)(code[j] - f->bias);
-        for (int j = 0; f->has_min && j < 16; j++) out[j] += m;
+    const gemma3_state *s = job->s;
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
+                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
+                        .acc = acc_of(s, worker)};
+    if (!is_float(w->format)) {
+        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
+        s->m->kernels->dequantize(w, row, n_rows, rows);
+        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
+        p.format = find_format(F32);
+        p.rows = (const uint8_t *)rows;
+        p.row_bytes = 4 * (size_t)w->cols;
     }
+    s->m->kernels->mul_floats(&p);
 }
 
-INLINE void dequantize_plain(const struct matrix *w, int r, float *out)
-{
-    const struct format *f = w->format;
-    const uint8_t *p = w->data + r * w->row_bytes;
-    uint8_t buffer[MAX_BLOCK_BYTES];
-    struct panel o;
-    if (f->type == F32)
-        for (int j = 0; j < w->cols; j++) out[j] = float_of(load_u32_le(p + 4 * (size_t)j));
-    if (f->type == F16)
-        for (int j = 0; j < w->cols; j++) out[j] = f16_to_f32(load_u16_le(p + 2 * (size_t)j));
-    if (f->type == BF16)
-        for (int j = 0; j < w->cols; j++) out[j] = bf16_to_f32(load_u16_le(p + 2 * (size_t)j));
-    for (int k = 0; !is_float(f) && k < w->cols / f->elements; k++) {
-        const uint8_t *block = block_of_row(w, r, k, buffer);
-        for (int g = 0; g < f->elements / 32; g++, out += 32) {
-            unpack(f->type, block, 1, g, &o);
-            dequantize_group(f, &o, out);
-        }
-    }
-}
+/* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
+enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
+enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
+enum { NIBBLES = 100, PANEL, PANEL_HALVES, PANEL_WIDE };
+typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
+enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
-/* ==== 3. Activations ============================================================================
- *
- * In the default mode a matrix meets its input as int8: blocks of 32 with one float scale (README,
- * rule 1), so that the dot product inside a block is exact in int32 and any order gives it. */
-struct xblock {
-    float d;               /* value of element j: d * code[j] */
-    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
-    int32_t sum[2];        /* of the codes in each half */
-    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
-    int32_t unused[3];     /* 64 bytes: a cache line */
-    int8_t code[32];
+struct panel {
+    uint8_t code[32 * TILE_ROWS];     /* element 4q + k of row r at (q * TILE_ROWS + r) * 4 + k */
+    float d[TILE_ROWS], m[TILE_ROWS], scale[2][TILE_ROWS], min[2][TILE_ROWS]; /* as struct group */
 };
 
-INLINE void quantize_plain(struct xblock *out, const float *x, int n)
+/* A worker's room for the weights that it is multiplying. */
+struct unpacked {
+    struct panel panel[PANELS];
+    uint8_t tile[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* of a matrix that was not repacked */
+};
+
+/* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
+ * columns at a time. */
+static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    const gemma3_state *s = job->s;
+    struct unpacked *u = &s->unpacked[worker];
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
+                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
+                        .acc = acc_of(s, worker), .scratch = u->panel};
+    if (w->tiled || !s->m->kernels->tiles) {
+        s->m->kernels->mul_codes(&p);
+        return;
+    }
+    int n_blocks = w->cols / w->format->elements, at_once = 32 * PANELS / w->format->elements;
+    const uint8_t *rows = p.rows;
+    p.rows = u->tile;
+    for (int b = 0; b < n_blocks; b += at_once) {
+        int take = min_int(n_blocks - b, at_once);
+        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take, w->format);
+        p.cols = take * w->format->elements;
+        p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
+        s->m->kernels->mul_codes(&p);
+    }
+}
+
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+{
+    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
+    else mul_tile_codes(job, w, row, n_rows, worker);
+}
+
+enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
+
+#endif /* !INSTANCE */
+
+#if defined(INSTANCE)
+/* ==== 9. The operations: definitions ============================================================
+ *
+ * From here to the end of section 10 the text is compiled once for plain C and once for each instruction
+ * set: the file includes itself there, with INSTANCE set to the name that ends the names of all functions,
+ * and LANES to the number of floats in a vector register, 1 in plain C. What stands in this section is the
+ * definition of each operation. The pieces that go element by element are plain C in every instance: the
+ * compiler makes vectors of their loops, and since every operation is one IEEE rounding, all give the
+ * same bits. The three that take nearly all of the time, mul_codes, mul_floats and mix_values, are
+ * written a second time, for vectors, in section 10. */
+
+#define PASTE_(x, suffix) x##_##suffix
+#define PASTE(x, suffix) PASTE_(x, suffix)
+#define NAME(x) PASTE(x, INSTANCE)
+#define PIECE(x) PASTE(x, PIECES)
+#define fma_of NAME(fma_of)
+#define exp_of NAME(exp_of)
+
+#if !HAS_PIECES
+INLINE float fma_of(float a, float b, float c)
+{
+    return LANES > 1 || HARD_FMA ? __builtin_fmaf(a, b, c) : soft_fmaf(a, b, c);
+}
+
+/* exp of a float, at most 0.92 ulp wrong: x = n ln2 + r, |r| <= ln2 / 2; Taylor's polynomial of
+ * degree 7 in r; then n goes into the exponent. */
+INLINE float exp_of(float x)
+{
+    float shifted = fma_of(x, 0x1.715476p+0f, ROUNDER);       /* 1/ln2 */
+    float n = shifted - ROUNDER;
+    float r = fma_of(n, -0x1.62e430p-1f, x);                  /* ln2, leading part */
+    r = fma_of(n, 0x1.05c610p-29f, r);                        /* and the rest */
+    float e = 1.0f / 5040;
+    e = fma_of(e, r, 1.0f / 720);
+    e = fma_of(e, r, 1.0f / 120);
+    e = fma_of(e, r, 1.0f / 24);
+    e = fma_of(e, r, 1.0f / 6);
+    e = fma_of(e, r, 0.5f);
+    e = fma_of(e, r, 1.0f);
+    e = fma_of(e, r, 1.0f);
+    e = float_of(bits_of(e) + (bits_of(shifted) << 23));      /* ROUNDER's own low 9 bits are 0 */
+    e = x < -87.0f ? 0.0f : e;
+    e = x > 88.7f ? float_of(0x7f800000) : e;
+    return x != x ? x : e;
+}
+
+/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0 becomes
+ * all 0. */
+static void NAME(quantize)(struct q8_block *out, const float *x, int n)
 {
     for (; n > 0; n -= 32, x += 32, out++) {
         uint32_t amax_bits = 0; /* as integers, so that NaN is larger than everything */
@@ -812,7 +1656,7 @@ INLINE void quantize_plain(struct xblock *out, const float *x, int n)
         float amax = float_of(amax_bits), to_code = 127.0f / amax;
         out->d = amax / 127.0f;
         if (amax_bits >= 0x7f800000) out->d = float_of(0x7fc00000);
-        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0; /* d alone carries the NaN */
+        if (amax_bits >= 0x7f800000 || amax < 0x1p-100f) to_code = 0;
         if (amax < 0x1p-100f) out->d = 0;
         int32_t code[32], sum[2] = {0, 0}, mask = to_code == 0 ? 0 : -1;
         for (int j = 0; j < 32; j++) code[j] = round_to_int(x[j] * to_code) & mask;
@@ -825,1015 +1669,51 @@ INLINE void quantize_plain(struct xblock *out, const float *x, int n)
     }
 }
 
-/* ==== 4. Dot products: the definition ===========================================================
- *
- * There are two kernels for int8 activations (Q4_0 tiles, and panels for every other format): they
- * multiply TILE_ROWS rows by n vectors and add to acc [n][TILE_ROWS]. The one for floats takes at most
- * as many rows and sets acc. The fourth is attention's weighted sum. Every twin in section 5 has the
- * signature of its definition here and the same numbered steps; tests compare them with memcmp. */
-
-enum {
-    Q4_0_TILE_BLOCK = TILE_ROWS * 18,   /* bytes of 32 rows x 32 columns: 9 cache lines */
-    Q4_0_CODES = TILE_ROWS * 2,   /* where the nibbles begin: 4 groups of 4 bytes for each row */
-    Q4_0_QUAD = TILE_ROWS * 4,
-};
-
-/* Asks for memory before it is needed, a little with each block, because a burst stalls. FETCH_FROM: with
- * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
- * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
- * no help. FETCH_AHEAD: bytes ahead of panels, which are unpacked field by field, as no machine foresees
- * (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). FETCH_STREAM: bytes ahead in attention's values. */
-enum { FETCH_FROM = 4, FETCH_AHEAD = 8192, FETCH_STREAM = 2048 };
-
-INLINE void fetch(const uint8_t *p, size_t n_bytes)
-{
-    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
-}
-
-typedef void mul_q4_0(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
-                      int n, float (*acc)[TILE_ROWS]);
-
-static void mul_q4_0_scalar(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                            size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < TILE_ROWS; r++) {
-                const struct xblock *xb = x + i * x_stride + b;
-                int32_t isum = xb->minus_8_sums;                       /* 1. nibbles are code + 8 */
-                for (int j = 0; j < 16; j++) {                         /* 2. exact integer dot */
-                    int byte = tile[Q4_0_CODES + Q4_0_QUAD * (j / 4) + 4 * r + j % 4];
-                    isum += (byte & 15) * xb->code[j] + (byte >> 4) * xb->code[j + 16];
-                }
-                float d = f16_to_f32(load_u16_le(tile + 2 * r));       /* 3. scale, accumulate */
-                acc[i][r] = fma_of(HARD_FMA, (float)isum, d * xb->d, acc[i][r]);
-            }
-}
-
-/* Every other integer format: panels. */
-enum { PANELS = 8 }; /* unpacked at a time: 256 columns, one super-block */
-
-typedef void mul_panel(const struct panel *p, int n_blocks, const struct format *f,
-                       const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS]);
-
-static void mul_panel_scalar(const struct panel *p, int n_blocks, const struct format *f,
-                             const struct xblock *x, size_t x_stride, int n,
-                             float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, p++)
-        for (int i = 0; i < n; i++)
-            for (int r = 0; r < TILE_ROWS; r++) {
-                const struct xblock *xb = x + i * x_stride + b;
-                int32_t half[2] = {0, 0};
-                for (int j = 0; j < 32; j++)                           /* 1. exact integer dots */
-                    half[j / 16] += (p->code[(j / 4 * TILE_ROWS + r) * 4 + j % 4] - f->bias) * xb->code[j];
-                int32_t isum = half[0] + half[1], msum = xb->sum[0] + xb->sum[1];
-                if (f->has_halves) isum = half[0] * p->scale[0][r] + half[1] * p->scale[1][r]; /* 2. */
-                acc[i][r] = fma_of(HARD_FMA, (float)isum, p->d[r] * xb->d, acc[i][r]); /* 3. scale */
-                if (!f->has_min) continue;
-                if (f->has_halves) msum = xb->sum[0] * p->min[0][r] + xb->sum[1] * p->min[1][r];
-                acc[i][r] = fma_of(HARD_FMA, p->m[r], (float)msum * xb->d, acc[i][r]); /* 4. minimum */
-            }
-}
-
-/* Element j of a row of floats as a file or the KV cache stores them. */
-INLINE float load_float(int type, const uint8_t *row, size_t j)
-{
-    if (type == F16) return f16_to_f32(load_u16_le(row + 2 * j));
-    if (type == BF16) return bf16_to_f32(load_u16_le(row + 2 * j));
-    return float_of(load_u32_le(row + 4 * j));
-}
-
-/* Floats (README, rule 4): element j goes to lane j mod 16 by fma, then the lanes join as a tree. A row of
- * floats stays as it is, so a register holds 16 columns of one row here, not 16 rows: that is why the
- * contract's order has 16 lanes. n_rows <= 32. */
-typedef void mul_floats(int type, const uint8_t *rows, size_t row_bytes, int n_rows, const float *x,
-                        size_t x_stride, int n, int cols, float (*acc)[TILE_ROWS]);
-
-INLINE float join_lanes(float lane[16])
-{
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    return lane[0];
-}
-
-static void mul_floats_scalar(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                              const float *x, size_t x_stride, int n, int cols,
-                              float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n; i++, x += x_stride)
-        for (int r = 0; r < n_rows; r++) {
-            float lane[16] = {0};
-            for (int j = 0; j < cols; j++)                             /* 1. into 16 lanes */
-                lane[j % 16] = fma_of(HARD_FMA, load_float(type, rows + r * row_bytes, j), x[j],
-                                      lane[j % 16]);
-            acc[i][r] = join_lanes(lane);                              /* 2. the tree */
-        }
-}
-
-/* Attention's weighted sum of values: out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over positions p
- * in order, for n queries and a slice of a head: width elements, MIX_WIDTH of them but at a head's end. */
-enum { MIX_WIDTH = 32 };
-
-struct mix {
-    int type;
-    const uint8_t *v;        /* [n_pos][width], v_bytes apart */
-    size_t v_bytes;
-    int n_pos;
-    const float *e;          /* [n][n_pos], e_stride apart */
-    size_t e_stride;
-    float *out;              /* [n][width], out_stride apart */
-    size_t out_stride;
-    int n, width;
-};
-typedef void mix_values(const struct mix *m);
-
-static void mix_values_scalar(const struct mix *m)
-{
-    for (int i = 0; i < m->n; i++)
-        for (int j = 0; j < m->width; j++) {
-            float sum = m->out[i * m->out_stride + j];
-            for (int p = 0; p < m->n_pos; p++)
-                sum = fma_of(HARD_FMA, m->e[i * m->e_stride + p],
-                             load_float(m->type, m->v + p * m->v_bytes, j), sum);
-            m->out[i * m->out_stride + j] = sum;
-        }
-}
-
-/* ==== 5. Dot products: AVX2, AVX-512, NEON ======================================================
- *
- * The twins: the same numbered steps (step 1 may come after step 2: integer sums have no order), and a
- * reader may pass over this section, because each function computes what its namesake above does.
- *
- * A vector register holds 4, 8 or 16 numbers (lanes); one instruction does the same to all. On x86: set1
- * copies a number to all lanes, loadu and storeu move memory, maddubs multiplies unsigned by signed bytes
- * and adds neighbours to int16, madd adds int16 neighbours to int32, dpbusd (VNNI) does both at once, cvtph
- * widens F16, fmadd is fma in each lane. On ARM: vdup, vld1, vst1, vmull and vpadal, vdot, vmmla.
- *
- * NT is the number of vectors taken at once: a constant in each call, so that INLINE makes a copy of the
- * code for it and sums stay in registers; what is left over is taken one by one. Suffixes: _nt the inner
- * kernel, _of the loop over vectors for one kind of format. */
-
-#if defined(HAVE_X86)
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
-#define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define INLINE_AVX2 static inline AVX2 __attribute__((always_inline))
-#define INLINE_AVX512 static inline AVX512 __attribute__((always_inline))
-#define INLINE_VNNI static inline VNNI __attribute__((always_inline))
-
-INLINE int32_t load_4_bytes(const int8_t *p)
-{
-    int32_t x;
-    memcpy(&x, p, 4);
-    return x;
-}
-
-/* A 256-bit register holds 8 rows x 4 bytes: rows 8h .. 8h+7 of the tile for h in h0 .. h0+NH-1. */
-INLINE_AVX2 void mul_q4_0_avx2_nt(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                                  size_t x_stride, float (*acc)[TILE_ROWS], int NT, int h0, int NH,
-                                  size_t ahead)
-{
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 sum[8][4];
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = _mm256_loadu_ps(acc[i] + 8 * (h0 + h));
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK, x++) {
-        const uint8_t *codes = tile + Q4_0_CODES + 32 * h0;
-        if (ahead) fetch(tile + ahead, Q4_0_TILE_BLOCK);
-        __m256i dot[8][4];
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) dot[i][h] = _mm256_setzero_si256();
-        UNROLL for (int g = 0; g < 4; g++)                             /* 2. exact integer dot: */
-            UNROLL for (int h = 0; h < NH; h++) {                      /* 16 * 15 * 127 fits int16 */
-                __m256i w = _mm256_loadu_si256((const __m256i *)(codes + Q4_0_QUAD * g + 32 * h));
-                __m256i low = _mm256_and_si256(w, nibble);
-                __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-                UNROLL for (int i = 0; i < NT; i++) {
-                    const int8_t *c = x[i * x_stride].code + 4 * g;
-                    __m256i a = _mm256_maddubs_epi16(low, _mm256_set1_epi32(load_4_bytes(c)));
-                    __m256i z = _mm256_maddubs_epi16(high, _mm256_set1_epi32(load_4_bytes(c + 16)));
-                    dot[i][h] = _mm256_add_epi16(_mm256_add_epi16(dot[i][h], a), z);
-                }
-            }
-        UNROLL for (int h = 0; h < NH; h++) {                          /* 3. scale, accumulate */
-            __m256 d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(tile + 16 * (h0 + h))));
-            UNROLL for (int i = 0; i < NT; i++) {
-                const struct xblock *xb = x + i * x_stride;
-                __m256i isum = _mm256_add_epi32(_mm256_madd_epi16(dot[i][h], ones), /* 1. */
-                                                _mm256_set1_epi32(xb->minus_8_sums));
-                sum[i][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum),
-                                            _mm256_mul_ps(d, _mm256_set1_ps(xb->d)), sum[i][h]);
-            }
-        }
-    }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) _mm256_storeu_ps(acc[i] + 8 * (h0 + h), sum[i][h]);
-}
-
-AVX2 static void mul_q4_0_avx2(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                               size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;
-    for (; n >= 8; n -= 8, x += 8 * x_stride, acc += 8)
-        for (int h = 0; h < 4; h++, ahead = 0)
-            mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 8, h, 1, ahead);
-    for (; n >= 2; n -= 2, x += 2 * x_stride, acc += 2)
-        for (int h = 0; h < 4; h += 2, ahead = 0)
-            mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 2, h, 2, ahead);
-    if (n) mul_q4_0_avx2_nt(tile, n_blocks, x, x_stride, acc, 1, 0, 4, 0);
-}
-
-/* Steps 2 to 4 for rows 8h .. 8h+7. A half's sum times its scale stays below 2^24 (Q6_K: 16 * 32 * 127 *
- * 128, and the two together), so that their float products and sum are exact. */
-INLINE_AVX2 __m256 finish_panel_avx2(const struct panel *p, const struct format *f, const struct xblock *x,
-                                     const __m256i half[2], __m256 sum, int h, int HALVES)
-{
-    __m256 isum, msum, xd = _mm256_set1_ps(x->d);
-    if (HALVES) {                                                      /* 2. halves */
-        __m256 s0 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->scale[0] + 8 * h)));
-        __m256 s1 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->scale[1] + 8 * h)));
-        isum = _mm256_fmadd_ps(s1, _mm256_cvtepi32_ps(half[1]), _mm256_mul_ps(s0, _mm256_cvtepi32_ps(half[0])));
-    } else isum = _mm256_cvtepi32_ps(half[0]);
-    sum = _mm256_fmadd_ps(isum, _mm256_mul_ps(_mm256_loadu_ps(p->d + 8 * h), xd), sum); /* 3. scale */
-    if (!f->has_min) return sum;                                       /* 4. minimum */
-    msum = _mm256_set1_ps(x->d_sum);
-    if (HALVES) {
-        __m256 m0 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->min[0] + 8 * h)));
-        __m256 m1 = _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i *)(p->min[1] + 8 * h)));
-        msum = _mm256_mul_ps(_mm256_set1_ps((float)x->sum[0]), m0);
-        msum = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps((float)x->sum[1]), m1, msum), xd);
-    }
-    return _mm256_fmadd_ps(_mm256_loadu_ps(p->m + 8 * h), msum, sum);
-}
-
-/* maddubs wants one unsigned side. Codes of 0 .. 63 are unsigned, and two of their pairs fit int16:
- * 4 * 63 * 127. A wide code goes as |code| * (x with code's sign): 2 * 128 * 127 just fits. */
-INLINE_AVX2 void mul_panel_avx2_nt(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, float (*acc)[TILE_ROWS],
-                                   int h, int NT, int HALVES, int WIDE)
-{
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256 sum[4];
-    UNROLL for (int i = 0; i < NT; i++) sum[i] = _mm256_loadu_ps(acc[i] + 8 * h);
-    for (int b = 0; b < n_blocks; b++, p++, x++) {
-        __m256i half[4][2];
-        UNROLL for (int i = 0; i < NT; i++) {
-            const struct xblock *xb = x + i * x_stride;
-            half[i][0] = _mm256_set1_epi32(-f->bias * (HALVES ? xb->sum[0] : xb->sum[0] + xb->sum[1]));
-            half[i][1] = _mm256_set1_epi32(-f->bias * xb->sum[1]);
-        }
-        UNROLL for (int g = 0; g < 8; g += 2) {                        /* 1. exact integer dots */
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)(p->code + 4 * TILE_ROWS * g + 32 * h));
-            __m256i w1 = _mm256_loadu_si256((const __m256i *)(p->code + 4 * TILE_ROWS * (g + 1) + 32 * h));
-            UNROLL for (int i = 0; i < NT; i++) {
-                const int8_t *c = x[i * x_stride].code + 4 * g;
-                __m256i x0 = _mm256_set1_epi32(load_4_bytes(c)), x1 = _mm256_set1_epi32(load_4_bytes(c + 4));
-                __m256i *to = &half[i][HALVES ? g / 4 : 0];
-                if (WIDE) {
-                    x0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x0, w0));
-                    x1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
-                    *to = _mm256_add_epi32(*to, _mm256_add_epi32(_mm256_madd_epi16(x0, ones),
-                                                                 _mm256_madd_epi16(x1, ones)));
-                } else {
-                    x0 = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
-                    *to = _mm256_add_epi32(*to, _mm256_madd_epi16(x0, ones));
-                }
-            }
-        }
-        UNROLL for (int i = 0; i < NT; i++)
-            sum[i] = finish_panel_avx2(p, f, x + i * x_stride, half[i], sum[i], h, HALVES);
-    }
-    UNROLL for (int i = 0; i < NT; i++) _mm256_storeu_ps(acc[i] + 8 * h, sum[i]);
-}
-
-INLINE_AVX2 void mul_panel_avx2_of(const struct panel *p, int n_blocks, const struct format *f,
-                                   const struct xblock *x, size_t x_stride, int n,
-                                   float (*acc)[TILE_ROWS], int HALVES, int WIDE)
-{
-    for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4)
-        for (int h = 0; h < 4; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 4, HALVES, WIDE);
-    for (; n >= 1; n--, x += x_stride, acc++)
-        for (int h = 0; h < 4; h++) mul_panel_avx2_nt(p, n_blocks, f, x, x_stride, acc, h, 1, HALVES, WIDE);
-}
-
-AVX2 static void mul_panel_avx2(const struct panel *p, int n_blocks, const struct format *f,
-                                const struct xblock *x, size_t x_stride, int n,
-                                float (*acc)[TILE_ROWS])
-{
-    if (f->is_wide) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);
-    else if (f->has_halves) mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 1, 0);
-    else mul_panel_avx2_of(p, n_blocks, f, x, x_stride, n, acc, 0, 0);
-}
-
-INLINE_AVX2 __m256 load_8_avx2(int type, const uint8_t *row, size_t j)
-{
-    if (type == F32) return _mm256_loadu_ps((const float *)(const void *)(row + 4 * j));
-    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(row + 2 * j));
-    if (type == F16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-/* low: lanes 0-7, high: lanes 8-15 */
-INLINE_AVX2 float join_avx2(__m256 low, __m256 high)
-{
-    __m256 eight = _mm256_add_ps(low, high);                           /* lane j + lane j+8 */
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-/* Elements past the last multiple of 16 reach their lanes through memory. */
-INLINE_AVX2 float finish_avx2(int type, const uint8_t *row, const float *x, int j, int cols,
-                              const __m256 sum[2])
-{
-    if (j == cols) return join_avx2(sum[0], sum[1]);
-    float lane[16];
-    _mm256_storeu_ps(lane, sum[0]);
-    _mm256_storeu_ps(lane + 8, sum[1]);
-    for (; j < cols; j++) lane[j % 16] = fma_of(1, load_float(type, row, j), x[j], lane[j % 16]);
-    return join_lanes(lane);
-}
-
-INLINE_AVX2 void mul_floats_avx2_nt(int type, const uint8_t *rows, size_t row_bytes, const float *x,
-                                    size_t x_stride, int cols, float (*acc)[TILE_ROWS], int r0,
-                                    int RT, int NT)
-{
-    __m256 sum[4][4][2];
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) sum[r][i][0] = sum[r][i][1] = _mm256_setzero_ps();
-    int j = 0;
-    for (; j + 16 <= cols; j += 16)                                    /* 1. into 16 lanes */
-        UNROLL for (int k = 0; k < 2; k++)
-            UNROLL for (int r = 0; r < RT; r++) {
-                __m256 w = load_8_avx2(type, rows + (r0 + r) * row_bytes, j + 8 * k);
-                UNROLL for (int i = 0; i < NT; i++)
-                    sum[r][i][k] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * x_stride + j + 8 * k),
-                                                   sum[r][i][k]);
-            }
-    UNROLL for (int r = 0; r < RT; r++)                                /* 2. the tree */
-        UNROLL for (int i = 0; i < NT; i++)
-            acc[i][r0 + r] = finish_avx2(type, rows + (r0 + r) * row_bytes, x + i * x_stride, j, cols,
-                                         sum[r][i]);
-}
-
-INLINE_AVX2 void mul_floats_avx2_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                    const float *x, size_t x_stride, int n, int cols,
-                                    float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n;) {
-        int r = 0, nt = n - i >= 2 ? 2 : 1;
-        const float *xi = x + i * x_stride;
-        if (nt == 2) {
-            for (; r + 2 <= n_rows; r += 2)
-                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 2, 2);
-            for (; r < n_rows; r++)
-                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 1, 2);
-        } else {
-            for (; r < n_rows; r++)
-                mul_floats_avx2_nt(type, rows, row_bytes, xi, x_stride, cols, acc + i, r, 1, 1);
-        }
-        i += nt;
-    }
-}
-
-AVX2 static void mul_floats_avx2(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                 const float *x, size_t x_stride, int n, int cols,
-                                 float (*acc)[TILE_ROWS])
-{
-    switch (type) { /* the type becomes a constant of the loop */
-    case F32: mul_floats_avx2_of(F32, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    case F16: mul_floats_avx2_of(F16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    default: mul_floats_avx2_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
-    }
-}
-
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
-INLINE_AVX2 void mix_avx2_nt(const struct mix *m, int type, int i0, int NT)
-{
-    __m256 sum[2][4];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_loadu_ps(out + i * m->out_stride + 8 * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        __m256 v[4];
-        __builtin_prefetch(m->v + p * m->v_bytes + FETCH_STREAM);
-        UNROLL for (int k = 0; k < 4; k++) v[k] = load_8_avx2(type, m->v + p * m->v_bytes, 8 * k);
-        UNROLL for (int i = 0; i < NT; i++) {
-            __m256 ep = _mm256_set1_ps(e[i * m->e_stride + p]);
-            UNROLL for (int k = 0; k < 4; k++) sum[i][k] = _mm256_fmadd_ps(ep, v[k], sum[i][k]);
-        }
-    }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 4; k++) _mm256_storeu_ps(out + i * m->out_stride + 8 * k, sum[i][k]);
-}
-
-INLINE_AVX2 void mix_avx2_of(const struct mix *m, int type)
-{
-    int i = 0;
-    for (; i + 2 <= m->n; i += 2) mix_avx2_nt(m, type, i, 2);
-    if (i < m->n) mix_avx2_nt(m, type, i, 1);
-}
-
-AVX2 static void mix_values_avx2(const struct mix *m)
-{
-    if (m->width < MIX_WIDTH) mix_values_scalar(m);
-    else if (m->type == F16) mix_avx2_of(m, F16);
-    else mix_avx2_of(m, F32);
-}
-
-/* ---- AVX-512: a register holds 16 rows x 4 bytes, two of them the tile ---- */
-
-/* Macros, because a function compiled for VNNI cannot be inlined into one compiled without it. This is
- * the kernel for one way of adding up products of nibbles: START with what step 1 adds or with nothing,
- * ADD(dot, u, x), FINISH to int32. Six vectors times two registers of rows: each broadcast of four of
- * x's codes serves two products, and all sums stay in registers. */
-#define MUL_Q4_0_512(target, suffix, START, ADD, FINISH)                                            \
-    static inline target __attribute__((always_inline)) void mul_q4_0_##suffix##_nt(               \
-        const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,                \
-        float (*acc)[TILE_ROWS], int NT, size_t ahead)                                             \
-    {                                                                                              \
-        const __m512i nibble = _mm512_set1_epi8(15);                                               \
-        __m512 sum[6][2];                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
-        for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK, x++) {                               \
-            if (ahead) fetch(tile + ahead, Q4_0_TILE_BLOCK);                                             \
-            __m512i dot[6][2];                                                                     \
-            UNROLL for (int i = 0; i < NT; i++) dot[i][0] = dot[i][1] = START(x[i * x_stride].minus_8_sums); \
-            UNROLL for (int g = 0; g < 4; g++) {                       /* 2. exact integer dot */  \
-                __m512i low[2], high[2];                                                           \
-                UNROLL for (int h = 0; h < 2; h++) {                                               \
-                    __m512i w = _mm512_loadu_si512(tile + Q4_0_CODES + Q4_0_QUAD * g + 64 * h);   \
-                    low[h] = _mm512_and_si512(w, nibble);                                          \
-                    high[h] = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);                   \
-                }                                                                                  \
-                UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    const int8_t *c = x[i * x_stride].code + 4 * g;                                \
-                    __m512i c0 = _mm512_set1_epi32(load_4_bytes(c));                               \
-                    __m512i c1 = _mm512_set1_epi32(load_4_bytes(c + 16));                          \
-                    UNROLL for (int h = 0; h < 2; h++) dot[i][h] = ADD(dot[i][h], low[h], c0);     \
-                    UNROLL for (int h = 0; h < 2; h++) dot[i][h] = ADD(dot[i][h], high[h], c1);    \
-                }                                                                                  \
-            }                                                                                      \
-            UNROLL for (int h = 0; h < 2; h++) {                       /* 3. scale, accumulate */  \
-                __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile + 32 * h)));  \
-                UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    const struct xblock *xb = x + i * x_stride;                                    \
-                    __m512i isum = FINISH(dot[i][h], xb->minus_8_sums);     /* 1. code = nibble - 8 */ \
-                    sum[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(isum),                          \
-                                                _mm512_mul_ps(d, _mm512_set1_ps(xb->d)), sum[i][h]); \
-                }                                                                                  \
-            }                                                                                      \
-        }                                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
-    }                                                                                              \
-    target static void mul_q4_0_##suffix(const uint8_t *tile, int n_blocks, const struct xblock *x, \
-                                         size_t x_stride, int n, float (*acc)[TILE_ROWS])          \
-    {                                                                                              \
-        size_t ahead = n >= FETCH_FROM ? (size_t)n_blocks * Q4_0_TILE_BLOCK : 0;                         \
-        for (; n >= 6; n -= 6, x += 6 * x_stride, acc += 6, ahead = 0)                             \
-            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 6, ahead);                    \
-        for (; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, ahead = 0)                             \
-            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 4, ahead);                    \
-        for (; n >= 1; n--, x += x_stride, acc++)                                                  \
-            mul_q4_0_##suffix##_nt(tile, n_blocks, x, x_stride, acc, 1, 0);                        \
-    }
-
-INLINE_VNNI __m512i dot4_vnni(__m512i isum, __m512i u, __m512i x) { return _mm512_dpbusd_epi32(isum, u, x); }
-INLINE_VNNI __m512i start_vnni(int32_t minus_8_sums) { return _mm512_set1_epi32(minus_8_sums); }
-INLINE_VNNI __m512i finish_vnni(__m512i dot, int32_t minus_8_sums) { (void)minus_8_sums; return dot; }
-INLINE_AVX512 __m512i start_pairs(int32_t minus_8_sums) { (void)minus_8_sums; return _mm512_setzero_si512(); }
-INLINE_AVX512 __m512i add_pairs(__m512i dot, __m512i u, __m512i x) /* 16 * 15 * 127 fits int16 */
-{
-    return _mm512_add_epi16(dot, _mm512_maddubs_epi16(u, x));
-}
-INLINE_AVX512 __m512i finish_pairs(__m512i dot, int32_t minus_8_sums)
-{
-    return _mm512_add_epi32(_mm512_madd_epi16(dot, _mm512_set1_epi16(1)), _mm512_set1_epi32(minus_8_sums));
-}
-MUL_Q4_0_512(VNNI, avx512vnni, start_vnni, dot4_vnni, finish_vnni)
-MUL_Q4_0_512(AVX512, avx512, start_pairs, add_pairs, finish_pairs)
-
-/* Steps 2 to 4 of the panel kernel, as in AVX2, for rows 16h .. 16h+15. */
-INLINE_AVX512 __m512 finish_panel_avx512(const struct panel *p, const struct format *f,
-                                         const struct xblock *x, const __m512i half[2], __m512 sum,
-                                         int h, int HALVES)
-{
-    __m512 isum, msum, xd = _mm512_set1_ps(x->d);
-    if (HALVES) {                                                      /* 2. halves */
-        __m512 s0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[0] + 16 * h));
-        __m512 s1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->scale[1] + 16 * h));
-        isum = _mm512_fmadd_ps(s1, _mm512_cvtepi32_ps(half[1]), _mm512_mul_ps(s0, _mm512_cvtepi32_ps(half[0])));
-    } else isum = _mm512_cvtepi32_ps(half[0]);
-    sum = _mm512_fmadd_ps(isum, _mm512_mul_ps(_mm512_loadu_ps(p->d + 16 * h), xd), sum); /* 3. scale */
-    if (!f->has_min) return sum;                                       /* 4. minimum */
-    msum = _mm512_set1_ps(x->d_sum);
-    if (HALVES) {
-        __m512 m0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[0] + 16 * h));
-        __m512 m1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(p->min[1] + 16 * h));
-        msum = _mm512_mul_ps(_mm512_set1_ps((float)x->sum[0]), m0);
-        msum = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps((float)x->sum[1]), m1, msum), xd);
-    }
-    return _mm512_fmadd_ps(_mm512_loadu_ps(p->m + 16 * h), msum, sum);
-}
-
-/* VNNI multiplies unsigned by signed in one step. Without it: two steps through int16, where codes of
- * 0 .. 63 fit; a wide code goes as |code| * (x with code's sign). */
-INLINE_AVX512 __m512i dot4_avx512(__m512i isum, __m512i u, __m512i x)
-{
-    __m512i pairs = _mm512_maddubs_epi16(u, x);
-    return _mm512_add_epi32(isum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-INLINE_AVX512 __m512i dot4_wide_avx512(__m512i isum, __m512i w, __m512i x)
-{
-    __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
-    return dot4_avx512(isum, _mm512_abs_epi8(w), signed_x);
-}
-
-/* The panel kernel for one way DOT of multiplying; wide codes of value c come as c + FLIP. */
-#define MUL_PANEL_512(target, suffix, DOT, DOT_WIDE, FLIP)                                          \
-    static inline target __attribute__((always_inline)) void mul_panel_##suffix##_nt(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
-        size_t x_stride, float (*acc)[TILE_ROWS], int NT, int HALVES, int WIDE)                    \
-    {                                                                                              \
-        const int bias = WIDE ? FLIP : f->bias;                                                    \
-        __m512 sum[6][2];                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) sum[i][h] = _mm512_loadu_ps(acc[i] + 16 * h);       \
-        for (int b = 0; b < n_blocks; b++, p++, x++) {                                             \
-            __m512i half[6][2][2];                                                                 \
-            UNROLL for (int i = 0; i < NT; i++) {                                                  \
-                const int32_t *s = x[i * x_stride].sum;                                            \
-                half[i][0][0] = half[i][1][0] = _mm512_set1_epi32(-bias * (HALVES ? s[0] : s[0] + s[1])); \
-                half[i][0][1] = half[i][1][1] = _mm512_set1_epi32(-bias * s[1]);                   \
-            }                                                                                      \
-            UNROLL for (int g = 0; g < 8; g++) {                       /* 1. exact integer dots */ \
-                __m512i w[2];                                                                      \
-                UNROLL for (int h = 0; h < 2; h++) {                                               \
-                    w[h] = _mm512_loadu_si512(p->code + 4 * TILE_ROWS * g + 64 * h);               \
-                    if (WIDE && FLIP) w[h] = _mm512_xor_si512(w[h], _mm512_set1_epi8((char)FLIP)); \
-                }                                                                                  \
-                UNROLL for (int i = 0; i < NT; i++) {                                              \
-                    __m512i c = _mm512_set1_epi32(load_4_bytes(x[i * x_stride].code + 4 * g));     \
-                    UNROLL for (int h = 0; h < 2; h++) {                                           \
-                        __m512i *to = &half[i][h][HALVES ? g / 4 : 0];                             \
-                        *to = WIDE ? DOT_WIDE(*to, w[h], c) : DOT(*to, w[h], c);                   \
-                    }                                                                              \
-                }                                                                                  \
-            }                                                                                      \
-            UNROLL for (int i = 0; i < NT; i++)                                                    \
-                UNROLL for (int h = 0; h < 2; h++)                                                 \
-                    sum[i][h] = finish_panel_avx512(p, f, x + i * x_stride, half[i][h], sum[i][h], \
-                                                    h, HALVES);                                    \
-        }                                                                                          \
-        UNROLL for (int i = 0; i < NT; i++)                                                        \
-            UNROLL for (int h = 0; h < 2; h++) _mm512_storeu_ps(acc[i] + 16 * h, sum[i][h]);       \
-    }                                                                                              \
-    static inline target __attribute__((always_inline)) void mul_panel_##suffix##_of(              \
-        const struct panel *p, int n_blocks, const struct format *f, const struct xblock *x,       \
-        size_t x_stride, int n, float (*acc)[TILE_ROWS], int HALVES, int WIDE)                     \
-    {                                                                                              \
-        const int NT = HALVES ? 4 : 6;                                                             \
-        for (; n >= NT; n -= NT, x += NT * x_stride, acc += NT)                                    \
-            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, NT, HALVES, WIDE);           \
-        for (; n >= 1; n--, x += x_stride, acc++)                                                  \
-            mul_panel_##suffix##_nt(p, n_blocks, f, x, x_stride, acc, 1, HALVES, WIDE);            \
-    }                                                                                              \
-    target static void mul_panel_##suffix(const struct panel *p, int n_blocks,                     \
-                                          const struct format *f, const struct xblock *x,          \
-                                          size_t x_stride, int n, float (*acc)[TILE_ROWS])         \
-    {                                                                                              \
-        if (f->is_wide) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 1);        \
-        else if (f->has_halves) mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 1, 0); \
-        else mul_panel_##suffix##_of(p, n_blocks, f, x, x_stride, n, acc, 0, 0);                   \
-    }
-MUL_PANEL_512(AVX512, avx512, dot4_avx512, dot4_wide_avx512, 0)
-MUL_PANEL_512(VNNI, avx512vnni, dot4_vnni, dot4_vnni, 128)
-
-INLINE_AVX512 __m512 load_16_avx512(int type, const uint8_t *row, size_t j)
-{
-    if (type == F32) return _mm512_loadu_ps(row + 4 * j);
-    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(row + 2 * j));
-    if (type == F16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-/* Sixteen sums of 16 lanes joined at once: every step adds the halves of two registers and leaves the
- * results side by side in one. sum[r][i] becomes element 4i + r. */
-INLINE_AVX512 __m512 join_16_avx512(__m512 sum[4][4])
-{
-    __m512 eight[8], four[4], two[2];
-    UNROLL for (int k = 0; k < 8; k++) {                               /* lane j + lane j+8 */
-        __m512 a = sum[k / 2][2 * (k % 2)], b = sum[k / 2][2 * (k % 2) + 1];
-        eight[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    UNROLL for (int k = 0; k < 4; k++) {                               /* + 4 */
-        __m512 a = eight[2 * k], b = eight[2 * k + 1];
-        four[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-    UNROLL for (int k = 0; k < 2; k++)                                 /* + 2 */
-        two[k] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * k], four[2 * k + 1], 0x44),
-                               _mm512_shuffle_ps(four[2 * k], four[2 * k + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88),      /* + 1 */
-                         _mm512_shuffle_ps(two[0], two[1], 0xdd));
-}
-
-INLINE_AVX512 float join_avx512(__m512 sum)
-{
-    return join_avx2(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
-}
-
-/* RT rows times NT vectors: 4 times 4, or 1 times 1. Columns past the last multiple of 16 are masked,
- * so that they leave their lanes untouched. */
-INLINE_AVX512 void mul_floats_avx512_nt(int type, const uint8_t *rows, size_t row_bytes,
-                                        const float *x, size_t x_stride, int cols,
-                                        float (*acc)[TILE_ROWS], int r0, int RT, int NT)
-{
-    __m512 sum[4][4];
-    const __mmask16 rest = (__mmask16)((1 << cols % 16) - 1);
-    UNROLL for (int r = 0; r < RT; r++)
-        UNROLL for (int i = 0; i < NT; i++) sum[r][i] = _mm512_setzero_ps();
-    int j = 0;
-    for (; j + 16 <= cols; j += 16)                                    /* 1. into 16 lanes */
-        UNROLL for (int r = 0; r < RT; r++) {
-            __m512 w = load_16_avx512(type, rows + (r0 + r) * row_bytes, j);
-            UNROLL for (int i = 0; i < NT; i++)
-                sum[r][i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + i * x_stride + j), sum[r][i]);
-        }
-    for (int r = 0; r < RT && rest; r++)
-        for (int i = 0; i < NT; i++) {
-            float w[16] = {0};
-            for (int k = 0; j + k < cols; k++) w[k] = load_float(type, rows + (r0 + r) * row_bytes, j + k);
-            sum[r][i] = _mm512_mask3_fmadd_ps(_mm512_loadu_ps(w), _mm512_maskz_loadu_ps(rest, x + i * x_stride + j),
-                                              sum[r][i], rest);
-        }
-    if (RT == 4) {                                                     /* 2. the tree */
-        __m512 joined = join_16_avx512(sum);
-        _mm_storeu_ps(acc[0] + r0, _mm512_castps512_ps128(joined));
-        _mm_storeu_ps(acc[1] + r0, _mm512_extractf32x4_ps(joined, 1));
-        _mm_storeu_ps(acc[2] + r0, _mm512_extractf32x4_ps(joined, 2));
-        _mm_storeu_ps(acc[3] + r0, _mm512_extractf32x4_ps(joined, 3));
-    } else
-        UNROLL for (int i = 0; i < NT; i++) acc[i][r0] = join_avx512(sum[0][i]);
-}
-
-INLINE_AVX512 void mul_floats_avx512_of(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                        const float *x, size_t x_stride, int n, int cols,
-                                        float (*acc)[TILE_ROWS])
-{
-    for (int first = 1; n >= 4; n -= 4, x += 4 * x_stride, acc += 4, first = 0) {
-        int r = 0;
-        for (; r + 4 <= n_rows; r += 4) {
-            if (first) fetch(rows + (r + 8) * row_bytes, 4 * row_bytes); /* four short rows end too soon */
-            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 4, 4);
-        }
-        for (; r < n_rows; r++)
-            for (int i = 0; i < 4; i++)
-                mul_floats_avx512_nt(type, rows, row_bytes, x + i * x_stride, x_stride, cols, acc + i, r, 1, 1);
-    }
-    for (; n > 0; n--, x += x_stride, acc++) /* in one stream: four at once read 24 GB/s where this reads 32 */
-        for (int r = 0; r < n_rows; r++)
-            mul_floats_avx512_nt(type, rows, row_bytes, x, x_stride, cols, acc, r, 1, 1);
-}
-
-AVX512 static void mul_floats_avx512(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                                     const float *x, size_t x_stride, int n, int cols,
-                                     float (*acc)[TILE_ROWS])
-{
-    switch (type) {
-    case F32: mul_floats_avx512_of(F32, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    case F16: mul_floats_avx512_of(F16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc); break;
-    default: mul_floats_avx512_of(BF16, rows, row_bytes, n_rows, x, x_stride, n, cols, acc);
-    }
-}
-
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
-INLINE_AVX512 void mix_avx512_nt(const struct mix *m, int type, int i0, int NT)
-{
-    __m512 sum[8][2];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 2; k++) sum[i][k] = _mm512_loadu_ps(out + i * m->out_stride + 16 * k);
-    for (int p = 0; p < m->n_pos; p++) {
-        __builtin_prefetch(m->v + p * m->v_bytes + FETCH_STREAM);
-        __m512 v0 = load_16_avx512(type, m->v + p * m->v_bytes, 0);
-        __m512 v1 = load_16_avx512(type, m->v + p * m->v_bytes, 16);
-        UNROLL for (int i = 0; i < NT; i++) {
-            __m512 ep = _mm512_set1_ps(e[i * m->e_stride + p]);
-            sum[i][0] = _mm512_fmadd_ps(ep, v0, sum[i][0]);
-            sum[i][1] = _mm512_fmadd_ps(ep, v1, sum[i][1]);
-        }
-    }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 2; k++) _mm512_storeu_ps(out + i * m->out_stride + 16 * k, sum[i][k]);
-}
-
-INLINE_AVX512 void mix_avx512_of(const struct mix *m, int type)
-{
-    int i = 0;
-    for (; i + 8 <= m->n; i += 8) mix_avx512_nt(m, type, i, 8);
-    for (; i + 4 <= m->n; i += 4) mix_avx512_nt(m, type, i, 4);
-    for (; i < m->n; i++) mix_avx512_nt(m, type, i, 1);
-}
-
-AVX512 static void mix_values_avx512(const struct mix *m)
-{
-    if (m->width < MIX_WIDTH) mix_values_scalar(m);
-    else if (m->type == F16) mix_avx512_of(m, F16);
-    else mix_avx512_of(m, F32);
-}
-#endif /* HAVE_X86 */
-
-#if defined(HAVE_NEON)
-/* ---- NEON: a register holds 4 rows x 4 bytes, rows 4q .. 4q+3; eight of them the tile ---- */
-#if !defined(__clang__) || __clang_major__ >= 16
-#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
-#define I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
-#endif
-
-INLINE int8x16_t repeat_4_bytes(const int8_t *p)
-{
-    int32_t x;
-    memcpy(&x, p, 4);
-    return vreinterpretq_s8_s32(vdupq_n_s32(x));
-}
-
-/* pairs of products fit int16: 2 * 128 * 127 */
-INLINE int32x4_t dot4_neon(int32x4_t isum, int8x16_t w, int8x16_t x)
-{
-    int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
-    return vpadalq_s16(isum, vpaddq_s16(low, high));
-}
-
-INLINE float32x4_t load_4_f16(const uint8_t *p)
-{
-    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
-}
-
-static void mul_q4_0_neon(const uint8_t *tile, int n_blocks, const struct xblock *x, size_t x_stride,
-                          int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
-        for (int i = 0; i < n; i++)
-            for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
-                int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
-                for (int g = 0; g < 4; g++) {                          /* 2. exact integer dot */
-                    uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
-                    int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
-                    int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
-                    isum = dot4_neon(isum, low, repeat_4_bytes(xb->code + 4 * g));
-                    isum = dot4_neon(isum, high, repeat_4_bytes(xb->code + 16 + 4 * g));
-                }
-                float32x4_t d = vmulq_n_f32(load_4_f16(tile + 8 * q), xb->d); /* 3. scale */
-                vst1q_f32(acc[i] + 4 * q, vfmaq_f32(vld1q_f32(acc[i] + 4 * q), vcvtq_f32_s32(isum), d));
-            }
-}
-
-/* Steps 2 to 4 of the panel kernel for rows 4q .. 4q+3. */
-INLINE void finish_panel_neon(const struct panel *p, const struct format *f, const struct xblock *x,
-                              const int32x4_t half[2], float *acc, int q)
-{
-    int32x4_t isum = vaddq_s32(half[0], half[1]), msum = vdupq_n_s32(x->sum[0] + x->sum[1]);
-    if (f->has_halves) {                                                           /* 2. halves */
-        isum = vmulq_s32(half[0], vld1q_s32(p->scale[0] + 4 * q));
-        isum = vmlaq_s32(isum, half[1], vld1q_s32(p->scale[1] + 4 * q));
-    }
-    float32x4_t sum = vld1q_f32(acc + 4 * q), d = vmulq_n_f32(vld1q_f32(p->d + 4 * q), x->d);
-    sum = vfmaq_f32(sum, vcvtq_f32_s32(isum), d);                                  /* 3. scale */
-    if (f->has_min && f->has_halves) {                                             /* 4. minimum */
-        msum = vmulq_n_s32(vld1q_s32(p->min[0] + 4 * q), x->sum[0]);
-        msum = vmlaq_n_s32(msum, vld1q_s32(p->min[1] + 4 * q), x->sum[1]);
-    }
-    if (f->has_min)
-        sum = vfmaq_f32(sum, vld1q_f32(p->m + 4 * q), vmulq_n_f32(vcvtq_f32_s32(msum), x->d));
-    vst1q_f32(acc + 4 * q, sum);
-}
-
-INLINE void start_panel_neon(const struct format *f, const struct xblock *x, int32x4_t half[2])
-{
-    for (int k = 0; k < 2; k++) half[k] = vdupq_n_s32(-f->bias * x->sum[k]);
-}
-
-static void mul_panel_neon(const struct panel *p, int n_blocks, const struct format *f,
-                           const struct xblock *x, size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, p++)
-        for (int i = 0; i < n; i++)
-            for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
-                int32x4_t half[2];
-                start_panel_neon(f, xb, half);
-                for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = dot4_neon(half[g / 4], vld1q_s8(p->code + 4 * TILE_ROWS * g + 16 * q),
-                                            repeat_4_bytes(xb->code + 4 * g));
-                finish_panel_neon(p, f, xb, half, acc[i], q);
-            }
-}
-
-INLINE float32x4_t load_4_neon(int type, const uint8_t *row, size_t j)
-{
-    if (type == F32) return vreinterpretq_f32_u8(vld1q_u8(row + 4 * j));
-    if (type == F16) return load_4_f16(row + 2 * j);
-    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(row + 2 * j)), 16));
-}
-
-static void mul_floats_neon(int type, const uint8_t *rows, size_t row_bytes, int n_rows,
-                            const float *x, size_t x_stride, int n, int cols,
-                            float (*acc)[TILE_ROWS])
-{
-    for (int i = 0; i < n; i++, x += x_stride)
-        for (int r = 0; r < n_rows; r++) {
-            const uint8_t *row = rows + r * row_bytes;
-            float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-            int j = 0;
-            for (; j + 16 <= cols; j += 16)                            /* 1. into 16 lanes */
-                for (int k = 0; k < 4; k++)
-                    sum[k] = vfmaq_f32(sum[k], load_4_neon(type, row, j + 4 * k),
-                                       vld1q_f32(x + j + 4 * k));
-            float lane[16];
-            for (int k = 0; k < 4; k++) vst1q_f32(lane + 4 * k, sum[k]);
-            for (; j < cols; j++)
-                lane[j % 16] = fma_of(1, load_float(type, row, j), x[j], lane[j % 16]);
-            acc[i][r] = join_lanes(lane);                              /* 2. the tree */
-        }
-}
-
-/* Queries i0 .. i0+NT-1, all MIX_WIDTH elements. */
-INLINE void mix_neon_nt(const struct mix *m, int type, int i0, int NT)
-{
-    float32x4_t sum[2][8];
-    float *out = m->out + i0 * m->out_stride;
-    const float *e = m->e + i0 * m->e_stride;
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 8; k++) sum[i][k] = vld1q_f32(out + i * m->out_stride + 4 * k);
-    for (int p = 0; p < m->n_pos; p++)
-        UNROLL for (int k = 0; k < 8; k++) {
-            float32x4_t v = load_4_neon(type, m->v + p * m->v_bytes, 4 * k);
-            UNROLL for (int i = 0; i < NT; i++)
-                sum[i][k] = vfmaq_n_f32(sum[i][k], v, e[i * m->e_stride + p]);
-        }
-    UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int k = 0; k < 8; k++) vst1q_f32(out + i * m->out_stride + 4 * k, sum[i][k]);
-}
-
-INLINE void mix_neon_of(const struct mix *m, int type)
-{
-    int i = 0;
-    for (; i + 2 <= m->n; i += 2) mix_neon_nt(m, type, i, 2);
-    if (i < m->n) mix_neon_nt(m, type, i, 1);
-}
-
-static void mix_values_neon(const struct mix *m)
-{
-    if (m->width < MIX_WIDTH) mix_values_scalar(m);
-    else if (m->type == F16) mix_neon_of(m, F16);
-    else mix_neon_of(m, F32);
-}
-
-#if defined(DOTPROD)
-DOTPROD static void mul_q4_0_dotprod(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                                     size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, tile += Q4_0_TILE_BLOCK)
-        for (int q = 0; q < TILE_ROWS / 4; q++) {
-            int8x16_t low[4], high[4];
-            for (int g = 0; g < 4; g++) {
-                uint8x16_t w = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
-                low[g] = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
-                high[g] = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
-            }
-            float32x4_t d = load_4_f16(tile + 8 * q);
-            for (int i = 0; i < n; i++) {
-                const struct xblock *xb = x + i * x_stride + b;
-                int8x16_t x0 = vld1q_s8(xb->code), x1 = vld1q_s8(xb->code + 16);
-                int32x4_t isum = vdupq_n_s32(xb->minus_8_sums);        /* 1. nibbles are code + 8 */
-                isum = vdotq_laneq_s32(isum, low[0], x0, 0);           /* 2. exact integer dot */
-                isum = vdotq_laneq_s32(isum, low[1], x0, 1);
-                isum = vdotq_laneq_s32(isum, low[2], x0, 2);
-                isum = vdotq_laneq_s32(isum, low[3], x0, 3);
-                isum = vdotq_laneq_s32(isum, high[0], x1, 0);
-                isum = vdotq_laneq_s32(isum, high[1], x1, 1);
-                isum = vdotq_laneq_s32(isum, high[2], x1, 2);
-                isum = vdotq_laneq_s32(isum, high[3], x1, 3);
-                float32x4_t sum = vld1q_f32(acc[i] + 4 * q);           /* 3. scale, accumulate */
-                vst1q_f32(acc[i] + 4 * q, vfmaq_f32(sum, vcvtq_f32_s32(isum), vmulq_n_f32(d, xb->d)));
-            }
-        }
-}
-
-DOTPROD static void mul_panel_dotprod(const struct panel *p, int n_blocks, const struct format *f,
-                                      const struct xblock *x, size_t x_stride, int n,
-                                      float (*acc)[TILE_ROWS])
-{
-    for (int b = 0; b < n_blocks; b++, p++)
-        for (int i = 0; i < n; i++)
-            for (int q = 0; q < TILE_ROWS / 4; q++) {
-                const struct xblock *xb = x + i * x_stride + b;
-                int32x4_t half[2];
-                start_panel_neon(f, xb, half);
-                for (int g = 0; g < 8; g++)                            /* 1. exact integer dots */
-                    half[g / 4] = vdotq_s32(half[g / 4], vld1q_s8(p->code + 4 * TILE_ROWS * g + 16 * q),
-                                            repeat_4_bytes(xb->code + 4 * g));
-                finish_panel_neon(p, f, xb, half, acc[i], q);
-            }
-}
-
-/* smmla multiplies 2 rows x 8 bytes by 2 vectors x 8 bytes: {r0 x0, r0 x1, r1 x0, r1 x1}. Two groups
- * of a tile zipped give 8 bytes of a row; the results are unzipped to a register for each vector. */
-I8MM static void mul_q4_0_pair_i8mm(const uint8_t *tile, const struct xblock *x0,
-                                    const struct xblock *x1, float *acc0, float *acc1, int q)
-{
-    int32x4_t pair[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};              /* rows 4q, 4q+1 | 4q+2, 4q+3 */
-    for (int g = 0; g < 4; g += 2) {                                   /* 2. exact integer dot */
-        uint8x16_t w0 = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * g + 16 * q);
-        uint8x16_t w1 = vld1q_u8(tile + Q4_0_CODES + Q4_0_QUAD * (g + 1) + 16 * q);
-        for (int high = 0; high < 2; high++) {
-            uint32x4_t a = vreinterpretq_u32_u8(high ? vshrq_n_u8(w0, 4) : vandq_u8(w0, vdupq_n_u8(15)));
-            uint32x4_t z = vreinterpretq_u32_u8(high ? vshrq_n_u8(w1, 4) : vandq_u8(w1, vdupq_n_u8(15)));
-            int8x16_t v = vcombine_s8(vld1_s8(x0->code + 16 * high + 4 * g),
-                                      vld1_s8(x1->code + 16 * high + 4 * g));
-            pair[0] = vmmlaq_s32(pair[0], vreinterpretq_s8_u32(vzip1q_u32(a, z)), v);
-            pair[1] = vmmlaq_s32(pair[1], vreinterpretq_s8_u32(vzip2q_u32(a, z)), v);
-        }
-    }
-    int32x4_t isum0 = vaddq_s32(vuzp1q_s32(pair[0], pair[1]), vdupq_n_s32(x0->minus_8_sums)); /* 1. */
-    int32x4_t isum1 = vaddq_s32(vuzp2q_s32(pair[0], pair[1]), vdupq_n_s32(x1->minus_8_sums));
-    float32x4_t d = load_4_f16(tile + 8 * q);                          /* 3. scale, accumulate */
-    vst1q_f32(acc0, vfmaq_f32(vld1q_f32(acc0), vcvtq_f32_s32(isum0), vmulq_n_f32(d, x0->d)));
-    vst1q_f32(acc1, vfmaq_f32(vld1q_f32(acc1), vcvtq_f32_s32(isum1), vmulq_n_f32(d, x1->d)));
-}
-
-I8MM static void mul_q4_0_i8mm(const uint8_t *tile, int n_blocks, const struct xblock *x,
-                               size_t x_stride, int n, float (*acc)[TILE_ROWS])
-{
-    int even = n & ~1;
-    for (int b = 0; b < n_blocks; b++)
-        for (int i = 0; i < even; i += 2)
-            for (int q = 0; q < TILE_ROWS / 4; q++)
-                mul_q4_0_pair_i8mm(tile + (size_t)b * Q4_0_TILE_BLOCK, x + i * x_stride + b,
-                                   x + (i + 1) * x_stride + b, acc[i] + 4 * q, acc[i + 1] + 4 * q, q);
-    if (n > even) mul_q4_0_dotprod(tile, n_blocks, x + even * x_stride, x_stride, 1, acc + even);
-}
-#endif /* DOTPROD */
-#endif /* HAVE_NEON */
-
-/* ==== 6. Element-wise pieces: norm, rope, gelu, softmax =========================================
- *
- * Written once, in plain C. `hard` is a constant: with it the compiler turns each fma into the
- * instruction and each loop over 16 lanes into vectors; without it the same lines run on soft_fmaf.
- * Every operation is one IEEE rounding, so both give the same bits. */
-
-/* y = x / sqrt(mean(x^2) + eps) * w (RMSNorm, arXiv 1910.07467). Gemma's formula has (1 + w): the
- * converters to GGUF have already added the 1. */
-INLINE void rmsnorm_plain(int hard, float *y, const float *x, const float *w, int n, float eps)
+/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
+ * the 1. */
+static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
 {
     float lane[16] = {0};
     int i = 0;
     for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) lane[j] = fma_of(hard, x[i + j], x[i + j], lane[j]);
-    for (; i < n; i++) lane[i % 16] = fma_of(hard, x[i], x[i], lane[i % 16]);
+        for (int j = 0; j < 16; j++) lane[j] = fma_of(x[i + j], x[i + j], lane[j]);
+    for (; i < n; i++) lane[i % 16] = fma_of(x[i], x[i], lane[i % 16]);
     float r = 1.0f / sqrt_of(join_lanes(lane) / (float)n + eps);
     for (i = 0; i < n; i++) y[i] = (x[i] * r) * w[i];
 }
 
 /* Rotary position embedding (arXiv 2104.09864). The pairs are (j, j + D/2), as in GPT-NeoX and
  * transformers, not neighbours (2j, 2j+1) as in the paper. */
-INLINE void rope_plain(int hard, float *v, const float *cosine, const float *sine, int head_dim)
+static void NAME(rope)(float *v, const float *cosine, const float *sine, int head_dim)
 {
     int half = head_dim / 2;
     for (int j = 0; j < half; j++) {
         float a = v[j], b = v[j + half], c = cosine[j], s = sine[j];
-        v[j] = fma_of(hard, a, c, -(b * s));
-        v[j + half] = fma_of(hard, b, c, a * s);
+        v[j] = fma_of(a, c, -(b * s));
+        v[j + half] = fma_of(b, c, a * s);
     }
 }
 
-/* gate = gelu(gate) * up, with the tanh form of GELU: tanh(y) = 2 / (1 + exp(-2y)) - 1, so
- * 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3). */
-INLINE void gelu_plain(int hard, float *gate, const float *up, int n)
+/* With the tanh form of GELU: tanh(y) = 2 / (1 + exp(-2y)) - 1, so 0.5 x (1 + tanh(u)) =
+ * x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3). */
+static void NAME(gelu)(float *gate, const float *up, int n)
 {
     const float c0 = float_of(0x3f4c422a), c1 = float_of(0x3d122279); /* sqrt(2/pi), 0.044715 c0 */
     for (int j = 0; j < n; j++) {
-        float x = gate[j], u = x * fma_of(hard, c1, x * x, c0);
-        gate[j] = x / (1.0f + exp_of(hard, -2.0f * u)) * up[j];
+        float x = gate[j], u = x * fma_of(c1, x * x, c0);
+        gate[j] = x / (1.0f + exp_of(-2.0f * u)) * up[j];
     }
 }
 
-/* Rounds n floats into the cache, little-endian like a file's tensors, so that one kernel reads both. */
-INLINE void store_plain(uint8_t *restrict to, const float *restrict x, int n, int is_f16)
+/* Little-endian like a file's tensors, so that one kernel reads both. */
+static void NAME(store)(uint8_t *restrict to, const float *restrict x, int n, int type)
 {
-    for (int j = 0; is_f16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
-    for (int j = 0; !is_f16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
+    for (int j = 0; type == F16 && j < n; j++) store_u16_le(to + 2 * j, f32_to_f16(x[j]));
+    for (int j = 0; type != F16 && j < n; j++) store_u32_le(to + 4 * j, bits_of(x[j]));
 }
 
-/* s[k] = exp(s[k] - max), for scores of positions first .. first+n-1; returns their sum, added up in
- * the lane of the absolute position, so that it does not matter where the window begins. */
-INLINE float exp_scores_plain(int hard, float *s, int n, int first)
+/* The lane is the absolute position's, so that it does not matter where the window begins. */
+static float NAME(exp_scores)(float *s, int n, int first)
 {
     float top[16], lane[16] = {0};
     for (int j = 0; j < 16; j++) top[j] = s[0];
@@ -1843,7 +1723,7 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     for (; k < n; k++) top[0] = s[k] > top[0] ? s[k] : top[0];
     float max = top[0];
     for (int j = 1; j < 16; j++) max = top[j] > max ? top[j] : max;
-    for (k = 0; k < n; k++) s[k] = exp_of(hard, s[k] - max);
+    for (k = 0; k < n; k++) s[k] = exp_of(s[k] - max);
     for (k = 0; k < n && (first + k) % 16; k++) lane[(first + k) % 16] += s[k];
     for (; k + 16 <= n; k += 16)
         for (int j = 0; j < 16; j++) lane[j] += s[k + j];
@@ -1851,77 +1731,827 @@ INLINE float exp_scores_plain(int hard, float *s, int n, int first)
     return join_lanes(lane);
 }
 
-/* ---- The kernels of one instruction set ---- */
+/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
+ * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
+static void NAME(add_exp_run)(double *lane, const float *logits, double max)
+{
+    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
+    double e[EXP_RUN];
+    for (int j = 0; j < EXP_RUN; j++)
+        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
+    for (int j = 0; j < EXP_RUN; j++) {
+        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
+        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+        e[j] = exp_taylor[13];
+        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
+    }
+    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
+    for (int i = 0; i < EXP_RUN; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
+}
 
-struct kernels {
-    const char *name;
-    mul_q4_0 *mul_q4_0;
-    mul_panel *mul_panel;
-    mul_floats *mul_floats;
-    mix_values *mix_values;
-    void (*unpack)(int type, const uint8_t *tile, int g, struct panel *out); /* 32 rows */
-    void (*dequantize)(const struct matrix *w, int r, float *out);           /* one row */
-    void (*quantize)(struct xblock *out, const float *x, int n);
-    void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
-    void (*rope)(float *v, const float *cosine, const float *sine, int head_dim);
-    void (*gelu)(float *gate, const float *up, int n);
-    void (*store)(uint8_t *to, const float *x, int n, int is_f16);
-    float (*exp_scores)(float *s, int n, int first);                         /* the numerator of softmax */
-};
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
+ * or below -690, the definition itself runs. */
+static double NAME(sum_exp)(const float *logits, int n, float max)
+{
+    double lane[16] = {0};
+    int i = 0;
+    for (int run, n_near; i < n; i += run) {
+        run = min_int(n - i, EXP_RUN), n_near = 0;
+        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
+        if (n_near == EXP_RUN)
+            NAME(add_exp_run)(lane, logits + i, max);
+        else
+            for (int j = 0; j < run; j++)
+                lane[j % 16] += exp_double((double)logits[i + j] - max);
+    }
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+#endif /* !HAS_PIECES */
 
-/* The element-wise pieces, compiled for one target. */
-#define FOR_TARGET(target, suffix, hard)                                                                \
-    target static void unpack_##suffix(int type, const uint8_t *tile, int g, struct panel *out)    \
-    { unpack(type, tile, TILE_ROWS, g, out); }                                                     \
-    target static void dequantize_##suffix(const struct matrix *w, int r, float *out)              \
-    { dequantize_plain(w, r, out); }                                                               \
-    target static void quantize_##suffix(struct xblock *out, const float *x, int n)                \
-    { quantize_plain(out, x, n); }                                                                 \
-    target static void rmsnorm_##suffix(float *y, const float *x, const float *w, int n, float eps) \
-    { rmsnorm_plain(hard, y, x, w, n, eps); }                                                      \
-    target static void rope_##suffix(float *v, const float *cosine, const float *sine, int head_dim) \
-    { rope_plain(hard, v, cosine, sine, head_dim); }                                               \
-    target static void gelu_##suffix(float *gate, const float *up, int n)                          \
-    { gelu_plain(hard, gate, up, n); }                                                             \
-    target static void store_##suffix(uint8_t *to, const float *x, int n, int is_f16)              \
-    { store_plain(to, x, n, is_f16); }                                                             \
-    target static float exp_scores_##suffix(float *s, int n, int first)                               \
-    { return exp_scores_plain(hard, s, n, first); }
+#if LANES == 1
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
+ * twice, as there. */
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    struct group o;
+    for (const uint8_t *row = w->data + r * w->row_bytes; n > 0; n--, row += w->row_bytes) {
+        for (int j = 0; is_float(f) && j < w->cols; j++) *out++ = load_float(f->type, row, j);
+        for (int b = 0; !is_float(f) && b < w->cols / 32; b++, out += 32) {
+            unpack(f, row + (size_t)(32 * b / f->elements) * f->bytes, b % (f->elements / 32), &o);
+            for (int j = 0; j < 32; j++) out[j] = o.d * (float)o.scale[j / 16] * (float)o.code[j];
+            for (int j = 0; f->m && j < 32; j++) out[j] += o.m * (float)o.min[j / 16];
+        }
+    }
+}
 
-#define PLAIN
-FOR_TARGET(PLAIN, scalar, HARD_FMA)
+/* sum + 16 codes, which are bits of bytes, times 16 of x. This is a board's main work: Helium
+ * multiplies 16 bytes at once, a Cortex-M with DSP instructions two. */
+INLINE int32_t NAME(dot_16)(int32_t sum, const uint8_t *w, int shift, int mask, const int8_t *x)
+{
+#if defined(__ARM_FEATURE_MVE)
+    uint8x16_t code = vandq_u8(vshlq_r_u8(vldrbq_u8(w), -shift), vdupq_n_u8((uint8_t)mask));
+    return vmladavaq_s8(sum, vreinterpretq_s8_u8(code), vldrbq_s8(x));
+#elif defined(__ARM_FEATURE_SIMD32)
+    for (int j = 0; j < 16; j += 4) {
+        uint32_t a = load_u32_le(w + j) >> shift & (uint32_t)mask * 0x01010101;
+        uint32_t b = load_u32_le((const uint8_t *)x + j);
+        sum = __smlad(__sxtb16(a), __sxtb16(b), sum); /* bytes 0 and 2, then 1 and 3 */
+        sum = __smlad(__sxtb16(a >> 8 | a << 24), __sxtb16(b >> 8 | b << 24), sum);
+    }
+    return sum;
+#else
+    for (int j = 0; j < 16; j++) sum += (int8_t)(w[j] >> shift & mask) * x[j];
+    return sum;
+#endif
+}
+
+/* Rows of integer formats, as they lie in the file (rule 2). Small models are made of these two. */
+INLINE void NAME(mul_plain)(const struct product *p, int type)
+{
+    for (int r = 0; r < p->n_rows; r++)
+        for (int b = 0; b < p->cols / 32; b++) {
+            const uint8_t *block = p->rows + r * p->row_bytes + b * (type == Q4_0 ? 18 : 34);
+            const uint8_t *w = block + 2;
+            float d = f16_to_f32(load_u16_le(block));
+            for (int i = 0; i < p->n; i++) {
+                const struct q8_block *x = &p->q8[i * p->x_stride + b];
+                int32_t isum = type == Q4_0 ? NAME(dot_16)(x->minus_8_sums, w, 0, 15, x->code) :
+                                              NAME(dot_16)(0, w, 0, 255, x->code);
+                isum = type == Q4_0 ? NAME(dot_16)(isum, w, 4, 15, x->code + 16) :
+                                      NAME(dot_16)(isum, w + 16, 0, 255, x->code + 16);
+                p->acc[i][r] = fma_of((float)isum, d * x->d, p->acc[i][r]);
+            }
+        }
+}
+
+static void NAME(mul_codes)(const struct product *p)
+{
+    const struct format *f = p->format;
+    if (f->type == Q4_0) {
+        NAME(mul_plain)(p, Q4_0);
+        return;
+    }
+    if (f->type == Q8_0) {
+        NAME(mul_plain)(p, Q8_0);
+        return;
+    }
+    for (int r = 0; r < p->n_rows; r++)
+        for (int b = 0; b < p->cols / 32; b++) {
+            const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
+            struct group w;
+            unpack(f, block, b % (f->elements / 32), &w);
+            for (int i = 0; i < p->n; i++) {
+                const struct q8_block *x = &p->q8[i * p->x_stride + b];
+                int32_t half[2] = {0, 0};
+                for (int j = 0; j < 32; j++) half[j / 16] += w.code[j] * x->code[j];
+                int32_t isum = w.scale[0] * half[0] + w.scale[1] * half[1];
+                int32_t msum = w.min[0] * x->sum[0] + w.min[1] * x->sum[1];
+                float *acc = &p->acc[i][r];
+                *acc = fma_of((float)isum, w.d * x->d, *acc);
+                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);
+            }
+        }
+}
+
+/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats stay as
+ * they are; that is why the contract's order has 16 lanes. */
+static void NAME(mul_floats)(const struct product *p)
+{
+    for (int i = 0; i < p->n; i++)
+        for (int r = 0; r < p->n_rows; r++) {
+            const float *x = p->x + i * p->x_stride;
+            float lane[16] = {0};
+            for (int j = 0; j < p->cols; j++)
+                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j), x[j], lane[j % 16]);
+            p->acc[i][r] = join_lanes(lane);
+        }
+}
+
+static void NAME(mix_values)(const struct mix *m)
+{
+    for (int i = 0; i < m->n; i++)
+        for (int j = 0; j < m->width; j++) {
+            float sum = m->out[i * m->out_stride + j];
+            for (int p = 0; p < m->n_pos; p++)
+                sum = fma_of(m->e[i * m->e_stride + p], load_float(m->type, m->v + p * m->v_bytes, j), sum);
+            m->out[i * m->out_stride + j] = sum;
+        }
+}
+
+#else
+/* ==== 10. The operations: vector kernels ========================================================
+ *
+ * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers of 32
+ * bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector counts for
+ * every lane. */
+
+#define floats NAME(floats)
+#define ints NAME(ints)
+#define dot_sum NAME(dot_sum)         /* the sum of products of bytes, on its way to int32 */
+#define load_ints NAME(load_ints)
+#define store_ints NAME(store_ints)
+#define load_floats NAME(load_floats)
+#define store_floats NAME(store_floats)
+#define to_floats NAME(to_floats)
+#define widen_u8 NAME(widen_u8)       /* LANES small integers from memory */
+#define widen_u16 NAME(widen_u16)
+#define widen_f16 NAME(widen_f16)
+#define widen NAME(widen)             /* LANES of F32, F16 or BF16 from memory */
+#define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
+#define splat NAME(splat)                 /* a float in every lane */
+#define mul_add NAME(mul_add)         /* a * b + c rounded once */
+#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
+#define last_joins NAME(last_joins)
+#define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
+#define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
+#define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
+#define dot_end NAME(dot_end)         /* which starts with it if begin did not */
+#define dot_wide NAME(dot_wide)       /* the same at once for w signed */
+
+#define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
+#define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+#define four NAME(four)
+typedef float four __attribute__((vector_size(16)));
 #if defined(HAVE_X86)
-FOR_TARGET(AVX2, avx2, 1)
-FOR_TARGET(AVX512, avx512, 1)
+INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+}
+#else
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
 #endif
 
-#define PLAIN_NAMES(suffix)                                                                         \
-    unpack_##suffix, dequantize_##suffix, quantize_##suffix, rmsnorm_##suffix, rope_##suffix, gelu_##suffix,        \
-    store_##suffix, exp_scores_##suffix
+#if LANES == 8
+/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
+ * that at once. */
+INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
+INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
+INLINE ints widen_u8(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+INLINE ints look_up(ints c)
+{
+    __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
+    return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
+}
+typedef ints dot_sum;
+#if HAS_DOT
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+}
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
+#else
+INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return (ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+}
+INLINE ints dot_end(dot_sum sum, int32_t start)
+{
+    return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) + start;
+}
+INLINE ints dot_wide(ints sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 128 * 127 fits */
+{
+    __m256i signed_x = _mm256_sign_epi8((__m256i)x, (__m256i)w);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), signed_x);
+    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+
+#elif LANES == 16
+/* AVX-512 with VNNI */
+INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
+INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
+INLINE ints widen_u8(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+INLINE ints look_up(ints c)
+{
+    __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
+    return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
+}
+typedef ints dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
+
+#else
+/* NEON. vmull makes int16 products; with dotprod vdot does all at once. */
+INLINE floats splat(float x) { return vdupq_n_f32(x); }
+INLINE floats mul_add(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
+INLINE floats widen_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+INLINE ints widen_u16(const void *p) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))); }
+INLINE ints widen_u8(const void *p)
+{
+    uint8x8_t four = vreinterpret_u8_u32(vld1_dup_u32(p));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four))));
+}
+INLINE ints look_up(ints c)
+{
+    return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
+}
+#if HAS_DOT
+typedef ints dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
+}
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
+#else
+typedef struct { int16x8_t low, high; } dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
+INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
+{
+    int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
+    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
+}
+INLINE ints dot_end(dot_sum sum, int32_t start)
+{
+    return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
+}
+#endif
+INLINE ints dot_wide(ints sum, ints w, ints x) { return sum + dot_end(dot_add(dot_begin(0), w, x), 0); }
+#endif
+
+/* The same in every instruction set. */
+INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
+INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
+INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+{
+    const float *lane[4] = {a, b, c, d};
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
+INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
+INLINE ints repeat_4(const int8_t *p)
+{
+    int32_t x;
+    memcpy(&x, p, 4);
+    return (ints){0} + x;
+}
+INLINE floats widen(int type, const uint8_t *p)
+{
+    return type == F16 ? widen_f16(p) : type == F32 ? load_floats(p) : (floats)(widen_u16(p) << 16);
+}
+
+/* ---- Integer formats ---- */
+
+/* Asks for memory before it is needed, a little with each block, because a burst stalls. PREFETCH_FROM: with
+ * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
+ * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
+ * no help. PREFETCH_AHEAD: bytes ahead of other formats, which are unpacked field by field, as no machine
+ * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
+ * values. */
+#define prefetch NAME(prefetch)
+INLINE void prefetch(const uint8_t *p, size_t n_bytes)
+{
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
+}
+
+/* Codes 4q .. 4q+3 of the half that b finds, for LANES rows from row r on. */
+#define codes_of NAME(codes_of)
+INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
+{
+    const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
+    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
+    if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
+        ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
+        w |= (four * 0x00204081 & 0x01010101) << 4;
+    }
+    if (type == IQ4_NL || type == IQ4_XS) w = look_up(w);
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= (int32_t)0x80808080;
+    return w;
+}
+
+/* What unpack_scales does, for all rows of a tile. */
+static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
+{
+    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
+    if (f->type == Q4_K || f->type == Q5_K) {
+        const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
+        memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
+        scale[0] = g < 4 ? a & 0x3f3f3f3f : (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
+        min[0] = g < 4 ? b & 0x3f3f3f3f : (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
+    } else if (f->type == IQ4_XS) {
+        uint16_t top __attribute__((vector_size(2 * TILE_ROWS)));
+        memcpy(&a, tile + TILE_ROWS * (4 + g / 2), sizeof a), memcpy(&top, tile + TILE_ROWS * 2, sizeof top);
+        uint8_t low __attribute__((vector_size(TILE_ROWS))) = __builtin_convertvector(top >> 2 * g & 3, uint8_t __attribute__((vector_size(TILE_ROWS))));
+        memcpy(&b, &low, sizeof b);
+        scale[0] = (a >> 4 * (g % 2) & 0x0f0f0f0f) | b << 4;
+    }
+    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
+        memcpy(&a, tile + TILE_ROWS * (f->type == Q6_K ? 192 + i : f->type == Q3_K ? 96 + i % 8 : i), sizeof a);
+        memcpy(&b, tile + TILE_ROWS * (f->type == Q3_K ? 104 + i % 4 : 0), sizeof b);
+        scale[h] = f->type == Q6_K ? a ^ 0x80808080 :
+                   f->type == Q3_K ? (a >> 4 * (i / 8) & 0x0f0f0f0f) | (b >> 2 * (i / 4) & 0x03030303) << 4 : a & 0x0f0f0f0f;
+        min[h] = a >> 4 & 0x0f0f0f0f;
+    }
+    const int bias = f->type == Q6_K ? 128 : f->type == Q3_K || f->type == IQ4_XS ? 32 : 0;
+    const int k_scales = f->elements == 256 && !f->has_halves;
+    for (int r = 0; r < TILE_ROWS; r += LANES) {
+        floats d = widen_f16(tile + TILE_ROWS * f->d + 2 * r), m = widen_f16(tile + TILE_ROWS * f->m + 2 * r);
+        if (k_scales) {
+            d *= to_floats(widen_u8((const uint8_t *)scale + r) - bias);
+            m *= to_floats(widen_u8((const uint8_t *)min + r));
+        }
+        store_floats(o->d + r, d);
+        store_floats(o->m + r, f->elements == 256 ? -m : m);
+        for (int h = 0; h < 2 && f->has_halves; h++) {
+            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
+            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
+        }
+    }
+}
+
+static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
+{
+    NAME(unpack_scales)(f, tile, g, o);
+    for (int q = 0; q < 8; q++) {
+        struct code_bits b = find_codes(f->type, g, q / 4);
+        for (int r = 0; r < TILE_ROWS; r += LANES)
+            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
+    }
+}
+
+/* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
+ * each call, so that INLINE makes a copy of the code in which sums stay in registers. */
+#define mul_part NAME(mul_part)
+INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
+{
+    const struct format *f = p->format;
+    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
+    const int nibbles = kind == NIBBLES, quads = INT16_SUMS && halves ? 2 : 4;
+    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
+    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
+    const uint8_t *from = p->rows;
+    floats sum[8][8];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
+    for (int b = 0, g = 0; b < p->cols / 32; b++) {
+        const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
+        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
+        floats isum[8][8];
+        ints total[8][8];
+        if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
+        if (kind < NIBBLES) {
+            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
+            NAME(unpack_scales)(f, from, g, p->scratch);
+        }
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+            struct code_bits bits = find_codes(kind, g, q0 / 4);
+            dot_sum part[8][8];
+            int32_t start[8];
+            UNROLL for (int i = 0; i < NT; i++) {
+                const struct q8_block *xi = x + i * p->x_stride;
+                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
+                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+            }
+            UNROLL for (int q = q0; q < q0 + quads; q++)
+                UNROLL for (int high = 0; high <= nibbles; high++) {
+                    ints w[8];
+                    UNROLL for (int h = 0; h < NH; h++) {
+                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
+                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
+                        else w[h] = kind < NIBBLES ? codes_of(kind, bits, from, q, r) : load_ints(panel->code + at);
+                    }
+                    UNROLL for (int i = 0; i < NT; i++) {
+                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                        UNROLL for (int h = 0; h < NH; h++)
+                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                            else part[i][h] = dot_add(part[i][h], w[h], c);
+                    }
+                }
+            UNROLL for (int i = 0; i < NT && !wide; i++)
+                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
+            if (halves && (q0 + quads) % 4 == 0)
+                UNROLL for (int h = 0; h < NH; h++)
+                    UNROLL for (int i = 0; i < NT; i++) {
+                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
+                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
+                        total[i][h] = (ints){0};
+                    }
+        }
+        UNROLL for (int h = 0; h < NH; h++) {
+            int r = r0 + LANES * h;
+            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            UNROLL for (int i = 0; i < NT; i++) {
+                const struct q8_block *xi = x + i * p->x_stride;
+                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
+                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
+                floats msum = splat(xi->d_sum);
+                if (halves)
+                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
+                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
+                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
+            }
+        }
+        if (++g == groups) g = 0, from += block_bytes;
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
+}
+
+#define mul_all NAME(mul_all)
+INLINE void mul_all(const struct product *p, int kind)
+{
+    enum { NT = 4, NH = 2, ALONE = TILE_ROWS / LANES };
+    int i = 0;
+    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
+    for (; i < p->n; i++)
+        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
+}
+
+#if !HAS_PIECES
+/* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
+{
+    const int bias = f->is_wide ? 128 : f->bias;
+    uint8_t code[TILE_ROWS][32];
+    for (int i = 0; i < n; i++)
+        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+    for (int i = 0; i < n; i++, out += cols)
+        UNROLL for (int j = 0; j < 32; j += LANES) {
+            int h = j / 16, r = r0 + i;
+            ints c = widen_u8(code[i] + j);
+            if (f->is_wide && !FLIPS) c ^= 128;
+            floats x = splat(o->d[r] * (f->has_halves ? o->scale[h][r] : 1)) * to_floats(c - bias);
+            if (f->m) x += splat(o->m[r] * (f->has_halves ? o->min[h][r] : 1));
+            store_floats(out + j, x);
+        }
+}
+
+static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
+{
+    const struct format *f = w->format;
+    const int groups = f->elements / 32;
+    const uint8_t *tile = w->data + r / TILE_ROWS * TILE_ROWS * w->row_bytes;
+    struct panel o;
+    if (!w->tiled) dequantize_scalar(w, r, n, out);
+    for (int b = 0; w->tiled && b < w->cols / 32; b++) {
+        NAME(unpack_panel)(f, tile + (size_t)(b / groups) * TILE_ROWS * f->bytes, b % groups, &o);
+        NAME(dequantize_panel)(&o, f, r % TILE_ROWS, n, out + 32 * b, w->cols);
+    }
+}
+#endif /* !HAS_PIECES */
+
+static void NAME(mul_codes)(const struct product *p)
+{
+    const struct format *f = p->format;
+    const int wide = f->is_wide && !FLIPS;
+    int blocks = p->cols / 32, groups = f->elements / 32;
+    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    struct product some = *p;
+    if (f->type == Q4_0) mul_all(p, NIBBLES);
+    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
+    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
+    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
+    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
+    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
+    else
+        for (int b = 0; b < blocks; b += PANELS) {
+            some.cols = 32 * min_int(blocks - b, PANELS);
+            some.q8 = p->q8 + b;
+            some.rows = (const uint8_t *)p->scratch;
+            for (int a = 0; a < some.cols / 32; a++) {
+                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
+                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
+            }
+            if (wide) mul_all(&some, PANEL_WIDE);
+            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
+            else mul_all(&some, PANEL);
+        }
+}
+
+#if !HAS_PIECES
+/* ---- Floats ---- */
+
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
+ * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
+ * 8). One row times one vector is a stream, and takes all lanes in one pass. */
+#define mul_floats_part NAME(mul_floats_part)
+INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
+{
+    enum { PARTS = 16 / LANES };
+    const int NP = NR == 1 ? PARTS : 1, size = type == F32 ? 4 : 2, whole = p->cols & ~15;
+    const uint8_t *rows = p->rows + r0 * p->row_bytes;
+    const float *x = p->x + i0 * p->x_stride;
+    float lane[4][4][16];
+    if (whole == 0) memset(lane, 0, sizeof lane);
+    for (int j0 = 0, end; j0 < whole; j0 = end) {
+        end = NP == PARTS ? whole : min_int(j0 + COLS_AT_ONCE, whole);
+        for (int l = 0; l < 16; l += NP * LANES) {
+            floats sum[4][4][PARTS];
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        sum[i][r][k] = j0 ? load_floats(lane[i][r] + l + LANES * k) : splat(0);
+            for (int j = j0 + l; j < end; j += 16)
+                UNROLL for (int k = 0; k < NP; k++) {
+                    floats xj[4];
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    UNROLL for (int r = 0; r < NR; r++) {
+                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                    }
+                }
+            UNROLL for (int i = 0; i < NV; i++)
+                UNROLL for (int r = 0; r < NR; r++)
+                    UNROLL for (int k = 0; k < NP; k++)
+                        store_floats(lane[i][r] + l + LANES * k, sum[i][r][k]);
+        }
+    }
+    UNROLL for (int i = 0; i < NV; i++) {
+        for (int j = whole; j < p->cols; j++)
+            for (int r = 0; r < NR; r++)
+                lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
+                                            x[i * p->x_stride + j], lane[i][r][j % 16]);
+        float joined[4];
+        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
+    }
+}
+
+#define mul_floats_of NAME(mul_floats_of)
+INLINE void mul_floats_of(const struct product *p, int type)
+{
+    enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
+    int r = 0, i;
+    for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
+        for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
+    }
+    for (; r < p->n_rows; r++)
+        for (i = 0; i < p->n; i++) mul_floats_part(p, type, r, i, 1, 1);
+}
+
+static void NAME(mul_floats)(const struct product *p)
+{
+    switch (p->format->type) { /* the type becomes a constant of the loop */
+    case F32: mul_floats_of(p, F32); break;
+    case F16: mul_floats_of(p, F16); break;
+    default: mul_floats_of(p, BF16);
+    }
+}
+
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
+#define mix_part NAME(mix_part)
+INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
+{
+    enum { PARTS = MIX_WIDTH / LANES };
+    const int NP = min_int(PARTS, NQ > 4 ? 2 : 4), size = type == F32 ? 4 : 2;
+    const float *e = m->e + q0 * m->e_stride;
+    for (int j = 0; j < MIX_WIDTH; j += NP * LANES) {
+        floats sum[8][4], v[4];
+        float *out = m->out + q0 * m->out_stride + j;
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+        for (int p = p0; p < end; p++) {
+            const uint8_t *from = m->v + p * m->v_bytes + size * j;
+            __builtin_prefetch(from + PREFETCH_STREAM);
+            UNROLL for (int k = 0; k < NP; k++) v[k] = widen(type, from + size * LANES * k);
+            UNROLL for (int q = 0; q < NQ; q++) {
+                floats ep = splat(e[q * m->e_stride + p]);
+                UNROLL for (int k = 0; k < NP; k++) sum[q][k] = mul_add(ep, v[k], sum[q][k]);
+            }
+        }
+        UNROLL for (int q = 0; q < NQ; q++)
+            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
+    }
+}
+
+#define mix_of NAME(mix_of)
+INLINE void mix_of(const struct mix *m, int type)
+{
+    enum { MANY = LANES == 8 ? 6 : 8, FEW = LANES == 8 ? 2 : 4 };
+    for (int p = 0, end; p < m->n_pos; p = end) {
+        int q = 0;
+        end = min_int(m->n_pos, p + POSITIONS_AT_ONCE);
+        for (; q + MANY <= m->n; q += MANY) mix_part(m, type, p, end, q, MANY);
+        for (; q + FEW <= m->n; q += FEW) mix_part(m, type, p, end, q, FEW);
+        for (; q < m->n; q++) mix_part(m, type, p, end, q, 1);
+    }
+}
+
+static void NAME(mix_values)(const struct mix *m)
+{
+    if (m->width < MIX_WIDTH) mix_values_scalar(m);
+    else if (m->type == F16) mix_of(m, F16);
+    else mix_of(m, F32);
+}
+#endif /* !HAS_PIECES */
+#endif /* LANES > 1 */
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+static const struct kernels NAME(kernels) = {
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
+    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
+
+#undef INSTANCE
+#undef LANES
+#undef HAS_DOT
+#undef PIECES
+#undef HAS_PIECES
+
+#else /* INSTANCE is not defined */
+
+/* ---- The instances ---- */
+
+/* All functions between BEGIN and END may use these instructions. */
+#define PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
+#define INSTANCE scalar
+#define PIECES scalar
+#define HAS_PIECES 0
+#define LANES 1
+#define HAS_DOT 0
+#include "gemma3.c"
+
+#if defined(HAVE_X86)
+BEGIN_TARGET("avx2,fma,f16c")
+#define INSTANCE avx2
+#define PIECES avx2
+#define HAS_PIECES 0
+#define LANES 8
+#define HAS_DOT 0
+#include "gemma3.c"
+END_TARGET
+BEGIN_TARGET("avx2,fma,f16c,avxvnni")
+#define INSTANCE avxvnni
+#define PIECES avx2
+#define HAS_PIECES 1
+#define LANES 8
+#define HAS_DOT 1
+#include "gemma3.c"
+END_TARGET
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define INSTANCE avx512vnni
+#define PIECES avx512vnni
+#define HAS_PIECES 0
+#define LANES 16
+#define HAS_DOT 1
+#include "gemma3.c"
+END_TARGET
+#endif
+
+#if defined(HAVE_NEON)
+#define INSTANCE neon
+#define PIECES neon
+#define HAS_PIECES 0
+#define LANES 4
+#define HAS_DOT 0
+#include "gemma3.c"
+/* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
+#if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
+#define HAVE_DOTPROD 1
+#if defined(__clang__) && __clang_major__ >= 16
+BEGIN_TARGET("+dotprod")
+#elif defined(__clang__)
+#elif defined(__ARM_FEATURE_DOTPROD) || defined(__ARM_FEATURE_SVE) || defined(__ARM_FEATURE_COMPLEX)
+BEGIN_TARGET("+dotprod")
+#else /* "arch=" replaces the command line's: keep what such cores may have */
+BEGIN_TARGET("arch=armv8.2-a+crypto+fp16+dotprod")
+#endif
+#define INSTANCE dotprod
+#define PIECES neon
+#define HAS_PIECES 1
+#define LANES 4
+#define HAS_DOT 1
+#include "gemma3.c"
+#if !defined(__clang__) || __clang_major__ >= 16
+END_TARGET
+#endif
+#endif
+#endif
+
+#undef floats /* a field's name in gemma3.h */
 
 /* Best first. The last is the definition, which runs everywhere. */
-static const struct kernels all_kernels[] = {
+static const struct kernels *const all_kernels[] = {
 #if defined(HAVE_X86)
-    {"avx512vnni", mul_q4_0_avx512vnni, mul_panel_avx512vnni, mul_floats_avx512, mix_values_avx512,
-     PLAIN_NAMES(avx512)},
-    {"avx512", mul_q4_0_avx512, mul_panel_avx512, mul_floats_avx512, mix_values_avx512,
-     PLAIN_NAMES(avx512)},
-    {"avx2", mul_q4_0_avx2, mul_panel_avx2, mul_floats_avx2, mix_values_avx2, PLAIN_NAMES(avx2)},
+    &kernels_avx512vnni, &kernels_avxvnni, &kernels_avx2,
+#endif
+#if defined(HAVE_DOTPROD)
+    &kernels_dotprod,
 #endif
 #if defined(HAVE_NEON)
-#if defined(DOTPROD)
-    {"i8mm", mul_q4_0_i8mm, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
-    {"dotprod", mul_q4_0_dotprod, mul_panel_dotprod, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
+    &kernels_neon,
 #endif
-    {"neon", mul_q4_0_neon, mul_panel_neon, mul_floats_neon, mix_values_neon, PLAIN_NAMES(scalar)},
-#endif
-    {"scalar", mul_q4_0_scalar, mul_panel_scalar, mul_floats_scalar, mix_values_scalar,
-     PLAIN_NAMES(scalar)},
+    &kernels_scalar,
 };
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-#if defined(HAVE_NEON) && defined(__linux__)
+/* What the rest of the program needs of the definition. */
+static float fma_f32(float a, float b, float c) { return fma_of_scalar(a, b, c); }
+static float exp_f32(float x) { return exp_of_scalar(x); }
+static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
+static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
+static float dot(int type, const uint8_t *row, const float *x, int n)
+{
+    float acc[1][TILE_ROWS];
+    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1, .cols = n, .n = 1,
+                                        .x = x, .acc = acc});
+    return acc[0][0];
+}
+
+#if defined(HAVE_X86)
+#include <cpuid.h>
+#elif defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int apple_has(const char *feature)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(feature, &has, &size, NULL, 0) && has;
+}
 #endif
 
 static int cpu_has(const char *isa)
@@ -1931,739 +2561,66 @@ static int cpu_has(const char *isa)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(isa, "avx2")) return avx2; /* every CPU with AVX2 and FMA has F16C */
-    if (!strcmp(isa, "avx512")) return avx512;
+    if (!strcmp(isa, "avxvnni")) { /* not every compiler knows the name */
+        unsigned a, b, c, d;
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    }
     if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
     if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
-#elif defined(HAVE_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    if (!strcmp(isa, "i8mm")) return 0; /* Apple: known at compile time only */
-#elif defined(HAVE_NEON)
-    if (!strcmp(isa, "dotprod") || !strcmp(isa, "i8mm")) return 0;
+#elif defined(HAVE_NEON) && defined(__APPLE__)
+    if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
+    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
-    return !strcmp(isa, "scalar") || !strcmp(isa, "neon") || !strcmp(isa, "dotprod");
+    return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
+}
+
+/* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
+ * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
+ * flush those, or a port may read its own floats in the order of a file's. */
+static const char *kernel_fault(const struct kernels *k)
+{
+    static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
+                                      0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
+    struct matrix w = {.format = find_format(Q4_0), .rows = 1, .cols = 32, .data = block};
+    float x[32] = {127 * 0x1p-106f, 0x1p-106f}, row[32], acc[1][TILE_ROWS] = {{0}};
+    uint8_t tile[18 * TILE_ROWS];
+    struct q8_block q8;
+    struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
+    make_tile(tile, block, 18, 1, 1, w.format);
+    k->quantize(&q8, x, 32);
+    k->mul_codes(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with int8 codes is wrong";
+    k->dequantize(&w, 0, 1, row);
+    to_file_order(row, 32);
+    p.format = find_format(F32);
+    p.rows = (const uint8_t *)row;
+    k->mul_floats(&p);
+    if (bits_of(acc[0][0]) != 0x80000) return "the product with floats is wrong";
+    for (int j = 0; j < 32; j++) x[j] = 1, row[j] = acc[0][0];
+    k->rmsnorm(x, x, row, 32, 0);
+    return memcmp(x, row, sizeof x) ? "vectors lose subnormal numbers" : NULL;
 }
 
 const char *gemma3_isa_name(int index)
 {
     for (int i = 0; i < N_KERNELS; i++)
-        if (cpu_has(all_kernels[i].name) && index-- == 0) return all_kernels[i].name;
+        if (cpu_has(all_kernels[i]->name) && index-- == 0) return all_kernels[i]->name;
     return NULL;
-}
-
-/* ==== 7. The model and the state ================================================================ */
-
-/* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
-struct layer {
-    const float *attn_norm;           /* [d_model] */
-    struct matrix attn_q;             /* [n_heads * head_dim][d_model] */
-    struct matrix attn_k, attn_v;     /* [n_kv_heads * head_dim][d_model] */
-    struct matrix attn_output;        /* [d_model][n_heads * head_dim] */
-    const float *attn_q_norm, *attn_k_norm; /* [head_dim] */
-    const float *post_attention_norm; /* [d_model] */
-    const float *ffn_norm;            /* [d_model] */
-    struct matrix ffn_gate, ffn_up;   /* [d_ff][d_model] */
-    struct matrix ffn_down;           /* [d_model][d_ff] */
-    const float *post_ffw_norm;       /* [d_model] */
-};
-
-/* Read-only once it is open. */
-struct gemma3_model {
-    gemma3_config config;
-    int exact;                        /* float activations, dequantised weights */
-    const struct kernels *kernels;
-    struct matrix token_embd;         /* [n_vocab][d_model] */
-    struct matrix output;             /* the head: token_embd itself in every public Gemma 3 */
-    int tied;                         /* there is no output.weight */
-    const float *output_norm;         /* [d_model] */
-    struct layer layer[GEMMA3_MAX_LAYERS];
-
-    gemma3_tokenizer *tokenizer;
-    gemma3_vocab vocab;
-    int can_chat;
-    char name[128];
-    size_t weight_bytes;
-    void *owned[8];                   /* blocks to free on close */
-    int n_owned;
-    const void *mapping;              /* the file, when we mapped it */
-    size_t mapping_bytes;
-};
-
-/* A worker's room for the weights it is multiplying. */
-struct unpacked {
-    struct panel panel[PANELS];
-    uint8_t interleaved[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* no_repack: on the fly */
-};
-
-/* One conversation: the KV cache, and scratch for the chunk of tokens that is taken through the layers at
- * once. The shapes are here, the room in lay_out (section 13). In attention a few tokens make a pack. */
-struct gemma3_state {
-    const gemma3_model *m;
-    const gemma3_config *config;      /* the model's, or the one that params give */
-    gemma3_params p;
-    void *allocated;                  /* by _new, else NULL */
-    int pos;                          /* tokens in the cache */
-    int chunk;                        /* tokens taken at once: min(n_batch, GEMMA3_CHUNK) */
-    int pack;                         /* tokens whose attention is computed together */
-    int ring;                         /* slots of a local layer's cache */
-    uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 9 says how they lie */
-    uint8_t *v_cache[GEMMA3_MAX_LAYERS];
-    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
-    float *cosine[2], *sine[2];       /* [chunk][head_dim/2] */
-    float *x;                         /* [chunk][d_model]           residual stream */
-    float *h;                         /* [chunk][d_model]           branch */
-    float *q, *attended;              /* [chunk][n_heads][head_dim] */
-    float *k, *v;                     /* [chunk][n_kv_heads][head_dim] */
-    float *gate, *up;                 /* [chunk][d_ff] */
-    float *pack_q;                    /* [n_kv_heads][pack][heads per kv head][head_dim] */
-    float *pack_out;                  /* [n_kv_heads][pack][heads per kv head][head_dim] */
-    float *score_sum;                 /* [n_kv_heads][pack][heads per kv head] */
-    float *score;                     /* [n_kv_heads][pack][heads per kv head][n_score] */
-    size_t n_score;                   /* n_ctx, rounded up to 16 */
-    struct xblock *xq;                /* [chunk][widest input / 32] */
-    int n_acc;                        /* vectors that a worker multiplies at once, at most */
-    float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
-    struct unpacked *unpacked;        /* [n_threads] */
-    float *row_floats;                /* [n_threads][ROWS_AT_ONCE][widest input], exact mode */
-    char error[256];
-};
-
-static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS]
-{
-    return s->acc + (size_t)worker * s->n_acc;
-}
-
-/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
-static void share_of(int total, int n_tasks, int i, int *begin, int *end)
-{
-    *begin = (int)((int64_t)total * i / n_tasks);
-    *end = (int)((int64_t)total * (i + 1) / n_tasks);
-}
-
-/* Things to do for each of n_items, handed out in a few runs for each thread. */
-struct items {
-    int n_items, n_tasks;
-    gemma3_task *each;
-    void *job;
-};
-
-enum { TASKS_PER_THREAD = 6 };
-
-static void items_task(void *arg, int index, int worker)
-{
-    const struct items *w = arg;
-    fp_state fp = fp_enter(); /* the thread may be the caller's */
-    int i, end;
-    for (share_of(w->n_items, w->n_tasks, index, &i, &end); i < end; i++) w->each(w->job, i, worker);
-    fp_leave(fp);
-}
-
-static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
-{
-    struct items w = {n_items, s->p.n_threads * TASKS_PER_THREAD, each, job};
-    if (w.n_tasks > n_items) w.n_tasks = n_items;
-    if (n_items > 1 && s->p.n_threads > 1) s->p.parallel_for(s->p.pool, w.n_tasks, items_task, &w);
-    else
-        for (int i = 0; i < n_items; i++) each(job, i, 0);
-}
-
-static void trace(const gemma3_state *s, const char *name, int l, float *x, int n, int width)
-{
-    if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
-}
-
-/* ==== 8. Matrix times vectors ===================================================================
- *
- * Weights' rows are shared out to threads here, in tiles of 32; which thread takes which tile cannot
- * change a bit, because a row's sum is never divided. */
-
-/* n <= 32; nearly always 32, which the compiler then copies in line. */
-INLINE void copy_floats(float *to, const float *from, int n)
-{
-    if (n == TILE_ROWS) memcpy(to, from, TILE_ROWS * sizeof(float));
-    else memcpy(to, from, n * sizeof(float));
-}
-
-enum { MAX_PRODUCTS = 3, ROWS_AT_ONCE = 4 };
-
-struct matmul {
-    const gemma3_state *s;
-    const struct matrix *w[MAX_PRODUCTS];
-    float *y[MAX_PRODUCTS];           /* [n][rows] */
-    int n_products, n;
-    const float *x;                   /* [n][cols] */
-    size_t blocks;                    /* of a row of xq */
-};
-
-/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                            int worker, float (*acc)[TILE_ROWS])
-{
-    const gemma3_state *s = job->s;
-    const struct kernels *k = s->m->kernels;
-    if (is_float(w->format)) {
-        k->mul_floats(w->format->type, w->data + row * w->row_bytes, w->row_bytes, n_rows, job->x,
-                      w->cols, job->n, w->cols, acc);
-        return;
-    }
-    float *rows = s->row_floats + (size_t)worker * ROWS_AT_ONCE * 32 * job->blocks;
-    for (int r = 0; r < n_rows; r += ROWS_AT_ONCE) {
-        int take = n_rows - r < ROWS_AT_ONCE ? n_rows - r : ROWS_AT_ONCE;
-        for (int a = 0; a < take; a++) k->dequantize(w, row + r + a, rows + (size_t)a * w->cols);
-        float (*part)[TILE_ROWS] = (float (*)[TILE_ROWS])(acc[0] + r); /* part[i][0] is acc[i][r] */
-        k->mul_floats(F32, (const uint8_t *)rows, 4 * (size_t)w->cols, take, job->x, w->cols, job->n,
-                      w->cols, part);
-    }
-}
-
-/* Int8 activations: Q4_0 straight from its tile, the others through panels, unpacked once for all
- * tokens. A matrix that was not repacked is interleaved here, a few blocks at a time. */
-static void mul_tile_integers(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                              int worker, float (*acc)[TILE_ROWS])
-{
-    const struct kernels *k = job->s->m->kernels;
-    const struct format *f = w->format;
-    struct unpacked *u = &job->s->unpacked[worker];
-    int blocks = w->cols / 32, groups = f->elements / 32, at_once = w->tiled && f->type == Q4_0 ? blocks : PANELS;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
-    for (int b = 0; b < blocks; b += at_once) {
-        int take = blocks - b < at_once ? blocks - b : at_once;
-        const uint8_t *tile = w->data + row * w->row_bytes + b / groups * block_bytes; /* as long as its rows */
-        if (!w->tiled) {
-            make_tile(u->interleaved, w->data + row * w->row_bytes + (size_t)(b / groups) * f->bytes, w->row_bytes,
-                      n_rows, take / groups, f);
-            tile = u->interleaved;
-        }
-        if (f->type == Q4_0) {
-            k->mul_q4_0(tile, take, job->s->xq + b, job->blocks, job->n, acc);
-            continue;
-        }
-        for (int a = 0; a < take; a++) {
-            const uint8_t *block = tile + a / groups * block_bytes;
-            if (w->tiled) fetch(block + FETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-            k->unpack(f->type, block, a % groups, u->panel + a);
-        }
-        k->mul_panel(u->panel, take, f, job->s->xq + b, job->blocks, job->n, acc);
-    }
-}
-
-static void mul_tile(const struct matmul *job, int product, int tile, int worker)
-{
-    const struct matrix *w = job->w[product];
-    float (*acc)[TILE_ROWS] = acc_of(job->s, worker);
-    int row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
-    memset(acc, 0, job->n * sizeof *acc);
-    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker, acc);
-    else mul_tile_integers(job, w, row, n_rows, worker, acc);
-    for (int i = 0; i < job->n; i++) copy_floats(job->y[product] + (size_t)i * w->rows + row, acc[i], n_rows);
-}
-
-static void matmul_task(void *arg, int tile, int worker)
-{
-    const struct matmul *job = arg;
-    int product = 0;
-    for (; tile >= n_tiles(job->w[product]); product++) tile -= n_tiles(job->w[product]);
-    mul_tile(job, product, tile, worker);
-}
-
-static void quantize_task(void *arg, int index, int worker)
-{
-    const struct matmul *job = arg;
-    int cols = job->w[0]->cols;
-    (void)worker;
-    job->s->m->kernels->quantize(job->s->xq + index * job->blocks, job->x + (size_t)index * cols, cols);
-}
-
-/* Every product of job with the same input x [n][cols]. */
-static void matmul(struct matmul *job)
-{
-    const gemma3_state *s = job->s;
-    int integers = 0;
-    int tiles = 0;
-    job->blocks = ((size_t)job->w[0]->cols + 31) / 32;
-    for (int k = 0; k < job->n_products; k++) {
-        tiles += n_tiles(job->w[k]);
-        integers |= !is_float(job->w[k]->format);
-    }
-    if (integers && !s->m->exact) for_each(s, job->n, quantize_task, job);
-    for_each(s, tiles, matmul_task, job);
-}
-
-static void matmul_one(const gemma3_state *s, float *y, const struct matrix *w, const float *x, int n)
-{
-    struct matmul job = {.s = s, .w = {w}, .y = {y}, .n_products = 1, .n = n, .x = x};
-    matmul(&job);
-}
-
-/* y = rms(x) * w; x and y are [n][d_model] */
-struct norm {
-    const gemma3_state *s;
-    float *y;
-    const float *x, *w;
-};
-
-static void norm_task(void *arg, int i, int worker)
-{
-    const struct norm *job = arg;
-    const gemma3_config *c = job->s->config;
-    size_t at = (size_t)i * c->d_model;
-    (void)worker;
-    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
-}
-
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
-{
-    struct norm job = {.s = s, .y = y, .x = x, .w = w};
-    for_each(s, n, norm_task, &job);
-}
-
-static void add(float *x, const float *y, size_t n)
-{
-    for (size_t j = 0; j < n; j++) x[j] += y[j];
-}
-
-/* ==== 9. Attention, the KV cache, feed-forward ==================================================
- *
- * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
- * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
- * itself included, and keeps a ring: position p lies in slot p mod ring, and ring = window + chunk - 1
- * slots suffice for the oldest key that the first token of a chunk sees to survive the chunk's writes.
- *
- * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
- *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
- *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
- * The cost of a token at position p is thus its bytes: the weights once, and for each layer the K and
- * V of min(p + 1, window) or p + 1 positions, 2 * n_kv_heads * head_dim numbers each. test/bench.c compares
- * this with the clock. */
-
-static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
-
-static int slots_of(const gemma3_state *s, int l)
-{
-    return s->config->is_local[l] ? s->ring : s->p.n_ctx;
-}
-
-/* cos and sin of every angle of this chunk, for both bases; all layers share them. Linear scaling
- * divides the angle of global layers (factor 8 in 4B and larger); it is inside inv_freq. */
-static void rope_tables(gemma3_state *s, int n)
-{
-    int half = s->config->head_dim / 2;
-    for (int local = 0; local < 2; local++)
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < half; j++)
-                cos_sin(s->inv_freq[local][j] * (float)(s->pos + i), s->cosine[local] + i * half + j,
-                        s->sine[local] + i * half + j);
-}
-
-/* The attention of one pack of tokens in layer l. t counts its queries of one kv head: that of token
- * i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv head. */
-struct attention {
-    gemma3_state *s;
-    const struct layer *w;
-    int l, slots;
-    int i0, n;                        /* tokens i0 .. i0+n-1 of the chunk */
-    int first_pos;                    /* lowest position that any of them sees */
-    int heads_per_kv;
-};
-
-static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
-
-/* Number of a query among all of the pack: where its row of pack_q, score and pack_out lies. */
-static size_t query_at(const struct attention *a, int g, int t)
-{
-    return (size_t)g * a->s->pack * a->heads_per_kv + t;
-}
-
-static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
-
-/* First position that the token at position p sees: q - k < window in a local layer. */
-static int first_seen(const struct attention *a, int p)
-{
-    const gemma3_config *c = a->s->config;
-    return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
-}
-
-static int slice_width(int head_dim, int j0) { return head_dim - j0 < MIX_WIDTH ? head_dim - j0 : MIX_WIDTH; }
-
-/* Where K of kv head g at position p lies, and elements j0 .. j0 + slice_width - 1 of V. */
-static uint8_t *key_at(const struct attention *a, int g, int p)
-{
-    size_t D = a->s->config->head_dim;
-    return a->s->k_cache[a->l] + ((size_t)g * a->slots + p % a->slots) * D * kv_element(a->s);
-}
-
-static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
-{
-    int D = a->s->config->head_dim;
-    size_t before = ((size_t)g * D + j0) * a->slots + (size_t)(p % a->slots) * slice_width(D, j0);
-    return a->s->v_cache[a->l] + before * kv_element(a->s);
-}
-
-/* Norm of the queries and keys of token i. */
-static void norm_token(void *arg, int i, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->config;
-    int D = c->head_dim;
-    (void)worker;
-    for (int h = 0; h < c->n_heads; h++) {
-        float *q = s->q + ((size_t)i * c->n_heads + h) * D;
-        s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, D, c->rms_eps);
-    }
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D;
-        s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, D, c->rms_eps);
-    }
-}
-
-/* Rope for the queries and keys of token i. */
-static void turn_token(void *arg, int i, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->config;
-    int D = c->head_dim, local = c->is_local[a->l];
-    const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
-    (void)worker;
-    for (int h = 0; h < c->n_heads; h++)
-        s->m->kernels->rope(s->q + ((size_t)i * c->n_heads + h) * D, cosine, sine, D);
-    for (int g = 0; g < c->n_kv_heads; g++)
-        s->m->kernels->rope(s->k + ((size_t)i * c->n_kv_heads + g) * D, cosine, sine, D);
-}
-
-/* K and V of token i go into the cache. */
-static void store_token(void *arg, int i, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->config;
-    int D = c->head_dim, p = s->pos + i, is_f16 = cache_type(s) == F16;
-    (void)worker;
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        const float *k = s->k + ((size_t)i * c->n_kv_heads + g) * D, *v = s->v + ((size_t)i * c->n_kv_heads + g) * D;
-        s->m->kernels->store(key_at(a, g, p), k, D, is_f16);
-        for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
-            s->m->kernels->store(value_at(a, g, j0, p), v + j0, slice_width(D, j0), is_f16);
-    }
-}
-
-/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
-static int run_of(const struct attention *a, int begin, int end)
-{
-    int run = a->slots - begin % a->slots;
-    return end - begin < run ? end - begin : run;
-}
-
-enum { SCORE_RUN = 64 };
-
-static int n_score_runs(const struct attention *a)
-{
-    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
-}
-
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix. Among
- * them are positions that a query must not see, later ones and those before its window: softmax and mix
- * pass over them, which is the causal mask. */
-static void score_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int D = s->config->head_dim, g = index / n_score_runs(a), end = s->pos + a->i0 + a->n;
-    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
-    float (*acc)[TILE_ROWS] = acc_of(s, worker);
-    end = end - p < SCORE_RUN ? end : p + SCORE_RUN;
-    for (int run; p < end; p += run) {
-        run = run_of(a, p, end);
-        run = run < TILE_ROWS ? run : TILE_ROWS;
-        for (int t = 0, count; t < n_queries(a); t += count) {
-            count = n_queries(a) - t < s->n_acc ? n_queries(a) - t : s->n_acc;
-            s->m->kernels->mul_floats(cache_type(s), key_at(a, g, p), D * kv_element(s), run,
-                                      s->pack_q + query_at(a, g, t) * D, D, count, D, acc);
-            for (int k = 0; k < count; k++)
-                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos), acc[k], run);
-        }
-    }
-}
-
-/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
-static void softmax_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int g = index / n_queries(a), t = index % n_queries(a);
-    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
-    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
-    (void)worker;
-    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
-}
-
-/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
-static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->config;
-    int D = c->head_dim;
-    for (int t = 0; t < n_queries(a); t++) {
-        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
-        float *to = s->attended + ((size_t)i * c->n_heads + h) * D + j0, sum = s->score_sum[query_at(a, g, t)];
-        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
-    }
-}
-
-static int n_slices(int head_dim) { return (head_dim + MIX_WIDTH - 1) / MIX_WIDTH; }
-
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The tokens of
- * the pack see different ranges: [first_seen(p), p]. Both ends grow with the token, so the tokens that see
- * a position are one run [from, to): those not before it whose window has begun. Positions are taken up
- * to where either end of the run changes, or the ring wraps. */
-static void mix_task(void *arg, int index, int worker)
-{
-    const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int D = s->config->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
-    int p0 = s->pos + a->i0, from = 0, to = 1;
-    float *out = s->pack_out + query_at(a, g, 0) * D + j0;
-    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s), .e_stride = s->n_score,
-                    .out_stride = D, .width = slice_width(D, j0)};
-    (void)worker;
-    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
-    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
-        while (p0 + from < p) from++;
-        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
-        end = p0 + from + 1;
-        if (to < a->n && first_seen(a, p0 + to) < end) end = first_seen(a, p0 + to);
-        end = p + run_of(a, p, end);
-        m.v = value_at(a, g, j0, p);
-        m.n_pos = end - p;
-        m.n = (to - from) * a->heads_per_kv;
-        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
-        m.out = out + (size_t)from * a->heads_per_kv * D;
-        s->m->kernels->mix_values(&m);
-    }
-    divide_and_place(a, g, j0, out);
-}
-
-/* Queries of one kv head side by side, and scaled. */
-static void gather_queries(const struct attention *a)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->config;
-    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
-    for (int i = 0; i < a->n; i++)
-        for (int g = 0; g < c->n_kv_heads; g++) {
-            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
-            float *to = s->pack_q + ((size_t)g * s->pack + i) * q_floats;
-            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
-        }
-}
-
-/* attended [i0 .. i0+n-1][n_heads][head_dim] for one pack of tokens: three phases, each shared out. A pack
- * meets every key and value it sees once for all its queries. */
-static void attend(struct attention *a)
-{
-    const gemma3_state *s = a->s;
-    const gemma3_config *c = s->config;
-    a->first_pos = first_seen(a, s->pos + a->i0);
-    gather_queries(a);
-    for_each(s, c->n_kv_heads * n_score_runs(a), score_task, a);
-    for_each(s, c->n_kv_heads * n_queries(a), softmax_task, a);
-    for_each(s, c->n_kv_heads * n_slices(c->head_dim), mix_task, a);
-}
-
-/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
-static void attention(gemma3_state *s, const struct layer *w, int l, int n)
-{
-    const gemma3_config *c = s->config;
-    struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
-                          .heads_per_kv = c->n_heads / c->n_kv_heads};
-    struct matmul qkv = {.s = s, .w = {&w->attn_q, &w->attn_k, &w->attn_v}, .y = {s->q, s->k, s->v},
-                         .n_products = 3, .n = n, .x = s->h};
-    matmul(&qkv);
-    trace(s, "Qcur_raw", l, s->q, n, c->n_heads * c->head_dim);
-    trace(s, "Kcur_raw", l, s->k, n, c->n_kv_heads * c->head_dim);
-    trace(s, "Vcur", l, s->v, n, c->n_kv_heads * c->head_dim);
-    for_each(s, n, norm_token, &a);
-    trace(s, "Qcur_normed", l, s->q, n, c->n_heads * c->head_dim);
-    trace(s, "Kcur_normed", l, s->k, n, c->n_kv_heads * c->head_dim);
-    for_each(s, n, turn_token, &a);
-    trace(s, "Qcur", l, s->q, n, c->n_heads * c->head_dim);
-    trace(s, "Kcur", l, s->k, n, c->n_kv_heads * c->head_dim);
-    for_each(s, n, store_token, &a);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->pack) {
-        a.n = n - a.i0 < s->pack ? n - a.i0 : s->pack;
-        attend(&a);
-    }
-    trace(s, "kqv_out", l, s->attended, n, c->n_heads * c->head_dim);
-    matmul_one(s, s->h, &w->attn_output, s->attended, n);
-    trace(s, "attn_out", l, s->h, n, c->d_model);
-}
-
-/* ---- Feed-forward ---- */
-
-static void gelu_task(void *arg, int i, int worker)
-{
-    gemma3_state *s = arg;
-    size_t d_ff = s->config->d_ff;
-    (void)worker;
-    s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
-}
-
-/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
-static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
-{
-    struct matmul gate_up = {.s = s, .w = {&w->ffn_gate, &w->ffn_up}, .y = {s->gate, s->up},
-                             .n_products = 2, .n = n, .x = s->h};
-    matmul(&gate_up);
-    trace(s, "ffn_gate", l, s->gate, n, s->config->d_ff);
-    trace(s, "ffn_up", l, s->up, n, s->config->d_ff);
-    for_each(s, n, gelu_task, s);
-    trace(s, "ffn_geglu", l, s->gate, n, s->config->d_ff);
-    matmul_one(s, s->h, &w->ffn_down, s->gate, n);
-}
-
-/* ==== 10. The forward pass ====================================================================== */
-
-/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
- * this scale makes one matrix serve as both. */
-static void embed(gemma3_state *s, const int32_t *ids, int n)
-{
-    const gemma3_config *c = s->config;
-    for (int i = 0; i < n; i++) {
-        float *x = s->x + (size_t)i * c->d_model;
-        s->m->kernels->dequantize(&s->m->token_embd, ids[i], x);
-        for (int j = 0; j < c->d_model; j++) x[j] *= c->embedding_scale;
-    }
-}
-
-/* Rows that were asked for: their position is the first one's, the others need not be adjacent. */
-static void trace_rows(const gemma3_state *s, const char *name, const int *rows, float *x, int n, int width)
-{
-    if (s->p.trace) s->p.trace(s->p.trace_user, name, -1, s->pos + rows[0], n, width, x);
-}
-
-/* Logits of n_rows tokens of the chunk, each n_vocab long. */
-static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
-{
-    const gemma3_config *c = s->config;
-    for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
-        memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
-                c->d_model * sizeof(float));
-    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    trace_rows(s, "result_norm", rows, s->h, n_rows, c->d_model);
-    matmul_one(s, logits, &s->m->output, s->h, n_rows);
-    for (size_t j = 0; c->final_softcap > 0 && j < (size_t)n_rows * c->n_vocab; j++) {
-        float t = logits[j] / c->final_softcap;
-        float e = exp_of(HARD_FMA, -2.0f * float_of(bits_of(t) & 0x7fffffff));
-        float tanh_of_abs = (1.0f - e) / (1.0f + e);
-        logits[j] = c->final_softcap * float_of(bits_of(tanh_of_abs) | (bits_of(t) & 0x80000000));
-    }
-    trace_rows(s, "result_output", rows, logits, n_rows, c->n_vocab);
-}
-
-/* n <= chunk tokens through all layers: x [n][d_model] afterwards. Prefill and decode are the same. */
-static void forward_chunk(gemma3_state *s, const int32_t *ids, int n)
-{
-    const gemma3_config *c = s->config;
-    size_t size = (size_t)n * c->d_model;
-    rope_tables(s, n);
-    embed(s, ids, n);
-    trace(s, "inp_scaled", -1, s->x, n, c->d_model);
-    for (int l = 0; l < c->n_layers; l++) {
-        const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->h, s->x, w->attn_norm, n);
-        trace(s, "attn_norm", l, s->h, n, c->d_model);
-        attention(s, w, l, n);
-        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
-        trace(s, "attn_post_norm", l, s->h, n, c->d_model);
-        add(s->x, s->h, size);
-        trace(s, "sa_out", l, s->x, n, c->d_model);
-        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
-        trace(s, "ffn_norm", l, s->h, n, c->d_model);
-        feed_forward(s, w, l, n);
-        trace(s, "ffn_out", l, s->h, n, c->d_model);
-        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
-        trace(s, "ffn_post_norm", l, s->h, n, c->d_model);
-        add(s->x, s->h, size);
-        trace(s, "l_out", l, s->x, n, c->d_model);
-    }
-}
-
-/* Labels of the trace as they come; from the second to the third from the end each layer has them. */
-static const char *const trace_labels[] = {
-    "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur", "Kcur",
-    "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_geglu", "ffn_out",
-    "ffn_post_norm", "l_out", "result_norm", "result_output"};
-enum { N_TRACE_LABELS = sizeof trace_labels / sizeof *trace_labels };
-
-const char *gemma3_trace_label(int index, int *in_layers)
-{
-    if (index < 0 || index >= N_TRACE_LABELS) return NULL;
-    *in_layers = index > 0 && index < N_TRACE_LABELS - 2;
-    return trace_labels[index];
-}
-
-static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
-{
-    int n_vocab = s->config->n_vocab;
-    if (n < 0) {
-        snprintf(s->error, sizeof s->error, "%d tokens were given, expected 0 or more", n);
-        return -1;
-    }
-    if (n > s->p.n_ctx - s->pos) {
-        snprintf(s->error, sizeof s->error, "the context is full: it holds %d tokens, %d are in it and %d more were given",
-                 s->p.n_ctx, s->pos, n);
-        return -1;
-    }
-    for (int i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= n_vocab) {
-            snprintf(s->error, sizeof s->error, "token %d is %d, outside the vocabulary of %d", s->pos + i,
-                     (int)ids[i], n_vocab);
-            return -1;
-        }
-    for (int k = 0; k < n_rows; k++)
-        if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1])) {
-            snprintf(s->error, sizeof s->error, "rows[%d] is %d: rows must ascend and lie in 0..%d", k, rows[k], n - 1);
-            return -1;
-        }
-    return 0;
-}
-
-int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows, float *logits)
-{
-    if (forward_fault(s, ids, n, rows, n_rows)) return -1;
-    fp_state fp = fp_enter();
-    for (int done = 0, take; done < n; done += take) {
-        int in_chunk = 0, chunk_rows[GEMMA3_CHUNK];
-        take = n - done < s->chunk ? n - done : s->chunk;
-        forward_chunk(s, ids + done, take);
-        for (; n_rows > 0 && *rows < done + take; rows++, n_rows--) chunk_rows[in_chunk++] = *rows - done;
-        if (in_chunk) unembed(s, chunk_rows, in_chunk, logits);
-        if (in_chunk) logits += (size_t)in_chunk * s->config->n_vocab;
-        s->pos += take;
-    }
-    fp_leave(fp);
-    return 0;
 }
 
 /* ==== 11. Reading GGUF ==========================================================================
  *
- *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | n_kv pairs | n_tensors infos | padding | data
+ *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv | pairs | infos of tensors | padding | data
  *     pair:  string key | u32 type | value          string: u64 length | bytes
  *     info:  string name | u32 n_dims | u64 ne[n_dims] | u32 type | u64 offset from data
  *     array: u32 element type | u64 count | elements
  *
- * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor that
- * knows what is left, and every tensor's type, shape and end are checked once, when it is bound. */
-
-static void *fail(gemma3_error *err, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    if (err) vsnprintf(err->text, sizeof err->text, format, args);
-    va_end(args);
-    return NULL;
-}
+ * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
+ * that knows what is left, and every tensor's type, shape and end are checked once, when it is
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
 
 /* A path for an error message, whose reason comes after it: the end of a long one. */
 enum { SHORT_PATH = 240 };
@@ -2673,9 +2630,88 @@ static const char *short_path(const char *path, char out[SHORT_PATH])
     if (n < SHORT_PATH) return path;
     path += n - (SHORT_PATH - 4);
     while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    snprintf(out, SHORT_PATH, "...%s", path);
-    return out;
+    return strcat(strcpy(out, "..."), path);
 }
+
+/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
+struct arena {
+    uint8_t *base;
+    size_t used, size;
+};
+
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
+
+static void *piece(struct arena *a, size_t count, size_t bytes)
+{
+    size_t at = a->used;
+    a->used = plus(at, plus(times(count, bytes), 63) & ~(size_t)63);
+    return a->base && a->used <= a->size ? a->base + at : NULL;
+}
+
+/* What a model is opened with. */
+struct opening {
+    gemma3_source from;
+    gemma3_options options;
+    gemma3_error *err;
+    const char *name;                /* of the file, shortened if it must be */
+    char short_name[SHORT_PATH];
+    const uint8_t *header;           /* its first bytes, or a copy of them */
+    size_t n_header;
+    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
+    size_t infos;                    /* where infos begin */
+    uint64_t n_kv, n_tensors;
+    uint64_t data, alignment;        /* where tensors begin; of every tensor */
+    struct arena arena;              /* the model's memory */
+    gemma3_model *m;                 /* NULL: only count its pieces */
+    const struct kernels *kernels;
+    const struct published *size;    /* of that many layers, or NULL */
+    int failed;                      /* a number was refused */
+    int repacks;
+    uint64_t counted;                /* bytes of tensors */
+};
+
+/* Leave a sentence in err and return -1; that of reject begins with the file's name. print: a part
+ * of one. */
+#if defined(GEMMA3_NO_ERROR_TEXT)
+INLINE int fail(gemma3_error *err, const char *format, ...)
+{
+    (void)format;
+    if (err) err->text[0] = 0;
+    return -1;
+}
+INLINE int reject(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
+INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
+#else
+static int fail(gemma3_error *err, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return -1;
+}
+
+static int reject(const struct opening *o, const char *format, ...)
+{
+    va_list args;
+    fail(o->err, "%s", o->name);
+    size_t n = o->err ? strlen(o->err->text) : 0;
+    va_start(args, format);
+    if (o->err) vsnprintf(o->err->text + n, sizeof o->err->text - n, format, args);
+    va_end(args);
+    return -1;
+}
+
+static void print(char *out, size_t n, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    vsnprintf(out, n, format, args);
+    va_end(args);
+}
+#endif
 
 struct cursor {
     const uint8_t *p;
@@ -2686,86 +2722,41 @@ struct cursor {
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->p;
-    if (c->failed || n > c->left) {
-        c->failed = 1;
-        return NULL;
-    }
+    if (n > c->left) c->failed = 1;
+    if (c->failed) return NULL;
     c->p += n;
     c->left -= (size_t)n;
     return p;
 }
 
-static uint32_t take_u32(struct cursor *c)
+/* A little-endian number of n bytes. */
+static uint64_t take_int(struct cursor *c, int n)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_u32_le(p) : 0;
+    const uint8_t *p = take(c, n);
+    uint64_t u = 0;
+    for (int j = n; p && j-- > 0;) u = u << 8 | p[j];
+    return u;
 }
 
-static uint64_t take_u64(struct cursor *c)
-{
-    const uint8_t *p = take(c, 8);
-    return p ? load_u64_le(p) : 0;
-}
-
-struct string {
-    const char *text;
-    size_t n;
-};
+static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
+static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
     uint64_t n = take_u64(c);
     struct string s = {(const char *)take(c, n), (size_t)n};
-    if (!s.text) s.n = 0;
-    return s;
+    return s.text ? s : (struct string){"", 0};
 }
-
-enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
-       KV_I64, KV_F64, KV_TYPES };
-
-static const uint8_t kv_bytes[KV_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-static const char *const kv_names[KV_TYPES] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool",
-                                               "string", "array", "u64", "i64", "f64"};
-
-struct kv {
-    struct string key;
-    uint32_t type, element;      /* element: of an array */
-    uint64_t count;              /* of an array, else 1 */
-    struct cursor value;
-};
-
-struct tensor {
-    struct string name;
-    uint32_t type;
-    uint64_t ne[4], offset;
-};
-
-struct gguf {
-    const char *name;            /* of the file */
-    const uint8_t *data;         /* tensors */
-    size_t data_bytes;
-    uint64_t alignment;          /* of every tensor in data */
-    struct kv *kv;               /* sorted by key */
-    struct tensor *tensor;       /* sorted by name */
-    size_t n_kv, n_tensors;
-    gemma3_error *err;
-};
 
 static int compare_strings(struct string a, struct string b)
 {
-    size_t n = a.n < b.n ? a.n : b.n;
-    int c = n ? memcmp(a.text, b.text, n) : 0;
+    int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
     return c ? c : (a.n > b.n) - (a.n < b.n);
 }
 
-static int compare_kv(const void *a, const void *b)
+static int string_is(struct string s, const char *text)
 {
-    return compare_strings(((const struct kv *)a)->key, ((const struct kv *)b)->key);
-}
-
-static int compare_tensors(const void *a, const void *b)
-{
-    return compare_strings(((const struct tensor *)a)->name, ((const struct tensor *)b)->name);
+    return !compare_strings(s, (struct string){text, strlen(text)});
 }
 
 /* A name for an error message: printable, and not too long. */
@@ -2777,341 +2768,370 @@ static const char *shown(struct string s, char out[80])
     return out;
 }
 
-static int read_kv(struct gguf *g, struct cursor *c, struct kv *kv)
+enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
+       KV_I64, KV_F64, KV_TYPES };
+static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
+    {"u8", 1, 0}, {"i8", 1, 1}, {"u16", 2, 0}, {"i16", 2, 1}, {"u32", 4, 0}, {"i32", 4, 1},
+    {"f32", 4, 0}, {"bool", 1, 0}, {"string", 0, 0}, {"array", 0, 0}, {"u64", 8, 0}, {"i64", 8, 1},
+    {"f64", 8, 0}};
+
+struct kv {
+    struct string key;
+    uint32_t type, element;          /* element: of an array, else type */
+    uint64_t count;                  /* of an array, else 1 */
+    struct cursor value;
+};
+
+struct tensor {
+    struct string name;
+    uint32_t type;
+    uint64_t ne[4], offset;
+};
+
+static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
     char text[80];
     kv->key = take_string(c);
-    kv->type = take_u32(c);
-    kv->element = kv->type;
+    kv->element = kv->type = take_u32(c);
     kv->count = 1;
-    if (!c->failed && kv->type == KV_ARRAY) {
-        kv->element = take_u32(c);
-        kv->count = take_u64(c);
-    }
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
-        return fail(g->err, "%s: key %s is an array of arrays, which is not supported", g->name,
-                    shown(kv->key, text)), -1;
+        return reject(o, ": key %s is an array of arrays, which is not supported",
+                      shown(kv->key, text));
     if (kv->element >= KV_TYPES)
-        return fail(g->err, "%s: key %s has value type %u, which is not one of GGUF's", g->name,
-                    shown(kv->key, text), (unsigned)kv->element), -1;
+        return reject(o, ": key %s has value type %u, which is not one of GGUF's",
+                      shown(kv->key, text), (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
-    else if (kv->count > c->left) c->failed = 1;
-    else take(c, kv->count * kv_bytes[kv->element]);
+    else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
+    else take(c, kv->count * kv_types[kv->element].bytes);
     return 0;
 }
 
-static int read_tensor(struct gguf *g, struct cursor *c, struct tensor *t)
+static int read_tensor(const struct opening *o, struct cursor *c, struct tensor *t)
 {
     char text[80];
     t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return fail(g->err, "%s: tensor %s has %u dimensions, expected 1 to 4", g->name,
-                    shown(t->name, text), (unsigned)n_dims), -1;
+        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+                      (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
     t->offset = take_u64(c);
     return 0;
 }
 
-static const struct kv *find_kv(const struct gguf *g, const char *key)
+static struct cursor cursor_at(const struct opening *o, size_t at)
 {
-    struct kv wanted = {.key = {key, strlen(key)}};
-    return g->n_kv ? bsearch(&wanted, g->kv, g->n_kv, sizeof wanted, compare_kv) : NULL;
+    return (struct cursor){o->header + at, o->n_header - at, 0};
 }
 
-static const struct tensor *find_tensor(const struct gguf *g, const char *name)
+static struct string name_at(const struct opening *o, size_t at)
 {
-    struct tensor wanted = {.name = {name, strlen(name)}};
-    return g->n_tensors ? bsearch(&wanted, g->tensor, g->n_tensors, sizeof wanted, compare_tensors) : NULL;
-}
-
-static int read_header(struct gguf *g, struct cursor *c)
-{
-    const uint8_t *magic = take(c, 4);
-    if (!magic || memcmp(magic, "GGUF", 4))
-        return fail(g->err, "%s is not a GGUF file: it does not begin with \"GGUF\"", g->name), -1;
-    uint32_t version = take_u32(c);
-    if (!c->failed && version != 2 && version != 3)
-        return fail(g->err, "%s: GGUF version %u%s, expected 2 or 3", g->name, (unsigned)version,
-                    version && !(version & 0xffff) ? " (a big-endian file)" : ""), -1;
-    uint64_t n_tensors = take_u64(c), n_kv = take_u64(c);
-    if (c->failed || n_kv > c->left / 13 || n_tensors > c->left / 32) /* their least sizes */
-        return fail(g->err, "%s is truncated: its header promises %llu keys and %llu tensors", g->name,
-                    (unsigned long long)n_kv, (unsigned long long)n_tensors), -1;
-    g->n_kv = (size_t)n_kv;
-    g->n_tensors = (size_t)n_tensors;
-    g->kv = calloc(g->n_kv + 1, sizeof *g->kv);
-    g->tensor = calloc(g->n_tensors + 1, sizeof *g->tensor);
-    if (!g->kv || !g->tensor) return fail(g->err, "%s: out of memory for its keys", g->name), -1;
-    return 0;
-}
-
-static int sort_directory(struct gguf *g)
-{
-    char text[80];
-    qsort(g->kv, g->n_kv, sizeof *g->kv, compare_kv);
-    qsort(g->tensor, g->n_tensors, sizeof *g->tensor, compare_tensors);
-    for (size_t k = 1; k < g->n_kv; k++)
-        if (!compare_kv(g->kv + k - 1, g->kv + k))
-            return fail(g->err, "%s: key %s occurs twice", g->name, shown(g->kv[k].key, text)), -1;
-    for (size_t k = 1; k < g->n_tensors; k++)
-        if (!compare_tensors(g->tensor + k - 1, g->tensor + k))
-            return fail(g->err, "%s: tensor %s occurs twice", g->name, shown(g->tensor[k].name, text)), -1;
-    return 0;
-}
-
-static int read_gguf(struct gguf *g, const void *data, size_t size)
-{
-    struct cursor c = {data, size, 0};
-    if (read_header(g, &c)) return -1;
-    for (size_t k = 0; k < g->n_kv && !c.failed; k++)
-        if (read_kv(g, &c, g->kv + k)) return -1;
-    for (size_t k = 0; k < g->n_tensors && !c.failed; k++)
-        if (read_tensor(g, &c, g->tensor + k)) return -1;
-    if (c.failed) return fail(g->err, "%s is truncated: it ends inside its header", g->name), -1;
-    if (sort_directory(g)) return -1;
-    const struct kv *a = find_kv(g, "general.alignment");
-    uint64_t alignment = a && a->type == KV_U32 ? load_u32_le(a->value.p) : 32;
-    if ((a && a->type != KV_U32) || alignment == 0 || (alignment & (alignment - 1)))
-        return fail(g->err, "%s: general.alignment must be a u32 power of two", g->name), -1;
-    uint64_t start = (size - c.left + alignment - 1) & ~(alignment - 1);
-    g->alignment = alignment;
-    g->data = (const uint8_t *)data + (start < size ? start : size);
-    g->data_bytes = start < size ? (size_t)(size - start) : 0;
-    return 0;
-}
-
-/* A number of any type as double (exact for every value we accept); 0 and a sentence if it is none. */
-static int read_number(const struct gguf *g, const struct kv *kv, double *out)
-{
-    const uint8_t *p = kv->value.p;
-    char text[80];
-    switch (kv->type) {
-    case KV_U8: case KV_BOOL: *out = p[0]; return 1;
-    case KV_I8: *out = (int8_t)p[0]; return 1;
-    case KV_U16: *out = load_u16_le(p); return 1;
-    case KV_I16: *out = (int16_t)load_u16_le(p); return 1;
-    case KV_U32: *out = load_u32_le(p); return 1;
-    case KV_I32: *out = (int32_t)load_u32_le(p); return 1;
-    case KV_F32: *out = float_of(load_u32_le(p)); return 1;
-    case KV_U64: *out = (double)load_u64_le(p); return 1;
-    case KV_I64: *out = (double)(int64_t)load_u64_le(p); return 1;
-    case KV_F64: { uint64_t u = load_u64_le(p); memcpy(out, &u, 8); return 1; }
-    default:
-        fail(g->err, "%s: key %s is a %s, expected a number", g->name, shown(kv->key, text),
-             kv_names[kv->type]);
-        return 0;
-    }
-}
-
-/* Key "gemma3.NAME" as an integer in [low, high], or, when it is absent, fallback (< 0: required). */
-static int get_int(const struct gguf *g, const char *name, int low, int high, int fallback, int *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    *out = fallback;
-    if (!kv && fallback < 0) return fail(g->err, "%s: key %s is missing", g->name, key), -1;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= low && x <= high) || x != (int)x)
-        return fail(g->err, "%s: key %s is %.10g, expected an integer from %d to %d", g->name, key, x,
-                    low, high), -1;
-    *out = (int)x;
-    return 0;
-}
-
-/* The same for a float of at least `least`; other: an older spelling of the key, or NULL. */
-static int get_float(const struct gguf *g, const char *name, const char *other, float least, float fallback,
-                     float *out)
-{
-    char key[96];
-    double x;
-    snprintf(key, sizeof key, "gemma3.%s", name);
-    const struct kv *kv = find_kv(g, key);
-    if (!kv && other) {
-        snprintf(key, sizeof key, "gemma3.%s", other);
-        kv = find_kv(g, key);
-    }
-    *out = fallback;
-    if (!kv) return 0;
-    if (!read_number(g, kv, &x)) return -1;
-    if (!(x >= least && x <= 1e30))
-        return fail(g->err, "%s: key %s is %g, expected a number from %g to 1e30", g->name, key, x, (double)least), -1;
-    *out = (float)x;
-    return 0;
-}
-
-static struct string get_string(const struct gguf *g, const char *key)
-{
-    const struct kv *kv = find_kv(g, key);
-    struct cursor c;
-    struct string none = {"", 0};
-    if (!kv || kv->type != KV_STRING) return none;
-    c = kv->value;
+    struct cursor c = cursor_at(o, at);
     return take_string(&c);
 }
 
-static int string_is(struct string s, const char *text)
+static int compare_at(const struct opening *o, size_t a, size_t b)
 {
-    return s.n == strlen(text) && !memcmp(s.text, text, s.n);
+    return compare_strings(name_at(o, a), name_at(o, b));
+}
+
+/* Why a file is none of ours, by how it begins. */
+static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer: get the file itself (git lfs pull)"},
+    {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
+    {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
+    {"{\"", 2, 8, "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
+    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
+    {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
+    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
+    {"", 0, 0, "does not begin with \"GGUF\""}};
+
+static int refuse_end(const struct opening *o)
+{
+    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
+    return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                  (unsigned long long)o->n_header);
+}
+
+static int read_start(struct opening *o, struct cursor *c)
+{
+    const uint8_t *magic = take(c, 4);
+    size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
+    if (!magic || memcmp(magic, "GGUF", 4)) {
+        while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
+        return reject(o, " is not a GGUF file: it %s", other_files[k].what);
+    }
+    uint32_t version = take_u32(c);
+    if (!c->failed && version != 2 && version != 3)
+        return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
+                      version && !(version & 0xffff) ? " (a big-endian file)" : "");
+    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
+    /* A pair has 13 bytes or more, an info 32. */
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
+        return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
+                      (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
+    return o->n_kv > c->left / 13 || o->n_tensors > c->left / 32 ? refuse_end(o) : 0;
+}
+
+/* Heap sort by name: n log n steps whatever the file, and no memory. */
+static void sort_names(const struct opening *o)
+{
+    size_t *at = o->names, n = o->n_names;
+    for (size_t start = n / 2, left = n, i, child; left > 1;) {
+        size_t moved = at[start > 0 ? --start : --left];
+        if (left < n) at[left] = at[0];
+        for (i = start; (child = 2 * i + 1) < left; i = child) {
+            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
+            if (compare_at(o, moved, at[child]) >= 0) break;
+            at[i] = at[child];
+        }
+        at[i] = moved;
+    }
+}
+
+static int sort_directory(const struct opening *o)
+{
+    char text[80];
+    sort_names(o);
+    for (size_t k = 1; k < o->n_names; k++)
+        if (!compare_at(o, o->names[k - 1], o->names[k]))
+            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, o->names[k]), text));
+    return 0;
+}
+
+/* Where the pair or info of that name begins; 0: nowhere. */
+static size_t find_name(const struct opening *o, const char *name)
+{
+    const struct string wanted = {name, strlen(name)};
+    const size_t *at = o->names;
+    for (size_t n = o->n_names; n;) {
+        int c = compare_strings(name_at(o, at[n / 2]), wanted);
+        if (c == 0) return at[n / 2];
+        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        else n /= 2;
+    }
+    return 0;
+}
+
+/* 1 and the pair of that key, or 0. */
+static int find_kv(const struct opening *o, const char *key, struct kv *kv)
+{
+    size_t at = find_name(o, key);
+    struct cursor c = cursor_at(o, at);
+    return at && at < o->infos && !read_kv(o, &c, kv);
+}
+
+static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
+{
+    size_t at = find_name(o, name);
+    struct cursor c = cursor_at(o, at);
+    return at >= o->infos && !read_tensor(o, &c, t);
+}
+
+static int read_alignment(struct opening *o)
+{
+    struct kv kv;
+    uint64_t a = 32;
+    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
+    return 0;
+}
+
+/* The next number of a pair or array as double (exact for every value we accept). */
+static int take_number(const struct opening *o, struct kv *kv, double *out)
+{
+    int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
+    char text[80];
+    if (!bytes)
+        return reject(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+                      kv_types[kv->type].name);
+    uint64_t u = take_int(&kv->value, bytes);
+    if (kv->element == KV_F32) *out = float_of((uint32_t)u);
+    else if (kv->element == KV_F64) memcpy(out, &u, 8);
+    else if (kv_types[kv->element].is_signed) *out = (double)((int64_t)(u << unused) >> unused);
+    else *out = (double)u;
+    return 0;
+}
+
+static int read_number(const struct opening *o, struct kv kv, double *out)
+{
+    if (kv.type == KV_ARRAY) kv.element = KV_ARRAY; /* which is none */
+    return take_number(o, &kv, out);
+}
+
+/* A string; empty when there is none. */
+static struct string get_string(const struct opening *o, const char *key)
+{
+    struct kv kv;
+    int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
+    return found ? take_string(&kv.value) : (struct string){"", 0};
 }
 
 /* 0 when a key is absent or one of two strings, of which the first is the usual one. */
-static int check_string(const struct gguf *g, const char *key, const char *usual, const char *other)
+static int check_string(const struct opening *o, const char *key, const char *usual,
+                        const char *other)
 {
     char text[80];
-    const struct kv *kv = find_kv(g, key);
-    if (!kv) return 0;
-    if (kv->type != KV_STRING)
-        return fail(g->err, "%s: key %s is a %s, expected a string", g->name, key, kv_names[kv->type]), -1;
-    struct string s = get_string(g, key);
+    struct kv kv;
+    if (!find_kv(o, key, &kv)) return 0;
+    if (kv.type != KV_STRING)
+        return reject(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
+    struct string s = take_string(&kv.value);
     if (string_is(s, usual) || string_is(s, other)) return 0;
-    return fail(g->err, "%s: %s is \"%s\", expected \"%s\"", g->name, key, shown(s, text), usual), -1;
+    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
 }
 
-/* ==== 12. Opening a model ======================================================================= */
+/* ==== 12. Opening a model ===================================================================== */
+
+/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
+ * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
+static const struct published {
+    const char *name;
+    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    float rope_factor;               /* of global layers */
+    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
+} published[] = {
+    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
+    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
+    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
+    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
+    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
+    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+};
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
 
-struct opening {
-    struct gguf g;
-    gemma3_model *m;
-    gemma3_options options;
-    float *norms;                /* where the next norm goes */
-};
-
-static void *own(struct opening *o, size_t bytes, const char *what)
+static int no_room(const struct opening *o)
 {
-    gemma3_model *m = o->m;
-    void *p = m->n_owned < 8 ? malloc(bytes ? bytes : 1) : NULL;
-    if (!p) return fail(o->g.err, "%s: out of memory for %s (%llu bytes)", o->g.name, what, (unsigned long long)bytes);
-    return m->owned[m->n_owned++] = p;
+    return reject(o, " needs more than the %llu bytes of memory that were given",
+                  (unsigned long long)o->arena.size);
 }
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
 static int refuse_others(const struct opening *o)
 {
-    const struct gguf *g = &o->g;
+    struct kv kv;
+    double n = 0;
     char text[80];
-    double count = 0;
-    const struct kv *split = find_kv(g, "split.count"); /* only the first part has the model's keys */
-    if (split && read_number(g, split, &count) && count > 1)
-        return fail(g->err, "%s is one of %.0f parts of a split model: merge them first (llama-gguf-split --merge)",
-                    g->name, count), -1;
-    if (!find_kv(g, "general.architecture"))
-        return fail(g->err, "%s: general.architecture is missing, expected \"gemma3\"", g->name), -1;
-    if (check_string(g, "general.architecture", "gemma3", "gemma3")) return -1;
-    for (size_t k = 0; k < g->n_tensors; k++) {
-        struct string name = g->tensor[k].name;
+    /* First, because later parts have no other keys. */
+    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1)
+        return reject(o, " is one of %.0f parts of a split model: merge them first "
+                      "(llama-gguf-split --merge)", n);
+    if (!find_kv(o, "general.architecture", &kv))
+        return reject(o, ": general.architecture is missing, expected \"gemma3\"");
+    if (string_is(get_string(o, "general.architecture"), "clip"))
+        return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
+    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
+    for (size_t k = 0; k < o->n_names; k++) {
+        struct string name = name_at(o, o->names[k]);
+        if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
-            return fail(g->err, "%s: tensor %s belongs to an embedding model (EmbeddingGemma), not to a Gemma 3 text model",
-                        g->name, shown(name, text)), -1;
+            return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
+                          "Gemma 3 text model", shown(name, text));
         if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
-            return fail(g->err, "%s: tensor %s is a fused projection, expected attn_q, attn_k and attn_v", g->name,
-                        shown(name, text)), -1;
+            return reject(o, ": tensor %s is a fused projection, expected attn_q, attn_k and "
+                          "attn_v", shown(name, text));
     }
     return 0;
 }
 
-/* [ne1][ne0], and what is not 1 before them. */
-static const char *shape_of(const struct tensor *t, char out[96])
+/* ---- What the keys say ----
+ *
+ * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
+ * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
+ * took it out later); obeying it halves the probability of the right word. Others have lost or
+ * changed RoPE's factor or local base. So for a published size its definition (technical report,
+ * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. */
+
+static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
+enum { REQUIRED = -1 };
+
+static int find_own_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    int n = 0;
-    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--)
-        n += snprintf(out + n, 96 - n, "[%llu]", (unsigned long long)t->ne[k]);
-    return out;
+    char full[80] = "gemma3.";
+    return find_kv(o, strcat(full, key), kv);
 }
 
-/* Finds a tensor and checks its type, shape and end: [rows][cols], rows 0 for "any". */
-static int bind(struct opening *o, const char *name, int rows, int cols, struct matrix *w)
+static void set_origin(gemma3_model *m, const char *key, const char *origin)
 {
-    const struct gguf *g = &o->g;
-    const struct tensor *t = find_tensor(g, name);
-    if (!t) return fail(g->err, "%s: tensor %s is missing", g->name, name), -1;
-    w->format = find_format(t->type);
-    if (!w->format)
-        return fail(g->err, "%s: tensor %s has type %u, which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 "
-                    "Q2_K to Q6_K IQ4_NL are)", g->name, name, (unsigned)t->type), -1;
-    char shape[96], want[32] = "any number of tokens";
-    if (rows) snprintf(want, sizeof want, "%d", rows);
-    if (t->ne[0] != (uint64_t)cols || (rows ? t->ne[1] != (uint64_t)rows : t->ne[1] < 1 || t->ne[1] > 1 << 24) ||
-        t->ne[2] != 1 || t->ne[3] != 1)
-        return fail(g->err, "%s: tensor %s is %s, expected [%s][%d]", g->name, name, shape_of(t, shape), want,
-                    cols), -1;
-    if (cols % w->format->elements)
-        return fail(g->err, "%s: tensor %s has rows of %d, expected a multiple of %s's block of %d", g->name, name,
-                    cols, w->format->name, w->format->elements), -1;
-    w->rows = (int)t->ne[1];
-    w->cols = cols;
-    w->tiled = 0;
-    w->row_bytes = (size_t)(cols / w->format->elements) * w->format->bytes;
-    uint64_t bytes = (uint64_t)w->row_bytes * w->rows;
-    if (t->offset % g->alignment)
-        return fail(g->err, "%s: tensor %s is at offset %llu, expected a multiple of %llu", g->name, name,
-                    (unsigned long long)t->offset, (unsigned long long)g->alignment), -1;
-    if (t->offset > g->data_bytes || bytes > g->data_bytes - t->offset)
-        return fail(g->err, "%s is truncated: tensor %s ends %llu bytes past the end of the file", g->name, name,
-                    (unsigned long long)(t->offset + bytes - g->data_bytes)), -1;
-    w->data = g->data + t->offset;
-    o->m->weight_bytes += (size_t)bytes;
-    return 0;
+    if (m->n_origins == MAX_ORIGINS) return;
+    m->origin[m->n_origins].key = key;
+    m->origin[m->n_origins++].origin = origin;
 }
 
-static int bind_layer(struct opening *o, int l, const char *name, int rows, int cols, struct matrix *w)
+/* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
+ * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
+static double get_number(struct opening *o, const char *key, double low, double high,
+                         double fallback)
 {
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind(o, full, rows, cols, w);
+    double x = low;
+    struct kv kv;
+    if (o->failed) return low;
+    if (!find_own_kv(o, key, &kv)) {
+        if (fallback == REQUIRED) o->failed = reject(o, ": key gemma3.%s is missing", key);
+        else set_origin(o->m, key, "default");
+        return o->failed ? low : fallback;
+    }
+    o->failed = read_number(o, kv, &x);
+    if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
+        o->failed = reject(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
+                           (int)low, (int)high);
+    else if (!o->failed && !(x >= low && x <= high))
+        o->failed = reject(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x,
+                           low);
+    return o->failed ? low : x;
 }
 
-/* A norm's vector: any float type, copied out as float32. */
-static int bind_norm(struct opening *o, const char *name, int n, const float **out)
+/* The same for what the definition says; older: another spelling of the key, or NULL. */
+static double get_defined(struct opening *o, const char *key, const char *older, double low,
+                          double high, double definition)
 {
-    struct matrix w;
-    if (bind(o, name, 1, n, &w)) return -1;
-    if (!is_float(w.format))
-        return fail(o->g.err, "%s: tensor %s has type %s, expected F32", o->g.name, name, w.format->name), -1;
-    o->m->kernels->dequantize(&w, 0, o->norms);
-    *out = o->norms;
-    o->norms += n;
-    return 0;
-}
-
-static int bind_layer_norm(struct opening *o, int l, const char *name, int n, const float **out)
-{
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s.weight", l, name);
-    return bind_norm(o, full, n, out);
+    gemma3_model *m = o->m;
+    struct kv kv;
+    if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
+    double x = get_number(o, key, low, high, definition), off = x - definition;
+    if (o->failed || !m->published || o->options.obey_file) return x;
+    if ((off > 0 ? off : -off) > 1e-6 * definition && m->n_notes < MAX_NOTES) {
+        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, "
+              "which is used", key, x, m->published->name, definition);
+        set_origin(m, key, "overridden");
+    }
+    return definition;
 }
 
 /* Heads: some converters leave the keys out, the tensors' shapes always tell. */
 static int configure_heads(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct tensor *q = find_tensor(&o->g, "blk.0.attn_q.weight"), *k = find_tensor(&o->g, "blk.0.attn_k.weight");
-    if (get_int(&o->g, "attention.head_count", 1, 1024, -1, &c->n_heads)) return -1;
-    int from_q = q && q->ne[1] <= 1 << 20 ? (int)q->ne[1] / c->n_heads : 0;
-    if (get_int(&o->g, "attention.key_length", 2, 1024, from_q, &c->head_dim)) return -1;
+    struct tensor t;
+    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
+    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
+    if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
-        return fail(o->g.err, "%s: heads of %d elements, expected an even number", o->g.name, c->head_dim), -1;
-    int from_k = k && k->ne[1] <= 1 << 20 ? (int)k->ne[1] / c->head_dim : 0, value_length;
-    if (get_int(&o->g, "attention.head_count_kv", 1, 1024, from_k, &c->n_kv_heads)) return -1;
+        return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
+    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
+    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
+    if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return fail(o->g.err, "%s: %d query heads do not divide into %d key-value heads", o->g.name, c->n_heads,
-                    c->n_kv_heads), -1;
-    if (get_int(&o->g, "attention.value_length", 1, 1024, c->head_dim, &value_length)) return -1;
+        return reject(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
+                      c->n_kv_heads);
     if (value_length != c->head_dim)
-        return fail(o->g.err, "%s: gemma3.attention.value_length is %d, expected key_length's %d", o->g.name,
-                    value_length, c->head_dim), -1;
+        return reject(o, ": gemma3.attention.value_length is %d, expected key_length's %d",
+                      value_length, c->head_dim);
     return 0;
 }
 
@@ -3119,164 +3139,360 @@ static int configure_heads(struct opening *o)
  * n-th layer is global), or an array with one bool for each layer (true: local). */
 static int configure_layers(struct opening *o)
 {
+    const char *key = "attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
-    int known = c->n_layers == 18 || c->n_layers == 26 ? 512   /* 270M, 1B; 4B, 12B, 27B */
-              : c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62 ? 1024 : 0, pattern;
-    if (get_int(&o->g, "attention.sliding_window", 0, 1 << 24, known, &c->window)) return -1;
-    const struct kv *kv = find_kv(&o->g, "gemma3.attention.sliding_window_pattern");
-    int is_array = kv && kv->type == KV_ARRAY;
-    if (is_array && (kv->element != KV_BOOL || kv->count < (uint64_t)c->n_layers))
-        return fail(o->g.err, "%s: gemma3.attention.sliding_window_pattern must have one bool for each of %d layers",
-                    o->g.name, c->n_layers), -1;
-    if (is_array) pattern = 0;
-    else if (get_int(&o->g, "attention.sliding_window_pattern", 0, GEMMA3_MAX_LAYERS, 6, &pattern)) return -1;
+    struct kv kv;
+    int is_array = find_own_kv(o, key, &kv) && kv.type == KV_ARRAY;
+    int n = is_array ? 0 : (int)get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
+    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
+                                 o->size ? o->size->window : 0);
+    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
+        return reject(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
-        int local = is_array ? kv->value.p[l] != 0 : pattern > 1 && (l + 1) % pattern != 0;
+        int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
         c->is_local[l] = (uint8_t)(local && c->window > 0);
     }
-    return 0;
+    return o->failed;
 }
 
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    int large = c->n_layers == 34 || c->n_layers == 48 || c->n_layers == 62;
-    if (check_string(&o->g, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    struct string type = get_string(&o->g, "gemma3.rope.scaling.type");
-    if (get_float(&o->g, "rope.freq_base", "rope.global.freq_base", 1, 1e6f, &c->rope_base_global) ||
-        get_float(&o->g, "rope.freq_base_swa", "rope.local.freq_base", 1, 1e4f, &c->rope_base_local) ||
-        get_float(&o->g, "rope.scaling.factor", "rope.scale_linear", 0, large ? 8 : 1, &c->rope_factor))
-        return -1;
-    if (c->rope_factor == 0 || string_is(type, "none")) c->rope_factor = 1;
-    c->rope_factor_local = 1;
-    /* Angles are at most position / factor, positions below 2^24: cos_sin can take angles below 2^31. */
-    if (c->rope_factor < 0x1p-7f)
-        return fail(o->g.err, "%s: gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must stay below 2^31)",
-                    o->g.name, (double)c->rope_factor), -1;
-    return 0;
+    float factor = o->size ? o->size->rope_factor : 1;
+    if (check_string(o, "gemma3.rope.scaling.type", "linear", "none")) return -1;
+    int none = string_is(get_string(o, "gemma3.rope.scaling.type"), "none");
+    c->rope_base_global =
+        (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
+    c->rope_base_local =
+        (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
+    c->rope_factor =
+        (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY, factor);
+    if (!o->m->published || o->options.obey_file)
+        if (none || c->rope_factor == 0) c->rope_factor = 1;
+    /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
+    if (!o->failed && c->rope_factor < 0x1p-7f)
+        return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
+                      "stay below 2^31)", (double)c->rope_factor);
+    return o->failed;
 }
 
 static int configure(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    const struct gguf *g = &o->g;
-    if (get_int(g, "block_count", 1, GEMMA3_MAX_LAYERS, -1, &c->n_layers) ||
-        get_int(g, "embedding_length", 1, 1 << 16, -1, &c->d_model) ||
-        get_int(g, "feed_forward_length", 1, 1 << 20, -1, &c->d_ff) ||
-        get_int(g, "context_length", 1, 1 << 24, 32768, &c->n_ctx_train) ||
-        get_float(g, "attention.layer_norm_rms_epsilon", NULL, 0, 1e-6f, &c->rms_eps) ||
-        get_float(g, "final_logit_softcapping", NULL, 0, 0, &c->final_softcap))
-        return -1;
+    c->n_layers = (int)get_number(o, "block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = (int)get_number(o, "embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = (int)get_number(o, "feed_forward_length", 1, 1 << 20, REQUIRED);
+    c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
+    c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    if (!o->failed && c->rms_eps == 0)
+        return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
+    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
+        if (published[k].n_layers == c->n_layers) o->size = &published[k];
+    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
+    c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads) = 1/sqrt(168), not by 1/sqrt(head_dim). */
-    int n = c->n_layers == 62 ? c->d_model / c->n_heads : c->head_dim;
-    c->query_scale = 1.0f / sqrt_of((float)n);
+    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
+    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
+    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
+    c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
+    return o->failed;
+}
+
+/* ---- The tokenizer ---- */
+
+/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
+
+static void *tokenizer_room(struct arena *a, int n, size_t *size)
+{
+    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, *size, 1);
+}
+
+static int is_array_of(const struct kv *kv, uint32_t element, int n)
+{
+    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
+}
+
+/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
+ * (rank_merges). */
+static int read_vocab(struct opening *o)
+{
+    struct kv tokens, scores, types, merges;
+    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
+                     is_array_of(&merges, KV_STRING, 1);
+    if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
+    has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
+    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+        return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
+    int n = o->m->token_embd.rows;
+    if (tokens.count < (uint64_t)n) n = (int)tokens.count;
+    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
+    if (!has_merges && !(has_scores && is_array_of(&scores, KV_F32, n)))
+        return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
+    int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
+    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+        return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
+    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    if (!text) return no_room(o);
+    uint32_t *length = (uint32_t *)(void *)(text + n);
+    float *score = (float *)(void *)(length + n);
+    int32_t *type = (int32_t *)(void *)(score + n);
+    for (int k = 0; k < n; k++) {
+        struct string s = take_string(&tokens.value);
+        if (s.n > GEMMA3_PIECE_MAX)
+            return reject(o, ": key tokenizer.ggml.tokens: token %d has %llu bytes, expected at "
+                          "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
+        text[k] = s.text;
+        length[k] = (uint32_t)s.n;
+        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
+    }
+    o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
+                                 .type = type, .stop = o->m->stop};
+    o->m->config.n_vocab = n;
     return 0;
 }
 
-/* The arrays that the tokenizer works on; strings stay in the file. */
-static int read_vocab(struct opening *o)
+/* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
+ * takes the place of its score. */
+static int rank_merges(const struct opening *o)
 {
-    gemma3_model *m = o->m;
-    const struct gguf *g = &o->g;
-    const struct kv *tokens = find_kv(g, "tokenizer.ggml.tokens"), *scores = find_kv(g, "tokenizer.ggml.scores");
-    const struct kv *types = find_kv(g, "tokenizer.ggml.token_type");
-    if (!tokens || tokens->type != KV_ARRAY || tokens->element != KV_STRING || !tokens->count)
-        return fail(g->err, "%s: key tokenizer.ggml.tokens is missing or no array of strings", g->name), -1;
-    int n = m->token_embd.rows;
-    if (tokens->count < (uint64_t)n) n = (int)tokens->count;
-    m->config.n_vocab = n;
-    if (!scores || scores->type != KV_ARRAY || scores->element != KV_F32 || scores->count < (uint64_t)n)
-        return fail(g->err, "%s: key tokenizer.ggml.scores must be an array of %d f32", g->name, n), -1;
-    if (types && (types->type != KV_ARRAY || (types->element != KV_I32 && types->element != KV_U32) ||
-                  types->count < (uint64_t)n))
-        return fail(g->err, "%s: key tokenizer.ggml.token_type must be an array of %d i32", g->name, n), -1;
-    const char **text = own(o, n * sizeof *text, "the vocabulary");
-    uint32_t *length = own(o, n * (sizeof *length + sizeof(float) + sizeof(int32_t)), "the vocabulary");
-    if (!text || !length) return -1;
-    float *score = (float *)(void *)(length + n);
-    int32_t *type = (int32_t *)(void *)(score + n);
-    struct cursor c = tokens->value;
-    for (int k = 0; k < n; k++) {
-        struct string s = take_string(&c);
-        if (s.n > GEMMA3_PIECE_MAX)
-            return fail(g->err, "%s: key tokenizer.ggml.tokens: token %d has %llu bytes, expected at most %d", g->name,
-                        k, (unsigned long long)s.n, GEMMA3_PIECE_MAX), -1;
-        text[k] = s.text;
-        length[k] = (uint32_t)s.n;
-        score[k] = float_of(load_u32_le(scores->value.p + 4 * (size_t)k));
-        type[k] = types ? (int32_t)load_u32_le(types->value.p + 4 * (size_t)k) : 1;
+    float *score = (float *)(uintptr_t)o->m->vocab.score;
+    struct kv merges;
+    if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
+    if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
+        return reject(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
+    find_kv(o, "tokenizer.ggml.merges", &merges);
+    for (uint64_t k = 0; k < merges.count; k++) {
+        char joined[GEMMA3_PIECE_MAX];
+        struct string s = take_string(&merges.value);
+        const char *space = s.n > 2 ? memchr(s.text + 1, ' ', s.n - 2) : NULL;
+        if (!space || s.n > sizeof joined)
+            return reject(o, ": key tokenizer.ggml.merges: number %llu is no pair of pieces",
+                          (unsigned long long)k);
+        size_t left = (size_t)(space - s.text);
+        memcpy(joined, s.text, left);
+        memcpy(joined + left, space + 1, s.n - left - 1);
+        int32_t id = gemma3_find(o->m->tokenizer, joined, s.n - 1);
+        if (id >= 0 && score[id] == -(float)merges.count) score[id] = -(float)k;
     }
-    m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score, .type = type};
     return 0;
+}
+
+/* The ids that a key gives, one or an array: how many, or -1. */
+static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, int max)
+{
+    struct kv kv;
+    double x;
+    int n_vocab = o->m->vocab.n_vocab;
+    if (!find_kv(o, key, &kv)) return 0;
+    if (kv.count > (uint64_t)max)
+        return reject(o, ": key %s has %llu ids, expected at most %d", key,
+                      (unsigned long long)kv.count, max);
+    for (int k = 0; k < (int)kv.count; k++) {
+        if (take_number(o, &kv, &x)) return -1;
+        if (!(x >= 0 && x < n_vocab))
+            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
+        ids[k] = (int32_t)x;
+        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
+    }
+    return (int)kv.count;
 }
 
 /* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
 static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
 {
-    const struct kv *kv = find_kv(&o->g, key);
     const gemma3_vocab *v = &o->m->vocab;
-    double x = -1;
-    if (kv && !read_number(&o->g, kv, &x)) return -1;
-    if (kv && !(x >= 0 && x < v->n_vocab))
-        return fail(o->g.err, "%s: key %s is %.10g, outside the vocabulary of %d", o->g.name, key, x, v->n_vocab), -1;
-    *id = (int32_t)x;
-    if (*id != x) return fail(o->g.err, "%s: key %s is %.10g, expected an integer", o->g.name, key, x), -1;
-    for (int32_t k = 0; !kv && *id < 0 && k < v->n_vocab; k++)
+    int n = ids_of_key(o, key, id, 1);
+    if (n == 0) *id = -1;
+    for (int32_t k = 0; n == 0 && *id < 0 && k < v->n_vocab; k++)
         if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
-    return 0;
+    return n < 0 ? -1 : 0;
 }
 
 static int open_tokenizer(struct opening *o)
 {
+    static const char *const more[] = {"tokenizer.ggml.eos_token_ids",
+                                       "tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
+    struct kv kv;
     double add_bos = 1;
-    if (check_string(&o->g, "tokenizer.ggml.model", "llama", "llama") || read_vocab(o) ||
-        special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
-        special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos) ||
+    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
         special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
         return -1;
-    const struct kv *kv = find_kv(&o->g, "tokenizer.ggml.add_bos_token");
-    if (kv && !read_number(&o->g, kv, &add_bos)) return -1;
+    int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
+    if (n > 0) v->eos = m->stop[0];
+    else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
+    for (int k = 0; k < 3 && n >= 0; k++) {
+        v->n_stop += n;
+        n = ids_of_key(o, more[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+    }
+    if (n < 0) return -1;
+    v->n_stop += n;
+    if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
     v->add_bos = add_bos != 0;
-    size_t size = gemma3_tokenizer_size(v);
-    void *mem = own(o, size, "the tokenizer");
-    if (!mem) return -1;
-    m->tokenizer = gemma3_tokenizer_init(v, mem, size, o->g.err);
-    return m->tokenizer ? 0 : -1;
+    size_t size;
+    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
+    if (!room) return no_room(o);
+    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
+    return m->tokenizer ? rank_merges(o) : -1;
+}
+
+/* ---- Weights ---- */
+
+enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
+
+static int dim_of(const gemma3_model *m, enum dim d)
+{
+    const gemma3_config *c = &m->config;
+    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
+                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    return n[d];
+}
+
+/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
+ * the first and the last two are the model's, those between each layer's. A norm has one row. */
+static const struct tensor_place {
+    const char *name;
+    size_t at;                       /* in the model or the layer: its matrix or norm */
+    enum dim rows, cols;
+} places[] = {
+    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
+    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
+    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
+    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
+    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
+    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
+    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
+    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
+    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
+    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
+    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
+    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
+    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
+    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
+    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
+    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
+};
+enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
+
+/* One tensor that the model needs. rows 0: as many as the file has. */
+struct slot {
+    char name[48];
+    int rows, cols;
+    struct matrix *w;                /* NULL of a norm */
+    const float **norm;
+};
+
+/* Number index of them; -1 after the last. */
+static int find_slot(gemma3_model *m, int index, struct slot *t)
+{
+    int n = m->config.n_layers * PER_LAYER, l = -1, place = index;
+    if (index > n) place = index - n + PER_LAYER;
+    else if (index > 0) l = (index - 1) / PER_LAYER, place = 1 + (index - 1) % PER_LAYER;
+    if (index < 0 || place > N_PLACES - 1 - m->tied) return -1;
+    const struct tensor_place *p = &places[place];
+    *t = (struct slot){.rows = dim_of(m, p->rows), .cols = dim_of(m, p->cols)};
+    char *to = t->name, *owner = l < 0 ? (char *)m : (char *)&m->layer[l];
+    if (l >= 0) {
+        to += strlen(strcpy(to, "blk."));
+        for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
+            *to++ = (char)('0' + l / unit % 10);
+        *to++ = '.';
+    }
+    strcat(strcpy(to, p->name), ".weight");
+    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
+    else t->w = (struct matrix *)(void *)(owner + p->at);
+    return 0;
+}
+
+/* All types of ggml by number, those that were removed from it too. */
+static const char *const type_names[] = {
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
+    "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8",
+    "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4", "NVFP4",
+    "Q1_0"};
+enum { N_TYPES = sizeof type_names / sizeof *type_names };
+
+static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    char shape[96], *to = shape, want[24] = "any number of tokens";
+    if (!f) {
+        if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
+        else print(want, sizeof want, "%u", (unsigned)t->type);
+        return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
+    }
+    int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
+    if (s->rows) print(want, sizeof want, "%d", s->rows);
+    for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
+        print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
+    if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
+        return reject(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
+    if (s->cols % f->elements)
+        return reject(o, ": tensor %s has rows of %d, expected a multiple of %s's block of %d",
+                      s->name, s->cols, f->name, f->elements);
+    if (s->norm && !is_float(f))
+        return reject(o, ": tensor %s has type %s, expected F32", s->name, f->name);
+    return 0;
+}
+
+/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
+static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
+{
+    float *out = piece(&o->arena, w->cols, sizeof *out);
+    if (!out) return no_room(o);
+    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
+        return reject(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = bytes;
+    o->m->kernels->dequantize(w, 0, 1, out);
+    *s->norm = out;
+    return 0;
+}
+
+/* Finds a tensor and checks its type, shape and end. */
+static int bind(struct opening *o, const struct slot *s)
+{
+    struct tensor t;
+    struct matrix norm, *w = s->w ? s->w : &norm;
+    if (!find_tensor(o, s->name, &t)) return reject(o, ": tensor %s is missing", s->name);
+    if (check_tensor(o, s, &t)) return -1;
+    const struct format *f = find_format(t.type);
+    size_t row_bytes = (size_t)(s->cols / f->elements) * f->bytes;
+    uint64_t bytes = row_bytes * t.ne[1], left = 0;
+    if (o->from.size > o->data) left = o->from.size - o->data;
+    if (t.offset % o->alignment)
+        return reject(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
+                      (unsigned long long)t.offset, (unsigned long long)o->alignment);
+    if (t.offset > left || bytes > left - t.offset)
+        return reject(o, " is truncated: tensor %s ends %llu bytes past the end of the file",
+                      s->name, (unsigned long long)(t.offset + bytes - left));
+    *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
+                         .offset = o->data + t.offset};
+    if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
+    else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
+    o->m->weight_bytes += (size_t)bytes;
+    return s->norm ? bind_norm(o, s, w) : 0;
 }
 
 static int bind_weights(struct opening *o)
 {
     gemma3_model *m = o->m;
-    const gemma3_config *c = &m->config;
-    int d = c->d_model, D = c->head_dim, q = c->n_heads * D, kv = c->n_kv_heads * D;
-    o->norms = own(o, ((size_t)c->n_layers * (4 * d + 2 * D) + d) * sizeof(float), "the norms");
-    if (!o->norms || bind(o, "token_embd.weight", 0, d, &m->token_embd) ||
-        bind_norm(o, "output_norm.weight", d, &m->output_norm))
-        return -1;
-    m->output = m->token_embd;
-    m->tied = !find_tensor(&o->g, "output.weight");
-    if (!m->tied && bind(o, "output.weight", m->token_embd.rows, d, &m->output)) return -1;
-    for (int l = 0; l < c->n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        if (bind_layer_norm(o, l, "attn_norm", d, &w->attn_norm) ||
-            bind_layer(o, l, "attn_q", q, d, &w->attn_q) ||
-            bind_layer(o, l, "attn_k", kv, d, &w->attn_k) ||
-            bind_layer(o, l, "attn_v", kv, d, &w->attn_v) ||
-            bind_layer(o, l, "attn_output", d, q, &w->attn_output) ||
-            bind_layer_norm(o, l, "attn_q_norm", D, &w->attn_q_norm) ||
-            bind_layer_norm(o, l, "attn_k_norm", D, &w->attn_k_norm) ||
-            bind_layer_norm(o, l, "post_attention_norm", d, &w->post_attention_norm) ||
-            bind_layer_norm(o, l, "ffn_norm", d, &w->ffn_norm) ||
-            bind_layer(o, l, "ffn_gate", c->d_ff, d, &w->ffn_gate) ||
-            bind_layer(o, l, "ffn_up", c->d_ff, d, &w->ffn_up) ||
-            bind_layer(o, l, "ffn_down", d, c->d_ff, &w->ffn_down) ||
-            bind_layer_norm(o, l, "post_ffw_norm", d, &w->post_ffw_norm))
-            return -1;
-    }
+    struct slot s;
+    struct tensor t;
+    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
+    if (!m->layer) return no_room(o);
+    m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_slot(m, k, &s); k++)
+        if (bind(o, &s)) return -1;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3297,13 +3513,13 @@ static void repack_task(void *arg, int index, int worker)
 {
     const struct repack *job = arg;
     const struct matrix *w = job->w;
-    int tile, end, row, last;
+    int tile, end;
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
-    row = tile * TILE_ROWS, last = end * TILE_ROWS < w->rows ? end * TILE_ROWS : w->rows;
+    int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
     const uint8_t *from = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
-        n = last - row < TILE_ROWS ? last - row : TILE_ROWS;
+        n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
@@ -3312,158 +3528,203 @@ static void repack_task(void *arg, int index, int worker)
 
 static size_t tiled_bytes(const struct matrix *w)
 {
-    return is_float(w->format) ? 0 : (size_t)n_tiles(w) * TILE_ROWS * w->row_bytes;
-}
-
-static void repack_one(struct opening *o, struct matrix *w, uint8_t **to)
-{
-    size_t bytes = tiled_bytes(w);
-    struct repack job = {o->m, w, *to, MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-    if (!bytes) return;
-    if (o->options.parallel_for && o->options.n_threads > 1)
-        o->options.parallel_for(o->options.pool, job.n_tasks, repack_task, &job);
-    else
-        for (int k = 0; k < job.n_tasks; k++) repack_task(&job, k, 0);
-    w->data = *to;
-    w->tiled = 1;
-    *to += bytes;
+    return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
 static int repack(struct opening *o)
 {
     gemma3_model *m = o->m;
-    int n = 0, n_layers = m->config.n_layers;
-    struct matrix *all[GEMMA3_MAX_LAYERS * 7 + 2];
-    all[n++] = &m->token_embd;
-    if (!m->tied) all[n++] = &m->output;
-    for (int l = 0; l < n_layers; l++) {
-        struct layer *w = &m->layer[l];
-        struct matrix *of_layer[7] = {&w->attn_q, &w->attn_k, &w->attn_v, &w->attn_output,
-                                      &w->ffn_gate, &w->ffn_up, &w->ffn_down};
-        for (int k = 0; k < 7; k++) all[n++] = of_layer[k];
+    const gemma3_options *p = &o->options;
+    struct slot s;
+    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
+        if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
+        size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
+        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
+        if (!job.to) return no_room(o);
+        if (!bytes) continue;
+        if (p->parallel_for && p->n_threads > 1)
+            p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
+        else
+            for (int i = 0; i < job.n_tasks; i++) repack_task(&job, i, 0);
+        s.w->data = job.to;
+        s.w->tiled = 1;
     }
-    size_t bytes = 0;
-    for (int k = 0; k < n; k++) bytes += tiled_bytes(all[k]);
-    if (!bytes) return 0;
-    uint8_t *to = own(o, bytes + 64, "the weights");
-    if (!to) return -1;
-    host_use_large_pages(to, bytes);
-    to += -(uintptr_t)to & 63;
-    for (int k = 0; k < n; k++) {
-        repack_one(o, all[k], &to);
-        if (o->options.progress) o->options.progress(o->options.user, (double)(k + 1) / n);
-    }
-    if (m->tied) m->output = m->token_embd;
+    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
+
+/* ---- Opening ---- */
 
 static int choose_kernels(struct opening *o)
 {
     const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
-        if (!strcmp(all_kernels[k].name, wanted) && cpu_has(wanted)) {
-            o->m->kernels = &all_kernels[k];
+        if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
+            o->kernels = all_kernels[k];
+            o->repacks = o->kernels->tiles && !o->options.no_repack;
             return 0;
         }
-    return fail(o->g.err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted), -1;
+    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
 }
 
-static int open_steps(struct opening *o, const void *data, size_t size)
+/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
+static void count_kv(struct opening *o, struct kv *kv)
 {
-    gemma3_model *m = o->m;
-    const char *fault = arithmetic_fault();
-    if (fault) return fail(o->g.err, "this build cannot keep the numeric contract: %s", fault), -1;
-    if (choose_kernels(o) || read_gguf(&o->g, data, size) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
-        return -1;
-    m->token_embd.rows = m->output.rows = m->config.n_vocab; /* rows beyond the tokens are padding */
-    if (!m->exact && !o->options.no_repack && repack(o)) return -1;
-    struct string name = get_string(&o->g, "general.name");
-    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->can_chat = get_string(&o->g, "tokenizer.chat_template").n > 0;
+    double n = 0;
+    if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
+        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
+        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
+        piece(&o->arena, n_vocab, TOKEN_BYTES);
+        tokenizer_room(&o->arena, (int)n_vocab, &size);
+    }
+}
+
+static void count_tensor(struct opening *o, const struct tensor *t)
+{
+    const struct format *f = find_format(t->type);
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
+                       .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
+    o->counted += (uint64_t)w.row_bytes * t->ne[1];
+    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
+    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+}
+
+/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
+static int walk(struct opening *o)
+{
+    struct cursor c = cursor_at(o, 0);
+    struct kv kv;
+    struct tensor t;
+    if (read_start(o, &c)) return -1;
+    size_t n = 0, *at = o->names = piece(&o->arena, (size_t)(o->n_kv + o->n_tensors), sizeof *at);
+    if (o->m && !at) return no_room(o);
+    for (uint64_t k = 0; k < o->n_kv && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
+        if (read_kv(o, &c, &kv)) return -1;
+        if (!o->m && !c.failed) count_kv(o, &kv);
+    }
+    o->infos = o->n_header - c.left;
+    for (uint64_t k = 0; k < o->n_tensors && !c.failed; k++) {
+        if (o->m) at[n++] = o->n_header - c.left;
+        if (read_tensor(o, &c, &t)) return -1;
+        if (!o->m && !c.failed) count_tensor(o, &t);
+    }
+    o->n_names = n;
+    if (c.failed) return refuse_end(o);
+    o->data = o->n_header -= c.left;
+    if (!o->from.is_mapped) return 0;
+    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
+    if (o->m && !copy) return no_room(o);
+    if (!copy) return 0;
+    o->header = memcpy(copy, o->header, o->n_header);
+    host_give_back(o->m, o->from.data, o->n_header);
     return 0;
 }
 
-static gemma3_model *open_bytes(const void *data, size_t size, const char *name, const gemma3_options *options,
-                                gemma3_error *err, gemma3_model *m)
+static int open_steps(struct opening *o)
 {
-    char shortened[SHORT_PATH];
-    struct opening o = {.g = {.name = short_path(name, shortened), .err = err}, .m = m};
-    fp_state fp = fp_enter();
-    if (options) o.options = *options;
-    m->exact = o.options.exact;
-    int failed = open_steps(&o, data, size);
-    free(o.g.kv);
-    free(o.g.tensor);
-    fp_leave(fp);
-    if (failed) gemma3_close(m);
-    return failed ? NULL : m;
+    gemma3_model *m = o->m;
+    const char *fault = arithmetic_fault();
+    if (!fault) fault = kernel_fault(m->kernels);
+    if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
+    if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
+        bind_weights(o) || open_tokenizer(o))
+        return -1;
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
+    struct string name = get_string(o, "general.name");
+    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    m->chat_template = get_string(o, "tokenizer.chat_template");
+    return o->repacks ? repack(o) : 0;
 }
 
-gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name, const gemma3_options *options,
+static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
+                  gemma3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    o->from = *from;
+    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->read && !from->data) o->from.size = 0;
+    o->header = from->data ? from->data : (const uint8_t *)"";
+    o->n_header = o->from.n_data;
+    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
+    o->err = err;
+    if (options) o->options = *options;
+}
+
+size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
+                         gemma3_error *err)
+{
+    struct opening o;
+    start(&o, from, options, err);
+    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
+    if (choose_kernels(&o) || walk(&o)) return 0;
+    if (o.arena.used < SIZE_MAX) return o.arena.used;
+    reject(&o, " needs more memory than this machine can address");
+    return 0;
+}
+
+gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
+                                size_t size, gemma3_error *err)
+{
+    struct opening o;
+    size_t to_align = -(uintptr_t)mem & 63;
+    fp_state fp = fp_enter();
+    start(&o, from, options, err);
+    o.arena.base = (uint8_t *)mem + to_align;
+    o.arena.size = size > to_align ? size - to_align : 0;
+    int failed = choose_kernels(&o);
+    if (!failed && !(o.m = piece(&o.arena, 1, sizeof *o.m))) failed = no_room(&o);
+    if (!failed) {
+        memset(o.m, 0, sizeof *o.m);
+        o.m->kernels = o.kernels;
+        o.m->source = o.from;
+        o.m->mapping = from->is_mapped ? from->data : NULL;
+        o.m->mapping_bytes = o.from.n_data;
+        o.m->exact = o.options.exact;
+        failed = open_steps(&o);
+    }
+    fp_leave(fp);
+    return failed ? NULL : o.m;
+}
+
+gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options *options,
                                  gemma3_error *err)
 {
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!name) name = "a model in memory";
-    if (!m) return fail(err, "out of memory for a model");
-    return open_bytes(data, size, name, options, err, m);
+    size_t size = gemma3_model_size(from, options, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem) fail(err, "out of memory for a model (%llu bytes)", (unsigned long long)size);
+    if (!mem) return NULL;
+    host_use_large_pages(mem, size);
+    gemma3_model *m = gemma3_model_init(from, options, mem, size, err);
+    if (m) m->allocated = mem;
+    else free(mem);
+    return m;
+}
+
+gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
+                                 const gemma3_options *options, gemma3_error *err)
+{
+    gemma3_source from = {.data = data, .size = size, .name = name};
+    return gemma3_open_source(&from, options, err);
 }
 
 void gemma3_close(gemma3_model *m)
 {
     if (!m) return;
-    for (int k = 0; k < m->n_owned; k++) free(m->owned[k]);
     host_unmap(m);
-    free(m);
+    free(m->allocated);
 }
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
-static int matrix_tensor(const struct matrix *w, gemma3_tensor *out)
-{
-    out->format = w->format->name;
-    out->rows = w->rows, out->cols = w->cols;
-    out->data = w->data;
-    out->bytes = (size_t)w->rows * w->row_bytes;
-    return 0;
-}
-
-static int norm_tensor(const float *w, int n, gemma3_tensor *out)
-{
-    out->format = "F32";
-    out->rows = 1, out->cols = n;
-    out->data = out->floats = w;
-    out->bytes = n * sizeof *w;
-    return 0;
-}
-
-int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *out)
-{
-    static const char *const names[] = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm",
-        "attn_output", "post_attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm"};
-    const gemma3_config *c = &m->config;
-    int l = (index - 1) / 13, k = (index - 1) % 13, after = index - 1 - 13 * c->n_layers;
-    memset(out, 0, sizeof *out);
-    if (index < 0 || after > (m->tied ? 0 : 1)) return -1;
-    if (index == 0 || after >= 0)
-        snprintf(out->name, sizeof out->name, "%s.weight", index == 0 ? "token_embd" : after ? "output" : "output_norm");
-    else snprintf(out->name, sizeof out->name, "blk.%d.%s.weight", l, names[k]);
-    if (index == 0) return matrix_tensor(&m->token_embd, out);
-    if (after == 0) return norm_tensor(m->output_norm, c->d_model, out);
-    if (after == 1) return matrix_tensor(&m->output, out);
-    const struct layer *w = &m->layer[l];
-    const struct matrix *matrices[13] = {NULL, &w->attn_q, &w->attn_k, &w->attn_v, NULL, NULL, &w->attn_output, NULL,
-                                         NULL, &w->ffn_gate, &w->ffn_up, &w->ffn_down, NULL};
-    const float *norms[13] = {w->attn_norm, NULL, NULL, NULL, w->attn_q_norm, w->attn_k_norm, NULL,
-                              w->post_attention_norm, w->ffn_norm, NULL, NULL, NULL, w->post_ffw_norm};
-    if (matrices[k]) return matrix_tensor(matrices[k], out);
-    return norm_tensor(norms[k], k == 4 || k == 5 ? c->head_dim : c->d_model, out);
-}
-
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
 int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->can_chat; }
+int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
 size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
 
 size_t gemma3_model_token_bytes(const gemma3_model *m)
@@ -3471,34 +3732,50 @@ size_t gemma3_model_token_bytes(const gemma3_model *m)
     return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
 }
 
-/* ==== 13. Sizes and states ====================================================================== */
-
-/* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
-struct arena {
-    uint8_t *base;
-    size_t used;
-};
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
-
-static void *piece(struct arena *a, size_t count, size_t bytes)
+const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
 {
-    void *p = a->base ? a->base + a->used : NULL;
-    size_t size = times(count, bytes);
-    a->used = plus(a->used, size > SIZE_MAX - 63 ? SIZE_MAX : (size + 63) & ~(size_t)63);
-    return p;
+    *n = m->chat_template.n;
+    return *n ? m->chat_template.text : NULL;
 }
+
+const char *gemma3_model_size_name(const gemma3_model *m)
+{
+    return m->published ? m->published->name : "";
+}
+
+const char *gemma3_model_note(const gemma3_model *m, int index)
+{
+    return index >= 0 && index < m->n_notes ? m->note[index] : NULL;
+}
+
+const char *gemma3_model_origin(const gemma3_model *m, const char *key)
+{
+    key += strncmp(key, "gemma3.", 7) ? 0 : 7;
+    for (int k = 0; k < m->n_origins; k++)
+        if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
+    return "";
+}
+
+int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
+{
+    struct slot s;
+    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
+    strcpy(t->name, s.name);
+    if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
+    else t->format = s.w->format->name, t->data = s.w->data, t->bytes = s.w->row_bytes * s.w->rows;
+    return 0;
+}
+
+/* ==== 13. Sizes and states ==================================================================== */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->p = *p;
-    s->chunk = p->n_batch < GEMMA3_CHUNK ? p->n_batch : GEMMA3_CHUNK;
-    s->chunk = s->chunk < p->n_ctx ? s->chunk : p->n_ctx;
-    s->pack = s->chunk < 4 ? s->chunk : 4;
-    s->n_acc = s->chunk < 16 ? 16 : s->chunk; /* attention has that many queries of a kv head */
-    s->ring = c->window + s->chunk - 1 < p->n_ctx ? c->window + s->chunk - 1 : p->n_ctx;
+    s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
+    s->q_block = min_int(s->n_ubatch, 4);
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a query block has that many to a kv head */
+    s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3516,12 +3793,14 @@ static int widest_input(const gemma3_config *c)
     return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
 }
 
-/* Where everything of a state lies. The one place that knows: sizes are counted by the same lines. */
+/* Where everything of a state lies: the one place that knows, and the sizes are counted by it. */
 static void lay_out(gemma3_state *s, struct arena *a)
 {
-    const gemma3_config *c = s->config;
-    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->chunk;
-    size_t pack_q = (size_t)s->pack * c->n_heads, blocks = ((size_t)widest_input(c) + 31) / 32;
+    const gemma3_config *c = s->c;
+    size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
+    size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
+    size_t blocks = ((size_t)widest_input(c) + 31) / 32;
+    int exact = s->m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3531,6 +3810,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
         s->cosine[local] = piece(a, n * (D / 2), sizeof(float));
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
+    s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->x = piece(a, n * c->d_model, sizeof(float));
     s->h = piece(a, n * c->d_model, sizeof(float));
     s->q = piece(a, n * q, sizeof(float));
@@ -3539,70 +3819,105 @@ static void lay_out(gemma3_state *s, struct arena *a)
     s->v = piece(a, times(n, kv), sizeof(float));
     s->gate = piece(a, n * c->d_ff, sizeof(float));
     s->up = piece(a, n * c->d_ff, sizeof(float));
-    s->pack_q = piece(a, pack_q * D, sizeof(float));
-    s->pack_out = piece(a, pack_q * D, sizeof(float));
-    s->score_sum = piece(a, pack_q, sizeof(float));
+    s->block_q = piece(a, n_queries * D, sizeof(float));
+    s->block_out = piece(a, n_queries * D, sizeof(float));
+    s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(pack_q, s->n_score), sizeof(float));
-    s->xq = piece(a, s->m->exact ? 0 : n * blocks, sizeof *s->xq);
-    s->acc = piece(a, (size_t)s->p.n_threads * s->n_acc, sizeof *s->acc);
-    s->unpacked = piece(a, s->m->exact ? 0 : (size_t)s->p.n_threads, sizeof *s->unpacked);
-    s->row_floats = piece(a, s->m->exact ? (size_t)s->p.n_threads * ROWS_AT_ONCE * blocks : 0, 32 * sizeof(float));
+    s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
+    s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
+    s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
+    s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
+    s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
+    s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
+    s->unread = piece(a, n_threads, 1);
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = m->config.n_ctx_train < 4096 ? m->config.n_ctx_train : 4096, .n_batch = 512,
+    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
                        .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
     return p;
 }
 
+static const gemma3_config *config_of(const gemma3_model *m, const gemma3_params *p)
+{
+    return p->config ? p->config : &m->config;
+}
+
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m, .config = p->config ? p->config : &m->config};
-    struct arena a = {NULL, 0};
-    size_state(&s, s.config, p);
+    gemma3_state s = {.m = m, .c = config_of(m, p)};
+    struct arena a = {NULL, 0, 0};
+    size_state(&s, s.c, p);
     lay_out(&s, &a);
     return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
+}
+
+/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
+{
+    const struct { const char *name; float x, low, high; } number[] = {
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rope_base_local", c->rope_base_local, 1, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"embedding_scale", c->embedding_scale, 0, 1e30f},
+        {"final_softcap", c->final_softcap, 0, 1e30f},
+        {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
+    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
+        c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
+        c->n_vocab != m->n_vocab)
+        return fail(err, "a config with other shapes than the model's");
+    for (size_t k = 0; k < sizeof number / sizeof *number; k++)
+        if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
+            return fail(err, "a config with %s %g: expected a number from %g to %g", number[k].name,
+                        (double)number[k].x, (double)number[k].low, (double)number[k].high);
+    for (int l = 0; l < c->n_layers; l++)
+        if (c->is_local[l] > 1)
+            return fail(err, "a config with is_local[%d] %d: expected 0 or 1", l, c->is_local[l]);
+    return 0;
 }
 
 /* -1 and a sentence when no state can be made of these. */
 static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), -1;
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), -1;
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
+    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), -1;
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), -1;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
+    if (p->config && check_config(p->config, &m->config, err)) return -1;
     if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address", p->n_ctx), -1;
+        return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                    p->n_ctx);
     return 0;
 }
 
-gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem, size_t size,
-                                gemma3_error *err)
+gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
+                                size_t size, gemma3_error *err)
 {
-    const gemma3_config *c = p->config ? p->config : &m->config;
     if (check_params(m, p, err)) return NULL;
     size_t need = gemma3_state_size(m, p);
-    if (size < need)
-        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-                    (unsigned long long)size);
+    if (size < need) {
+        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+             (unsigned long long)size);
+        return NULL;
+    }
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
-    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0};
+    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0, size};
     memset(s, 0, sizeof *s);
     s->m = m;
-    s->config = c;
-    size_state(s, c, p);
+    s->c = config_of(m, p);
+    size_state(s, s->c, p);
     lay_out(s, &a);
+    memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
-        for (int j = 0; j < c->head_dim / 2; j++) {
-            float base = local ? c->rope_base_local : c->rope_base_global;
-            float turned = (float)power(base, 2.0 * j / c->head_dim);
-            s->inv_freq[local][j] = (1.0f / turned) / (local ? c->rope_factor_local : c->rope_factor);
+        for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
+            float base = local ? s->c->rope_base_local : s->c->rope_base_global;
+            float turned = (float)power(base, 2.0 * j / D);
+            s->inv_freq[local][j] = (1.0f / turned) / (local ? 1.0f : s->c->rope_factor);
         }
     fp_leave(fp);
     return s;
@@ -3613,8 +3928,11 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem)
-        return fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx, (unsigned long long)size);
+    if (!mem) {
+        fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
+             (unsigned long long)size);
+        return NULL;
+    }
     gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
     if (!s) free(mem);
     else s->allocated = mem;
@@ -3629,55 +3947,175 @@ void gemma3_state_free(gemma3_state *s)
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
 int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
+const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
-/* ==== 14. Scores, sampling, SHA-256 ============================================================= */
+/* ---- States that are kept ----
+ *
+ *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config as hex
+ *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
+ *     SHA-256 of all before as hex
+ *
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
 
-/* Logits are looked at SCAN at a time: only where the largest of them could matter, one by one. */
-enum { SCAN = 256 };
+struct stream {
+    gemma3_write *write;             /* or: */
+    gemma3_read *read;
+    void *user;
+    uint64_t at;
+    int failed;
+    gemma3_sha256 sum;
+};
+
+static void pass(struct stream *f, void *bytes, size_t n)
+{
+    if (f->failed) return;
+    f->failed = f->write ? f->write(f->user, bytes, n) : f->read(f->user, f->at, bytes, n);
+    f->at += n;
+    gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
+}
+
+static void pass_u32(struct stream *f, uint32_t *u)
+{
+    uint8_t bytes[4];
+    store_u32_le(bytes, *u);
+    pass(f, bytes, 4);
+    *u = load_u32_le(bytes);
+}
+
+/* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
+ * two trained models share. All the weights would take seconds. */
+static void hash_model(gemma3_state *s, char hex[65])
+{
+    const gemma3_config *c = s->c;
+    const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
+                            c->rope_factor, c->query_scale, c->embedding_scale};
+    gemma3_sha256 sum;
+    struct slot t;
+    gemma3_sha256_init(&sum);
+    gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
+    gemma3_sha256_add(&sum, c->is_local, c->n_layers);
+    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
+        gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
+    }
+    gemma3_sha256_end(&sum, hex);
+}
+
+static void pass_cache(struct stream *f, gemma3_state *s, int n)
+{
+    const gemma3_config *c = s->c;
+    for (int l = 0; l < c->n_layers; l++) {
+        struct attention a = {.s = s, .l = l, .slots = slots_of(s, l)};
+        int first = c->is_local[l] && n > c->window ? n - c->window : 0, D = c->head_dim;
+        for (int g = 0; g < c->n_kv_heads; g++)
+            for (int p = first; p < n; p++) {
+                pass(f, key_at(&a, g, p), D * kv_element(s));
+                for (int j0 = 0; j0 < D; j0 += MIX_WIDTH)
+                    pass(f, value_at(&a, g, j0, p), slice_width(D, j0) * kv_element(s));
+            }
+    }
+}
+
+static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
+{
+    static const char want[16] = "gemma3 state 1\n";
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
+    char magic[16], model[65], hex[65];
+    uint32_t n = s->pos;
+    hash_model(s, model);
+    memcpy(hex, model, sizeof hex);
+    memcpy(magic, want, sizeof magic);
+    gemma3_sha256_init(&f->sum);
+    pass(f, magic, sizeof magic);
+    if (!f->failed && memcmp(magic, want, sizeof want))
+        return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++) {
+        uint32_t u = ours[k];
+        pass_u32(f, &u);
+        if (!f->failed && u != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
+                        (unsigned)ours[k]);
+    }
+    pass_u32(f, &n);
+    pass(f, hex, 64);
+    if (!f->failed && memcmp(hex, model, 64))
+        return fail(err, "the state was saved with another model or config");
+    if (!f->failed && n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
+    for (uint32_t i = 0; i < n && !f->failed; i++) pass_u32(f, (uint32_t *)&s->ids[i]);
+    if (!f->failed) pass_cache(f, s, (int)n);
+    gemma3_sha256_end(&f->sum, model);
+    memcpy(hex, model, sizeof hex);
+    pass(f, hex, 64);
+    if (f->failed && f->write) return fail(err, "the state cannot be written");
+    if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
+    if (memcmp(hex, model, 64)) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    s->pos = (int)n;
+    return 0;
+}
+
+int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
+{
+    struct stream f = {.write = write, .user = user};
+    fp_state fp = fp_enter();
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
+}
+
+int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
+{
+    struct stream f = {.read = read, .user = user};
+    fp_state fp = fp_enter();
+    s->pos = 0;
+    int failed = pass_state(&f, s, err);
+    fp_leave(fp);
+    return failed;
+}
+
+/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
-/* The largest of n <= SCAN logits; -infinity when all are NaN. */
+/* The largest of n logits; -infinity when all are NaN. */
 static float largest_of(const float *logits, int n)
 {
     float lane[16];
-    int j = 0;
-    for (int k = 0; k < 16; k++) lane[k] = MINUS_INFINITY;
-    for (; j + 16 <= n; j += 16)
-        for (int k = 0; k < 16; k++) lane[k] = logits[j + k] > lane[k] ? logits[j + k] : lane[k];
-    for (; j < n; j++) lane[0] = logits[j] > lane[0] ? logits[j] : lane[0];
-    for (int k = 1; k < 16; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    int i = 0;
+    for (int j = 0; j < 16; j++) lane[j] = MINUS_INFINITY;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j];
+    for (; i < n; i++) lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (int j = 1; j < 16; j++) lane[0] = lane[j] > lane[0] ? lane[j] : lane[0];
     return lane[0];
 }
 
 int32_t gemma3_argmax(const float *logits, int n_vocab)
 {
     fp_state fp = fp_enter();
-    int32_t best = 0;
-    float top = MINUS_INFINITY;
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (!(largest_of(logits + first, n) > top)) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if (logits[id] > top) top = logits[id], best = id;
-    }
+    float top = largest_of(logits, n_vocab);
+    int32_t id = 0;
+    while (top > MINUS_INFINITY && logits[id] != top) id++;
     fp_leave(fp);
-    return best;
+    return id;
 }
 
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
-    float max = logits[gemma3_argmax(logits, n_vocab)];
-    double lane[16] = {0};
-    for (int j = 0; j < n_vocab; j++) lane[j % 16] += exp_double((double)logits[j] - max);
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
-    double nll = ((double)max - logits[id]) + log_double(lane[0]);
+    int k = 0;
+    while (!cpu_has(all_kernels[k]->name)) k++;
+    float max = largest_of(logits, n_vocab);
+    double sum = all_kernels[k]->sum_exp(logits, n_vocab, max);
+    double nll = ((double)max - logits[id]) + log_double(sum);
     fp_leave(fp);
     return nll;
 }
+
+/* ---- Sampling: rule 8 ---- */
 
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
@@ -3696,149 +4134,78 @@ void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
     if (s->n_last == 2 * GEMMA3_PENALTY_WINDOW) s->n_last = GEMMA3_PENALTY_WINDOW;
 }
 
-static float next_uniform(gemma3_sampler *s) /* xorshift64*, 24 bits, [0, 1) */
+/* Shell's sort, by id or else the best first: logit down, id up. */
+static void sort(gemma3_candidate *c, int n, int by_id)
 {
-    s->rng ^= s->rng >> 12;
-    s->rng ^= s->rng << 25;
-    s->rng ^= s->rng >> 27;
-    return (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f;
+    for (int gap = (5 * n + 1) / 11; gap > 0; gap = (5 * gap + 1) / 11)
+        for (int i = gap; i < n; i++)
+            for (int j = i - gap; j >= 0; j -= gap) {
+                gemma3_candidate a = c[j], b = c[j + gap];
+                if (by_id || a.logit == b.logit ? a.id < b.id : a.logit > b.logit) break;
+                c[j] = b, c[j + gap] = a;
+            }
 }
 
-/* Whether the repeat penalty changes this token, and its logit then. */
-static int is_penalized(const gemma3_sampler *s, int32_t id)
+/* Puts the k best numbers among logits into c; returns how many there are. They gather until there
+ * are 2k, then the worse half goes; runs of 256 below the rest are passed over. */
+static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int k)
 {
-    int n = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int k = 0; k < n && s->repeat_penalty != 1; k++)
-        if (s->last[k] == id) return 1;
-    return 0;
-}
-
-static gemma3_candidate candidate(const gemma3_sampler *s, const float *logits, int32_t id)
-{
-    float l = logits[id] == logits[id] ? logits[id] : MINUS_INFINITY; /* NaN never wins */
-    if (is_penalized(s, id)) l = l > 0 ? l / s->repeat_penalty : l * s->repeat_penalty;
-    return (gemma3_candidate){l, id};
-}
-
-/* 1 when a comes before b: logit down, id up. */
-static int before(gemma3_candidate a, gemma3_candidate b)
-{
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-}
-
-static int compare_ids(const void *a, const void *b)
-{
-    return ((const gemma3_candidate *)a)->id - ((const gemma3_candidate *)b)->id;
-}
-
-/* Puts the root of a heap of n where it belongs. On top is the one that comes first or, with
- * last_on_top, last. */
-static void sink(gemma3_candidate *c, int n, int root, int last_on_top)
-{
-    gemma3_candidate new = c[root];
-    for (int child; (child = 2 * root + 1) < n; root = child) {
-        if (child + 1 < n && before(c[child], c[child + 1]) == last_on_top) child++;
-        if (before(new, c[child]) != last_on_top) break;
-        c[root] = c[child];
+    float least = MINUS_INFINITY;
+    int n = 0;
+    for (int32_t id = 0, end; id < n_vocab; id = end) {
+        end = id + min_int(n_vocab - id, 256);
+        if (largest_of(logits + id, end - id) < least) continue;
+        for (; id < end; id++)
+            if (logits[id] >= least) c[n++] = (gemma3_candidate){logits[id], id};
+        if (n - k >= k) sort(c, n, 0), n = k, least = c[k - 1].logit;
     }
-    c[root] = new;
+    if (n > k) sort(c, n, 0);
+    return min_int(n, k);
 }
 
-static void make_heap(gemma3_candidate *c, int n, int last_on_top)
-{
-    for (int root = n / 2; root-- > 0;) sink(c, n, root, last_on_top);
-}
-
-/* Puts one more into a heap of the k that come first, the last of them on top. */
-static int offer(gemma3_candidate *c, int n, int k, gemma3_candidate new)
-{
-    if (n < k) {
-        c[n++] = new;
-        if (n == k) make_heap(c, k, 1);
-    } else if (before(new, c[0])) {
-        c[0] = new;
-        sink(c, k, 0, 1);
-    }
-    return n;
-}
-
-/* Puts the k <= n_vocab candidates that come first into c[0 .. k-1], by selection. Penalised tokens are
- * offered ahead of the others: then a run of logits below the last one kept can be passed over. */
-static void keep_best(const gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c, int k)
-{
-    int kept = 0, n_last = s->n_last < GEMMA3_PENALTY_WINDOW ? s->n_last : GEMMA3_PENALTY_WINDOW;
-    for (int a = 0; a < n_last && s->repeat_penalty != 1; a++) {
-        int again = s->last[a] < 0 || s->last[a] >= n_vocab;
-        for (int b = 0; b < a; b++) again |= s->last[b] == s->last[a];
-        if (!again) kept = offer(c, kept, k, candidate(s, logits, s->last[a]));
-    }
-    for (int32_t first = 0, n; first < n_vocab; first += n) {
-        n = n_vocab - first < SCAN ? n_vocab - first : SCAN;
-        if (kept == k && largest_of(logits + first, n) < c[0].logit) continue;
-        for (int32_t id = first; id < first + n; id++)
-            if ((kept < k || !(logits[id] < c[0].logit)) && !is_penalized(s, id))
-                kept = offer(c, kept, k, candidate(s, logits, id));
-    }
-}
-
-static float weight(const gemma3_sampler *s, float logit, float top)
-{
-    return exp_of(HARD_FMA, (logit - top) / s->temperature);
-}
-
-/* Draws one of n candidates. They leave a heap in order, and only as many as top-p keeps: these gather
- * behind it, the first one last, with their weight in place of their logit. */
-static int32_t draw(gemma3_sampler *s, gemma3_candidate *c, int n, float top, float total)
-{
-    float sum = 0, kept = 0, limit = s->top_p * total;
-    int left = n;
-    make_heap(c, n, 0);
-    while (left > 0 && (left == n || sum < limit)) {
-        gemma3_candidate first = c[0];
-        c[0] = c[--left];
-        sink(c, left, 0, 0);
-        first.logit = weight(s, first.logit, top);
-        sum += first.logit;
-        c[left] = first;
-    }
-    for (int j = n - 1; j >= left; j--)
-        if (c[j].logit >= s->min_p) kept += c[j].logit;
-    float u = next_uniform(s) * kept;
-    int32_t chosen = c[n - 1].id;
-    sum = 0;
-    for (int j = n - 1; j >= left && !(sum > u); j--)
-        if (c[j].logit >= s->min_p) sum += c[j].logit, chosen = c[j].id;
-    return chosen;
-}
-
-int32_t gemma3_sample(gemma3_sampler *s, const float *logits, int n_vocab, gemma3_candidate *c)
+/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
+int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
-    float lane[16] = {0};
-    int n = s->temperature > 0 ? n_vocab : 1, best = 0;
-    if (s->top_k > 0 && s->top_k < n) n = s->top_k;
-    if (n < n_vocab) {
-        keep_best(s, logits, n_vocab, c, n);
-        qsort(c, n, sizeof *c, compare_ids);
-    } else
-        for (int32_t id = 0; id < n_vocab; id++) c[id] = candidate(s, logits, id);
-    for (int j = 1; j < n; j++)
-        if (c[j].logit > c[best].logit) best = j;
-    int32_t chosen = c[best].id;
-    float top = c[best].logit;
-    if (n > 1 && top - top == 0) {
-        for (int j = 0; j < n; j++) lane[c[j].id % 16] += weight(s, c[j].logit, top);
-        chosen = draw(s, c, n, top, join_lanes(lane));
+    float lane[16] = {0}, top = MINUS_INFINITY, sum = 0, kept = 0, seen = 0, r = s->repeat_penalty;
+    int k = s->temperature > 0 ? n_vocab : 1, n_kept = 0;
+    if (s->top_k > 0) k = min_int(k, s->top_k);
+    for (int j = 0, first = 0; j < min_int(s->n_last, GEMMA3_PENALTY_WINDOW); j++, first = 0) {
+        int32_t id = s->last[j];
+        while (s->last[first] != id) first++;
+        if (first < j || id < 0 || id >= n_vocab) continue; /* once for each id */
+        logits[id] = logits[id] > 0 ? logits[id] / r : logits[id] * r;
+    }
+    int n = keep_best(logits, n_vocab, c, k);
+    sort(c, n, 1);
+    for (int j = 0; j < n; j++) top = c[j].logit > top ? c[j].logit : top;
+    for (int j = 0; j < n; j++)
+        lane[c[j].id % 16] += exp_f32((c[j].logit - top) / s->temperature);
+    float limit = s->top_p * join_lanes(lane);
+    sort(c, n, 0);
+    int32_t chosen = n > 0 ? c[0].id : 0;
+    if (k > 1 && top - top == 0) {
+        for (; n_kept < n && (n_kept == 0 || sum < limit); n_kept++) {
+            float e = c[n_kept].logit = exp_f32((c[n_kept].logit - top) / s->temperature);
+            sum += e;
+            kept += e >= s->min_p ? e : 0;
+        }
+        s->rng ^= s->rng >> 12; /* xorshift64* */
+        s->rng ^= s->rng << 25;
+        s->rng ^= s->rng >> 27;
+        float u = (float)(s->rng * 0x2545F4914F6CDD1D >> 40) * 0x1p-24f * kept;
+        for (int j = 0; j < n_kept && !(seen > u); j++)
+            if (c[j].logit >= s->min_p) seen += c[j].logit, chosen = c[j].id;
     }
     fp_leave(fp);
     return chosen;
 }
 
-/* ---- SHA-256 ---- */
+/* ---- SHA-256 (FIPS 180-4) ---- */
 
-static uint32_t turn_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
+static uint32_t rotate_right(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-/* Constants: the first 32 bits of the fractions of the cube roots of the first 64 primes. */
+/* The first 32 bits of the fractions of the cube roots of the first 64 primes. */
 static const uint32_t sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -3851,21 +4218,19 @@ static const uint32_t sha256_k[64] = {
 
 static void sha256_block(gemma3_sha256 *c)
 {
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)c->block[4 * i] << 24 | (uint32_t)c->block[4 * i + 1] << 16 |
-               (uint32_t)c->block[4 * i + 2] << 8 | c->block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + (turn_right(a, 7) ^ turn_right(a, 18) ^ a >> 3) + w[i - 7] +
-               (turn_right(b, 17) ^ turn_right(b, 19) ^ b >> 10);
-    }
+    uint32_t w[64], v[8]; /* v: a .. h of the standard */
+    memcpy(w, c->block, sizeof c->block);
     memcpy(v, c->h, sizeof v);
+    for (int i = 16; i < 64; i++) {
+        uint32_t x = w[i - 15], y = w[i - 2];
+        w[i] = w[i - 16] + (rotate_right(x, 7) ^ rotate_right(x, 18) ^ x >> 3) +
+               w[i - 7] + (rotate_right(y, 17) ^ rotate_right(y, 19) ^ y >> 10);
+    }
     for (int i = 0; i < 64; i++) {
-        uint32_t t1 = v[7] + (turn_right(v[4], 6) ^ turn_right(v[4], 11) ^ turn_right(v[4], 25)) +
-                      ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i];
-        uint32_t t2 = (turn_right(v[0], 2) ^ turn_right(v[0], 13) ^ turn_right(v[0], 22)) +
-                      ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        uint32_t t1 = v[7] + ((v[4] & v[5]) ^ (~v[4] & v[6])) + sha256_k[i] + w[i] +
+                      (rotate_right(v[4], 6) ^ rotate_right(v[4], 11) ^ rotate_right(v[4], 25));
+        uint32_t t2 = ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2])) +
+                      (rotate_right(v[0], 2) ^ rotate_right(v[0], 13) ^ rotate_right(v[0], 22));
         memmove(v + 1, v, 7 * sizeof *v);
         v[4] += t1;
         v[0] = t1 + t2;
@@ -3875,64 +4240,82 @@ static void sha256_block(gemma3_sha256 *c)
 
 void gemma3_sha256_init(gemma3_sha256 *c)
 {
-    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memset(c, 0, sizeof *c);
-    memcpy(c->h, h, sizeof h);
+    *c = (gemma3_sha256){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
 }
 
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
-    const uint8_t *p = data;
-    while (n > 0) {
-        size_t at = c->n_low % 64, room = 64 - at, now = n < room ? n : room;
-        memcpy(c->block + at, p, now);
-        p += now;
-        n -= now;
-        c->n_low += (uint32_t)now;
-        c->n_high += c->n_low < now;
-        if (at + now == 64) sha256_block(c);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t *word = &c->block[c->n_bytes / 4 % 16];
+        *word = *word << 8 | ((const uint8_t *)data)[i];
+        if (++c->n_bytes % 64 == 0) sha256_block(c);
     }
 }
 
 void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        uint32_t u = bits_of(x[i]);
-        const uint8_t bytes[4] = {(uint8_t)u, (uint8_t)(u >> 8), (uint8_t)(u >> 16), (uint8_t)(u >> 24)};
-        gemma3_sha256_add(c, bytes, 4);
-    }
+    for (size_t i = 0; i < 4 * n; i++)
+        gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 {
-    uint8_t length[8], pad = 0x80;
-    uint64_t n_bits = ((uint64_t)c->n_high << 32 | c->n_low) * 8;
-    for (int i = 0; i < 8; i++) length[i] = (uint8_t)(n_bits >> (56 - 8 * i));
-    gemma3_sha256_add(c, &pad, 1);
-    for (pad = 0; c->n_low % 64 != 56;) gemma3_sha256_add(c, &pad, 1);
-    gemma3_sha256_add(c, length, 8);
-    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> (28 - 4 * (i % 8)) & 15];
+    uint64_t n_bits = c->n_bytes * 8;
+    gemma3_sha256_add(c, "\x80", 1);
+    while (c->n_bytes % 64 != 56) gemma3_sha256_add(c, "", 1);
+    c->block[14] = (uint32_t)(n_bits >> 32);
+    c->block[15] = (uint32_t)n_bits;
+    sha256_block(c);
+    for (int i = 0; i < 64; i++) hex[i] = "0123456789abcdef"[c->h[i / 8] >> 4 * (7 - i % 8) & 15];
     hex[64] = 0;
 }
 
-/* ==== 15. Threads and files of the host ========================================================= */
+/* ==== 15. Threads and files of the host =========================================================
+ *
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
+ * There is one body for POSIX and one for Windows; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
+#include <sys/stat.h>
+
+struct limits {
+    double cpus, bytes; /* CPUs' worth of time, memory */
+};
+
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
+#include <sys/resource.h>
 #include <unistd.h>
+
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+static const void *host_map(const char *path, long long *size)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    void *data = MAP_FAILED;
+    *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
+    if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
+        data = mmap(NULL, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (fd >= 0) close(fd);
+    return data == MAP_FAILED ? NULL : data;
+}
+
+static void host_unmap(const gemma3_model *m)
+{
+    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+}
 
 /* madvise for the whole pages inside [begin, begin + n). */
 static void advise(const uint8_t *begin, size_t n, int advice)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)begin + page - 1) / page * page;
-    uintptr_t to = ((uintptr_t)begin + n) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)begin;
+    uintptr_t from = (at + page - 1) / page * page, to = (at + n) / page * page;
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
@@ -3951,109 +4334,224 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
+/* The first number in a file, or `other`; *second if there is another. */
+static double number_in(const char *folder, const char *name, double other, double *second)
+{
+    char path[4200];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "r");
+    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
+    if (f) fclose(f);
+    return other;
+}
+
+/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
+static void limit_by_group(const char *folder, struct limits *l)
+{
+    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
+    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
+    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
+    quota = number_in(folder, "cpu.max", quota, &period);
+    bytes = number_in(folder, "memory.max", bytes, &unused);
+    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
+}
+
+/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
+ * list of controllers in a folder of that name below root. The groups above bind a group too. */
+static void limit_by_groups(const char *self, const char *root, struct limits *l)
+{
+    char line[4096], folder[4200];
+    FILE *f = fopen(self, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
+        if (!path) continue;
+        line[strcspn(line, "\n")] = 0;
+        *path = 0;
+        char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
+        for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
+            *cut = 0;
+            limit_by_group(folder, l);
+        }
+    }
+    if (f) fclose(f);
+}
+
+/* Of the hardware threads that share a core one counts: two of them gain nothing where memory or
+ * multipliers are the limit. Fast and slow ones count alike, as tasks go to whoever is free. */
+static struct limits host_limits(void)
+{
+    struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
+                       (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+    struct rlimit room;
+    if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
+        l.bytes = (double)room.rlim_cur;
+#if defined(__linux__)
+    cpu_set_t may_use;
+    uint8_t seen[CPU_SETSIZE] = {0};
+    int n = sched_getaffinity(0, sizeof may_use, &may_use) ? 0 : CPU_SETSIZE;
+    if (n) l.cpus = 0;
+    for (int cpu = 0; cpu < n; cpu++) {
+        char folder[96];
+        double unused;
+        if (!CPU_ISSET(cpu, &may_use)) continue;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        l.cpus += !seen[first];
+        seen[first] = 1;
+    }
+#endif
+    limit_by_groups("/proc/self/cgroup", "/sys/fs/cgroup", &l);
+    return l;
+}
+
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+
+/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
+static wchar_t *wide_path(const char *path)
+{
+    enum { MOST = 32768 };
+    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
+    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
+    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
+    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
+    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
+    return wide;
+}
+
+static const void *host_map(const char *path, long long *size)
+{
+    struct _stat64 st;
+    wchar_t *wide = wide_path(path);
+    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
+    HANDLE file = *size <= 0 ? NULL :
+                  CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
+    if (file) CloseHandle(file);
+    if (fd >= 0) _close(fd);
+    free(wide);
+    return data;
+}
+
 static void host_unmap(const gemma3_model *m)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+    if (m->mapping) UnmapViewOfFile(m->mapping);
 }
+
+/* Unlocking pages that are not locked drops them from the working set. */
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+}
+
+/* Large pages are a privilege there. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
+
+static struct limits host_limits(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION core[1024];
+    DWORD bytes = sizeof core;
+    DWORD_PTR may_use, exist;
+    MEMORYSTATUSEX memory = {.dwLength = sizeof memory};
+    struct limits l = {0, GlobalMemoryStatusEx(&memory) ? (double)memory.ullTotalPhys : 0};
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist) ||
+        !GetLogicalProcessorInformation(core, &bytes)) return l;
+    for (DWORD k = 0; k < bytes / sizeof *core; k++)
+        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use) l.cpus++;
+    return l;
+}
+
+/* As much of POSIX threads as a pool needs. */
+typedef HANDLE pthread_t;
+typedef SRWLOCK pthread_mutex_t;
+typedef CONDITION_VARIABLE pthread_cond_t;
+#define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
+#define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
+static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
+static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
+static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
+static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
+{
+    SleepConditionVariableSRW(c, m, INFINITE, 0);
+}
+static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
+static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
+static void sched_yield(void) { SwitchToThread(); }
+static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
+{
+    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
+    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
+    return *t == NULL;
+}
+static void pthread_join(HANDLE t, const void *unused)
+{
+    (void)unused;
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+#endif
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
-    struct stat st;
     char shortened[SHORT_PATH];
-    if (!path) return fail(err, "no path of a model was given");
+    long long size;
+    if (!path) return fail(err, "no path of a model was given"), NULL;
     const char *name = short_path(path, shortened);
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
-    if (fd < 0) return fail(err, "%s cannot be opened: %s", name, strerror(errno));
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        close(fd);
-        return fail(err, "%s is not a regular file", name);
-    }
-    if (st.st_size == 0 || (uint64_t)st.st_size > SIZE_MAX) {
-        close(fd);
-        return fail(err, "%s has %lld bytes: %s", name, (long long)st.st_size,
-                    st.st_size ? "more than this machine can address" : "it is empty");
-    }
-    void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    int map_error = errno;
-    close(fd);
-    if (data == MAP_FAILED) return fail(err, "%s cannot be mapped: %s", name, strerror(map_error));
-    gemma3_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        munmap(data, (size_t)st.st_size);
-        return fail(err, "%s: out of memory", name);
-    }
-    m->mapping = data;
-    m->mapping_bytes = (size_t)st.st_size;
-    return open_bytes(data, m->mapping_bytes, path, options, err, m);
+    const void *data = host_map(path, &size);
+    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
+    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
+    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
+    if ((unsigned long long)size > SIZE_MAX)
+        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
+    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
+    gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
+    gemma3_model *m = gemma3_open_source(&from, options, err);
+    if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
+    return m;
 }
 
-/* The first number in a file, or other. */
-static long number_in(const char *path, long other)
-{
-    long number;
-    FILE *f = fopen(path, "r");
-    if (!f || fscanf(f, "%ld", &number) != 1) number = other;
-    if (f) fclose(f);
-    return number;
-}
-
-/* The cores this process may use: of the hardware threads that share a core one counts (two of them
- * gain nothing where memory or multipliers are the limit), fast and slow cores alike, because tasks go
- * to whoever is free. */
-static int usable_cores(void)
-{
-#if defined(__linux__)
-    enum { MAX_CPUS = 1024 };
-    cpu_set_t may_use;
-    uint8_t seen[MAX_CPUS] = {0};
-    int cores = 0;
-    if (sched_getaffinity(0, sizeof may_use, &may_use)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
-    for (int cpu = 0; cpu < MAX_CPUS && cpu < CPU_SETSIZE; cpu++) {
-        char path[96];
-        if (!CPU_ISSET(cpu, &may_use)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        long core = number_in(path, cpu); /* named by the first of its threads */
-        if (core < 0 || core >= MAX_CPUS) core = cpu;
-        cores += !seen[core];
-        seen[core] = 1;
-    }
-    return cores;
-#else
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
-#endif
-}
-
-/* A container may have fewer CPUs' worth of time than CPUs: "quota period" in microseconds, the period
- * usually 100000, or "max". */
 int gemma3_default_threads(void)
 {
-    int cores = usable_cores();
-    long quota = number_in("/sys/fs/cgroup/cpu.max", 0), n = quota > 0 ? (quota + 99999) / 100000 : cores;
-    if (n < cores) cores = (int)n;
-    return cores < 1 ? 1 : cores > GEMMA3_MAX_THREADS ? GEMMA3_MAX_THREADS : cores;
+    double cpus = host_limits().cpus;
+    if (cpus > GEMMA3_MAX_THREADS) return GEMMA3_MAX_THREADS;
+    return cpus < 1 ? 1 : (int)cpus + (cpus > (int)cpus); /* half a CPU is worth a thread */
 }
 
-/* A call of gemma3_pool_run is a round. `ticket` holds the round's number and how many of its tasks are
- * left to claim in one word, so that a thread that comes late can claim nothing of a round that has
- * ended, and a claim proves that task and job are still this round's. A worker spins a while for the
- * next round, then sleeps. */
-struct gemma3_pool {
-    int n_threads;
-    pthread_t *thread;
-    _Atomic uint64_t ticket;          /* round << LEFT_BITS | tasks left */
-    _Atomic int done, sleepers, stop;
-    gemma3_task *_Atomic task;
-    void *_Atomic job;
-    pthread_mutex_t round;            /* held during a round: states that share a pool take turns */
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
-};
+size_t gemma3_memory_limit(void)
+{
+    double bytes = host_limits().bytes;
+    return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
+}
 
-enum { LEFT_BITS = 24, SPINS = 20000 }; /* a fifth of a millisecond: longer than what one thread does alone */
+/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
+ * another; it ends when the caller has found none left, closed it, and all who were inside have
+ * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
+ * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
+enum { OPEN = 1 << 16, SPINS = 20000 };
 
 struct worker {
     gemma3_pool *pool;
     int id;
+    pthread_t thread;
+};
+
+struct gemma3_pool {
+    gemma3_task *task;                /* of this round, with the next two */
+    void *job;
+    int n_tasks;
+    atomic_int next;                  /* the first task that nobody has claimed */
+    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
+    atomic_uint round;                /* how many there were */
+    atomic_int stop;
+    pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
+    pthread_mutex_t mutex;            /* and the condition: of those who sleep */
+    pthread_cond_t wake;
+    int n_threads;
+    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
 };
 
 static void relax(int spin)
@@ -4064,85 +4562,76 @@ static void relax(int spin)
     if (spin % 256 == 255) sched_yield();
 }
 
-/* Claims and runs tasks of the current round until none is left. */
-static void work(gemma3_pool *pool, int worker)
+static void take_part(gemma3_pool *pool, int worker)
 {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool->ticket);
-        int left = (int)(ticket & ((1 << LEFT_BITS) - 1));
-        if (left == 0) return;
-        gemma3_task *task = atomic_load(&pool->task);
-        void *job = atomic_load(&pool->job);
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - 1)) continue;
-        task(job, left - 1, worker);
-        atomic_fetch_add(&pool->done, 1);
-    }
+    int inside = atomic_load(&pool->inside);
+    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
+    if (inside < OPEN) return;
+    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
+        pool->task(pool->job, i, worker);
+    atomic_fetch_sub(&pool->inside, 1);
 }
 
-static void sleep_until_round(gemma3_pool *pool, uint64_t seen)
+static unsigned await_round(gemma3_pool *pool, unsigned seen)
+{
+    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
+    if (atomic_load(&pool->round) == seen) {
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+    return atomic_load(&pool->round);
+}
+
+static void begin_round(gemma3_pool *pool)
 {
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->ticket) >> LEFT_BITS == seen && !atomic_load(&pool->stop))
-        pthread_cond_wait(&pool->wake, &pool->mutex);
-    atomic_fetch_sub(&pool->sleepers, 1);
+    atomic_fetch_add(&pool->round, 1);
+    pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
 }
 
 static void *worker_main(void *arg)
 {
-    struct worker me = *(struct worker *)arg;
-    gemma3_pool *pool = me.pool;
-    uint64_t seen = 0;
-    free(arg);
+    const struct worker *me = arg;
+    gemma3_pool *pool = me->pool;
     fp_enter();
-    while (!atomic_load(&pool->stop)) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool->ticket) >> LEFT_BITS == seen; spin++) relax(spin);
-        if (atomic_load(&pool->ticket) >> LEFT_BITS == seen) sleep_until_round(pool, seen);
-        seen = atomic_load(&pool->ticket) >> LEFT_BITS;
-        work(pool, me.id);
-    }
+    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
+        take_part(pool, me->id);
     return NULL;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 {
     gemma3_pool *pool = arg;
-    pthread_mutex_lock(&pool->round);
-    uint64_t round = (atomic_load(&pool->ticket) >> LEFT_BITS) + 1;
-    atomic_store(&pool->task, task); /* nothing is left of the last round: no one reads these yet */
-    atomic_store(&pool->job, job);
-    atomic_store(&pool->done, 0);
-    atomic_store(&pool->ticket, round << LEFT_BITS | (unsigned)n_tasks);
-    if (atomic_load(&pool->sleepers)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    work(pool, 0);
-    for (int spin = 0; atomic_load(&pool->done) < n_tasks; spin++) relax(spin);
-    pthread_mutex_unlock(&pool->round);
+    pthread_mutex_lock(&pool->turn);
+    pool->task = task;
+    pool->job = job;
+    pool->n_tasks = n_tasks;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->inside, OPEN);
+    begin_round(pool);
+    take_part(pool, 0);
+    atomic_fetch_sub(&pool->inside, OPEN);
+    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    pthread_mutex_unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
-    gemma3_pool *pool = calloc(1, sizeof *pool);
-    if (!pool || !(pool->thread = calloc(n_threads > 0 ? n_threads : 1, sizeof *pool->thread))) {
-        free(pool);
-        return fail(err, "out of memory for %d threads", n_threads);
-    }
-    pthread_mutex_init(&pool->round, NULL);
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    size_t room = n_threads > 0 ? n_threads : 1;
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
+    *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                          .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = malloc(sizeof *w);
-        if (w) *w = (struct worker){pool, pool->n_threads};
-        if (!w || pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, w)) {
-            fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-            free(w);
-            gemma3_pool_free(pool);
-            return NULL;
-        }
+        struct worker *w = &pool->worker[pool->n_threads];
+        w->pool = pool;
+        w->id = pool->n_threads;
+        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
+        gemma3_pool_free(pool);
+        return NULL;
     }
     return pool;
 }
@@ -4150,19 +4639,19 @@ gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
-    pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->stop, 1);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->mutex);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
+    begin_round(pool);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
-    pthread_mutex_destroy(&pool->round);
-    free(pool->thread);
+    pthread_mutex_destroy(&pool->turn);
     free(pool);
 }
 #else
-static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n) { (void)m, (void)begin, (void)n; }
+static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
+{
+    (void)m, (void)begin, (void)n;
+}
 static void host_use_large_pages(uint8_t *begin, size_t n) { (void)begin, (void)n; }
 static void host_unmap(const gemma3_model *m) { (void)m; }
 #endif /* GEMMA3_NO_FILE */
@@ -4172,69 +4661,48 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 /* ==== 16. The command line ======================================================================
  *
  * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. The parts: the options, the few things asked of
- * the system, a session (an opened model with what belongs to it), then one part for each job.
- *
- * Text and results go to stdout, everything else to stderr. main returns 0, 1 when the job failed
- * or 2 when the command line was wrong; a function that can fail returns that number, having said
- * why in one sentence. */
+ * the library alone deletes from here to the end. Text and results go to stdout, the rest to
+ * stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2 when the
+ * command line was wrong. */
+
+#include "gemma3.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
-#include <stddef.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+
+enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
+
+/* ---- Command line: what is asked of the system ---- */
+
+/* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
+ * given nothing, so this is the one variable of the program that does not live in a struct. */
+static volatile sig_atomic_t interrupted;
+static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
+
+#if !defined(_WIN32)
 #include <unistd.h>
 
-static const char default_model[] = "gemma3-folktales-q4_0.gguf";
-
-enum {
-    MAX_STOPS = 32,          /* --stop texts */
-    MAX_STOP_BYTES = 1000,   /* of one of them */
-    MAX_FILE_BYTES = 1 << 29, /* of a text: the tokenizer takes no more */
-    DEFAULT_CHUNK = 512,     /* tokens of --perplexity's pieces, as in llama-perplexity */
-};
-
-/* Set by Ctrl-C during a chat. A signal handler can be given nothing, so this is the one variable
- * of the program that does not live in a struct. */
-static volatile sig_atomic_t interrupted;
-
-/* Says what went wrong with the job. */
-static int complain(const char *format, ...)
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
+static char **start_program(char **argv)
 {
-    va_list list;
-    va_start(list, format);
-    fputs("gemma3: ", stderr);
-    vfprintf(stderr, format, list);
-    fputc('\n', stderr);
-    va_end(list);
-    return 1;
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    return argv;
 }
 
-/* Says what is wrong with the command line. */
-static int refuse(const char *format, ...)
-{
-    va_list list;
-    va_start(list, format);
-    fputs("gemma3: ", stderr);
-    vfprintf(stderr, format, list);
-    fputs(" (gemma3 --help lists the options)\n", stderr);
-    va_end(list);
-    return 2;
-}
-
-static int out_of_memory(size_t n_bytes, const char *what)
-{
-    return complain("out of memory: %s needs %zu bytes", what, n_bytes);
-}
-
-static int lesser(int a, int b)
-{
-    return a < b ? a : b;
-}
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 static double seconds(void)
 {
@@ -4243,622 +4711,275 @@ static double seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
+static long long file_size(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st)) return -1;
+    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+/* Where a path leads through links, or, when there is nothing, the other one. */
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
+{
+    char *found = realpath(path, NULL);
+    if (!found) found = realpath(otherwise, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
+    free(found);
+}
+
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+#else /* Windows */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+enum { MAX_WIDE = 32768 };
+
+/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
+static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
+{
+    static const wchar_t mark[] = L"\\\\?\\";
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    wcscpy(wide, mark);
+    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
+        wcscpy(wide, given);
+    return wide;
+}
+
+/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
+static char *narrow(const wchar_t *wide)
+{
+    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = calloc(1, (size_t)n + 1);
+    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text ? text : "";
+}
+
+static char **start_program(char **argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    return text ? text : argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    wchar_t wide[MAX_WIDE];
+    if (_wstat64(widen(path, wide), &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
+{
+    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
+    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
+    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
+    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
+    return _wfopen(widen(path, wide), wide_mode);
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    wchar_t a[MAX_WIDE], b[MAX_WIDE];
+    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
+}
+
+static void remove_file(const char *path)
+{
+    wchar_t wide[MAX_WIDE];
+    DeleteFileW(widen(path, wide));
+}
+
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
+
+/* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
+static void print_safe(FILE *f, const char *text)
+{
+    gemma3_utf8 whole = {.n = 0};
+    char c[8];
+    for (; *text; text++) {
+        int n = gemma3_utf8_push(&whole, (unsigned char)*text, c); /* 0 within a character */
+        if (n == 2 && memcmp(c, "\xC2\xA0", 2) < 0) c[0] = 127, n = 1;
+        if (n && ((unsigned char)c[n - 1] < 32 || c[n - 1] == 127)) c[n - 1] = '?';
+        fwrite(c, 1, (size_t)n, f);
+    }
+    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), f);
+}
+
+enum { NOTE, FAILED, WRONG }; /* what a sentence means; the last two end the program */
+
+static void say(int code, const char *format, ...)
+{
+    char text[2 * MAX_PATH_BYTES];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    fputs("gemma3: ", stderr);
+    print_safe(stderr, text);
+    fputs(code == WRONG ? " (gemma3 --help lists the options)\n" : "\n", stderr);
+    if (code) exit(code);
+}
+
+static void *allocate(void *old, size_t n_bytes, const char *what)
+{
+    void *p = realloc(old, n_bytes);
+    if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
+    return p;
+}
+
+/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
+static void flush(FILE *f, const char *name)
+{
+    if (fflush(f) == 0 && !ferror(f)) return;
+    if (errno == EPIPE) exit(FAILED);
+    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+}
+
 /* ---- Command line: the options ---- */
 
-struct texts {
-    const char *text[MAX_STOPS];
-    int n;
+/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
+static const char *const help[] = {
+    "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
+    "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
+    "logits, on every machine and with every other option.\n\nWhat to read:",
+    "  -m MODEL             a Gemma 3 GGUF; default: the small one in weights/",
+    "  -p TEXT              continue TEXT, as it stands, after <bos>",
+    "  -f FILE              continue the text in FILE; - is stdin",
+    "  --ids FILE           continue the ids in FILE as they are; - is stdin",
+    "  -i                   chat; \\ at a line's end: it goes on; Ctrl-C stops, /clear, /quit",
+    "  --system TEXT        put before the first turn of a chat",
+    "  --state FILE         keep what the prompt, or --system, computes for the next time",
+    "  --special            control tokens are read and printed as their text",
+    "  --no-bos             no <bos> before the text\n\nWhat to write:",
+    "  -n N                 tokens to generate; default: until a stop token or a full context",
+    "  --temp T             temperature; 0: always the likeliest; default 1",
+    "  --top-k K            choose among the K likeliest; 0: all; default 64",
+    "  --top-p P            among the likeliest with this probability together; default 0.95",
+    "  --min-p P            among those with P times the largest probability; default 0",
+    "  --repeat-penalty R   against repeating any of the last 64 tokens; default 1: none",
+    "  --seed S             a seed gives the same text everywhere; default 42",
+    "  --stop TEXT          end before TEXT; may be given several times",
+    "  --out-ids            print the ids generated, without the stop token, not their text",
+    "\nNumbers instead of text (nothing is generated unless -n is given):",
+    "  --logits FILE        float32, little-endian, [positions][n_vocab]; - is stdout",
+    "  --positions LIST     which rows, ascending, as 0,5,-1 (the last); default: all",
+    "  --hash               contract, mode, type of the cache, SHA-256 of those same logits",
+    "  --tokenize [TEXT]    ids of TEXT, or of the text of -f",
+    "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
+    "  -c N                 context in tokens; default: the model's, at most 4096",
+    "  -t N                 threads; default: physical cores",
+    "  -b N                 tokens of the prompt taken at once; default 512",
+    "  --exact              weights and activations in float32",
+    "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
+    "  --isa NAME           force kernels; list: those that this CPU can run",
+    "  --no-repack          weights where they lie in the file: opens faster, runs slower",
+    "  --obey-file          also where its keys contradict what the model is\n\nAbout:",
+    "  --info               the model's hyperparameters, and memory in bytes",
+    "  --version            of the program and of the numeric contract",
+    "  --help               this text\n",
+    "Scores and tensors inside: make conform, then test/conform.",
+    "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
-struct numbers {
-    int32_t *value;          /* owned */
-    int n;
-};
-
-struct maybe_text {
-    int given;
-    const char *text;        /* NULL: the option stood without a text */
-};
-
-struct args {
-    const char *model, *prompt, *file, *ids_file, *system, *isa, *kv;
-    const char *logits, *perplexity, *trace, *trace_dir;
-    struct maybe_text tokenize;
-    struct numbers positions, detokenize;
-    struct texts stop;
-    int chat, out_ids, exact, no_repack, no_bos, special, hash, nll, info, version, help;
-    int n_predict;           /* -1: until a stop token */
-    int n_ctx;               /* 0: the default of the job */
-    int n_threads, n_batch, top_k, top;
-    double temperature, top_p, min_p, repeat_penalty;
-    uint64_t seed;
-};
-
-enum option_kind { HEADING, FLAG, NUMBER, REAL, SEED, TEXT, MAYBE_TEXT, TEXTS, NUMBERS };
-
-struct option {
-    const char *name;        /* as typed; of a HEADING, the heading */
-    const char *value;       /* what --help calls the value */
-    enum option_kind kind;
-    size_t field;            /* offset in struct args */
-    double least, most;      /* of a NUMBER or REAL */
-    const char *help;
-};
-
-#define FIELD(name) offsetof(struct args, name)
-
-static const struct option options[] = {
-    {"What to read", NULL, HEADING, 0, 0, 0, NULL},
-    {"-m", "MODEL", TEXT, FIELD(model), 0, 0,
-     "a Gemma 3 GGUF; default: gemma3-folktales-q4_0.gguf beside the\n"
-     "program, in its weights/, or the same in the current folder"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, "continue TEXT, as it stands, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 0, "continue the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0,
-     "continue the ids in FILE, separated by spaces or line ends; no\n<bos> is added; - is stdin"},
-    {"-i", NULL, FLAG, FIELD(chat), 0, 0,
-     "chat, in Gemma's turns; /clear forgets, /quit ends, Ctrl-C stops\nan answer"},
-    {"--system", "TEXT", TEXT, FIELD(system), 0, 0, "put before the first turn of a chat"},
-    {"--special", NULL, FLAG, FIELD(special), 0, 0,
-     "control tokens spelled in the text are those tokens, and are\nshown in what is printed"},
-    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, "no <bos> before the text"},
-
-    {"What to write", NULL, HEADING, 0, 0, 0, NULL},
-    {"-n", "N", NUMBER, FIELD(n_predict), 0, INT_MAX,
-     "tokens to generate; default: until a stop token or the end of\nthe context"},
-    {"--temp", "T", REAL, FIELD(temperature), 0, 1e6,
-     "temperature; 0: always the likeliest; default 1"},
-    {"--top-k", "K", NUMBER, FIELD(top_k), 0, INT_MAX,
-     "choose among the K likeliest; 0: all; default 64"},
-    {"--top-p", "P", REAL, FIELD(top_p), 0, 1,
-     "among the likeliest with this probability together; default 0.95"},
-    {"--min-p", "P", REAL, FIELD(min_p), 0, 1,
-     "among those with P times the largest probability; default 0"},
-    {"--repeat-penalty", "R", REAL, FIELD(repeat_penalty), 1e-6, 1e6,
-     "against repeating any of the last 64 tokens; default 1: none"},
-    {"--seed", "S", SEED, FIELD(seed), 0, 0, "a seed gives the same text everywhere; default 42"},
-    {"--stop", "TEXT", TEXTS, FIELD(stop), 0, 0, "end before TEXT; may be given several times"},
-    {"--out-ids", NULL, FLAG, FIELD(out_ids), 0, 0,
-     "print the ids generated, without the stop token, not their text"},
-
-    {"Numbers instead of text (nothing is generated unless -n is given)", NULL, HEADING, 0, 0, 0,
-     NULL},
-    {"--logits", "FILE", TEXT, FIELD(logits), 0, 0,
-     "float32, little-endian, [positions][n_vocab]; - is stdout, and\n"
-     "what else is asked for goes to stderr"},
-    {"--positions", "LIST", NUMBERS, FIELD(positions), 0, 0,
-     "rows of --logits and --hash, as 0,5,-1; from the end when\nnegative; default: all"},
-    {"--hash", NULL, FLAG, FIELD(hash), 0, 0,
-     "contract, mode, type of the cache, SHA-256 of those same logits"},
-    {"--top", "N", NUMBER, FIELD(top), 1, INT_MAX,
-     "the N likeliest next tokens: id, text, logit, probability"},
-    {"--nll", NULL, FLAG, FIELD(nll), 0, 0,
-     "for each position: pos, id, -log p(id given those before)"},
-    {"--perplexity", "FILE", TEXT, FIELD(perplexity), 0, 0,
-     "of the text in FILE by llama-perplexity's method: chunks of -c\n"
-     "tokens (default 512), the second half of each is scored"},
-    {"--trace", "NAMES", TEXT, FIELD(trace), 0, 0,
-     "tensors inside, of the prompt, by llama.cpp's labels: l_out-7,\nattn_norm (of every layer)"},
-    {"--trace-dir", "DIR", TEXT, FIELD(trace_dir), 0, 0,
-     "write them whole, DIR/l_out-7.f32, float32, little-endian; DIR is\nmade when it is absent"},
-    {"--tokenize", "TEXT", MAYBE_TEXT, FIELD(tokenize), 0, 0,
-     "ids of TEXT; without TEXT, of the file given with -f"},
-    {"--detokenize", "IDS", NUMBERS, FIELD(detokenize), 0, 0,
-     "bytes of the ids, as \"2 818 5279\""},
-
-    {"How to compute", NULL, HEADING, 0, 0, 0, NULL},
-    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24,
-     "context in tokens; default: the smaller of the model's and 4096"},
-    {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS,
-     "threads; default: physical cores"},
-    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX,
-     "tokens of the prompt taken at once; default 512"},
-    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0,
-     "numbers in the cache; default f16, with --exact f32"},
-    {"--isa", "NAME", TEXT, FIELD(isa), 0, 0,
-     "force the kernels of an instruction set; list: those that this\nCPU can run, best first"},
-    {"--no-repack", NULL, FLAG, FIELD(no_repack), 0, 0,
-     "use the weights where they lie in the file: opens faster, runs\nslower, same bits"},
-
-    {"About", NULL, HEADING, 0, 0, 0, NULL},
-    {"--info", NULL, FLAG, FIELD(info), 0, 0, "the model's hyperparameters, and memory in bytes"},
-    {"--version", NULL, FLAG, FIELD(version), 0, 0, "of the program and of the numeric contract"},
-    {"--help", NULL, FLAG, FIELD(help), 0, 0, "this text"},
-};
-
-enum { N_OPTIONS = sizeof options / sizeof *options };
-
-static int print_help(void)
+/* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
+static const char *next_option(char ***args, const char **value)
 {
-    puts("usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]\n\n"
-         "Runs Gemma 3. For a model and a sequence of ids, mode (--exact or not) and --kv give\n"
-         "one bit pattern of logits, on every machine and with every other option.");
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &options[i];
-        if (o->kind == HEADING) {
-            printf("\n%s:\n", o->name);
-            continue;
-        }
-        int n = printf("  %s %s", o->name, o->value ? o->value : "");
-        printf("%*s", n < 24 ? 24 - n : 1, "");
-        for (const char *c = o->help; *c; c++)
-            if (*c == '\n')
-                printf("\n%24s", "");
-            else
-                putchar(*c);
-        putchar('\n');
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
+    const char *arg = *(*args)++, *next = **args, *form = NULL;
+    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
+    for (int i = 0; help[i] && !form; i++)
+        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
+    if (!form && n > 4 && strstr(moved, arg))
+        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+            (int)strcspn(arg + 2, "-"), arg + 2);
+    if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
+    const char *what = form + n + 1;
+    *value = "";
+    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
+    if (arg[n] == '=') *value = arg + n + 1;
+    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
+    else if (*what != ' ' && *what != '[')
+        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
+    return form;
+}
+
+/* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
+static const char *option(char **args, const char *name)
+{
+    const char *value, *last = NULL;
+    size_t n = strlen(name);
+    while (*args) {
+        const char *form = next_option(&args, &value);
+        if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
     }
-    puts("\nExit: 0, 1 when the job failed, 2 when the command line was wrong.");
-    return 0;
+    return last;
 }
 
-static const struct option *find_option(const char *name, size_t n)
+static double number(char **args, const char *name, int is_whole, double least, double most,
+                     double otherwise)
 {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (options[i].kind != HEADING && strlen(options[i].name) == n &&
-            memcmp(options[i].name, name, n) == 0)
-            return &options[i];
-    return NULL;
-}
-
-/* Reads whole numbers parted by any of the separators. Returns how many, -1 at something else (*bad
- * then points there), -2 without memory. */
-static int parse_numbers(const char *text, const char *separators, struct numbers *out,
-                         const char **bad)
-{
-    size_t room = strlen(text) / 2 + 1;
-    int32_t *value = malloc(room * sizeof *value);
-    size_t n = 0;
-    if (!value)
-        return -2;
-    text += strspn(text, separators);
-    while (*text) {
-        char *end;
-        errno = 0;
-        long number = strtol(text, &end, 10);
-        if (end == text || (*end && !strchr(separators, *end)) || errno || number < INT32_MIN ||
-            number > INT32_MAX || n == INT_MAX) {
-            free(value);
-            *bad = text;
-            return -1;
-        }
-        value[n++] = (int32_t)number;
-        text = end + strspn(end, separators);
-    }
-    free(out->value);
-    out->value = value;
-    out->n = (int)n;
-    return out->n;
-}
-
-static int set_number(const struct option *o, const char *text, void *field)
-{
+    const char *text = option(args, name);
     char *end;
+    if (!text) return otherwise;
+    double x = strtod(text, &end);
+    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+        !(x >= least && x <= most))
+        say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
+            is_whole ? "whole number" : "number", least, most);
+    return x;
+}
+
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
+static int next_number(const char **list, int *x)
+{
+    static const char between[] = ", \t\r\n\v\f";
+    char *end;
+    *list += strspn(*list, between);
+    if (**list == 0) return 0;
     errno = 0;
-    if (o->kind == REAL) {
-        double x = strtod(text, &end);
-        if (end == text || *end || !(x >= o->least && x <= o->most))
-            return refuse("%s %s: expected a number from %g to %g", o->name, text, o->least,
-                          o->most);
-        *(double *)field = x;
-    } else if (o->kind == SEED) {
-        unsigned long long x = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || *end || errno)
-            return refuse("%s %s: expected a whole number from 0 to 2^64-1", o->name, text);
-        *(uint64_t *)field = x;
-    } else {
-        long x = strtol(text, &end, 10);
-        if (end == text || *end || errno || x < (long)o->least || x > (long)o->most)
-            return refuse("%s %s: expected a whole number from %.0f to %.0f", o->name, text,
-                          o->least, o->most);
-        *(int *)field = (int)x;
-    }
-    return 0;
+    long number = strtol(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || errno || number != (int32_t)number)
+        return -1;
+    *list = end;
+    *x = (int)number;
+    return 1;
 }
 
-static int add_text(const struct option *o, const char *text, struct texts *list)
-{
-    if (list->n == MAX_STOPS)
-        return refuse("%s: %d of them are possible", o->name, MAX_STOPS);
-    if (*text == 0 || strlen(text) > MAX_STOP_BYTES)
-        return refuse("%s: expected a text of 1 to %d bytes", o->name, MAX_STOP_BYTES);
-    list->text[list->n++] = text;
-    return 0;
-}
-
-static int set_option(struct args *a, const struct option *o, const char *text)
-{
-    void *field = (char *)a + o->field;
-    const char *bad;
-    int n;
-    switch (o->kind) {
-    case FLAG:
-        *(int *)field = 1;
-        return 0;
-    case TEXT:
-        *(const char **)field = text;
-        return 0;
-    case MAYBE_TEXT:
-        *(struct maybe_text *)field = (struct maybe_text){1, text};
-        return 0;
-    case TEXTS:
-        return add_text(o, text, field);
-    case NUMBERS:
-        n = parse_numbers(text, ", \t\n", field, &bad);
-        if (n == 0 || n == -1)
-            return refuse("%s \"%s\": expected whole numbers parted by commas or spaces", o->name,
-                          text);
-        return n > 0 ? 0 : out_of_memory(strlen(text) * 2, o->name);
-    default:
-        return set_number(o, text, field);
-    }
-}
-
-/* Both "--seed 7" and "--seed=7". */
-static int parse_args(struct args *a, int argc, char **argv)
-{
-    for (int i = 1; i < argc; i++) {
-        const char *name = argv[i], *text = NULL;
-        size_t n = strncmp(name, "--", 2) == 0 ? strcspn(name, "=") : strlen(name);
-        const struct option *o = find_option(name, n);
-        if (!o)
-            return refuse(*name == '-' ? "unknown option %s" : "unexpected argument \"%s\"", name);
-        if (name[n] == '=')
-            text = name + n + 1;
-        if (o->kind == FLAG && text)
-            return refuse("%s takes no value", o->name);
-        if (o->kind == MAYBE_TEXT && !text && i + 1 < argc &&
-            !find_option(argv[i + 1], strlen(argv[i + 1])))
-            text = argv[++i];
-        if (o->kind != FLAG && o->kind != MAYBE_TEXT && !text) {
-            if (i + 1 == argc)
-                return refuse("%s needs a value: %s", o->name, o->value);
-            text = argv[++i];
-        }
-        int code = set_option(a, o, text);
-        if (code)
-            return code;
-    }
-    return 0;
-}
-
-enum job { CONTINUE, CHAT, PERPLEXITY, TOKENIZE, DETOKENIZE, INFO };
-
-static int wants_numbers(const struct args *a)
-{
-    return a->logits || a->hash || a->top || a->nll || a->trace;
-}
-
-/* Which of the jobs is meant; each excludes the others. */
-static int choose_job(const struct args *a, enum job *job)
-{
-    int n_jobs = (a->prompt || a->file || a->ids_file) + a->chat + !!a->perplexity +
-                 (a->tokenize.given && a->tokenize.text) + !!a->detokenize.n + a->info;
-    int n_prompts = !!a->prompt + !!a->file + !!a->ids_file;
-    if (n_jobs > 1)
-        return refuse("contradictory: one of -p, -f, --ids, -i, --perplexity, --tokenize, "
-                      "--detokenize and --info, not several");
-    if (n_prompts > 1 || (a->tokenize.given && (a->prompt || a->ids_file)))
-        return refuse("contradictory: one of -p, -f, --ids and --tokenize TEXT, not several");
-    if (a->tokenize.given && !a->tokenize.text && !a->file)
-        return refuse("--tokenize needs a TEXT or -f FILE");
-    if (n_jobs == 0)
-        return refuse("nothing to do: give a prompt with -p TEXT, -f FILE (- is stdin) or "
-                      "--ids FILE, or chat with -i");
-    *job = a->info ? INFO : a->detokenize.n ? DETOKENIZE : a->tokenize.given ? TOKENIZE :
-           a->perplexity ? PERPLEXITY : a->chat ? CHAT : CONTINUE;
-    return 0;
-}
-
-static int check_isa(const char *isa)
-{
-    if (!isa)
-        return 0;
-    char list[256] = "";
-    for (int i = 0; gemma3_isa_name(i); i++) {
-        if (strcmp(gemma3_isa_name(i), isa) == 0)
-            return 0;
-        size_t n = strlen(list);
-        snprintf(list + n, sizeof list - n, " %s", gemma3_isa_name(i));
-    }
-    return refuse("--isa %s: this CPU can run%s", isa, list);
-}
-
-static int check_args(const struct args *a, enum job *job)
-{
-    int code = choose_job(a, job);
-    if (!code)
-        code = check_isa(a->isa);
-    if (code)
-        return code;
-    if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
-        return refuse("--kv %s: expected f16 or f32", a->kv);
-    if (*job != CONTINUE && wants_numbers(a))
-        return refuse("--logits, --hash, --top, --nll and --trace need -p, -f or --ids");
-    if (*job != CONTINUE && *job != CHAT && a->n_predict > 0)
-        return refuse("-n needs a prompt to continue: -p, -f, --ids or -i");
-    if (a->positions.n && !a->logits && !a->hash)
-        return refuse("--positions needs --logits or --hash");
-    if (a->trace_dir && !a->trace)
-        return refuse("--trace-dir needs --trace");
-    if (a->system && !a->chat)
-        return refuse("--system needs -i");
-    if (*job == PERPLEXITY && a->n_ctx && a->n_ctx < 3)
-        return refuse("-c %d: --perplexity needs chunks of 3 tokens or more", a->n_ctx);
-    return 0;
-}
-
-/* ---- Command line: files ---- */
-
-/* The beginning of a text for a message: nothing in it can do anything to a terminal. */
-static const char *printable(const char *text, char out[24])
-{
-    size_t n = 0;
-    for (; text[n] && n < 20; n++)
-        out[n] = text[n] >= 32 && text[n] < 127 ? text[n] : '?';
-    out[n] = 0;
-    return out;
-}
-
-/* Bytes of a regular file, 0 of anything else. */
-static long long size_of_file(FILE *f)
-{
-    struct stat st;
-    return fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (long long)st.st_size : 0;
-}
-
-/* All bytes of a file, "-" being stdin, and a NUL after them. */
-static int read_whole(const char *path, char **data, size_t *n)
-{
-    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    size_t room = 1 << 16, got = 0;
-    if (!f)
-        return complain("%s: %s", path, strerror(errno));
-    long long size = size_of_file(f);
-    char *bytes = size <= MAX_FILE_BYTES ? malloc(room + 1) : NULL;
-    errno = 0;
-    while (bytes) {
-        got += fread(bytes + got, 1, room - got, f);
-        if (got < room || room > MAX_FILE_BYTES)
-            break;
-        char *larger = realloc(bytes, (room *= 2) + 1);
-        if (!larger)
-            free(bytes);
-        bytes = larger;
-    }
-    int failed = ferror(f), reason = errno;
-    if (f != stdin)
-        fclose(f);
-    if (size > MAX_FILE_BYTES)
-        return complain("%s: %lld bytes, expected at most %d", path, size, MAX_FILE_BYTES);
-    if (!bytes)
-        return out_of_memory(room, path);
-    bytes[got] = 0;
-    *data = bytes, *n = got;
-    if (failed)
-        return complain("%s: %s", path, strerror(reason));
-    if (got > MAX_FILE_BYTES)
-        return complain("%s: expected at most %d bytes", path, MAX_FILE_BYTES);
-    return 0;
-}
-
-/* Writes float32 as little-endian bytes on any machine. */
-static int write_floats(FILE *f, const float *x, size_t n)
-{
-    unsigned char bytes[4 * 512];
-    for (size_t i = 0; i < n;) {
-        size_t count = 0;
-        for (; count < 512 && i < n; count++, i++) {
-            uint32_t u;
-            memcpy(&u, &x[i], 4);
-            for (int k = 0; k < 4; k++)
-                bytes[4 * count + k] = (unsigned char)(u >> 8 * k);
-        }
-        if (fwrite(bytes, 4, count, f) != count)
-            return -1;
-    }
-    return 0;
-}
-
-/* Something could not be written, errno says why. A reader that has gone away knows. */
-static int write_failed(const char *what)
-{
-    return errno == EPIPE ? 1 : complain("%s: %s", what, strerror(errno ? errno : EIO));
-}
-
-/* What is in stdout's buffer gets out, or we say why not: errno is that of the write that failed, now
- * or, with nothing left in the buffer, before. */
-static int flush_stdout(void)
-{
-    return fflush(stdout) == 0 && !ferror(stdout) ? 0 : write_failed("standard output");
-}
-
-/* ---- Command line: tracing ---- */
-
-/* One tensor that --trace asked for. The prompt comes in several calls: rows are appended. */
-struct tensor_seen {
-    char name[64];           /* with its layer: l_out-7 */
-    size_t n_rows;
-    int width;
-    float first[3], last[3], least, most;
-    double sum;
-};
-
-struct watch {
-    const char *names;       /* --trace's list */
-    const char *dir;         /* NULL: summaries */
-    struct tensor_seen *seen;
-    int n_seen, room;
-    char trouble[300];       /* what went wrong, "" while nothing has */
-};
-
-/* Whether a name of the list, of n bytes, asks for this tensor: l_out is every layer's. */
-static int asks_for(const char *wanted, size_t n, const char *name, const char *with_layer)
-{
-    return (strlen(name) == n && memcmp(wanted, name, n) == 0) ||
-           (strlen(with_layer) == n && memcmp(wanted, with_layer, n) == 0);
-}
-
-static int is_watched(const struct watch *w, const char *name, const char *with_layer)
-{
-    for (const char *p = w->names; *p; p += *p == ',') {
-        size_t n = strcspn(p, ",");
-        if (asks_for(p, n, name, with_layer))
-            return 1;
-        p += n;
-    }
-    return 0;
-}
-
-static struct tensor_seen *find_seen(struct watch *w, const char *with_layer)
-{
-    for (int i = 0; i < w->n_seen; i++)
-        if (strcmp(w->seen[i].name, with_layer) == 0)
-            return &w->seen[i];
-    if (w->n_seen == w->room) {
-        int room = w->room ? 2 * w->room : 64;
-        struct tensor_seen *larger = realloc(w->seen, (size_t)room * sizeof *larger);
-        if (!larger)
-            return NULL;
-        w->seen = larger, w->room = room;
-    }
-    struct tensor_seen *t = &w->seen[w->n_seen++];
-    *t = (struct tensor_seen){.least = INFINITY, .most = -INFINITY};
-    snprintf(t->name, sizeof t->name, "%s", with_layer);
-    return t;
-}
-
-/* first and last: the first and the last three values of the whole tensor. */
-static void summarize(struct tensor_seen *t, const float *x, size_t n)
-{
-    if (t->n_rows == 0)
-        memcpy(t->first, x, (n < 3 ? n : 3) * sizeof *x);
-    if (n >= 3)
-        memcpy(t->last, x + n - 3, 3 * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        t->sum += (double)x[i];
-        t->least = x[i] < t->least ? x[i] : t->least;
-        t->most = x[i] > t->most ? x[i] : t->most;
-    }
-}
-
-/* Opened anew for every call: all layers of all tensors are more files than may be open at once. */
-static void append_floats(struct watch *w, const struct tensor_seen *t, const float *x, size_t n)
-{
-    char path[4096];
-    if (snprintf(path, sizeof path, "%s/%s.f32", w->dir, t->name) >= (int)sizeof path) {
-        snprintf(w->trouble, sizeof w->trouble, "--trace-dir: the name is too long");
-        return;
-    }
-    FILE *f = fopen(path, t->n_rows ? "ab" : "wb");
-    int failed = !f || write_floats(f, x, n);
-    if ((f && fclose(f)) || failed)
-        snprintf(w->trouble, sizeof w->trouble, "%.200s: %.80s", path, strerror(errno));
-}
-
-/* The library calls this with every tensor inside. */
-static void see_tensor(void *user, const char *name, int layer, int pos, int n, int width,
-                       float *data)
-{
-    struct watch *w = user;
-    char with_layer[64];
-    (void)pos;
-    snprintf(with_layer, sizeof with_layer, layer < 0 ? "%s" : "%s-%d", name, layer);
-    if (w->trouble[0] || !is_watched(w, name, with_layer))
-        return;
-    struct tensor_seen *t = find_seen(w, with_layer);
-    if (!t) {
-        snprintf(w->trouble, sizeof w->trouble, "out of memory for --trace");
-        return;
-    }
-    size_t n_values = (size_t)n * (size_t)width;
-    if (w->dir)
-        append_floats(w, t, data, n_values);
-    else
-        summarize(t, data, n_values);
-    t->n_rows += (size_t)n;
-    t->width = width;
-}
-
-/* Whether a name of n bytes is a label, or, as l_out-7, one with a layer. */
-static int is_label(const char *name, size_t n, int n_layers)
-{
-    const char *label;
-    int in_layers;
-    for (int i = 0; (label = gemma3_trace_label(i, &in_layers)); i++) {
-        if (asks_for(name, n, label, label))
-            return 1;
-        for (int l = 0; in_layers && l < n_layers; l++) {
-            char with_layer[64];
-            snprintf(with_layer, sizeof with_layer, "%s-%d", label, l);
-            if (asks_for(name, n, label, with_layer))
-                return 1;
-        }
-    }
-    return 0;
-}
-
-/* Before anything is computed: are all names of the list known? */
-static int check_names(const char *names, int n_layers)
-{
-    for (const char *p = names;; p++) {
-        size_t n = strcspn(p, ",");
-        if (!is_label(p, n, n_layers))
-            return complain("--trace: the model has no tensor \"%.*s\" (names are llama.cpp's: "
-                            "attn_norm, Qcur, l_out-0, result_norm ...)", (int)n, p);
-        p += n;
-        if (!*p)
-            return 0;
-    }
-}
-
-/* Makes the folder unless it is there. */
-static int make_folder(const char *path)
-{
-    struct stat st;
-    if (mkdir(path, 0777) == 0)
-        return 0;
-    if (errno == EEXIST && stat(path, &st) == 0 && !S_ISDIR(st.st_mode))
-        errno = ENOTDIR;
-    if (errno != EEXIST || access(path, W_OK | X_OK))
-        return complain("%s: %s", path, strerror(errno));
-    return 0;
-}
-
-static int print_watched(const struct watch *w, FILE *out)
-{
-    if (w->trouble[0])
-        return complain("%s", w->trouble);
-    for (int i = 0; i < w->n_seen; i++) {
-        const struct tensor_seen *t = &w->seen[i];
-        fprintf(out, "%s [%zu][%d]", t->name, t->n_rows, t->width);
-        if (w->dir)
-            fprintf(out, " %s/%s.f32\n", w->dir, t->name);
-        else
-            fprintf(out, " first %.9g %.9g %.9g last %.9g %.9g %.9g sum %.9g min %.9g max %.9g\n",
-                    t->first[0], t->first[1], t->first[2], t->last[0], t->last[1], t->last[2],
-                    t->sum, t->least, t->most);
-    }
-    return 0;
-}
-
-/* ---- Command line: a session ---- */
-
-/* Text on its way to stdout: whole characters only, and nothing that may be the start of a --stop
- * text before that is decided. */
-struct printer {
-    gemma3_utf8 utf8;
-    char held[MAX_STOP_BYTES + 1];
-    size_t n_held;
-    int n_tokens;            /* printed since the text began */
-    int stopped;             /* a --stop text came */
-};
+/* ---- Command line: a session, which is an opened model and all that goes with it ---- */
 
 struct session {
-    const struct args *args;
+    char **args;
+    const char *stop[MAX_STOPS + 1];
+    int chats, special, prints_ids, n_predict; /* n_predict -1: until a stop token */
     gemma3_pool *pool;
-    const char *model_path;
     gemma3_model *model;
     const gemma3_config *config;
     const gemma3_tokenizer *tokenizer;
@@ -4866,958 +4987,581 @@ struct session {
     gemma3_state *state;
     gemma3_sampler sampler;
     gemma3_candidate *candidates; /* [n_vocab] */
-    int max_rows;            /* rows of logits computed at once */
-    float *logits;           /* [max_rows][n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
     int n_ids;
-    FILE *out;               /* stdout, or stderr while the logits go to stdout */
-    struct watch watch;
-    struct printer printer;
+    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
+    size_t n_held;
+    int n_printed, stopped;  /* ids of this text; a --stop text came */
+    int fault;               /* first position whose logits are not numbers, or -1 */
     int n_read, n_written;   /* tokens, for the speed */
     double read_seconds, write_seconds;
 };
 
-static void show_loading(void *user, double fraction)
+/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
+static void read_options(struct session *s)
 {
-    (void)user;
-    if (fraction < 1)
-        fprintf(stderr, "\rloading %3.0f %%", 100 * fraction);
-    else
-        fprintf(stderr, "\r%20s\r", "");
-}
-
-/* The model that comes with the program lies beside it or in weights/. */
-static const char *find_model(const char *program, char *path, size_t size)
-{
-    const char *slash = strrchr(program, '/');
-    int n_dir = slash ? (int)(slash - program) + 1 : 0;
-    for (int i = 0; i < 4; i++) {
-        snprintf(path, size, "%.*s%s%s", i < 2 ? n_dir : 0, program, i % 2 ? "" : "weights/",
-                 default_model);
-        if (access(path, R_OK) == 0)
-            return path;
+    char **args = s->args, *end;
+    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
+    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
+    int threads = gemma3_default_threads(), n = 0;
+    int numbers = option(args, "--logits") || option(args, "--hash");
+    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
+    s->chats = option(args, "-i") != NULL;
+    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+                 !!option(args, "--detokenize") + !!option(args, "--info");
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", kv);
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
+    s->special = option(args, "--special") != NULL;
+    s->prints_ids = option(args, "--out-ids") != NULL;
+    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
+    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
+    errno = 0;
+    s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
+    if (seed && (*seed < '0' || *seed > '9' || *end || errno))
+        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
+    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    while (*args) {
+        if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
+        if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (!*stop || strlen(stop) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+        s->stop[n++] = stop;
     }
-    return NULL;
 }
 
-static int open_model(struct session *s, const char *path, int computes)
+static void open_model(struct session *s, const char *path, int computes)
 {
-    const struct args *a = s->args;
+    const char *kv = option(s->args, "--kv"), *note;
     gemma3_error err;
-    int n_threads = computes ? a->n_threads : 1;
-    s->model_path = path;
-    s->pool = gemma3_pool_new(n_threads, &err);
-    if (!s->pool)
-        return complain("%s", err.text);
+    s->pool = gemma3_pool_new(s->params.n_threads, &err);
+    if (!s->pool) say(FAILED, "%s", err.text);
     gemma3_options o = {
-        .exact = a->exact,
-        .no_repack = a->no_repack || !computes,
-        .isa = a->isa,
-        .n_threads = n_threads,
-        .parallel_for = gemma3_pool_run,
-        .pool = s->pool,
-        .progress = computes && isatty(STDERR_FILENO) ? show_loading : NULL,
+        .exact = option(s->args, "--exact") != NULL, .isa = option(s->args, "--isa"),
+        .no_repack = !computes || option(s->args, "--no-repack"),
+        .obey_file = option(s->args, "--obey-file") != NULL,
+        .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
     };
     s->model = gemma3_open(path, &o, &err);
-    if (!s->model)
-        return complain("%s", err.text);
+    if (!s->model) say(FAILED, "%s", err.text);
     s->config = gemma3_model_config(s->model);
     s->tokenizer = gemma3_model_tokenizer(s->model);
-
-    s->params = gemma3_default_params(s->model);
-    if (a->n_ctx || a->perplexity)
-        s->params.n_ctx = a->n_ctx ? a->n_ctx : DEFAULT_CHUNK;
-    if (a->kv)
-        s->params.kv_type = strcmp(a->kv, "f32") == 0 ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
-    s->params.n_batch = a->n_batch;
-    s->params.n_threads = n_threads;
+    gemma3_params usual = gemma3_default_params(s->model);
+    if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
+    s->params.kv_type = !kv ? usual.kv_type : kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     s->params.parallel_for = gemma3_pool_run;
     s->params.pool = s->pool;
-    return 0;
-}
-
-/* What computing needs besides the model. Scores are asked for by the tile, text by the row. */
-static int open_state(struct session *s)
-{
-    const struct args *a = s->args;
-    gemma3_error err;
-    s->watch = (struct watch){.names = a->trace, .dir = a->trace_dir};
-    if (a->trace) {
-        s->params.trace = see_tensor;
-        s->params.trace_user = &s->watch;
-    }
-    if (a->trace && check_names(a->trace, s->config->n_layers))
-        return 1;
-    if (a->trace_dir && make_folder(a->trace_dir))
-        return 1;
+    for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
+    if (!computes) return;
+    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
+    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t need = gemma3_state_size(s->model, &s->params);
+    if (limit && (need > limit || weights > limit - need))
+        say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
+            "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
+    if (s->params.n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
+            "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            (double)s->config->rope_factor);
     s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (!s->state)
-        return complain("%s", err.text);
+    if (!s->state) say(FAILED, "%s", err.text);
+    s->logits = allocate(NULL, n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
+    s->candidates = allocate(NULL, n_vocab * sizeof *s->candidates, "sampling");
+}
 
+/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
+static char *read_file(const char *path, size_t *n)
+{
+    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
+    if (!f) say(FAILED, "%s: %s", path, strerror(errno));
+    long long size = f == stdin ? 0 : file_size(path);
+    char *bytes = NULL;
+    for (size_t room = *n = 0; *n == room;) {
+        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
+            say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
+        bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
+        *n += fread(bytes + *n, 1, room - *n, f);
+        if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
+    }
+    if (f != stdin) fclose(f);
+    bytes[*n] = 0;
+    return bytes;
+}
+
+static void encode_text(struct session *s, const char *text, size_t n)
+{
+    int flags = (option(s->args, "--no-bos") ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
+    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
+        say(NOTE, "the text begins with <bos>: no other is put before it");
+        flags = GEMMA3_SPECIAL;
+    }
+    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
+    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
+}
+
+/* The ids spelled in n bytes of text. */
+static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
+{
+    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
+    int id, found, last = s->config->n_vocab - 1;
+    s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
+    while ((found = next_number(&left, &id)) > 0) {
+        if (id < 0 || id > last)
+            say(FAILED, "%s: id %d is outside the vocabulary, 0 to %d", where, id, last);
+        s->ids[s->n_ids++] = id;
+    }
+    if (found < 0 || left < text + n)
+        say(FAILED, "%s: expected ids parted by spaces or line ends, found \"%.20s\"", where,
+            found ? left : "a zero byte");
+}
+
+/* Fills s->ids with what is to be continued or shown. */
+static void read_prompt(struct session *s)
+{
+    const char *ids = option(s->args, "--ids"), *path = ids ? ids : option(s->args, "-f");
+    const char *prompt = option(s->args, "-p"), *text = option(s->args, "--tokenize");
+    if (prompt) text = prompt;
+    size_t n = path ? 0 : strlen(text);
+    char *bytes = path ? read_file(path, &n) : NULL;
+    if (ids) parse_ids(s, bytes, n, ids);
+    else encode_text(s, bytes ? bytes : text, n);
+    free(bytes);
+}
+
+static void open_out(struct session *s, const char *path)
+{
+    char magic[4] = "";
+    long long size = file_size(path);
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+        say(FAILED, "%s: this is a model, which would be overwritten", path);
+    if (old) fclose(old);
+    real_path(path, path, s->path);
+    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
+}
+
+static int write_out(void *session, const void *bytes, size_t n)
+{
+    struct session *s = session;
+    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
+    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
+    flush(s->file, s->file == stdout ? "standard output" : s->path);
+    return -1;
+}
+
+static void close_out(struct session *s)
+{
+    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
+        say(FAILED, "%s: %s", s->path, strerror(errno));
+}
+
+/* --positions, or all. */
+static void choose_rows(struct session *s)
+{
+    const char *list = option(s->args, "--positions"), *left = list;
+    int x, found = 0, last = -1;
+    s->wanted = allocate(NULL, (size_t)s->n_ids, "--positions");
+    memset(s->wanted, !list, (size_t)s->n_ids);
+    while (list && (found = next_number(&left, &x)) > 0) {
+        int position = x < 0 ? x + s->n_ids : x;
+        if (position < 0 || position >= s->n_ids)
+            say(FAILED, "--positions %d: the prompt has %d tokens", x, s->n_ids);
+        if (position <= last)
+            say(FAILED, "--positions: expected them to ascend, found %d after %d", position, last);
+        s->wanted[last = position] = 1;
+    }
+    if (found < 0 || (list && last < 0))
+        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
+}
+
+/* Float32 as little-endian bytes on any machine. */
+static void write_row(struct session *s, const float *row)
+{
+    unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
+    size_t n = 4 * (size_t)s->config->n_vocab;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &row[i / 4], 4);
+        bytes[i] = (unsigned char)(u >> i % 4 * 8);
+    }
+    gemma3_sha256_add(&s->sha256, bytes, n);
+    if (s->file) write_out(s, bytes, n);
+}
+
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
+    return all;
+}
+
+/* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
+static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
+{
     size_t n_vocab = (size_t)s->config->n_vocab;
-    s->max_rows = wants_numbers(a) || a->perplexity ? lesser(a->n_batch, GEMMA3_CHUNK) : 1;
-    s->logits = calloc(n_vocab * (size_t)s->max_rows, sizeof *s->logits);
-    if (!s->logits)
-        return out_of_memory(n_vocab * (size_t)s->max_rows * sizeof *s->logits, "the logits");
-    s->candidates = malloc(n_vocab * sizeof *s->candidates);
-    if (!s->candidates)
-        return out_of_memory(n_vocab * sizeof *s->candidates, "sampling");
-
-    s->sampler = gemma3_sampler_new(a->seed);
-    s->sampler.temperature = (float)a->temperature;
-    s->sampler.top_k = a->top_k;
-    s->sampler.top_p = (float)a->top_p;
-    s->sampler.min_p = (float)a->min_p;
-    s->sampler.repeat_penalty = (float)a->repeat_penalty;
-    return 0;
+    if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
+        say(FAILED, "%s", gemma3_state_error(s->state));
+    for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+    for (int r = 0; r < n_rows && s->fault < 0; r++)
+        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
+            s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
-static void close_session(struct session *s)
+/* Takes tokens through the model; s->logits is then the last one's row. */
+static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
-    free(s->ids);
-    free(s->logits);
-    free(s->candidates);
-    free(s->watch.seen);
-    gemma3_state_free(s->state);
-    gemma3_close(s->model);
-    gemma3_pool_free(s->pool);
-}
-
-static int encode_flags(const struct args *a)
-{
-    return (a->no_bos ? 0 : GEMMA3_BOS) | (a->special ? GEMMA3_SPECIAL : 0);
-}
-
-static int encode_text(struct session *s, const char *text, size_t n)
-{
-    size_t room = n + 1;
-    s->ids = malloc(room * sizeof *s->ids);
-    if (!s->ids)
-        return out_of_memory(room * sizeof *s->ids, "the ids of the text");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, encode_flags(s->args), s->ids, (int)room);
-    return s->n_ids < 0 ? out_of_memory(gemma3_encode_work(n), "encoding the text") : 0;
-}
-
-static int encode_file(struct session *s, const char *path)
-{
-    char *text = NULL;
-    size_t n = 0;
-    int code = read_whole(path, &text, &n);
-    if (!code)
-        code = encode_text(s, text, n);
-    free(text);
-    return code;
-}
-
-static int check_ids(const struct session *s, const struct numbers *ids, const char *where)
-{
-    for (int i = 0; i < ids->n; i++)
-        if (ids->value[i] < 0 || ids->value[i] >= s->config->n_vocab)
-            return complain("%s: id %d is outside the vocabulary, 0 to %d", where,
-                            (int)ids->value[i], s->config->n_vocab - 1);
-    return 0;
-}
-
-static int read_ids(struct session *s, const char *path)
-{
-    char *text = NULL;
-    size_t n_bytes = 0;
-    struct numbers ids = {NULL, 0};
-    const char *bad = NULL;
-    char shown_bad[24];
-    int code = read_whole(path, &text, &n_bytes);
-    if (!code) {
-        int n = parse_numbers(text, " \t\r\n\v\f", &ids, &bad);
-        if (n == -2)
-            code = out_of_memory(n_bytes * 2, path);
-        else if (n == -1 || strlen(text) < n_bytes)
-            code = complain("%s: expected ids parted by spaces or line ends, found \"%s\"", path,
-                            n == -1 ? printable(bad, shown_bad) : "a zero byte");
-        else
-            code = check_ids(s, &ids, path);
-    }
-    free(text);
-    s->ids = ids.value;
-    s->n_ids = ids.n;
-    return code;
-}
-
-/* Fills s->ids with what is to be continued or scored. */
-static int read_prompt(struct session *s)
-{
-    const struct args *a = s->args;
-    int code = a->ids_file ? read_ids(s, a->ids_file) :
-               a->file ? encode_file(s, a->file) :
-               a->perplexity ? encode_file(s, a->perplexity) :
-               encode_text(s, a->prompt, strlen(a->prompt));
-    if (!code && s->n_ids == 0)
-        return complain("the prompt has no tokens");
-    if (!code && !a->perplexity && s->n_ids > s->params.n_ctx)
-        return complain("the prompt has %d tokens and the context room for %d: give -c %d or more",
-                        s->n_ids, s->params.n_ctx, s->n_ids);
-    return code;
-}
-
-/* A long prompt takes a while; somebody may be watching. */
-static void show_reading(const struct session *s, int n_done, int n)
-{
-    if (n <= s->params.n_batch || !isatty(STDERR_FILENO))
-        return;
-    if (n_done < n)
-        fprintf(stderr, "\rreading %d of %d tokens", n_done, n);
-    else
-        fprintf(stderr, "\r%40s\r", "");
-}
-
-/* Takes tokens through the model in batches; s->logits is then the last one's row. */
-static int read_tokens(struct session *s, const int32_t *ids, int n)
-{
+    size_t n_vocab = (size_t)s->config->n_vocab;
     double start = seconds();
-    for (int i = 0; i < n;) {
-        int count = lesser(n - i, s->params.n_batch), row = count - 1;
-        int is_last = i + count == n;
-        if (gemma3_forward(s->state, ids + i, count, &row, is_last, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        i += count;
-        show_reading(s, i, n);
+    for (int i = 0, count; i < n; i += count) {
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, most = s->params.n_batch;
+        if (most > GEMMA3_MAX_UBATCH) most = GEMMA3_MAX_UBATCH;
+        for (count = 0; count < most && i + count < n; count++)
+            if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
+        forward(s, ids + i, count, rows, n_rows);
+        for (int r = 0; s->wanted && r < n_rows; r++)
+            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * n_vocab);
+        if (n_rows > 1) memcpy(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, 4 * n_vocab);
     }
-    for (int i = 0; i < n; i++)
-        gemma3_sampler_accept(&s->sampler, ids[i]);
     s->n_read += n;
     s->read_seconds += seconds() - start;
-    return 0;
 }
 
-static void print_speed(const struct session *s)
+static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
 {
-    fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
-            s->n_read, s->read_seconds > 0 ? s->n_read / s->read_seconds : 0.0, s->n_written,
-            s->write_seconds > 0 ? s->n_written / s->write_seconds : 0.0);
+    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
 }
 
-/* ---- Command line: text ---- */
-
-/* How many of the first n bytes held are surely not the start of a --stop text. */
-static size_t n_free_bytes(const struct printer *p, const struct texts *stop)
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
+ * there. Returns how many are in the state. */
+static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
-    for (size_t k = 0; k < p->n_held; k++)
-        for (int i = 0; i < stop->n; i++)
-            if (strncmp(stop->text[i], p->held + k, p->n_held - k) == 0)
-                return k;
-    return p->n_held;
+    const char *path = option(s->args, "--state");
+    gemma3_error err;
+    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
+    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (f) fclose(f);
+    int pos = gemma3_state_pos(s->state), n_same = 0;
+    const int32_t *kept = gemma3_state_ids(s->state);
+    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
+    if (!path || n <= 0 || (f && n_same == pos)) {
+        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_same;
+    }
+    gemma3_state_reset(s->state);
+    read_tokens(s, ids, n);
+    open_out(s, path);
+    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    close_out(s);
+    return n;
 }
 
 static void print_byte(struct session *s, char byte)
 {
-    struct printer *p = &s->printer;
-    const struct texts *stop = &s->args->stop;
-    if (p->stopped)
-        return;
-    p->held[p->n_held++] = byte;
-    size_t n = n_free_bytes(p, stop), n_gone = n;
-    for (int i = 0; i < stop->n; i++) {
-        size_t length = strlen(stop->text[i]);
-        if (length > p->n_held ||
-            memcmp(stop->text[i], p->held + p->n_held - length, length) != 0)
-            continue;
-        if (!p->stopped || n > p->n_held - length) /* of several the longest */
-            n = p->n_held - length;
-        n_gone = p->n_held;
-        p->stopped = 1;
-    }
-    if (!s->args->out_ids)
-        fwrite(p->held, 1, n, s->out);
-    p->n_held -= n_gone;
-    memmove(p->held, p->held + n_gone, p->n_held);
+    if (s->stopped) return;
+    s->held[s->n_held++] = byte;
+    size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
+    for (size_t n = 1; n <= s->n_held; n++)
+        for (const char **stop = s->stop; *stop; stop++) {
+            if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
+            if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
+            if (!(*stop)[n]) s->stopped = 1;
+        }
+    if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
+    memmove(s->held, s->held + n_out, s->n_held -= n_out);
 }
 
+/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
 static int print_token(struct session *s, int32_t id)
 {
-    char piece[GEMMA3_PIECE_MAX], character[8];
-    int n = gemma3_decode(s->tokenizer, id, s->args->special ? GEMMA3_SPECIAL : 0, piece);
-    for (int i = 0; i < n; i++) {
-        int n_bytes = gemma3_utf8_push(&s->printer.utf8, (unsigned char)piece[i], character);
-        for (int k = 0; k < n_bytes; k++)
-            print_byte(s, character[k]);
-    }
-    if (s->args->out_ids && !s->printer.stopped)
-        fprintf(s->out, s->printer.n_tokens ? " %d" : "%d", (int)id);
-    s->printer.n_tokens++;
-    return s->out == stdout ? flush_stdout() : 0;
-}
-
-/* What is still held back is text after all. */
-static int end_text(struct session *s)
-{
-    struct printer *p = &s->printer;
-    char character[8];
-    int n = gemma3_utf8_end(&p->utf8, character);
+    char piece[GEMMA3_PIECE_MAX], c[8];
+    int32_t spelled = -1;
+    int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
+    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
+        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
+            spelled = -1;
+    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
     for (int i = 0; i < n; i++)
-        print_byte(s, character[i]);
-    if (!s->args->out_ids && !p->stopped)
-        fwrite(p->held, 1, p->n_held, s->out);
-    if (s->args->out_ids || s->args->chat || isatty(STDOUT_FILENO))
-        fputc('\n', s->out);
-    return s->out == stdout ? flush_stdout() : 0;
+        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
+            print_byte(s, c[k]);
+    if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
+    flush(s->out, "standard output");
+    return 1;
 }
 
-/* Chooses, prints and takes in one token after another. In a chat the last one is taken in too,
- * because the conversation goes on after it. */
-static int write_tokens(struct session *s)
+/* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
+static void write_tokens(struct session *s)
 {
-    const struct args *a = s->args;
     double start = seconds();
-    int code = 0;
-    s->printer = (struct printer){.n_held = 0};
-    for (int i = 0; !interrupted && !code && (a->n_predict < 0 || i < a->n_predict); i++) {
+    char c[8];
+    int row = 0, is_last = s->n_predict == 0, is_full = 0;
+    s->n_held = 0, s->n_printed = s->stopped = 0;
+    for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
         int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (gemma3_is_stop(s->tokenizer, id))
-            break;
-        gemma3_sampler_accept(&s->sampler, id);
-        code = print_token(s, id);
+        if (!print_token(s, id)) break;
         s->n_written++;
-        int row = 0, is_last = i + 1 == a->n_predict || s->printer.stopped;
-        if (code || (is_last && !a->chat))
-            break;
-        if (gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state)) {
-            if (!is_last)
-                fprintf(stderr, "\ngemma3: the context of %d tokens is full\n",
-                        gemma3_state_n_ctx(s->state));
-            break;
-        }
-        if (gemma3_forward(s->state, &id, 1, &row, !is_last, s->logits))
-            code = complain("%s", gemma3_state_error(s->state));
-        if (is_last)
-            break;
+        is_last = i == s->n_predict || s->stopped;
+        is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
+        if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    return code ? code : end_text(s);
-}
-
-/* ---- Command line: scores ---- */
-
-/* The rows of --logits and --hash, on their way to the file and the hash. */
-struct rows_out {
-    int32_t *position;       /* [n] in the order asked for; NULL: all */
-    int n, n_done;
-    float *kept;             /* [n][n_vocab] when that order is not the model's, else NULL */
-    FILE *file;
-    const char *path;        /* --logits */
-    char *target, *unready;  /* owned: the file meant, and its name until it is whole; or NULL */
-    gemma3_sha256 hash;
-};
-
-static int write_row(struct rows_out *o, const float *row, int n_vocab)
-{
-    gemma3_sha256_add_floats(&o->hash, row, (size_t)n_vocab);
-    if (!o->file || write_floats(o->file, row, (size_t)n_vocab) == 0)
-        return 0;
-    return write_failed(o->file == stdout ? "standard output" : o->path);
-}
-
-/* Turns --positions into indices, and finds out whether rows can be written as they come. */
-static int begin_rows(struct session *s, struct rows_out *o)
-{
-    const struct numbers *p = &s->args->positions;
-    int ascending = 1;
-    gemma3_sha256_init(&o->hash);
-    if (p->n == 0)
-        return 0;
-    o->position = malloc((size_t)p->n * sizeof *o->position);
-    if (!o->position)
-        return out_of_memory((size_t)p->n * sizeof *o->position, "--positions");
-    for (; o->n < p->n; o->n++) {
-        int position = p->value[o->n] + (p->value[o->n] < 0 ? s->n_ids : 0);
-        if (position < 0 || position >= s->n_ids)
-            return complain("--positions %d: the prompt has %d tokens", (int)p->value[o->n],
-                            s->n_ids);
-        ascending &= o->n == 0 || position >= o->position[o->n - 1];
-        o->position[o->n] = position;
-    }
-    if (ascending)
-        return 0;
-    size_t n_values = (size_t)p->n * (size_t)s->config->n_vocab;
-    o->kept = malloc(n_values * sizeof *o->kept);
-    return o->kept ? 0 : out_of_memory(n_values * sizeof *o->kept, "--positions out of order");
-}
-
-static int is_same_file(const char *path, const struct stat *other)
-{
-    struct stat st;
-    return stat(path, &st) == 0 && st.st_dev == other->st_dev && st.st_ino == other->st_ino;
-}
-
-/* A file is written under another name beside its own, which it gets when it is whole: a job that
- * fails leaves what was there. Devices and pipes are written as they are. */
-static int open_file(struct rows_out *o, const char *model)
-{
-    struct stat st;
-    int is_there = stat(o->path, &st) == 0;
-    if (is_there && is_same_file(model, &st))
-        return complain("--logits %s: this is the model, which would be overwritten", o->path);
-    if (is_there && !S_ISREG(st.st_mode)) {
-        o->file = fopen(o->path, "wb");
-        return o->file ? 0 : complain("%s: %s", o->path, strerror(errno));
-    }
-    if (is_there && access(o->path, W_OK))
-        return complain("%s: %s", o->path, strerror(errno));
-    o->target = is_there ? realpath(o->path, NULL) : strdup(o->path); /* what a link leads to */
-    size_t size = o->target ? strlen(o->target) + 32 : 0;
-    o->unready = size ? malloc(size) : NULL;
-    if (!o->unready)
-        return out_of_memory(strlen(o->path) + 32, "--logits");
-    snprintf(o->unready, size, "%s.%ld.tmp", o->target, (long)getpid());
-    o->file = fopen(o->unready, "wbx");
-    if (!o->file)
-        return complain("%s: %s", o->path, strerror(errno));
-    if (is_there && fchmod(fileno(o->file), st.st_mode & 0777))
-        return complain("%s: %s", o->unready, strerror(errno));
-    return 0;
-}
-
-static int open_rows(struct session *s, struct rows_out *o)
-{
-    int code = begin_rows(s, o);
-    o->path = s->args->logits;
-    if (code || !o->path)
-        return code;
-    if (strcmp(o->path, "-") != 0)
-        return open_file(o, s->model_path);
-    o->file = stdout;
-    return 0;
-}
-
-/* How often a row is wanted. */
-static int is_wanted(const struct rows_out *o, int position)
-{
-    if (!o->position)
-        return 1;
-    int n = 0;
-    for (int i = 0; i < o->n; i++)
-        n += o->position[i] == position;
-    return n;
-}
-
-static int take_row(struct session *s, struct rows_out *o, int position, const float *row)
-{
-    int n_vocab = s->config->n_vocab, code = 0;
-    if (o->kept) {
-        for (int i = 0; i < o->n; i++)
-            if (o->position[i] == position)
-                memcpy(o->kept + (size_t)i * (size_t)n_vocab, row, (size_t)n_vocab * sizeof *row);
-        return 0;
-    }
-    for (int n = is_wanted(o, position); n > 0 && !code; n--)
-        code = write_row(o, row, n_vocab);
-    return code;
-}
-
-static int close_rows(struct session *s, struct rows_out *o, int code)
-{
-    for (int i = 0; o->kept && i < o->n && !code; i++)
-        code = write_row(o, o->kept + (size_t)i * (size_t)s->config->n_vocab, s->config->n_vocab);
-    free(o->position);
-    free(o->kept);
-    if (o->file == stdout)
-        return code ? code : flush_stdout();
-    if (o->file && fclose(o->file) && !code)
-        code = complain("%s: %s", o->path, strerror(errno));
-    if (o->file && o->unready && !code && rename(o->unready, o->target))
-        code = complain("%s: %s", o->path, strerror(errno));
-    if (o->file && o->unready && code)
-        remove(o->unready);
-    free(o->target);
-    free(o->unready);
-    return code;
-}
-
-/* Everything asked about one position. */
-static int score_row(struct session *s, struct rows_out *o, int position, const float *row)
-{
-    const struct args *a = s->args;
-    if (a->nll && position + 1 < s->n_ids) {
-        int32_t next = s->ids[position + 1];
-        fprintf(s->out, "%d %d %.9g\n", position + 1, (int)next,
-                gemma3_nll(row, s->config->n_vocab, next));
-    }
-    return a->logits || a->hash ? take_row(s, o, position, row) : 0;
-}
-
-/* Rows of the tile of n tokens at start that something needs: ascending, the prompt's last always,
- * since --top and text come after it. */
-static int rows_needed(const struct session *s, const struct rows_out *o, int start, int n,
-                       int rows[GEMMA3_CHUNK])
-{
-    const struct args *a = s->args;
-    int n_rows = 0, all = a->nll || (a->trace && strstr(a->trace, "result_"));
-    for (int i = 0; i < n; i++)
-        if (all || start + i + 1 == s->n_ids ||
-            ((a->logits || a->hash) && is_wanted(o, start + i)))
-            rows[n_rows++] = i;
-    return n_rows;
-}
-
-/* One pass over the prompt for everything that was asked for together. */
-static int score_prompt(struct session *s, struct rows_out *o)
-{
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    int code = 0, n_rows = 0;
-    double start = seconds();
-    for (int i = 0; i < s->n_ids && !code;) {
-        int rows[GEMMA3_CHUNK], n = lesser(s->n_ids - i, s->max_rows);
-        n_rows = rows_needed(s, o, i, n, rows);
-        if (gemma3_forward(s->state, s->ids + i, n, rows, n_rows, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        if (s->watch.trouble[0])
-            return complain("%s", s->watch.trouble);
-        for (int r = 0; r < n_rows && !code; r++)
-            code = score_row(s, o, i + rows[r], s->logits + (size_t)r * n_vocab);
-        if (!code && s->out == stdout)
-            code = flush_stdout();
-        i += n;
-        show_reading(s, i, s->n_ids);
-    }
-    if (code)
-        return code;
-    memmove(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, n_vocab * sizeof *s->logits);
-    for (int i = 0; i < s->n_ids; i++)
-        gemma3_sampler_accept(&s->sampler, s->ids[i]);
-    s->n_read = s->n_ids;
-    s->read_seconds = seconds() - start;
-    return 0;
-}
-
-static void print_hash(struct session *s, struct rows_out *o)
-{
-    char hex[65];
-    gemma3_sha256_end(&o->hash, hex);
-    fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-            s->args->exact ? "exact" : "default",
-            s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
-}
-
-/* By logit down, then by id up; what is not a number comes last. */
-static int by_logit(const void *left, const void *right)
-{
-    const gemma3_candidate *a = left, *b = right;
-    float x = isnan(a->logit) ? -INFINITY : a->logit, y = isnan(b->logit) ? -INFINITY : b->logit;
-    if (x != y)
-        return x < y ? 1 : -1;
-    return (a->id > b->id) - (a->id < b->id);
-}
-
-static void print_quoted(FILE *out, const char *text, int n)
-{
-    fputc('"', out);
-    for (int i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if (c == '\n')
-            fputs("\\n", out);
-        else if (c == '"' || c == '\\')
-            fprintf(out, "\\%c", c);
-        else if (c < 32 || c == 127 || (n == 1 && c > 127))
-            fprintf(out, "\\x%02x", c);
-        else
-            fputc(c, out);
-    }
-    fputs("\"", out);
-}
-
-/* p = exp(l - largest - log(sum)), where log(sum) is the largest one's nll. */
-static void print_top(struct session *s)
-{
-    int n_vocab = s->config->n_vocab;
-    gemma3_candidate *c = s->candidates;
-    for (int i = 0; i < n_vocab; i++)
-        c[i] = (gemma3_candidate){s->logits[i], i};
-    qsort(c, (size_t)n_vocab, sizeof *c, by_logit);
-    double log_sum = gemma3_nll(s->logits, n_vocab, c[0].id);
-    for (int i = 0; i < lesser(s->args->top, n_vocab); i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int n = gemma3_decode(s->tokenizer, c[i].id, GEMMA3_SPECIAL, piece);
-        fprintf(s->out, "%d\t", (int)c[i].id);
-        print_quoted(s->out, piece, n);
-        fprintf(s->out, "\t%.9g\t%.9g\n", (double)c[i].logit,
-                gemma3_exp((double)c[i].logit - (double)c[0].logit - log_sum));
-    }
-}
-
-static int score(struct session *s)
-{
-    struct rows_out o = {.n = 0};
-    int code = open_rows(s, &o);
-    if (!code)
-        code = score_prompt(s, &o);
-    if (!code && s->args->trace)
-        code = print_watched(&s->watch, s->out);
-    s->watch.names = ""; /* the prompt is traced, not what may be generated after it */
-    code = close_rows(s, &o, code);
-    if (code)
-        return code;
-    if (s->args->hash)
-        print_hash(s, &o);
-    if (s->args->top)
-        print_top(s);
-    return flush_stdout();
+    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
+    if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
+    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out, "standard output");
+    if (is_full && !is_last)
+        say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
+            s->chats ? "; /clear starts again, -c gives more" : "");
 }
 
 /* ---- Command line: the jobs ---- */
 
 /* -p, -f, --ids */
-static int continue_prompt(struct session *s)
+static void continue_prompt(struct session *s)
 {
-    const struct args *a = s->args;
-    int numbers = wants_numbers(a), code = read_prompt(s);
-    if (!code)
-        code = open_state(s);
-    if (!code)
-        code = numbers ? score(s) : read_tokens(s, s->ids, s->n_ids);
-    if (code || a->n_predict == 0 || (numbers && a->n_predict < 0))
-        return code;
-    code = write_tokens(s);
-    print_speed(s);
-    return code;
+    const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
+    char hex[65];
+    read_prompt(s);
+    if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
+    if (s->n_ids > s->params.n_ctx)
+        say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
+            s->n_ids, s->params.n_ctx, s->n_ids);
+    gemma3_sha256_init(&s->sha256);
+    if (logits || hash) choose_rows(s);
+    if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
+    else if (logits) open_out(s, logits);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
+    if (logits) close_out(s);
+    gemma3_sha256_end(&s->sha256, hex);
+    if (hash)
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
+                gemma3_model_is_exact(s->model) ? "exact" : "default",
+                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
+    if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
+    else s->n_read = 0; /* its speed is of no interest */
 }
 
-/* Sums over the tokens scored by --perplexity. */
-struct scored {
-    double nll, nll_squared; /* sums */
-    size_t n, n_bytes;       /* tokens, and their text */
-};
-
-/* One chunk of n tokens: <bos> in place of its first (as llama-perplexity does), scores for the
- * second half. Position i gives the probability of token i + 1. */
-static int score_chunk(struct session *s, const int32_t *ids, int n, struct scored *sum)
-{
-    const gemma3_vocab *v = gemma3_tokenizer_vocab(s->tokenizer);
-    size_t n_vocab = (size_t)s->config->n_vocab;
-    gemma3_state_reset(s->state);
-    for (int i = 0; i < n - 1;) {
-        int rows[GEMMA3_CHUNK], n_rows = 0, count = lesser(n - 1 - i, s->max_rows);
-        int32_t tile[GEMMA3_CHUNK];
-        memcpy(tile, ids + i, (size_t)count * sizeof *tile);
-        if (i == 0 && v->bos >= 0 && v->add_bos && !s->args->no_bos)
-            tile[0] = v->bos;
-        for (int k = 0; k < count; k++)
-            if (i + k >= n / 2)
-                rows[n_rows++] = k;
-        if (gemma3_forward(s->state, tile, count, rows, n_rows, s->logits))
-            return complain("%s", gemma3_state_error(s->state));
-        for (int r = 0; r < n_rows; r++) {
-            char piece[GEMMA3_PIECE_MAX];
-            int32_t next = ids[i + rows[r] + 1];
-            double nll = gemma3_nll(s->logits + (size_t)r * n_vocab, (int)n_vocab, next);
-            sum->nll += nll;
-            sum->nll_squared += nll * nll;
-            sum->n++;
-            sum->n_bytes += (size_t)gemma3_decode(s->tokenizer, next, 0, piece);
-        }
-        i += count;
-    }
-    return 0;
-}
-
-static int perplexity(struct session *s)
-{
-    int code = read_prompt(s), n = s->params.n_ctx;
-    struct scored sum = {0, 0, 0, 0};
-    if (!code && s->n_ids / 2 < n)
-        return complain("%s: %d tokens; --perplexity needs two chunks of %d (-c), %.0f tokens",
-                        s->args->perplexity, s->n_ids, n, 2.0 * n);
-    if (!code)
-        code = open_state(s);
-    for (int i = 0; i < s->n_ids / n && !code; i++) {
-        code = score_chunk(s, s->ids + (size_t)i * (size_t)n, n, &sum);
-        if (!code) {
-            printf("[%d]%.4f,", i + 1, gemma3_exp(sum.nll / (double)sum.n));
-            code = flush_stdout();
-        }
-    }
-    if (code)
-        return code;
-    double n_scored = (double)sum.n, mean = sum.nll / n_scored;
-    double variance = sum.nll_squared / n_scored - mean * mean, ppl = gemma3_exp(mean);
-    double error = variance > 0 && sum.n > 1 ? ppl * sqrt(variance / (n_scored - 1)) : 0;
-    printf("\ntokens scored %zu of %d, chunks %d of %d\n", sum.n, s->n_ids, s->n_ids / n, n);
-    printf("mean nll %.9g\n", mean);
-    if (sum.n_bytes)
-        printf("bits per byte %.9g\n", sum.nll / gemma3_log(2) / (double)sum.n_bytes);
-    printf("ppl %.4f +- %.5f\n", ppl, error);
-    return 0;
-}
-
-static int tokenize(struct session *s)
-{
-    const char *text = s->args->tokenize.text;
-    int code = text ? encode_text(s, text, strlen(text)) : encode_file(s, s->args->file);
-    for (int i = 0; i < s->n_ids && !code; i++)
-        printf(i ? " %d" : "%d", (int)s->ids[i]);
-    if (!code)
-        putchar('\n');
-    return code;
-}
-
-static int detokenize(struct session *s)
-{
-    const struct numbers *ids = &s->args->detokenize;
-    int code = check_ids(s, ids, "--detokenize");
-    for (int i = 0; i < ids->n && !code; i++) {
-        char piece[GEMMA3_PIECE_MAX];
-        int n = gemma3_decode(s->tokenizer, ids->value[i], s->args->special ? GEMMA3_SPECIAL : 0,
-                              piece);
-        fwrite(piece, 1, (size_t)n, stdout);
-    }
-    if (!code && isatty(STDOUT_FILENO))
-        putchar('\n');
-    return code;
-}
-
-static void print_memory(const struct session *s)
-{
-    gemma3_params p = s->params;
-    const int n_ctx[] = {512, 4096, s->config->n_ctx_train, s->params.n_ctx};
-    printf("weights                %zu bytes, %zu read for each token generated\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model));
-    for (int i = 0; i < 4; i++) {
-        int seen = 0;
-        for (int k = 0; k < i; k++)
-            seen |= n_ctx[k] == n_ctx[i];
-        if (seen)
-            continue;
-        p.n_ctx = n_ctx[i];
-        size_t n_bytes = gemma3_kv_bytes(s->config, &p);
-        printf("KV cache               %zu bytes for -c %d in %s\n", n_bytes, p.n_ctx,
-               p.kv_type == GEMMA3_KV_F32 ? "f32" : "f16");
-    }
-    p = s->params;
-    p.n_threads = s->args->n_threads;
-    size_t n_scratch = gemma3_state_size(s->model, &p) - gemma3_kv_bytes(s->config, &p);
-    printf("scratch and tables     %zu bytes for -c %d -b %d -t %d\n", n_scratch, p.n_ctx, p.n_batch,
-           p.n_threads);
-}
-
-/* A text out of the file: whole characters, and no control characters (U+0000 to 1F, 7F to 9F). */
-static void print_name(const char *name)
-{
-    gemma3_utf8 whole = {.n = 0};
-    char c[8];
-    for (; *name; name++) { /* n is 0 within a character */
-        int n = gemma3_utf8_push(&whole, (unsigned char)*name, c);
-        if (n == 1 ? c[0] < 32 || c[0] == 127 : n == 2 && memcmp(c, "\xC2\xA0", 2) < 0)
-            putchar('?');
-        else
-            fwrite(c, 1, (size_t)n, stdout);
-    }
-    fwrite(c, 1, (size_t)gemma3_utf8_end(&whole, c), stdout);
-    putchar('\n');
-}
-
-static int info(struct session *s)
+static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
+    const gemma3_params *p = &s->params;
+    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+        {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
+        {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
+        {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
+        {"n_ctx_train", "context_length", c->n_ctx_train},
+        {"window", "attention.sliding_window", c->window},
+        {"rms_eps", "attention.layer_norm_rms_epsilon", c->rms_eps},
+        {"rope_base_global", "rope.freq_base", c->rope_base_global},
+        {"rope_base_local", "rope.freq_base_swa", c->rope_base_local},
+        {"rope_factor", "rope.scaling.factor", c->rope_factor},
+        {"query_scale", "attention.scale", c->query_scale},
+        {"embedding_scale", "", c->embedding_scale},
+        {"final_softcap", "final_logit_softcapping", c->final_softcap},
+    };
     printf("name                   ");
-    print_name(gemma3_model_name(s->model));
-    printf("chat template          %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no");
-    printf("contract               %d\n", GEMMA3_CONTRACT);
-    printf("mode                   %s\n", gemma3_model_is_exact(s->model) ? "exact" : "default");
-    printf("isa                    %s\n", gemma3_model_isa(s->model));
-    printf("n_layers               %d\n", c->n_layers);
-    printf("d_model                %d\n", c->d_model);
-    printf("d_ff                   %d\n", c->d_ff);
-    printf("n_heads                %d\n", c->n_heads);
-    printf("n_kv_heads             %d\n", c->n_kv_heads);
-    printf("head_dim               %d\n", c->head_dim);
-    printf("n_vocab                %d\n", c->n_vocab);
-    printf("n_ctx_train            %d tokens\n", c->n_ctx_train);
-    printf("window                 %d tokens\n", c->window);
-    printf("rms_eps                %.9g\n", (double)c->rms_eps);
-    printf("rope_base_global       %.9g\n", (double)c->rope_base_global);
-    printf("rope_base_local        %.9g\n", (double)c->rope_base_local);
-    printf("rope_factor            %.9g\n", (double)c->rope_factor);
-    printf("query_scale            %.9g\n", (double)c->query_scale);
-    printf("embedding_scale        %.9g\n", (double)c->embedding_scale);
-    printf("final_softcap          %.9g\n", (double)c->final_softcap);
+    print_safe(stdout, gemma3_model_name(s->model));
+    printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
+           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
+           GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
+           gemma3_model_isa(s->model));
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const char *origin = gemma3_model_origin(s->model, fields[i].key);
+        printf("%-22s %.9g", fields[i].name, fields[i].value);
+        printf(*origin ? " (%s)\n" : "\n", origin);
+    }
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
-        if (!c->is_local[l])
-            printf(" %d", l);
-    putchar('\n');
-    print_memory(s);
-    return 0;
+        if (!c->is_local[l]) printf(" %d", l);
+    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
+    printf("\nweights                %zu bytes, %zu read for each token generated\n"
+           "KV cache               %zu bytes for -c %d in %s\n"
+           "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
+           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
+           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
+           p->n_threads);
 }
 
-/* ---- Command line: chat ---- */
-
-static void note_interrupt(int signal_number)
+/* One turn and its answer. 0: it does not fit, and nothing happened. */
+static int answer(struct session *s, const char *text)
 {
-    (void)signal_number;
-    interrupted = 1;
-}
-
-/* flags: 0 while waiting for a line, so that the waiting ends; SA_RESTART while an answer is
- * written, so that the writing does not fail. */
-static void catch_interrupts(int flags)
-{
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = note_interrupt;
-    action.sa_flags = flags;
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGINT, &action, NULL);
-}
-
-/* Whatever ended the answer, the model finds it closed when the next turn comes. */
-static int close_turn(struct session *s)
-{
-    static const char mark[] = "<end_of_turn>";
-    int32_t id = gemma3_find(s->tokenizer, mark, sizeof mark - 1);
-    if (id < 0 || gemma3_state_pos(s->state) == gemma3_state_n_ctx(s->state))
-        return 0;
-    gemma3_sampler_accept(&s->sampler, id);
-    if (gemma3_forward(s->state, &id, 1, NULL, 0, NULL))
-        return complain("%s", gemma3_state_error(s->state));
-    return 0;
-}
-
-/* One turn and its answer. *full: the turn did not fit and nothing happened. */
-static int answer(struct session *s, const char *text, int *full)
-{
-    const char *system = s->args->system;
-    int pos = gemma3_state_pos(s->state), n_ctx = gemma3_state_n_ctx(s->state);
+    const char *system = option(s->args, "--system");
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = room < INT_MAX ? malloc(room * sizeof *ids) : NULL;
-    if (!ids)
-        return out_of_memory(room * sizeof *ids, "the turn");
-    int n = gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room), code = 0;
-    *full = n > n_ctx - pos;
-    if (n == -2)
-        code = out_of_memory(gemma3_encode_work(room), "encoding the turn");
-    else if (n < 0)
-        code = complain("the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
-    else if (*full)
-        fprintf(stderr, "gemma3: the context of %d tokens is full: this turn needs %d and %d are "
-                "left; /clear starts again, -c gives more\n", n_ctx, n, n_ctx - pos);
-    else if (!(code = read_tokens(s, ids, n)) && !(code = write_tokens(s)))
-        code = close_turn(s);
-    free(ids);
-    return code;
-}
-
-/* A line of the user's without its end. 0: there is none any more. Ctrl-C drops what there is of it. */
-static int read_line(char **line, size_t *size)
-{
-    int asks = isatty(STDIN_FILENO);
-    for (int n_interrupts = 0; n_interrupts < 2; n_interrupts++) {
-        interrupted = 0;
-        clearerr(stdin);
-        if (asks)
-            fputs("> ", stderr);
-        catch_interrupts(0);
-        ssize_t n = getline(line, size, stdin);
-        catch_interrupts(SA_RESTART);
-        int is_whole = n > 0 && (!interrupted || (*line)[n - 1] == '\n');
-        while (n > 0 && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
-            (*line)[--n] = 0;
-        if (is_whole)
-            return 1;
-        if (asks)
-            fputc('\n', stderr);
-        if (!interrupted)
-            return 0;
-        if (asks && n_interrupts == 0)
-            fputs("Ctrl-C again or /quit ends the chat\n", stderr);
+    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    int n = room > MAX_TEXT_BYTES ? -2 :
+            gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
+    if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
+    if (n < 0) say(FAILED, "the vocabulary has no <start_of_turn> and <end_of_turn>: no chat");
+    if (n > left) {
+        say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
+            "starts again, -c gives more", s->params.n_ctx, n, left);
+        return free(ids), 0;
     }
-    return 0;
+    int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
+    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
+    interrupted = 0;
+    signal(SIGINT, note_interrupt);
+    read_tokens(s, ids + n_kept, n - n_kept);
+    write_tokens(s);
+    signal(SIGINT, SIG_DFL);
+    /* Whatever ended the answer, the model finds it closed when the next turn comes. */
+    ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
+    if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
+    return free(ids), 1;
 }
 
-/* A full context ends the chat, unless somebody is there to type /clear. */
-static int chat(struct session *s)
+/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
+static char *read_line(void)
 {
-    char *line = NULL;
-    size_t size = 0;
-    int full = 0, code = open_state(s);
-    if (!code && !gemma3_model_can_chat(s->model))
-        fputs("gemma3: no chat template in the file: this may be a base model, not trained to chat\n",
-              stderr);
-    while (!code && (!full || isatty(STDIN_FILENO)) && read_line(&line, &size)) {
-        interrupted = 0;
-        if (strcmp(line, "/quit") == 0)
-            break;
-        if (strcmp(line, "/clear") == 0) {
-            gemma3_state_reset(s->state);
-            s->sampler.n_last = 0;
-        } else if (line[strspn(line, " \t")]) {
-            code = answer(s, line, &full);
-        }
+    size_t n = 0, room = 256;
+    char *line = allocate(NULL, room, "the line");
+    int c = 0;
+    if (is_terminal(stdin)) fputs("> ", stderr);
+    while (c != '\n' && (c = getchar()) != EOF) {
+        if (n + 1 == room) line = allocate(line, room *= 2, "the line");
+        line[n++] = (char)c;
+        if (c != '\n') continue;
+        n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
+        if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
     }
-    free(line);
-    if (!code && s->n_read)
-        print_speed(s);
-    return code;
+    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    line[n] = 0;
+    if (n || c == '\n') return line;
+    return free(line), NULL;
 }
 
-/* ---- Command line: main ---- */
-
-/* No file that we open may get the number of a stream that the caller has closed. What stands in for
- * it can be neither read nor written, so that using it is an error. */
-static void fill_streams(void)
+/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
+ * somebody is there to type /clear. */
+static void chat(struct session *s)
 {
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0)
-            return;
+    static const char *const words[] = {"source_lang_code", "developer", "tools",
+                                        "<start_of_turn>"};
+    size_t n = 0;
+    const char *template = gemma3_model_chat_template(s->model, &n);
+    char *line;
+    if (!template)
+        say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
+    for (int i = 0; template && i < 4; i++) {
+        size_t n_word = strlen(words[i]), at = 0;
+        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+            say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
+                i == 3 ? "has no" : "asks for", words[i]);
+    }
+    for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
+        if (strcmp(line, "/quit") == 0) goes_on = 0;
+        else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
+    }
 }
 
-static int print_isas(void)
+/* The library calls this with every tensor inside. */
+static void find_fault(void *user, const char *name, int layer, int pos, int n, int width, float *x)
 {
-    for (int i = 0; gemma3_isa_name(i); i++)
-        puts(gemma3_isa_name(i));
-    return 0;
+    char *first = user;
+    (void)pos;
+    if (*first || are_numbers(x, (size_t)n * (size_t)width)) return;
+    snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
-static int run_job(const struct args *a, enum job job, const char *program)
+/* The same tokens again, tensor by tensor. */
+static void explain_fault(struct session *s)
 {
-    struct session s = {.args = a, .out = a->logits && !strcmp(a->logits, "-") ? stderr : stdout};
-    char found[4096];
-    const char *path = a->model ? a->model : find_model(program, found, sizeof found);
-    if (!path)
-        return refuse("no model: give -m MODEL.gguf");
-    int code = open_model(&s, path, job == CONTINUE || job == CHAT || job == PERPLEXITY);
-    if (!code)
-        code = job == CONTINUE ? continue_prompt(&s) :
-               job == CHAT ? chat(&s) :
-               job == PERPLEXITY ? perplexity(&s) :
-               job == TOKENIZE ? tokenize(&s) :
-               job == DETOKENIZE ? detokenize(&s) : info(&s);
-    close_session(&s);
-    return code;
+    char first[64] = "";
+    gemma3_error err;
+    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
+    s->params.trace = find_fault, s->params.trace_user = first;
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    if (again)
+        gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
+    say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
+        is_best ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor to hold what is none was " : "", first);
+}
+
+/* Everything that needs a model. */
+static void run_job(struct session *s, const char *path)
+{
+    const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
+    const char *detokenize = option(s->args, "--detokenize");
+    char piece[GEMMA3_PIECE_MAX];
+    open_model(s, path, !tokenize && !detokenize && !info);
+    if (tokenize) read_prompt(s);
+    if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
+    for (int i = 0, n; i < s->n_ids; i++) {
+        n = gemma3_decode(s->tokenizer, s->ids[i], s->special ? GEMMA3_SPECIAL : 0, piece);
+        if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
+        else fwrite(piece, 1, (size_t)n, stdout);
+    }
+    if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
+    else if (info) print_info(s);
+    else if (s->chats) chat(s);
+    else if (!detokenize) continue_prompt(s);
+    if (s->fault >= 0) explain_fault(s);
+    if (s->n_read)
+        fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
+                s->n_read, s->n_read / s->read_seconds, s->n_written,
+                s->n_written ? s->n_written / s->write_seconds : 0.0);
+    gemma3_state_free(s->state);
+    gemma3_close(s->model);
+    gemma3_pool_free(s->pool);
+    free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static void find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path("/proc/self/exe", program, path); /* however it was started */
+    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 int main(int argc, char **argv)
 {
-    struct args a = {
-        .n_predict = -1, .n_threads = gemma3_default_threads(), .n_batch = 512, .temperature = 1,
-        .top_k = 64, .top_p = 0.95, .repeat_penalty = 1, .seed = 42,
-    };
-    enum job job = CONTINUE;
-    fill_streams();
-    signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
-#if defined(SIGXFSZ)
-    signal(SIGXFSZ, SIG_IGN); /* and so is a file that grows beyond its limit */
-#endif
-    int code = parse_args(&a, argc, argv);
-    if (code == 0 && a.help)
-        code = print_help();
-    else if (code == 0 && a.version)
+    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
+    const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
+    char found[MAX_PATH_BYTES];
+    if (option(s.args, "--help")) {
+        for (int i = 0; help[i]; i++) puts(help[i]);
+    } else if (option(s.args, "--version")) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    else if (code == 0 && a.isa && strcmp(a.isa, "list") == 0)
-        code = print_isas();
-    else if (code == 0 && (code = check_args(&a, &job)) == 0)
-        code = run_job(&a, job, argv[0] ? argv[0] : "");
-    free(a.positions.value);
-    free(a.detokenize.value);
-    if (code == 0)
-        code = flush_stdout();
-    return code;
+    } else if (isa && strcmp(isa, "list") == 0) {
+        for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
+    } else {
+        read_options(&s);
+        if (!path) find_model(argc > 0 ? argv[0] : "", found);
+        run_job(&s, path ? path : found);
+    }
+    flush(stdout, "standard output");
+    return 0;
 }
 
 #endif
+#endif /* INSTANCE */

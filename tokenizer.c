@@ -35,10 +35,8 @@
 #include "gemma3.h"
 
 #include <stdio.h>
-#include <string.h>
-#ifndef GEMMA3_NO_FILE
 #include <stdlib.h>
-#endif
+#include <string.h>
 
 enum {
     MAX_VOCAB = 1 << 24,     /* pieces; Gemma 3 has 262,145 */
@@ -57,6 +55,7 @@ enum kind {
     UNUSED,                  /* never produced */
 };
 
+/* It lies in the caller's memory, and behind it slot and kind. */
 struct gemma3_tokenizer {
     gemma3_vocab vocab;
     const unsigned char *kind;   /* [n_vocab] enum kind */
@@ -65,40 +64,34 @@ struct gemma3_tokenizer {
     uint32_t longest_added[256]; /* bytes of the longest whole token that begins with this byte */
     int32_t byte[256];           /* id of <0x00> .. <0xFF>, or -1 */
     int32_t spaces[MAX_RUN + 1]; /* id of a run of [1] .. [31] spaces, or -1 */
-    int32_t eos, start_of_turn, end_of_turn; /* found by text, or -1 */
+    int32_t eos, start_of_turn, end_of_turn, im_end; /* found by text, or -1 */
 };
 
 /* ---- Text ------------------------------------------------------------------------------------ */
 
-static const char space_mark[] = "\xE2\x96\x81"; /* U+2581, what a space is in the vocabulary */
-
+/* U+2581, a space in the vocabulary. */
 static int is_space_mark(const char *text, size_t n)
 {
-    return n >= 3 && memcmp(text, space_mark, 3) == 0;
+    return n >= 3 && memcmp(text, "\xE2\x96\x81", 3) == 0;
 }
 
 /* Bytes the first byte of a UTF-8 character announces, 0 when no character begins so. */
 static int utf8_announced(unsigned char first)
 {
-    if (first < 0x80)
-        return 1;
-    if (first < 0xC2 || first > 0xF4) /* a later byte, overlong, or beyond U+10FFFF */
-        return 0;
+    if (first < 0x80) return 1;
+    if (first < 0xC2 || first > 0xF4) return 0; /* a later byte, overlong, or beyond U+10FFFF */
     return first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
 }
 
 /* 1 when next may be byte number i (1, 2 or 3) of a character that begins with first. */
 static int utf8_continues(unsigned char first, int i, unsigned char next)
 {
-    if (i == 1 && first == 0xE0)
-        return next >= 0xA0 && next <= 0xBF; /* below: overlong */
-    if (i == 1 && first == 0xED)
-        return next >= 0x80 && next <= 0x9F; /* above: surrogates */
-    if (i == 1 && first == 0xF0)
-        return next >= 0x90 && next <= 0xBF; /* below: overlong */
-    if (i == 1 && first == 0xF4)
-        return next >= 0x80 && next <= 0x8F; /* above: beyond U+10FFFF */
-    return next >= 0x80 && next <= 0xBF;
+    unsigned char low = 0x80, high = 0xBF;
+    if (i == 1 && first == 0xE0) low = 0xA0;  /* below: overlong */
+    if (i == 1 && first == 0xED) high = 0x9F; /* above: surrogates */
+    if (i == 1 && first == 0xF0) low = 0x90;  /* below: overlong */
+    if (i == 1 && first == 0xF4) high = 0x8F; /* above: beyond U+10FFFF */
+    return next >= low && next <= high;
 }
 
 /* Bytes of the character at text, of which there are n > 0; 0 when it is not valid UTF-8. */
@@ -106,12 +99,9 @@ static int utf8_length(const char *text, size_t n)
 {
     const unsigned char *p = (const unsigned char *)text;
     int length = utf8_announced(p[0]);
-
-    if ((size_t)length > n)
-        return 0;
+    if ((size_t)length > n) return 0;
     for (int i = 1; i < length; i++)
-        if (!utf8_continues(p[0], i, p[i]))
-            return 0;
+        if (!utf8_continues(p[0], i, p[i])) return 0;
     return length;
 }
 
@@ -120,8 +110,7 @@ static int is_listed(const char *list, const char *word, size_t n)
 {
     while (*list) {
         size_t length = strcspn(list, " ");
-        if (length == n && memcmp(list, word, n) == 0)
-            return 1;
+        if (length == n && memcmp(list, word, n) == 0) return 1;
         list += length + (list[length] == ' ');
     }
     return 0;
@@ -129,22 +118,24 @@ static int is_listed(const char *list, const char *word, size_t n)
 
 /* ---- What each piece is ---------------------------------------------------------------------- */
 
-/* The tokens that Gemma's tokenizer marks as special. */
-static const char special_texts[] = "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> "
-                                    "<start_of_image> <end_of_image> <image_soft_token>";
+/* The tokens that Gemma's tokenizer marks as special, and the seven of FunctionGemma (Google's page
+ * "FunctionGemma formatting and best practices"). */
+static const char special_texts[] =
+    "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> "
+    "<image_soft_token> <start_function_declaration> <end_function_declaration> "
+    "<start_function_call> <end_function_call> <start_function_response> <end_function_response> "
+    "<escape>";
 
 /* Gemma has an opening and a closing token for each of these tags. */
 static const char html_tags[] =
     "table caption thead tbody tfoot tr th td h1 h2 h3 h4 h5 h6 blockquote strong em b i u s sub "
     "sup code a html body img span bbox ul li div iframe footer";
 
-/* Length of text when it is nothing but c, else 0. */
-static size_t run_of(char c, const char *text, size_t n)
+static int is_run_of(char c, const char *text, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        if (text[i] != c)
-            return 0;
-    return n;
+        if (text[i] != c) return 0;
+    return 1;
 }
 
 /* How many spaces text is, when it is nothing else. Converters write runs of spaces, and only
@@ -152,60 +143,37 @@ static size_t run_of(char c, const char *text, size_t n)
 static size_t run_of_spaces(const char *text, size_t n)
 {
     size_t count = 0;
-
     for (size_t i = 0; i < n; count++) {
-        if (text[i] == ' ')
-            i++;
-        else if (is_space_mark(text + i, n - i))
-            i += 3;
-        else
-            return 0;
+        if (text[i] != ' ' && !is_space_mark(text + i, n - i)) return 0;
+        i += text[i] == ' ' ? 1 : 3;
     }
     return count;
-}
-
-static int hex_digit(char c)
-{
-    if (c >= '0' && c <= '9')
-        return c - '0';
-    return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
 }
 
 /* The byte that a text such as <0x0A> stands for, or -1. */
 static int byte_value(const char *text, size_t n)
 {
-    if (n != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>')
-        return -1;
-    int high = hex_digit(text[3]), low = hex_digit(text[4]);
-    return high < 0 || low < 0 ? -1 : high * 16 + low;
+    static const char digits[] = "0123456789ABCDEF";
+    if (n != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>') return -1;
+    const char *high = memchr(digits, text[3], 16), *low = memchr(digits, text[4], 16);
+    return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
 }
 
 /* <unused0> and so on. */
 static int is_unused_token(const char *text, size_t n)
 {
-    if (n < 9 || memcmp(text, "<unused", 7) != 0 || text[n - 1] != '>')
-        return 0;
+    if (n < 9 || memcmp(text, "<unused", 7) != 0 || text[n - 1] != '>') return 0;
     for (size_t i = 7; i < n - 1; i++)
-        if (text[i] < '0' || text[i] > '9')
-            return 0;
+        if (text[i] < '0' || text[i] > '9') return 0;
     return 1;
 }
 
+/* <b>, </b> and so on. */
 static int is_html_tag(const char *text, size_t n)
 {
     size_t begin = n > 1 && text[1] == '/' ? 2 : 1;
-    return n > begin + 1 && text[0] == '<' && text[n - 1] == '>'
-        && is_listed(html_tags, text + begin, n - begin - 1);
-}
-
-static enum kind kind_by_type(int32_t type)
-{
-    switch (type) {
-    case 2: case 3: return SPECIAL;
-    case 4:         return ADDED;
-    case 5: case 6: return UNUSED;  /* 6, but the text names no byte */
-    default:        return NORMAL;
-    }
+    return n > begin + 1 && text[0] == '<' && text[n - 1] == '>' &&
+           is_listed(html_tags, text + begin, n - begin - 1);
 }
 
 /* The text decides; the file's type only where the text says nothing. */
@@ -213,55 +181,46 @@ static enum kind kind_of(const gemma3_vocab *v, int32_t id)
 {
     const char *text = v->text[id];
     size_t n = v->length[id];
-
-    if (n == 0)
-        return UNUSED;
-    if (n == 3 && is_space_mark(text, n))
-        return NORMAL;
+    if (n == 0) return UNUSED;
+    if (n == 3 && is_space_mark(text, n)) return NORMAL;
     if (text[0] == '<' || text[0] == '[') {
-        if (byte_value(text, n) >= 0)
-            return BYTE;
-        if (is_listed(special_texts, text, n))
-            return SPECIAL;
-        if (is_unused_token(text, n) || is_html_tag(text, n)
-            || is_listed("<mask> [multimodal]", text, n))
-            return ADDED;
-    } else if (n <= MAX_RUN && (run_of('\n', text, n) || run_of('\t', text, n))) {
-        return ADDED;
-    } else {
-        size_t spaces = run_of_spaces(text, n);
-        if (spaces >= 2 && spaces <= MAX_RUN)
-            return SPACES;
+        if (byte_value(text, n) >= 0) return BYTE;
+        if (is_listed(special_texts, text, n)) return SPECIAL;
+        if (is_unused_token(text, n) || is_html_tag(text, n)) return ADDED;
+        if (is_listed("<mask> [multimodal]", text, n)) return ADDED;
     }
-    return kind_by_type(v->type[id]);
+    if (n <= MAX_RUN && (is_run_of('\n', text, n) || is_run_of('\t', text, n))) return ADDED;
+    size_t spaces = run_of_spaces(text, n);
+    if (spaces >= 2 && spaces <= MAX_RUN) return SPACES;
+    int32_t type = v->type[id];
+    if (type == 2 || type == 3) return SPECIAL;
+    if (type == 4) return ADDED;
+    return type == 5 || type == 6 ? UNUSED : NORMAL; /* 6, but the text names no byte */
 }
 
 /* ---- Finding a piece by its text ------------------------------------------------------------- */
 
 static const uint32_t hash_of_nothing = 2166136261u;
-
-/* FNV-1a, which goes on from the hash h of what stands before text. So the hash of two pieces needs
- * no copy of their text, and those of all beginnings of a text cost no more than the whole's. */
-static uint32_t hash(uint32_t h, const char *text, size_t n)
+/* FNV-1a, going on from the hash of what stands before text. So the hash of two pieces needs no
+ * copy of their text, and those of all beginnings of a text cost no more than the whole's. */
+static uint32_t hash_on(uint32_t hash, const char *text, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
-        h = (h ^ (unsigned char)text[i]) * 16777619u;
-    return h;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)text[i]) * 16777619u;
+    return hash;
 }
 
-/* The slot of the text a b, whose hash is h: where it is, or a free one, where it would be. */
-static uint32_t find_slot(const gemma3_tokenizer *t, uint32_t h, const char *a, size_t n_a,
+/* The slot of the text a b: where it is, or a free one, where it would be. */
+static uint32_t find_slot(const gemma3_tokenizer *t, uint32_t hash, const char *a, size_t n_a,
                           const char *b, size_t n_b)
 {
-    for (uint32_t i = h ^ h >> 15;; i++) {
-        uint32_t s = i & (t->n_slots - 1);
-        if (t->slot[s] == 0)
-            return s;
-        uint32_t id = t->slot[s] - 1;
+    for (uint32_t i = hash ^ hash >> 15;; i++) {
+        uint32_t slot = i & (t->n_slots - 1);
+        if (t->slot[slot] == 0) return slot;
+        uint32_t id = t->slot[slot] - 1;
         const char *text = t->vocab.text[id];
-        if (t->vocab.length[id] == n_a + n_b && memcmp(text, a, n_a) == 0
-            && memcmp(text + n_a, b, n_b) == 0)
-            return s;
+        if (t->vocab.length[id] == n_a + n_b && memcmp(text, a, n_a) == 0 &&
+            memcmp(text + n_a, b, n_b) == 0)
+            return slot;
     }
 }
 
@@ -270,24 +229,22 @@ static int32_t join(const gemma3_tokenizer *t, int32_t left, int32_t right)
 {
     const char *a = t->vocab.text[left], *b = t->vocab.text[right];
     size_t n_a = t->vocab.length[left], n_b = t->vocab.length[right];
-    uint32_t h = hash(hash(hash_of_nothing, a, n_a), b, n_b);
-    int32_t id = (int32_t)t->slot[find_slot(t, h, a, n_a, b, n_b)] - 1;
+    uint32_t hash = hash_on(hash_on(hash_of_nothing, a, n_a), b, n_b);
+    int32_t id = (int32_t)t->slot[find_slot(t, hash, a, n_a, b, n_b)] - 1;
     return id >= 0 && t->kind[id] == NORMAL ? id : -1;
 }
 
 /* The piece with this text, but for runs of spaces, or -1. */
 static int32_t find_text(const gemma3_tokenizer *t, const char *text, size_t n)
 {
-    uint32_t h = hash(hash_of_nothing, text, n);
-    return (int32_t)t->slot[find_slot(t, h, text, n, "", 0)] - 1;
+    uint32_t hash = hash_on(hash_of_nothing, text, n);
+    return (int32_t)t->slot[find_slot(t, hash, text, n, "", 0)] - 1;
 }
 
 int32_t gemma3_find(const gemma3_tokenizer *t, const char *text, size_t n)
 {
     size_t spaces = run_of_spaces(text, n);
-    if (spaces >= 2 && spaces <= MAX_RUN)
-        return t->spaces[spaces];
-    return find_text(t, text, n);
+    return spaces >= 2 && spaces <= MAX_RUN ? t->spaces[spaces] : find_text(t, text, n);
 }
 
 /* ---- Building a tokenizer -------------------------------------------------------------------- */
@@ -302,36 +259,33 @@ static void *align(void *mem)
 static uint32_t slots_for(int n_vocab)
 {
     uint32_t n = 16;
-    while (n < (uint32_t)n_vocab + (uint32_t)n_vocab / 2)
-        n *= 2;
+    while (n < (uint32_t)n_vocab + (uint32_t)n_vocab / 2) n *= 2;
     return n;
 }
 
 size_t gemma3_tokenizer_size(const gemma3_vocab *v)
 {
-    if (v->n_vocab < 1 || v->n_vocab > MAX_VOCAB)
-        return 0;
-    return ALIGN + sizeof(gemma3_tokenizer) + slots_for(v->n_vocab) * sizeof(uint32_t)
-         + (size_t)v->n_vocab;
+    if (v->n_vocab < 1 || v->n_vocab > MAX_VOCAB) return 0;
+    return ALIGN + sizeof(gemma3_tokenizer) + slots_for(v->n_vocab) * sizeof(uint32_t) +
+           (size_t)v->n_vocab;
 }
 
 /* 0 when value lies in low .. high. */
 static int check(gemma3_error *err, const char *what, long value, long low, long high)
 {
-    if (value >= low && value <= high)
-        return 0;
-    if (err)
-        snprintf(err->text, sizeof err->text, "tokenizer: %s: found %ld, expected %ld to %ld", what,
-                 value, low, high);
+    if (value >= low && value <= high) return 0;
+    if (!err) return -1;
+    snprintf(err->text, sizeof err->text, "tokenizer: %s: found %ld, expected %ld to %ld", what,
+             value, low, high);
     return -1;
 }
 
 static int check_vocab(const gemma3_vocab *v, gemma3_error *err)
 {
-    if (check(err, "number of tokens", v->n_vocab, 1, MAX_VOCAB)
-        || check(err, "bos_token_id", v->bos, -1, v->n_vocab - 1)
-        || check(err, "eos_token_id", v->eos, -1, v->n_vocab - 1)
-        || check(err, "unknown_token_id", v->unknown, -1, v->n_vocab - 1))
+    if (check(err, "number of tokens", v->n_vocab, 1, MAX_VOCAB) ||
+        check(err, "bos_token_id", v->bos, -1, v->n_vocab - 1) ||
+        check(err, "eos_token_id", v->eos, -1, v->n_vocab - 1) ||
+        check(err, "unknown_token_id", v->unknown, -1, v->n_vocab - 1))
         return -1;
     for (int32_t id = 0; id < v->n_vocab; id++)
         if (v->length[id] > GEMMA3_PIECE_MAX) {
@@ -342,54 +296,37 @@ static int check_vocab(const gemma3_vocab *v, gemma3_error *err)
     return 0;
 }
 
-/* Fills what each piece alone can tell. Of equal texts the lowest id counts, here and among the
- * slots. */
-static void classify(gemma3_tokenizer *t, unsigned char *kind)
+/* Notes each piece where it will be looked for; from the last to the first, so that of equal texts
+ * the lowest id counts. */
+static void add_pieces(gemma3_tokenizer *t, unsigned char *kind, uint32_t *slot)
 {
     const gemma3_vocab *v = &t->vocab;
-
+    t->kind = kind;
+    t->slot = slot;
+    memset(slot, 0, t->n_slots * sizeof *slot);
     memset(t->byte, -1, sizeof t->byte);
     memset(t->spaces, -1, sizeof t->spaces);
     memset(t->longest_added, 0, sizeof t->longest_added);
     for (int32_t id = v->n_vocab; id-- > 0;) {
         const char *text = v->text[id];
         uint32_t n = v->length[id];
-
         kind[id] = (unsigned char)kind_of(v, id);
-        if (kind[id] == BYTE)
-            t->byte[byte_value(text, n)] = id;
-        else if (kind[id] == SPACES)
-            t->spaces[run_of_spaces(text, n)] = id;
-        else if (kind[id] == NORMAL && n == 3 && is_space_mark(text, n))
-            t->spaces[1] = id;
-        else if ((kind[id] == ADDED || kind[id] == SPECIAL)
-                 && t->longest_added[(unsigned char)text[0]] < n)
+        if (kind[id] == BYTE) t->byte[byte_value(text, n)] = id;
+        if (kind[id] == SPACES) t->spaces[run_of_spaces(text, n)] = id;
+        if (kind[id] == NORMAL && n == 3 && is_space_mark(text, n)) t->spaces[1] = id;
+        if ((kind[id] == ADDED || kind[id] == SPECIAL) &&
+            t->longest_added[(unsigned char)text[0]] < n)
             t->longest_added[(unsigned char)text[0]] = n;
-    }
-    t->kind = kind;
-}
-
-static void fill_slots(gemma3_tokenizer *t, uint32_t *slot)
-{
-    const gemma3_vocab *v = &t->vocab;
-
-    memset(slot, 0, t->n_slots * sizeof *slot);
-    t->slot = slot;
-    for (int32_t id = 0; id < v->n_vocab; id++) {
-        if (v->length[id] == 0 || t->kind[id] == SPACES)
-            continue;
-        uint32_t h = hash(hash_of_nothing, v->text[id], v->length[id]);
-        uint32_t s = find_slot(t, h, v->text[id], v->length[id], "", 0);
-        if (slot[s] == 0)
-            slot[s] = (uint32_t)id + 1;
+        if (n == 0 || kind[id] == SPACES) continue; /* spaces are written in more than one way */
+        uint32_t hash = hash_on(hash_of_nothing, text, n);
+        slot[find_slot(t, hash, text, n, "", 0)] = (uint32_t)id + 1;
     }
 }
 
 gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t size,
                                         gemma3_error *err)
 {
-    if (check_vocab(v, err))
-        return NULL;
+    if (check_vocab(v, err)) return NULL;
     size_t needed = gemma3_tokenizer_size(v);
     if (!mem || size < needed) {
         if (err)
@@ -398,27 +335,26 @@ gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t
                      (unsigned long)(mem ? size : 0), (unsigned long)needed);
         return NULL;
     }
-
-    gemma3_tokenizer *t = align(mem); /* the struct, behind it slot, and last kind */
+    gemma3_tokenizer *t = align(mem);
     uint32_t *slot = (uint32_t *)(t + 1);
     t->vocab = *v;
     t->n_slots = slots_for(v->n_vocab);
-    classify(t, (unsigned char *)(slot + t->n_slots));
-    fill_slots(t, slot);
+    add_pieces(t, (unsigned char *)(slot + t->n_slots), slot);
     t->eos = gemma3_find(t, "<eos>", 5);
     t->start_of_turn = gemma3_find(t, "<start_of_turn>", 15);
     t->end_of_turn = gemma3_find(t, "<end_of_turn>", 13);
+    t->im_end = gemma3_find(t, "<|im_end|>", 10);
     return t;
 }
 
-const gemma3_vocab *gemma3_tokenizer_vocab(const gemma3_tokenizer *t)
-{
-    return &t->vocab;
-}
+const gemma3_vocab *gemma3_tokenizer_vocab(const gemma3_tokenizer *t) { return &t->vocab; }
 
 int gemma3_is_stop(const gemma3_tokenizer *t, int32_t id)
 {
-    return id >= 0 && (id == t->vocab.eos || id == t->eos || id == t->end_of_turn);
+    if (id < 0) return 0;
+    for (int i = 0; i < t->vocab.n_stop; i++)
+        if (id == t->vocab.stop[i]) return 1;
+    return id == t->vocab.eos || id == t->eos || id == t->end_of_turn || id == t->im_end;
 }
 
 /* ---- Merging --------------------------------------------------------------------------------- */
@@ -447,6 +383,7 @@ struct encoder {
     int after_unknown;       /* the last character became <unk> */
 };
 
+/* Which of two pairs is joined first. */
 static int is_better(const gemma3_vocab *v, struct pair a, struct pair b)
 {
     float score_a = v->score[a.id], score_b = v->score[b.id];
@@ -458,17 +395,13 @@ static int is_better(const gemma3_vocab *v, struct pair a, struct pair b)
 static void push_pair(struct encoder *e, int32_t left)
 {
     int32_t right = left < 0 ? -1 : e->symbol[left].next;
-    if (right < 0)
-        return;
+    if (right < 0) return;
     struct pair new = {left, join(e->t, e->symbol[left].id, e->symbol[right].id)};
-    if (new.id < 0)
-        return;
-
+    if (new.id < 0) return;
     int32_t i = e->n_pairs++;
     for (int32_t parent; i > 0; i = parent) {
         parent = (i - 1) / 2;
-        if (!is_better(&e->t->vocab, new, e->heap[parent]))
-            break;
+        if (!is_better(&e->t->vocab, new, e->heap[parent])) break;
         e->heap[i] = e->heap[parent];
     }
     e->heap[i] = new;
@@ -477,15 +410,12 @@ static void push_pair(struct encoder *e, int32_t left)
 /* Takes the best pair out. */
 static struct pair pop_pair(struct encoder *e)
 {
+    const gemma3_vocab *v = &e->t->vocab;
     struct pair best = e->heap[0], last = e->heap[--e->n_pairs];
     int32_t i = 0;
-
     for (int32_t child; (child = 2 * i + 1) < e->n_pairs; i = child) {
-        if (child + 1 < e->n_pairs
-            && is_better(&e->t->vocab, e->heap[child + 1], e->heap[child]))
-            child++;
-        if (!is_better(&e->t->vocab, e->heap[child], last))
-            break;
+        if (child + 1 < e->n_pairs && is_better(v, e->heap[child + 1], e->heap[child])) child++;
+        if (!is_better(v, e->heap[child], last)) break;
         e->heap[i] = e->heap[child];
     }
     e->heap[i] = last;
@@ -498,33 +428,28 @@ static int is_current(const struct encoder *e, struct pair p)
 {
     const uint32_t *length = e->t->vocab.length;
     const struct symbol *left = &e->symbol[p.left];
-    return left->id >= 0 && left->next >= 0
-        && length[left->id] + length[e->symbol[left->next].id] == length[p.id];
+    return left->id >= 0 && left->next >= 0 &&
+           length[left->id] + length[e->symbol[left->next].id] == length[p.id];
 }
 
 static void put_id(struct encoder *e, int32_t id)
 {
-    if (e->n_ids < e->max_ids)
-        e->ids[e->n_ids++] = id;
-    else
-        e->too_many = 1;
+    if (e->n_ids < e->max_ids) e->ids[e->n_ids++] = id;
+    else e->too_many = 1;
 }
 
 /* Merges the stretch, writes its ids and begins a new one. */
 static void end_stretch(struct encoder *e)
 {
-    for (int32_t i = 0; i + 1 < e->n_symbols; i++)
-        push_pair(e, i);
+    for (int32_t i = 0; i + 1 < e->n_symbols; i++) push_pair(e, i);
     while (e->n_pairs > 0) {
         struct pair p = pop_pair(e);
-        if (!is_current(e, p))
-            continue;
+        if (!is_current(e, p)) continue;
         struct symbol *left = &e->symbol[p.left], *right = &e->symbol[left->next];
         left->id = p.id;
         left->next = right->next;
         right->id = -1;
-        if (left->next >= 0)
-            e->symbol[left->next].prev = p.left;
+        if (left->next >= 0) e->symbol[left->next].prev = p.left;
         push_pair(e, left->prev);
         push_pair(e, p.left);
     }
@@ -540,8 +465,7 @@ static void add_symbol(struct encoder *e, int32_t id)
 {
     int32_t i = e->n_symbols++;
     e->symbol[i] = (struct symbol){i - 1, -1, id};
-    if (i > 0)
-        e->symbol[i - 1].next = i;
+    if (i > 0) e->symbol[i - 1].next = i;
     e->after_unknown = 0;
 }
 
@@ -555,35 +479,22 @@ static void add_token(struct encoder *e, int32_t id)
 
 /* A character that is no piece: its bytes, or, without tokens for all of them, <unk>, and that once
  * for any number of such characters in a row. */
-static void add_unknown(struct encoder *e, const char *text, int n)
+static void add_unknown(struct encoder *e, const char *text, size_t n)
 {
     int all = 1;
-    for (int i = 0; i < n; i++)
-        all = all && e->t->byte[(unsigned char)text[i]] >= 0;
-    for (int i = 0; all && i < n; i++)
-        add_token(e, e->t->byte[(unsigned char)text[i]]);
+    for (size_t i = 0; i < n; i++) all = all && e->t->byte[(unsigned char)text[i]] >= 0;
+    for (size_t i = 0; all && i < n; i++) add_token(e, e->t->byte[(unsigned char)text[i]]);
     if (!all && e->t->vocab.unknown >= 0 && !e->after_unknown) {
         add_token(e, e->t->vocab.unknown);
         e->after_unknown = 1;
     }
 }
 
-/* n bytes that are one character, or one byte that is none. */
-static void add_character(struct encoder *e, const char *text, int n)
-{
-    int32_t id = find_text(e->t, text, (size_t)n);
-    if (id >= 0 && e->t->kind[id] == NORMAL)
-        add_symbol(e, id);
-    else
-        add_unknown(e, text, n);
-}
-
 /* The longest run among n spaces that is one token. */
 static size_t longest_run(const gemma3_tokenizer *t, size_t n)
 {
     size_t run = n < MAX_RUN ? n : MAX_RUN;
-    while (run > 1 && t->spaces[run] < 0)
-        run--;
+    while (run > 1 && t->spaces[run] < 0) run--;
     return run;
 }
 
@@ -594,61 +505,42 @@ static void add_spaces(struct encoder *e)
 {
     while (e->n_spaces > 0) {
         size_t run = longest_run(e->t, e->n_spaces);
-        if (run > 1)
-            add_token(e, e->t->spaces[run]);
-        else if (e->t->spaces[1] >= 0)
-            add_symbol(e, e->t->spaces[1]);
-        else
-            add_unknown(e, " ", 1);
+        if (run > 1) add_token(e, e->t->spaces[run]);
+        else if (e->t->spaces[1] >= 0) add_symbol(e, e->t->spaces[1]);
+        else add_unknown(e, " ", 1);
         e->n_spaces -= run;
     }
 }
 
-/* Bytes of the longest added token that text begins with, and its id; 0 when there is none. */
-static size_t match_added(const gemma3_tokenizer *t, const char *text, size_t n, int flags,
-                          int32_t *id)
-{
-    size_t longest = t->longest_added[(unsigned char)text[0]], matched = 0;
-    uint32_t h = hash_of_nothing;
-
-    for (size_t length = 1; length <= longest && length <= n; length++) {
-        h = hash(h, text + length - 1, 1);
-        uint32_t slot = t->slot[find_slot(t, h, text, length, "", 0)];
-        if (slot == 0)
-            continue;
-        enum kind kind = (enum kind)t->kind[slot - 1];
-        if (kind == ADDED || (kind == SPECIAL && (flags & GEMMA3_SPECIAL))) {
-            *id = (int32_t)slot - 1;
-            matched = length;
-        }
-    }
-    return matched;
-}
-
-/* Bytes of the whole token that text begins with, and its id; 0 when there is none. A run of spaces
- * is one only where the text itself spells it with U+2581: Hugging Face looks for added tokens
- * before it replaces spaces. */
+/* Bytes of the longest added token that text begins with, and its id; 0 when there is none. A run
+ * of spaces is one only where the text itself spells it with U+2581: Hugging Face looks for added
+ * tokens before it replaces spaces. */
 static size_t match_token(const gemma3_tokenizer *t, const char *text, size_t n, int flags,
                           int32_t *id)
 {
-    size_t length = match_added(t, text, n, flags, id), marks = 0;
-
-    while (marks < MAX_RUN && is_space_mark(text + 3 * marks, n - 3 * marks))
-        marks++;
-    size_t run = longest_run(t, marks);
-    if (run > 1 && 3 * run > length) {
-        *id = t->spaces[run];
-        length = 3 * run;
+    size_t longest = t->longest_added[(unsigned char)text[0]], matched = 0, marks = 0;
+    uint32_t hash = hash_of_nothing;
+    for (size_t length = 1; length <= longest && length <= n; length++) {
+        hash = hash_on(hash, text + length - 1, 1);
+        int32_t found = (int32_t)t->slot[find_slot(t, hash, text, length, "", 0)] - 1;
+        if (found < 0 || (t->kind[found] != ADDED && t->kind[found] != SPECIAL)) continue;
+        if (t->kind[found] == SPECIAL && !(flags & GEMMA3_SPECIAL)) continue;
+        *id = found;
+        matched = length;
     }
-    return length;
+    while (marks < MAX_RUN && is_space_mark(text + 3 * marks, n - 3 * marks)) marks++;
+    size_t run = longest_run(t, marks);
+    if (run < 2 || 3 * run <= matched) return matched;
+    *id = t->spaces[run];
+    return 3 * run;
 }
 
+/* A whole text; at its end nothing is left open. */
 static void add_text(struct encoder *e, const char *text, size_t n, int flags)
 {
     while (n > 0 && !e->too_many) {
         int32_t id = -1;
         size_t length = match_token(e->t, text, n, flags, &id);
-
         if (length > 0) {
             add_spaces(e);
             add_token(e, id);
@@ -658,9 +550,10 @@ static void add_text(struct encoder *e, const char *text, size_t n, int flags)
         } else {
             add_spaces(e);
             length = (size_t)utf8_length(text, n);
-            if (length == 0)
-                length = 1;
-            add_character(e, text, (int)length);
+            if (length == 0) length = 1; /* a byte that begins no character */
+            id = find_text(e->t, text, length);
+            if (id >= 0 && e->t->kind[id] == NORMAL) add_symbol(e, id);
+            else add_unknown(e, text, length);
         }
         text += length;
         n -= length;
@@ -672,8 +565,7 @@ static void add_text(struct encoder *e, const char *text, size_t n, int flags)
 size_t gemma3_encode_work(size_t n)
 {
     size_t each = sizeof(struct symbol) + 2 * sizeof(struct pair);
-    if (n > MAX_TEXT || n > (SIZE_MAX - ALIGN) / each)
-        return SIZE_MAX;
+    if (n > MAX_TEXT || n > (SIZE_MAX - ALIGN) / each) return SIZE_MAX;
     return ALIGN + n * each;
 }
 
@@ -682,8 +574,7 @@ static int begin(struct encoder *e, const gemma3_tokenizer *t, size_t n, int32_t
                  void *work, size_t n_work)
 {
     size_t needed = gemma3_encode_work(n);
-    if (needed == SIZE_MAX || n_work < needed || !work)
-        return -2;
+    if (needed == SIZE_MAX || n_work < needed || !work) return -2;
     *e = (struct encoder){.t = t, .ids = ids, .max_ids = max_ids};
     e->symbol = align(work);
     e->heap = (struct pair *)(e->symbol + n);
@@ -694,11 +585,8 @@ int gemma3_encode_in(const gemma3_tokenizer *t, const char *text, size_t n, int 
                      int max_ids, void *work, size_t n_work)
 {
     struct encoder e;
-
-    if (begin(&e, t, n, ids, max_ids, work, n_work))
-        return -2;
-    if ((flags & GEMMA3_BOS) && t->vocab.bos >= 0 && t->vocab.add_bos)
-        add_token(&e, t->vocab.bos);
+    if (begin(&e, t, n, ids, max_ids, work, n_work)) return -2;
+    if ((flags & GEMMA3_BOS) && t->vocab.bos >= 0 && t->vocab.add_bos) add_token(&e, t->vocab.bos);
     add_text(&e, text, n, flags);
     return e.too_many ? -1 : e.n_ids;
 }
@@ -719,22 +607,15 @@ int gemma3_encode(const gemma3_tokenizer *t, const char *text, size_t n, int fla
 
 /* What Python's str.strip removes, which is what the template's trim is. */
 static const char white_space[] =
-    "\t\n\v\f\r\x1C\x1D\x1E\x1F "
-    "\xC2\x85" "\xC2\xA0"                         /* U+0085 U+00A0 */
-    "\xE1\x9A\x80"                                /* U+1680 */
-    "\xE2\x80\x80" "\xE2\x80\x81" "\xE2\x80\x82"  /* U+2000 to U+200A */
-    "\xE2\x80\x83" "\xE2\x80\x84" "\xE2\x80\x85"
-    "\xE2\x80\x86" "\xE2\x80\x87" "\xE2\x80\x88"
-    "\xE2\x80\x89" "\xE2\x80\x8A"
-    "\xE2\x80\xA8" "\xE2\x80\xA9" "\xE2\x80\xAF"  /* U+2028 U+2029 U+202F */
-    "\xE2\x81\x9F" "\xE3\x80\x80";                /* U+205F U+3000 */
+    "\t\n\v\f\r\x1C\x1D\x1E\x1F \xC2\x85" /* the last is U+0085 */
+    u8"\u00A0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200A"
+    u8"\u2028\u2029\u202F\u205F\u3000";
 
 /* Bytes of the white space character that text begins with, 0 when it is another one. */
 static size_t white_space_length(const char *text, size_t n)
 {
     char character[5] = "";
     int length = utf8_length(text, n);
-
     memcpy(character, text, (size_t)length);
     return character[0] && strstr(white_space, character) ? (size_t)length : 0;
 }
@@ -742,14 +623,11 @@ static size_t white_space_length(const char *text, size_t n)
 /* Leaves white space at either end out of text. */
 static const char *trim(const char *text, size_t *n)
 {
-    for (size_t k; *n > 0 && (k = white_space_length(text, *n)) > 0; *n -= k)
-        text += k;
+    for (size_t k; *n > 0 && (k = white_space_length(text, *n)) > 0; *n -= k) text += k;
     while (*n > 0) {
         size_t k = 1; /* bytes of the last character */
-        while (k < *n && k < 4 && (text[*n - k] & 0xC0) == 0x80)
-            k++;
-        if (white_space_length(text + *n - k, k) != k)
-            break;
+        while (k < *n && k < 4 && (text[*n - k] & 0xC0) == 0x80) k++;
+        if (white_space_length(text + *n - k, k) != k) break;
         *n -= k;
     }
     return text;
@@ -759,11 +637,8 @@ static const char *trim(const char *text, size_t *n)
 static int encode_turn(struct encoder *e, const char *turn, size_t n, int first)
 {
     const gemma3_tokenizer *t = e->t;
-
-    if (first && t->vocab.bos >= 0)
-        add_token(e, t->vocab.bos);
-    if (!first)
-        add_text(e, "\n", 1, 0);
+    if (first && t->vocab.bos >= 0) add_token(e, t->vocab.bos);
+    if (!first) add_text(e, "\n", 1, 0);
     add_token(e, t->start_of_turn);
     add_text(e, turn, n, 0);
     add_token(e, t->end_of_turn);
@@ -778,17 +653,13 @@ static int encode_turn(struct encoder *e, const char *turn, size_t n, int first)
 int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char *text, int first,
                        int32_t *ids, int max_ids)
 {
-    if (t->start_of_turn < 0 || t->end_of_turn < 0)
-        return -3;
+    if (t->start_of_turn < 0 || t->end_of_turn < 0) return -3;
     size_t n_text = strlen(text), n_system = first && system ? strlen(system) + 2 : 0;
     text = trim(text, &n_text);
-    if (n_system > MAX_TEXT / 4 || n_text > MAX_TEXT / 4)
-        return -2;
+    if (n_system > MAX_TEXT / 4 || n_text > MAX_TEXT / 4) return -2;
     size_t n = 5 + n_system + n_text, n_work = gemma3_encode_work(n + 6);
-    char *turn = n_work == SIZE_MAX ? NULL : malloc(n + n_work);
-    if (!turn)
-        return -2;
-
+    char *turn = n_work > SIZE_MAX - n ? NULL : malloc(n + n_work);
+    if (!turn) return -2;
     memcpy(turn, "user\n", 5);
     if (n_system > 0) {
         memcpy(turn + 5, system, n_system - 2);
@@ -796,9 +667,8 @@ int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char
     }
     memcpy(turn + 5 + n_system, text, n_text);
     struct encoder e;
-    int result = begin(&e, t, n + 6, ids, max_ids, turn + n, n_work);
-    if (result == 0)
-        result = encode_turn(&e, turn, n, first);
+    begin(&e, t, n + 6, ids, max_ids, turn + n, n_work); /* cannot fail with this memory */
+    int result = encode_turn(&e, turn, n, first);
     free(turn);
     return result;
 }
@@ -809,14 +679,11 @@ int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char
 
 int gemma3_decode(const gemma3_tokenizer *t, int32_t id, int flags, char *out)
 {
-    if (id < 0 || id >= t->vocab.n_vocab)
-        return 0;
+    if (id < 0 || id >= t->vocab.n_vocab) return 0;
     const char *text = t->vocab.text[id];
     size_t n = t->vocab.length[id], length = 0;
     enum kind kind = (enum kind)t->kind[id];
-
-    if (kind == UNUSED || (kind == SPECIAL && !(flags & GEMMA3_SPECIAL)))
-        return 0;
+    if (kind == UNUSED || (kind == SPECIAL && !(flags & GEMMA3_SPECIAL))) return 0;
     if (kind == BYTE) {
         *(unsigned char *)out = (unsigned char)byte_value(text, n);
         return 1;
@@ -829,32 +696,24 @@ int gemma3_decode(const gemma3_tokenizer *t, int32_t id, int flags, char *out)
     return (int)length;
 }
 
-static const char replacement[] = "\xEF\xBF\xBD"; /* U+FFFD */
-
 /* What of a character has come when it turns out not to continue is one invalid thing, and becomes
  * one U+FFFD, as in Python and as Unicode recommends. */
 int gemma3_utf8_end(gemma3_utf8 *u, char out[8])
 {
-    if (u->n == 0)
-        return 0;
+    if (u->n == 0) return 0;
     u->n = 0;
-    memcpy(out, replacement, 3);
+    memcpy(out, "\xEF\xBF\xBD", 3);
     return 3;
 }
 
 int gemma3_utf8_push(gemma3_utf8 *u, unsigned char byte, char out[8])
 {
     int n = 0;
-
-    if (u->n > 0 && !utf8_continues(u->byte[0], u->n, byte))
-        n = gemma3_utf8_end(u, out);
+    if (u->n > 0 && !utf8_continues(u->byte[0], u->n, byte)) n = gemma3_utf8_end(u, out);
     u->byte[u->n++] = byte;
-
     int announced = utf8_announced(u->byte[0]);
-    if (announced == 0)
-        return n + gemma3_utf8_end(u, out + n);
-    if (u->n < announced)
-        return n;
+    if (announced == 0) return n + gemma3_utf8_end(u, out + n);
+    if (u->n < announced) return n;
     memcpy(out + n, u->byte, (size_t)announced);
     u->n = 0;
     return n + announced;

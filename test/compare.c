@@ -1,5 +1,5 @@
-/* compare.c - the command compare: another engine's logits against ours, position by position, and a
- * verdict. diagnose.c then finds out which known mistake explains a difference.
+/* compare.c - the command compare: another engine's logits against ours, position by position, and
+ * a verdict. diagnose.c then finds out which known mistake explains a difference.
  */
 #include <errno.h>
 #include <math.h>
@@ -42,8 +42,8 @@ static int widest_allowed(const struct args *a)
 
 enum { TOP = 10 };
 
-/* The ids of the largest values, the largest first; equal ones in order of id. What is not there (NaN)
- * never counts. Returns how many. */
+/* The ids of the largest values, the largest first; equal ones in order of id. What is not there
+ * (NaN) never counts. Returns how many. */
 static int top_of(const float *x, int n, int32_t top[TOP])
 {
     int count = 0;
@@ -75,7 +75,8 @@ static int n_shared(const int32_t *a, const int32_t *b, int n, int n_b)
 }
 
 /* KL of what is known: the rest of both is one more outcome. */
-static double divergence(const float *ours, const float *theirs, int n, double lse_ours, double lse_theirs)
+static double divergence(const float *ours, const float *theirs, int n, double lse_ours,
+                         double lse_theirs)
 {
     double sum = 0, p_known = 0, q_known = 0;
     for (int i = 0; i < n; i++) {
@@ -92,7 +93,8 @@ static double divergence(const float *ours, const float *theirs, int n, double l
     return sum;
 }
 
-struct measure measure_row(const float *ours, const float *theirs, int n_vocab, int next, int is_log)
+struct measure measure_row(const float *ours, const float *theirs, int n_vocab, int next,
+                           int is_log)
 {
     struct measure m = {.position = 0};
     int32_t top[TOP], other[TOP];
@@ -100,7 +102,8 @@ struct measure measure_row(const float *ours, const float *theirs, int n_vocab, 
     if (n_other == 0) return m;
     double lse_ours = log_sum_exp(ours, n_vocab, ours[top[0]]);
     double lse_theirs = is_log ? 0 : log_sum_exp(theirs, n_vocab, theirs[other[0]]);
-    if (!is_log && fabs(lse_theirs) < 1e-3 && fabs(lse_ours) > 0.1) is_log = 1; /* as they call them */
+    if (!is_log && fabs(lse_theirs) < 1e-3 && fabs(lse_ours) > 0.1)
+        is_log = 1; /* as they call them */
     double moved = is_log ? lse_ours : 0, sum = 0, largest = 0;
     for (int i = 0; i < n_vocab; i++) {
         double a = ours[i] - moved, d = theirs[i] - a;
@@ -175,7 +178,8 @@ static int32_t find_text(void *user, const char *text, size_t n)
         if (text[i] == ' ') memcpy(spaced + k, "\xE2\x96\x81", 3), k += 3;
         else spaced[k++] = text[i];
     int32_t id = gemma3_find(user, spaced, k);
-    if (id < 0) id = gemma3_find(user, text, n); /* runs of spaces are spelled with spaces in some files */
+    if (id < 0)
+        id = gemma3_find(user, text, n); /* runs of spaces are spelled with spaces in some files */
     if (id < 0 && n == 1) {
         snprintf(spaced, sizeof spaced, "<0x%02X>", (unsigned char)*text);
         id = gemma3_find(user, spaced, 6);
@@ -226,8 +230,11 @@ int open_theirs(struct theirs *t, struct session *s, const char *path)
     int n = positions_of(s, &position);
     free(position);
     if (n == -2) return WRONG;
-    struct expected e = {.n_vocab = s->config->n_vocab, .n_tokens = s->n_ids, .n_rows = n < 0 ? 0 : n,
-                         .find = find_text, .find_user = (void *)s->tokenizer};
+    struct expected e = {.n_vocab = s->config->n_vocab,
+                         .n_tokens = s->n_ids,
+                         .n_rows = n < 0 ? 0 : n,
+                         .find = find_text,
+                         .find_user = (void *)s->tokenizer};
     return reader_open(&t->reader, &in, &e) ? complain("%s", t->reader.error) : 0;
 }
 
@@ -239,14 +246,16 @@ void close_theirs(struct theirs *t)
     free(t->wanted);
 }
 
-/* Where a server's rows lie: those tokens that were chosen must be the text's. A row before the first
- * known one is null, as the prediction of the first token. */
+/* Where a server's rows lie: those tokens that were chosen must be the text's. A row before the
+ * first known one is null, as the prediction of the first token. */
 static int first_of_server(const struct reader *r, const struct session *s)
 {
     int n_null = 0, best = s->n_ids - r->n_rows, most = -1;
     while (n_null < r->n_rows && r->row[n_null].begin == r->row[n_null].end) n_null++;
-    if (n_null) return -1; /* each row is of its own token: the prediction comes from the one before */
-    for (int first = s->n_ids - r->n_rows; first >= -1 && first >= s->n_ids - r->n_rows - 1; first--) {
+    if (n_null)
+        return -1; /* each row is of its own token: the prediction comes from the one before */
+    for (int first = s->n_ids - r->n_rows; first >= -1 && first >= s->n_ids - r->n_rows - 1;
+         first--) {
         int n = 0;
         for (int i = 0; i < r->n_rows; i++) {
             int at = first + i + 1;
@@ -265,7 +274,8 @@ int align_rows(struct theirs *t, const struct session *s, int piece)
     free(t->row_of), free(t->wanted);
     t->row_of = malloc((size_t)s->n_ids * sizeof *t->row_of);
     t->wanted = calloc((size_t)s->n_ids, 1);
-    if (!t->row_of || !t->wanted || n == -2) return out_of_memory((size_t)s->n_ids * 5, "the positions");
+    if (!t->row_of || !t->wanted || n == -2)
+        return out_of_memory((size_t)s->n_ids * 5, "the positions");
     if (r->form == FORM_KLD_BASE) {
         n_rows = r->n_ctx - 1 - r->n_ctx / 2;
         first = r->n_ctx / 2, skip = piece * n_rows;
@@ -274,8 +284,10 @@ int align_rows(struct theirs *t, const struct session *s, int piece)
         return complain("%s has %d rows, --positions names %d", r->in.name, n_rows, n);
     else if (n_rows == 1) first = s->n_ids - 1;
     else if (n < 0 && (n_rows < s->n_ids - 1 || n_rows > s->n_ids + 1))
-        return complain("%s has %d rows and the text %d tokens: expected one row for each, or the last "
-                        "alone (--positions says which others)", r->in.name, n_rows, s->n_ids);
+        return complain(
+            "%s has %d rows and the text %d tokens: expected one row for each, or the last "
+            "alone (--positions says which others)",
+            r->in.name, n_rows, s->n_ids);
     else if (n < 0) first = s->n_ids - n_rows;
     for (int i = 0; i < s->n_ids; i++) {
         int row = i - first;
@@ -308,22 +320,26 @@ static void measure_task(void *job, int i, int worker)
     int n_vocab = c->s->config->n_vocab, p = c->position[i];
     size_t at = (size_t)i * (size_t)n_vocab;
     (void)worker;
-    c->measured[i] = measure_row(c->ours + at, c->rows + at, n_vocab, p + 1 < c->s->n_ids ? c->s->ids[p + 1] : -1,
-                                 c->t->reader.is_log);
+    c->measured[i] = measure_row(c->ours + at, c->rows + at, n_vocab,
+                                 p + 1 < c->s->n_ids ? c->s->ids[p + 1] : -1, c->t->reader.is_log);
     c->measured[i].position = p;
 }
 
 static void print_measure(const struct comparison *c, const struct measure *m)
 {
     if (c->s->args->json)
-        printf("%s{\"position\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"kl\":%.6g,"
-               "\"rank\":%d,\"top1\":%d,\"top5\":%d,\"top10\":%d,\"delta_nll\":%.6g}", c->total.n > 1 ? ",\n" : "",
-               m->position, m->max_diff, m->max_relative, m->sum_diff / m->sum_ours, m->kl, m->rank,
-               m->first_agrees, m->in_5, m->in_10, m->delta_nll);
+        printf(
+            "%s{\"position\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"kl\":%.6g,"
+            "\"rank\":%d,\"top1\":%d,\"top5\":%d,\"top10\":%d,\"delta_nll\":%.6g}",
+            c->total.n > 1 ? ",\n" : "", m->position, m->max_diff, m->max_relative,
+            m->sum_diff / m->sum_ours, m->kl, m->rank, m->first_agrees, m->in_5, m->in_10,
+            m->delta_nll);
     else if (c->s->args->each)
-        printf("position %d: max diff %.3g (relative %.2g), NMSE %.2g, KL %.3g, their first is our %d, "
-               "of 5 %d, of 10 %d agree, delta nll %.3g\n", m->position, m->max_diff, m->max_relative,
-               m->sum_diff / m->sum_ours, m->kl, m->rank + 1, m->in_5, m->in_10, m->delta_nll);
+        printf("position %d: max diff %.3g (relative %.2g), NMSE %.2g, KL %.3g, their first is our "
+               "%d, "
+               "of 5 %d, of 10 %d agree, delta nll %.3g\n",
+               m->position, m->max_diff, m->max_relative, m->sum_diff / m->sum_ours, m->kl,
+               m->rank + 1, m->in_5, m->in_10, m->delta_nll);
 }
 
 static int take_ours(void *user, const int *position, int n_rows, const float *rows)
@@ -331,7 +347,8 @@ static int take_ours(void *user, const int *position, int n_rows, const float *r
     struct comparison *c = user;
     int n_vocab = c->s->config->n_vocab;
     for (int i = 0; i < n_rows; i++)
-        if (reader_row(&c->t->reader, c->t->row_of[position[i]], c->rows + (size_t)i * (size_t)n_vocab, n_vocab))
+        if (reader_row(&c->t->reader, c->t->row_of[position[i]],
+                       c->rows + (size_t)i * (size_t)n_vocab, n_vocab))
             return complain("%s", c->t->reader.error);
     c->ours = rows, c->position = position;
     share_out(c->s, n_rows, measure_task, c);
@@ -362,8 +379,8 @@ static int check_text(const struct session *s, const struct reader *r)
 {
     for (int i = 0; i < s->n_ids && i < r->n_ctx * r->n_pieces; i++)
         if (s->ids[i] != r->tokens[i])
-            return complain("%s: its token %d is %d, the text's is %d: these are other ids", r->in.name, i,
-                            (int)r->tokens[i], (int)s->ids[i]);
+            return complain("%s: its token %d is %d, the text's is %d: these are other ids",
+                            r->in.name, i, (int)r->tokens[i], (int)s->ids[i]);
     return 0;
 }
 
@@ -390,10 +407,12 @@ static void print_total(const struct total *t)
     printf("rows                 %d\n", t->n);
     printf("max difference       %.4g, relative %.3g\n", t->max_diff, t->max_relative);
     printf("NMSE                 %.3g\n", t->sum_diff / t->sum_ours);
-    printf("KL                   mean %.4g, largest %.4g at position %d\n", t->sum_kl / n, t->max_kl, t->worst);
+    printf("KL                   mean %.4g, largest %.4g at position %d\n", t->sum_kl / n,
+           t->max_kl, t->worst);
     printf("first choice agrees  %.2f %%, their worst first choice is our number %d\n",
            100 * t->first_agrees / n, t->worst_rank + 1);
-    printf("first 5, 10 agree    %.2f %%, %.2f %%\n", 100 * t->in_5 / (5 * n), 100 * t->in_10 / (10 * n));
+    printf("first 5, 10 agree    %.2f %%, %.2f %%\n", 100 * t->in_5 / (5 * n),
+           100 * t->in_10 / (10 * n));
     if (t->n_next) printf("delta nll            mean %.4g\n", t->sum_delta / t->n_next);
 }
 
@@ -412,8 +431,9 @@ static void print_cause(const struct result *v)
 {
     const struct cause *c = &v->cause;
     if (c->n == 0 && v->was_searched && v->band)
-        printf("known mistakes       %s\n", v->conforms ? "none is in it, as far as its noise lets see" :
-               "none explains it, alone or in pairs");
+        printf("known mistakes       %s\n", v->conforms
+                                                ? "none is in it, as far as its noise lets see"
+                                                : "none explains it, alone or in pairs");
     for (int i = 0; i < c->n; i++)
         printf("%-20s %s: %s\n", i ? "and" : "cause", c->mistake[i]->name, c->mistake[i]->sentence);
     if (c->n && c->is_hidden)
@@ -432,38 +452,52 @@ static void print_verdict(const struct result *v)
     printf("verdict              %s: ", v->conforms ? "conforms" : "does not conform");
     if (is_fault) printf("a known mistake%s\n", c->n > 1 ? " or two" : "");
     else if (v->band == n_bands) puts("no arithmetic explains so much");
-    else printf("within the band of %s\n", bands[is_named ? find_band(c->mistake[0]->name) : v->band].words);
+    else
+        printf("within the band of %s\n",
+               bands[is_named ? find_band(c->mistake[0]->name) : v->band].words);
 }
 
 static void print_json(const struct result *v)
 {
     const struct total *t = &v->total;
     double n = t->n;
-    printf("],\n\"rows\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"mean_kl\":%.6g,\"max_kl\":%.6g,"
-           "\"worst_position\":%d,\"top1\":%.6g,\"top5\":%.6g,\"top10\":%.6g,\"worst_rank\":%d,\"delta_nll\":%.6g,\n",
-           t->n, t->max_diff, t->max_relative, t->sum_diff / t->sum_ours, t->sum_kl / n, t->max_kl, t->worst,
-           t->first_agrees / n, t->in_5 / (5 * n), t->in_10 / (10 * n), t->worst_rank,
+    printf("],\n\"rows\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"mean_kl\":%.6g,"
+           "\"max_kl\":%.6g,"
+           "\"worst_position\":%d,\"top1\":%.6g,\"top5\":%.6g,\"top10\":%.6g,\"worst_rank\":%d,"
+           "\"delta_nll\":%.6g,\n",
+           t->n, t->max_diff, t->max_relative, t->sum_diff / t->sum_ours, t->sum_kl / n, t->max_kl,
+           t->worst, t->first_agrees / n, t->in_5 / (5 * n), t->in_10 / (10 * n), t->worst_rank,
            t->n_next ? t->sum_delta / t->n_next : 0);
-    printf("\"band\":\"%s\",\"conforms\":%s,\"causes\":[", v->band < n_bands ? bands[v->band].name : "none",
-           v->conforms ? "true" : "false");
-    for (int i = 0; i < v->cause.n; i++) printf("%s\"%s\"", i ? "," : "", v->cause.mistake[i]->name);
+    printf("\"band\":\"%s\",\"conforms\":%s,\"causes\":[",
+           v->band < n_bands ? bands[v->band].name : "none", v->conforms ? "true" : "false");
+    for (int i = 0; i < v->cause.n; i++)
+        printf("%s\"%s\"", i ? "," : "", v->cause.mistake[i]->name);
     printf("],\"explained\":%.6g}\n", v->cause.n ? v->cause.explained : 0);
 }
 
 static void print_notes(const struct session *s, const struct reader *r, const struct total *t)
 {
     if (r->width && r->width != s->config->n_vocab)
-        fprintf(stderr, "conform: note: %s has %d columns, the model %d tokens: the first %d are compared\n",
-                r->in.name, r->width, s->config->n_vocab, min_int(r->width, s->config->n_vocab));
+        fprintf(
+            stderr,
+            "conform: note: %s has %d columns, the model %d tokens: the first %d are compared\n",
+            r->in.name, r->width, s->config->n_vocab, min_int(r->width, s->config->n_vocab));
     if (t->n_log && !r->is_log)
-        fprintf(stderr, "conform: note: %s holds log probabilities, ours are compared as such\n", r->in.name);
+        fprintf(stderr, "conform: note: %s holds log probabilities, ours are compared as such\n",
+                r->in.name);
     if (r->form != FORM_KLD_BASE && !s->args->positions && r->n_rows != s->n_ids && r->n_rows > 1 &&
         r->form != FORM_JSON)
-        fprintf(stderr, "conform: note: %s has %d rows and the text %d tokens: the last ones are compared\n",
-                r->in.name, r->n_rows, s->n_ids);
-    if (s->n_ids <= s->config->window && memchr(s->config->is_local, 1, (size_t)s->config->n_layers))
-        fprintf(stderr, "conform: note: %d tokens do not go beyond the window of %d: a mistake there cannot "
-                "show\n", s->n_ids, s->config->window);
+        fprintf(
+            stderr,
+            "conform: note: %s has %d rows and the text %d tokens: the last ones are compared\n",
+            r->in.name, r->n_rows, s->n_ids);
+    if (s->n_ids <= s->config->window &&
+        memchr(s->config->is_local, 1, (size_t)s->config->n_layers))
+        fprintf(
+            stderr,
+            "conform: note: %d tokens do not go beyond the window of %d: a mistake there cannot "
+            "show\n",
+            s->n_ids, s->config->window);
 }
 
 /* Ids of a base file come with it. */
@@ -485,7 +519,8 @@ static int compare_opened(struct session *s, struct theirs *t, struct result *r)
     struct comparison c = {.s = s, .t = t};
     struct cause cause = {.n = 0};
     size_t n_bytes = (size_t)s->max_rows * (size_t)s->config->n_vocab * sizeof *c.rows;
-    int was_searched = 0, code = (c.rows = malloc(n_bytes)) ? 0 : out_of_memory(n_bytes, "their rows");
+    int was_searched = 0,
+        code = (c.rows = malloc(n_bytes)) ? 0 : out_of_memory(n_bytes, "their rows");
     if (!code) code = compare_rows(&c);
     if (!code && c.total.n == 0) code = complain("%s: nothing to compare", t->reader.in.name);
     if (!code && !s->args->other) print_notes(s, &t->reader, &c.total);

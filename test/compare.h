@@ -19,8 +19,10 @@ struct measure {
     int is_log;              /* theirs are log probabilities */
 };
 
-/* Measures a row; next is the id that comes after it or -1. is_log: theirs are log probabilities. */
-struct measure measure_row(const float *ours, const float *theirs, int n_vocab, int next, int is_log);
+/* Measures a row; next is the id that comes after it or -1. is_log: theirs are log probabilities.
+ */
+struct measure measure_row(const float *ours, const float *theirs, int n_vocab, int next,
+                           int is_log);
 
 /* What lies between the widths of arithmetic: see test/vectors/README.md, which says how these were
  * measured. */

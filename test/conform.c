@@ -228,7 +228,7 @@ int run_ids(struct session *s, const char *wanted, take_rows *take, void *user)
 {
     for (int i = 0, n; i < s->n_ids; i += n) {
         int rows[ROWS_AT_ONCE], position[ROWS_AT_ONCE], n_rows = 0;
-        for (n = 0; i + n < s->n_ids && n < GEMMA3_CHUNK && n_rows < s->max_rows; n++)
+        for (n = 0; i + n < s->n_ids && n < GEMMA3_MAX_UBATCH && n_rows < s->max_rows; n++)
             if (!wanted || wanted[i + n]) {
                 position[n_rows] = i + n;
                 rows[n_rows++] = n;
@@ -352,8 +352,9 @@ static int perplexity(struct session *s, const struct args *a)
     struct totals sum = {0, 0, 0, 0};
     if (!code) code = read_ids(s);
     if (!code && s->n_ids / 2 < n)
-        return complain("the text has %d tokens; perplexity needs two pieces of %d (-c), %.0f tokens",
-                        s->n_ids, n, 2.0 * n);
+        return complain(
+            "the text has %d tokens; perplexity needs two pieces of %d (-c), %.0f tokens", s->n_ids,
+            n, 2.0 * n);
     s->params.n_ctx = n;
     if (!code) code = open_state(s);
     for (int i = 0; i < s->n_ids / n && !code; i++) {
@@ -686,8 +687,10 @@ static const struct option options[] = {
     {"--positions", "LIST", TEXT, FIELD(positions), 0, 0, "compare export",
      "those that OTHER has rows of, or that are exported, as 0,5,-1; from\nthe end when negative"},
     {"--npy", "FILE", TEXT, FIELD(npy), 0, 0, "export", "a NumPy array [positions][n_vocab]"},
-    {"--safetensors", "FILE", TEXT, FIELD(safetensors), 0, 0, "export", "a tensor \"logits\" of that shape"},
-    {"--kld-base", "FILE", TEXT, FIELD(kld_base), 0, 0, "export", "a base file of llama-perplexity"},
+    {"--safetensors", "FILE", TEXT, FIELD(safetensors), 0, 0, "export",
+     "a tensor \"logits\" of that shape"},
+    {"--kld-base", "FILE", TEXT, FIELD(kld_base), 0, 0, "export",
+     "a base file of llama-perplexity"},
     {"--json", NULL, FLAG, FIELD(json), 0, 0, "compare", "the report as JSON"},
     {"--each", NULL, FLAG, FIELD(each), 0, 0, "compare", "a line for each position too"},
     {"--band", "NAME", TEXT, FIELD(band), 0, 0, "compare layers check",
@@ -700,7 +703,8 @@ static const struct option options[] = {
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,
      "threads; default: physical cores"},
     {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 512"},
-    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "nll perplexity top trace", "weights and activations in float32"},
+    {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "nll perplexity top trace",
+     "weights and activations in float32"},
     {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, NULL,
      "numbers in the cache; default f16, with --exact f32"},
     {"--isa", "NAME", TEXT, FIELD(isa), 0, 0, NULL, "force the kernels of an instruction set"},
@@ -746,15 +750,18 @@ static int print_help(const struct command *only)
     if (only) printf("usage: conform %s %s [options]\n\n", only->name, only->values);
     else
         puts("usage: conform COMMAND -m MODEL -p TEXT | -f FILE | --ids FILE [options]\n\n"
-             "Judges numbers: those of another engine against ours, to find out whether it is right, how\n"
+             "Judges numbers: those of another engine against ours, to find out whether it is "
+             "right, how\n"
              "close, and if not which mistake it makes; and ours alone.\n");
     for (int i = 0; i < N_COMMANDS; i++)
         if (!only || only == &commands[i])
             print_entry(commands[i].name, commands[i].values, commands[i].help);
     puts("\nOptions:");
     for (int i = 0; i < N_OPTIONS; i++)
-        if (takes(only, &options[i])) print_entry(options[i].name, options[i].value, options[i].help);
-    puts("\nExit: 0 it conforms, or all went well; 1 it does not conform; 2 the command line or the\n"
+        if (takes(only, &options[i]))
+            print_entry(options[i].name, options[i].value, options[i].help);
+    puts("\nExit: 0 it conforms, or all went well; 1 it does not conform; 2 the command line or "
+         "the\n"
          "input was wrong.");
     return 0;
 }

@@ -1,8 +1,8 @@
 /* conform.h - what the parts of the conformance kit share: the command line, and an opened model.
  *
- * conform.c has the command line and the measuring commands; each other command is a file beside it.
- * A function that can fail returns an exit code, having said why in one sentence: 0 is well and, of
- * a comparison, "conforms"; DIFFERS; WRONG when the command line or the input was.
+ * conform.c has the command line and the measuring commands; each other command is a file beside
+ * it. A function that can fail returns an exit code, having said why in one sentence: 0 is well
+ * and, of a comparison, "conforms"; DIFFERS; WRONG when the command line or the input was.
  */
 #ifndef CONFORM_H
 #define CONFORM_H
@@ -68,11 +68,12 @@ int read_ids(struct session *s);
 int open_state(struct session *s);
 void close_session(struct session *s);
 
-/* Is handed rows of logits, in order: their positions and [n_rows][n_vocab]. Returns an exit code. */
+/* Is handed rows of logits, in order: their positions and [n_rows][n_vocab]. Returns an exit code.
+ */
 typedef int take_rows(void *user, const int *position, int n_rows, const float *rows);
 
-/* Takes the ids through the model, piece by piece, and hands over the rows of the positions for which
- * wanted[] is not 0; of every position when wanted is NULL. */
+/* Takes the ids through the model, piece by piece, and hands over the rows of the positions for
+ * which wanted[] is not 0; of every position when wanted is NULL. */
 int run_ids(struct session *s, const char *wanted, take_rows *take, void *user);
 
 /* Runs task(job, i, worker) for i in 0 .. n-1 on the session's threads. */

@@ -1,11 +1,12 @@
 /* diagnose.c - which known mistake explains the difference between another engine and ours.
  *
- * The model runs again with each mistake switched on. What that changes, e, is compared with what the
- * other engine has different, d, on a sketch: some columns of some rows, each row less its mean (which
- * softmax does not see). A mistake explains the share 1 - |d - e|^2 / |d|^2 of the difference. When one
- * alone does not, pairs are tried: the best ones with every other. A mistake that is smaller than the
- * noise of the engine's arithmetic still shows in the weight <d, e> / <e, e>, which is near 1 when it is
- * made and near 0 when it is not, since noise does not point its way.
+ * The model runs again with each mistake switched on. What that changes, e, is compared with what
+ * the other engine has different, d, on a sketch: some columns of some rows, each row less its mean
+ * (which softmax does not see). A mistake explains the share 1 - |d - e|^2 / |d|^2 of the
+ * difference. When one alone does not, pairs are tried: the best ones with every other. A mistake
+ * that is smaller than the noise of the engine's arithmetic still shows in the weight <d, e> / <e,
+ * e>, which is near 1 when it is made and near 0 when it is not, since noise does not point its
+ * way.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -64,7 +65,8 @@ static int choose_columns(struct search *f, int r, const float *row, int n_vocab
     for (int i = 0; i < n_vocab; i++) n += isfinite(row[i]);
     for (int i = 0, seen = 0; i < n_vocab && k < MAX_COLUMNS; i++) {
         if (!isfinite(row[i])) continue;
-        if ((int64_t)seen++ * MAX_COLUMNS / (n > MAX_COLUMNS ? n : MAX_COLUMNS) >= k) f->column[r][k++] = i;
+        if ((int64_t)seen++ * MAX_COLUMNS / (n > MAX_COLUMNS ? n : MAX_COLUMNS) >= k)
+            f->column[r][k++] = i;
     }
     return k;
 }
@@ -116,8 +118,8 @@ static double row_dot(const struct search *f, const struct sketch *a, const stru
     return sum;
 }
 
-/* Share of |d|^2 that is left when e, and e2 unless it is NULL, are taken away: over the rows that all
- * have. Not a number counts as nothing explained. */
+/* Share of |d|^2 that is left when e, and e2 unless it is NULL, are taken away: over the rows that
+ * all have. Not a number counts as nothing explained. */
 static double share_left(const struct search *f, const struct sketch *e, const struct sketch *e2)
 {
     double left = 0, all = 0;
@@ -198,7 +200,8 @@ struct pairs {
 
 static int try_pair(struct search *f, struct pairs *p, int a, int b)
 {
-    if (a == b || !f->e[a] || !f->e[b] || p->tried[a * n_mistakes + b] || p->left <= f->rounding) return 0;
+    if (a == b || !f->e[a] || !f->e[b] || p->tried[a * n_mistakes + b] || p->left <= f->rounding)
+        return 0;
     p->tried[a * n_mistakes + b] = p->tried[b * n_mistakes + a] = 1;
     const struct mistake *m[2] = {&mistakes[a], &mistakes[b]};
     int code = run_one(f, m, 2, p->e);
@@ -274,7 +277,8 @@ static void find_hidden(const struct search *f, struct cause *cause)
     double best = 6; /* weights differ from 0 by so many of their errors */
     for (int i = 0; i < n_mistakes; i++) {
         double error, weight = f->e[i] ? weight_of(f, f->e[i], &error) : 0;
-        if (mistakes[i].is_precision || !(fabs(weight - 1) < 0.3) || !(weight / error > best)) continue;
+        if (mistakes[i].is_precision || !(fabs(weight - 1) < 0.3) || !(weight / error > best))
+            continue;
         best = weight / error;
         *cause = (struct cause){1, {&mistakes[i]}, 1 - f->left[i], weight, 1};
     }
@@ -300,7 +304,8 @@ static void choose_rows(struct search *f, const float *kl)
     for (int i = first, seen = 0; i < f->n_ids && f->n_rows < MAX_ROWS; i++) {
         if (!f->t->wanted[i]) continue;
         seen++;
-        if ((int64_t)seen * MAX_ROWS / (n > MAX_ROWS ? n : MAX_ROWS) > f->n_rows) f->position[f->n_rows++] = i;
+        if ((int64_t)seen * MAX_ROWS / (n > MAX_ROWS ? n : MAX_ROWS) > f->n_rows)
+            f->position[f->n_rows++] = i;
     }
     for (int r = 0; r < f->n_rows; r++) f->wanted[f->position[r]] = 1;
 }
@@ -332,14 +337,16 @@ static void conclude(struct search *f, const struct pairs *p, struct cause *caus
     if (pair_is_better && p->left < may_be_left)
         *cause = (struct cause){2, {&mistakes[p->a], &mistakes[p->b]}, 1 - p->left, 1, 0};
     else if (left < may_be_left)
-        *cause = (struct cause){1, {&mistakes[best]}, 1 - left, weight_of(f, f->e[best], &error), 0};
+        *cause =
+            (struct cause){1, {&mistakes[best]}, 1 - left, weight_of(f, f->e[best], &error), 0};
     else find_hidden(f, cause);
 }
 
 int find_cause(struct session *s, struct theirs *t, const float *kl, struct cause *cause)
 {
     struct search f = {.s = s, .t = t};
-    struct pairs p = {-1, -1, 1, calloc((size_t)(n_mistakes * n_mistakes), 1), malloc(sizeof(struct sketch))};
+    struct pairs p = {-1, -1, 1, calloc((size_t)(n_mistakes * n_mistakes), 1),
+                      malloc(sizeof(struct sketch))};
     clock_t start = clock();
     int code = p.tried && p.e ? prepare(&f, kl) : out_of_memory(sizeof *p.e, "the search");
     if (!code) code = run_singles(&f);

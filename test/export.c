@@ -40,8 +40,9 @@ static int npy_header(struct export *x, int n_rows)
     char header[128];
     memset(header, ' ', sizeof header);
     memcpy(header, "\x93NUMPY\1\0\x76\0", 10);
-    int n = snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d), }",
-                     n_rows, x->s->config->n_vocab);
+    int n = snprintf(header + 10, sizeof header - 10,
+                     "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d), }", n_rows,
+                     x->s->config->n_vocab);
     header[10 + n] = ' ';
     header[sizeof header - 1] = '\n';
     return write_bytes(x, header, sizeof header);
@@ -54,9 +55,11 @@ static int safetensors_header(struct export *x, int n_rows)
     memset(header, ' ', sizeof header);
     memset(header, 0, 8);
     header[1] = 1; /* 256 bytes follow */
-    int n = snprintf(header + 8, 256, "{\"__metadata__\":{\"made_by\":\"gemma3.c %s, contract %d, exact\"},"
-                     "\"logits\":{\"dtype\":\"F32\",\"shape\":[%d,%d],\"data_offsets\":[0,%llu]}}", GEMMA3_VERSION,
-                     GEMMA3_CONTRACT, n_rows, n_vocab, 4 * (unsigned long long)n_rows * (unsigned long long)n_vocab);
+    int n = snprintf(header + 8, 256,
+                     "{\"__metadata__\":{\"made_by\":\"gemma3.c %s, contract %d, exact\"},"
+                     "\"logits\":{\"dtype\":\"F32\",\"shape\":[%d,%d],\"data_offsets\":[0,%llu]}}",
+                     GEMMA3_VERSION, GEMMA3_CONTRACT, n_rows, n_vocab,
+                     4 * (unsigned long long)n_rows * (unsigned long long)n_vocab);
     header[8 + n] = ' ';
     return write_bytes(x, header, sizeof header);
 }
@@ -103,7 +106,8 @@ static int write_base(struct export *x, int n)
     piece.n_ids = n;
     for (int k = 0; k < n_pieces && !code; k++) {
         piece.ids = s->ids + (size_t)k * (size_t)n;
-        if (v->bos >= 0 && v->add_bos) piece.ids[0] = v->bos; /* the file has the token that was there */
+        if (v->bos >= 0 && v->add_bos)
+            piece.ids[0] = v->bos; /* the file has the token that was there */
         gemma3_state_reset(s->state);
         code = run_ids(&piece, wanted, write_base_rows, x);
     }
@@ -122,7 +126,10 @@ static int write_array(struct export *x, const char *wanted, int n_rows)
 
 int export_logits(struct session *s, const struct args *a)
 {
-    struct export x = {.s = s, .path = a->npy ? a->npy : a->safetensors ? a->safetensors : a->kld_base};
+    struct export x = {.s = s,
+                       .path = a->npy           ? a->npy
+                               : a->safetensors ? a->safetensors
+                                                : a->kld_base};
     int piece = a->n_ctx ? a->n_ctx : DEFAULT_PIECE, n_rows = 0;
     char *wanted = NULL;
     if (!!a->npy + !!a->safetensors + !!a->kld_base != 1)
@@ -130,11 +137,14 @@ int export_logits(struct session *s, const struct args *a)
     int code = open_model(s, a);
     if (!code) code = read_ids(s);
     if (!code && a->kld_base && (piece < 3 || s->n_ids < piece))
-        code = complain("the text has %d tokens; --kld-base needs pieces of 3 or more (-c), here %d", s->n_ids, piece);
+        code =
+            complain("the text has %d tokens; --kld-base needs pieces of 3 or more (-c), here %d",
+                     s->n_ids, piece);
     if (!code && !a->kld_base) code = wanted_positions(s, &wanted, &n_rows);
     s->params.n_ctx = a->kld_base ? piece : s->n_ids;
     if (!code) code = open_state(s);
-    if (!code && !(x.file = fopen(x.path, "wb"))) code = complain("%s: %s", x.path, strerror(errno));
+    if (!code && !(x.file = fopen(x.path, "wb")))
+        code = complain("%s: %s", x.path, strerror(errno));
     if (!code) code = a->kld_base ? write_base(&x, piece) : write_array(&x, wanted, n_rows);
     if (x.file && fclose(x.file) && !code) code = complain("%s: %s", x.path, strerror(errno));
     if (x.file && code) remove(x.path);

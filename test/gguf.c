@@ -9,6 +9,8 @@
 
 #include "fixture.h"
 
+#include <time.h>
+
 enum { MAX_KEYS = 64, MAX_TENSORS = 256 };
 
 /* ---- Files taken apart ----------------------------------------------------------------------- */
@@ -358,6 +360,61 @@ static void headers(void)
     refused(f, "a tensor that occurs twice", "x.gguf: tensor blk.3.ffn_up.weight occurs twice");
 }
 
+/* What people have in their hands instead of a GGUF file, by how it begins. */
+static void files_of_other_kinds(void)
+{
+    const struct { const char *begin; size_t n; const char *what, *sentence; } file[] = {
+        { "version https://git-lfs.github.com/spec/v1\n", 43, "a Git LFS pointer",
+          "is a Git LFS pointer: get the file itself (git lfs pull)" },
+        { "<!DOCTYPE html><html></html>", 28, "a web page",
+          "is a web page: the download failed, or asked for a login" },
+        { "<html><head><title>401</title>", 30, "another web page",
+          "is a web page: the download failed, or asked for a login" },
+        { "\x40\0\0\0\0\0\0\0{\"__metadata__\":{}}", 26, "a safetensors file",
+          "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)" },
+        { "PK\3\4xxxxxxxxxxxxxxxxxxxxxxxx", 28, "a PyTorch checkpoint",
+          "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF" },
+        { "\x80\2}q\1xxxxxxxxxxxxxxxxxxxxxxxx", 28, "an old PyTorch checkpoint",
+          "is a PyTorch file: convert it to GGUF" },
+        { "\x1f\x8b\x08xxxxxxxxxxxxxxxxxxxxxxxx", 27, "a file packed by gzip",
+          "is compressed with gzip: unpack it" },
+        { "PK\3", 3, "a file of three bytes", "does not begin with \"GGUF\"" },
+    };
+    for (size_t i = 0; i < sizeof file / sizeof *file; i++) {
+        char want[256];
+        snprintf(want, sizeof want, "x.gguf is not a GGUF file: it %s", file[i].sentence);
+        refused_bytes(file[i].begin, file[i].n, file[i].what, want);
+    }
+    image f = take_apart();
+    set_string(&f, "general.architecture", "clip");
+    refused(f, "an image encoder",
+            "x.gguf is only a model's image encoder (mmproj): give the text model's file");
+}
+
+/* A header of n keys; the last has the name of the first. */
+static void many_keys(void)
+{
+    enum { N = 100000 };
+    bytes b = { NULL, 0 };
+    b.p = malloc(N * 32), b.n = 0;
+    memcpy(b.p, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0", 16);
+    for (int i = 0; i < 8; i++) b.p[16 + i] = (unsigned char)((uint64_t)N >> 8 * i);
+    b.n = 24;
+    for (int i = 0; i < N; i++) {
+        char key[16];
+        snprintf(key, sizeof key, "k%06d", i == N - 1 ? 0 : (i * 7919) % N);
+        memcpy(b.p + b.n, "\7\0\0\0\0\0\0\0", 8);
+        memcpy(b.p + b.n + 8, key, 7);
+        memcpy(b.p + b.n + 15, "\0\0\0\0\1", 5);
+        b.n += 20;
+    }
+    clock_t begin = clock();
+    refused_bytes((char *)b.p, b.n, "one of 100,000 keys that occurs twice",
+                  "x.gguf: key k000000 occurs twice");
+    ok(clock() - begin < 5 * CLOCKS_PER_SEC, "that takes no time");
+    free(b.p);
+}
+
 /* Counts and lengths that point behind the file. */
 static void lying_lengths(void)
 {
@@ -532,6 +589,9 @@ static void keys(void)
     refused(f, "an infinite epsilon", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is inf, "
             "expected a number from 0 to 1e30");
     f = take_apart();
+    set_float(&f, "gemma3.attention.layer_norm_rms_epsilon", 0);
+    refused(f, "no epsilon", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
+    f = take_apart();
     push_int(set_array(&f, "gemma3.attention.sliding_window_pattern", KV_BOOL, 7), 0, 7);
     refused(f, "a pattern of 7 layers for 8",
             "x.gguf: gemma3.attention.sliding_window_pattern must have one bool for each of 8 "
@@ -557,14 +617,15 @@ static void tensors(void)
     drop_tensor(&f, "token_embd.weight");
     refused(f, "no embedding", "x.gguf: tensor token_embd.weight is missing");
     f = take_apart();
-    tensor_of(&f, "blk.2.attn_v.weight")->type = 23;
-    refused(f, "IQ4_XS", "x.gguf: tensor blk.2.attn_v.weight has type 23, which is not supported "
-            "(F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
+    tensor_of(&f, "blk.2.attn_v.weight")->type = 16;
+    refused(f, "a type that we do not have", "x.gguf: tensor blk.2.attn_v.weight has type IQ2_XXS, "
+            "which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS "
+            "are)");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = UINT32_MAX;
     refused(f, "type 2^32-1",
             "x.gguf: tensor blk.2.attn_v.weight has type 4294967295, which is not supported (F32 "
-            "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL are)");
+            "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = 12;
     refused(f, "a K type with short rows", "x.gguf: tensor blk.2.attn_v.weight has rows of 64, "
@@ -747,6 +808,353 @@ static void quirks_of_vocabulary(void)
     gemma3_close(m);
 }
 
+static int stops_at(const gemma3_model *m, int32_t id)
+{
+    return gemma3_is_stop(gemma3_model_tokenizer(m), id);
+}
+
+/* Every key that names the end of an answer, and arrays of them. */
+static void ends_of_answers(void)
+{
+    image f = take_apart();
+    set_u32(&f, "tokenizer.ggml.eot_token_id", 301);
+    set_u32(&f, "tokenizer.ggml.eom_token_id", 302);
+    bytes *b = set_array(&f, "tokenizer.ggml.eos_token_ids", KV_I32, 2);
+    push_int(b, 303, 4), push_int(b, 304, 4);
+    gemma3_model *m = accepted(f, "a file with eot_token_id, eom_token_id and eos_token_ids");
+    ok(m && stops_at(m, 0) && stops_at(m, 301) && stops_at(m, 302) && stops_at(m, 303) &&
+       stops_at(m, 304) && !stops_at(m, 305), "an answer ends with each of them");
+    gemma3_close(m);
+    f = take_apart();
+    b = set_array(&f, "tokenizer.ggml.eos_token_id", KV_U32, 2);
+    push_int(b, 310, 4), push_int(b, 311, 4);
+    m = accepted(f, "an eos_token_id that is an array");
+    ok(m && stops_at(m, 310) && stops_at(m, 311), "an answer ends with both");
+    if (m) is_int(gemma3_tokenizer_vocab(gemma3_model_tokenizer(m))->eos, 310, "the first is eos");
+    gemma3_close(m);
+    f = take_apart();
+    b = set_array(&f, "tokenizer.ggml.eos_token_ids", KV_U32, 17);
+    for (int i = 0; i < 17; i++) push_int(b, i, 4);
+    refused(f, "more of them than anybody needs",
+            "x.gguf: key tokenizer.ggml.eos_token_ids has 17 ids, expected at most 15");
+    f = take_apart();
+    push_string(set_array(&f, "tokenizer.ggml.eos_token_ids", KV_STRING, 1), "<eos>");
+    refused(f, "ids that are texts",
+            "x.gguf: key tokenizer.ggml.eos_token_ids is a array, expected a number");
+    f = take_apart();
+    set_u32(&f, "tokenizer.ggml.eot_token_id", 443);
+    refused(f, "an end that is no token",
+            "x.gguf: key tokenizer.ggml.eot_token_id is 443, outside the vocabulary of 443");
+}
+
+/* ---- Keys that lie --------------------------------------------------------------------------- */
+
+/* A file of 270M's layers and width, narrow elsewhere; all its tensors are the same bytes. */
+static image of_270m_shape(void)
+{
+    static const struct { const char *name; uint64_t cols, rows; } per_layer[] = {
+        { "attn_norm", 640, 0 }, { "attn_q", 640, 32 }, { "attn_k", 640, 32 }, { "attn_v", 640, 32 },
+        { "attn_q_norm", 32, 0 }, { "attn_k_norm", 32, 0 }, { "attn_output", 32, 640 },
+        { "post_attention_norm", 640, 0 }, { "ffn_norm", 640, 0 }, { "ffn_gate", 640, 32 },
+        { "ffn_up", 640, 32 }, { "ffn_down", 32, 640 }, { "post_ffw_norm", 640, 0 } };
+    image f = take_apart();
+    f.n_tensors = 0;
+    add_tensor(&f, "output_norm.weight", F32, 640);
+    info *e = add_tensor(&f, "token_embd.weight", Q4_0, 640);
+    e->n_dims = 2, e->ne[1] = 64;
+    for (int l = 0; l < 18; l++)
+        for (int k = 0; k < 13; k++) {
+            char name[80];
+            snprintf(name, sizeof name, "blk.%d.%s.weight", l, per_layer[k].name);
+            info *t = add_tensor(&f, name, per_layer[k].rows ? Q4_0 : F32, per_layer[k].cols);
+            if (per_layer[k].rows) t->n_dims = 2, t->ne[1] = per_layer[k].rows;
+        }
+    set_u32(&f, "gemma3.block_count", 18);
+    set_u32(&f, "gemma3.embedding_length", 640);
+    set_u32(&f, "gemma3.feed_forward_length", 32);
+    set_u32(&f, "gemma3.attention.head_count", 1);
+    set_u32(&f, "gemma3.attention.head_count_kv", 1);
+    set_u32(&f, "gemma3.attention.sliding_window", 512);
+    drop_key(&f, "gemma3.rope.scaling.factor");
+    return f;
+}
+
+static void true_keys(void)
+{
+    image f = of_270m_shape();
+    gemma3_model *m = accepted(f, "a file of 270M's shape");
+    if (!m) return;
+    ok(!strcmp(gemma3_model_size_name(m), "270M"), "it is recognised");
+    ok(!gemma3_model_note(m, 0), "there is nothing to say about its keys");
+    ok(!strcmp(gemma3_model_origin(m, "attention.sliding_window"), ""), "the window is the file's");
+    ok(!strcmp(gemma3_model_origin(m, "gemma3.rope.scaling.factor"), "default"),
+       "the factor, which it does not have, is a default");
+    ok(gemma3_model_config(m)->rope_factor == 1 && gemma3_model_config(m)->query_scale == 1 / sqrtf(32),
+       "and is 270M's");
+    gemma3_close(m);
+}
+
+/* A key that contradicts the definition: not obeyed, unless asked to. */
+static void lie(const char *key, float value, size_t at, int is_int, float definition, const char *note)
+{
+    for (int obey = 0; obey <= 1; obey++) {
+        char full[80];
+        snprintf(full, sizeof full, "gemma3.%s", key);
+        image f = of_270m_shape();
+        if (is_int) set_u32(&f, full, (uint32_t)value);
+        else set_float(&f, full, value);
+        bytes b = put_together(&f);
+        gemma3_options o = { .obey_file = obey };
+        gemma3_error err = { "" };
+        gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
+        if (!ok(m != NULL, "a file whose %s is %g opens", key, value)) diag("  %s", err.text);
+        const char *field = m ? (const char *)gemma3_model_config(m) + at : NULL;
+        float got = !m ? 0 : is_int ? (float)*(const int *)field : *(const float *)field;
+        ok(got == (obey ? value : definition), obey ? "obey_file obeys it" : "it is not obeyed");
+        const char *said = m ? gemma3_model_note(m, 0) : NULL;
+        if (!ok(obey ? !said : said && !strcmp(said, note), obey ? "without a note" : "and a note says so"))
+            diag("  got  %s", said ? said : "nothing"), diag("  want %s", note);
+        ok(m && !strcmp(gemma3_model_origin(m, key), obey ? "" : "overridden"), "its origin is known");
+        ok(!m || !gemma3_model_note(m, 1), "no other key is named");
+        gemma3_close(m);
+        free(b.p);
+        throw_away(&f);
+    }
+}
+
+static void keys_that_lie(void)
+{
+    true_keys();
+    lie("final_logit_softcapping", 30, offsetof(gemma3_config, final_softcap), 0, 0,
+        "key gemma3.final_logit_softcapping is 30, but Gemma 3 270M has 0, which is used");
+    lie("rope.scaling.factor", 8, offsetof(gemma3_config, rope_factor), 0, 1,
+        "key gemma3.rope.scaling.factor is 8, but Gemma 3 270M has 1, which is used");
+    lie("rope.freq_base_swa", 1e6f, offsetof(gemma3_config, rope_base_local), 0, 1e4f,
+        "key gemma3.rope.freq_base_swa is 1e+06, but Gemma 3 270M has 10000, which is used");
+    lie("rope.freq_base", 1e4f, offsetof(gemma3_config, rope_base_global), 0, 1e6f,
+        "key gemma3.rope.freq_base is 10000, but Gemma 3 270M has 1e+06, which is used");
+    lie("attention.sliding_window", 4096, offsetof(gemma3_config, window), 1, 512,
+        "key gemma3.attention.sliding_window is 4096, but Gemma 3 270M has 512, which is used");
+    lie("attention.scale", 0.0625f, offsetof(gemma3_config, query_scale), 0, 1 / sqrtf(32),
+        "key gemma3.attention.scale is 0.0625, but Gemma 3 270M has 0.176777, which is used");
+    image f = take_apart();
+    set_float(&f, "gemma3.final_logit_softcapping", 30);
+    gemma3_model *m = accepted(f, "a softcap in a shape that nobody published");
+    ok(m && gemma3_model_config(m)->final_softcap == 30 && !gemma3_model_note(m, 0) &&
+       !strcmp(gemma3_model_size_name(m), ""), "it is obeyed");
+    gemma3_close(m);
+}
+
+/* ---- Vocabularies without scores ------------------------------------------------------------- */
+
+static int ids_of(const gemma3_model *m, const char *text, int32_t *ids)
+{
+    return gemma3_encode(gemma3_model_tokenizer(m), text, strlen(text), GEMMA3_BOS, ids, 256);
+}
+
+/* The merges that a converter would write: each piece in order of its score, and each way to cut it
+ * into two pieces. */
+static uint64_t push_merges(bytes *b, const gemma3_tokenizer *t)
+{
+    const gemma3_vocab *v = gemma3_tokenizer_vocab(t);
+    uint64_t n = 0;
+    int32_t *order = malloc(v->n_vocab * sizeof *order);
+    for (int32_t i = 0, k; i < v->n_vocab; i++) {
+        for (k = i; k > 0 && v->score[order[k - 1]] < v->score[i]; k--) order[k] = order[k - 1];
+        order[k] = i;
+    }
+    for (int i = 0; i < v->n_vocab; i++) {
+        const char *text = v->text[order[i]];
+        size_t length = v->length[order[i]];
+        for (size_t cut = 1; cut < length && v->type[order[i]] == 1; cut++) {
+            char pair[GEMMA3_PIECE_MAX + 2];
+            int32_t left = gemma3_find(t, text, cut), right = gemma3_find(t, text + cut, length - cut);
+            if (left < 0 || right < 0) continue;
+            snprintf(pair, sizeof pair, "%.*s %.*s", (int)cut, text, (int)(length - cut), text + cut);
+            push_string(b, pair);
+            n++;
+        }
+    }
+    free(order);
+    return n;
+}
+
+static void merges_instead_of_scores(void)
+{
+    const char *const texts[] = { "the cat sat on the mat.", "Once upon a time, there was a little dog.",
+                                  "  spaces   and\n\nlines\t", "other words that are not in there: \xe4\xbd\xa0" };
+    image f = take_apart();
+    gemma3_model *scores = accepted(take_apart(), "a vocabulary with scores");
+    bytes merges = { NULL, 0 };
+    uint64_t n = push_merges(&merges, gemma3_model_tokenizer(scores));
+    int32_t want[4][256], got[256];
+    int n_want[4];
+    for (int i = 0; i < 4; i++) n_want[i] = ids_of(scores, texts[i], want[i]);
+    gemma3_close(scores);
+    ok(n > 20, "%llu merges make its pieces", (unsigned long long)n);
+    set_string(&f, "tokenizer.ggml.model", "gpt2");
+    drop_key(&f, "tokenizer.ggml.scores");
+    push(set_array(&f, "tokenizer.ggml.merges", KV_STRING, n), merges.p, merges.n);
+    gemma3_model *m = accepted(f, "the same one with merges and no scores");
+    for (int i = 0; m && i < 4; i++) {
+        int n_got = ids_of(m, texts[i], got);
+        ok(n_got == n_want[i] && !memcmp(got, want[i], n_got * sizeof *got), "text %d has the same ids", i);
+    }
+    gemma3_close(m);
+    free(merges.p);
+    f = take_apart();
+    set_string(&f, "tokenizer.ggml.model", "gpt2");
+    push_string(set_array(&f, "tokenizer.ggml.merges", KV_STRING, 1), "ab");
+    refused(f, "a merge of one piece", "x.gguf: key tokenizer.ggml.merges: number 0 is no pair of pieces");
+    f = take_apart();
+    set_string(&f, "tokenizer.ggml.model", "gpt2");
+    push_string(set_array(&f, "tokenizer.ggml.merges", KV_STRING, 1), "a b");
+    bytes *b = set_array(&f, "tokenizer.ggml.tokens", KV_STRING, 443);
+    for (int i = 0; i < 443; i++) push_string(b, i % 2 ? "\xc4\xa0the" : "a");
+    refused(f, "GPT-2's own vocabulary",
+            "x.gguf: tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
+}
+
+/* ---- The caller's memory, and files that are not in memory ----------------------------------- */
+
+static void memory_of_the_caller(void)
+{
+    for (int i = 0; i < 8; i++) {
+        image f = take_apart();
+        bytes b = put_together(&f);
+        gemma3_source from = { .data = b.p, .size = b.n, .name = "x.gguf" };
+        gemma3_options o = { .exact = i & 1, .no_repack = i >> 1 & 1, .isa = i & 4 ? "scalar" : NULL };
+        gemma3_error err = { "" };
+        float want[443], got[443];
+        size_t size = gemma3_model_size(&from, &o, &err);
+        char *mem = malloc(size + 3), sentence[128]; /* not a byte more: the sanitizers look */
+        gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
+        gemma3_model *here = gemma3_model_init(&from, &o, mem + 3, size, &err);
+        if (!ok(m && here, "a model opens in %zu bytes, at any address", size)) diag("  %s", err.text);
+        ok(m && here && !compute(m, want) && !compute(here, got), "and computes");
+        is_bits(got, want, sizeof got, "the same");
+        gemma3_close(m);
+        gemma3_close(here);
+        ok(!gemma3_model_init(&from, &o, mem + 3, size / 2, &err), "half of that is refused");
+        snprintf(sentence, sizeof sentence, "x.gguf needs more than the");
+        ok(!strncmp(err.text, sentence, strlen(sentence)), "in a sentence");
+        for (size_t n = 0; n < size; n += size / 97) gemma3_close(gemma3_model_init(&from, &o, mem + 3, n, &err));
+        free(mem);
+        free(b.p);
+        throw_away(&f);
+    }
+}
+
+/* A file behind a function; it fails from its `left`th call on. */
+typedef struct device {
+    bytes file;
+    int left;
+    size_t bytes_read;
+} device;
+
+static int read_device(void *user, uint64_t offset, void *buffer, size_t n)
+{
+    device *d = user;
+    if (d->left-- <= 0 || offset > d->file.n || n > d->file.n - offset) return -1;
+    memcpy(buffer, d->file.p + offset, n);
+    d->bytes_read += n;
+    return 0;
+}
+
+static void weights_that_stay_outside(const char *name)
+{
+    fixture x = fixture_load(name);
+    size_t n;
+    bytes file = { NULL, 0 };
+    file.p = (unsigned char *)read_file(x.path, &n), file.n = n;
+    for (int i = 0; i < 4; i++) {
+        device d = { file, INT32_MAX, 0 };
+        gemma3_options o = { .exact = i & 1, .isa = i & 2 ? "scalar" : NULL };
+        gemma3_error err = { "" };
+        gemma3_model *m = gemma3_open_memory(file.p, file.n, name, &o, &err);
+        size_t header = m->token_embd.offset < m->layer[0].attn_q.offset ? m->token_embd.offset :
+                        m->layer[0].attn_q.offset; /* or more: that may be in memory, too */
+        gemma3_source from = { file.p, header, file.n, read_device, &d, name, 0 };
+        gemma3_model *outside = gemma3_open_source(&from, &o, &err);
+        if (!ok(outside != NULL, "%s: opens with its first %zu bytes in memory", name, header)) {
+            diag("  %s", err.text);
+            return;
+        }
+        float *want = malloc(x.n_vocab * sizeof *want), *got = malloc(x.n_vocab * sizeof *got);
+        ok(!compute(m, want) && !compute(outside, got), "computes");
+        is_bits(got, want, x.n_vocab * sizeof *got, "the same logits");
+        ok(d.bytes_read >= gemma3_model_token_bytes(outside), "it has read its weights");
+        gemma3_params p = gemma3_default_params(outside);
+        p.n_ctx = 16;
+        gemma3_state *s = gemma3_state_new(outside, &p, &err);
+        d.left = 5;
+        is_int(gemma3_forward(s, x.ids, 3, NULL, 0, NULL), -1, "when reading fails, so does the call");
+        ok(!strcmp(gemma3_state_error(s), "the model's weights cannot be read"), "with a sentence");
+        is_int(gemma3_state_pos(s), 0, "and nothing is appended");
+        d.left = INT32_MAX;
+        int row = 1;
+        const int32_t ids[2] = { 3 % x.n_vocab, x.n_vocab - 1 };
+        is_int(gemma3_forward(s, ids, 2, &row, 1, got), 0, "when it works again, so does the call");
+        is_bits(got, want, x.n_vocab * sizeof *got, "with the same logits");
+        gemma3_state_free(s);
+        gemma3_close(outside);
+        from.n_data = 1000;
+        ok(!gemma3_open_source(&from, &o, &err) && strstr(err.text, ": its header is longer than the first 1000"
+           " bytes, which were given"), "a header that is not all there is refused");
+        d.left = 2, from.n_data = header;
+        ok(!gemma3_open_source(&from, &o, &err) && strstr(err.text, " cannot be read"), "a norm that cannot be read, too");
+        gemma3_close(m);
+        free(want);
+        free(got);
+    }
+    free(file.p);
+    free(x.want);
+}
+
+static void names_of_tensors(void)
+{
+    gemma3_model *m = accepted(take_apart(), "the unchanged file");
+    gemma3_tensor t;
+    int n = 0, n_norms = 0, found = 0;
+    for (; !gemma3_model_tensor(m, n, &t); n++) {
+        n_norms += t.floats != NULL;
+        found += !strcmp(t.name, "blk.7.ffn_down.weight") && t.rows == 64 && t.cols == 96;
+        if (t.rows < 1 || t.cols < 1 || !t.data || !t.bytes) ok(0, "%s has rows, columns and data", t.name);
+    }
+    is_int(n, 8 * 13 + 2, "the model has as many tensors as the file");
+    is_int(n_norms, 8 * 6 + 1, "so many of them are norms");
+    is_int(found, 1, "blk.7.ffn_down.weight is among them");
+    ok(gemma3_model_tensor(m, -1, &t) == -1 && gemma3_model_tensor(m, n + 1, &t) == -1, "there are no others");
+    gemma3_close(m);
+}
+
+/* The tokenizer of a file that somebody empties goes on working: nothing of it lies in the mapping. */
+static void a_file_that_is_emptied(void)
+{
+    char path[] = "/tmp/gemma3-gguf-XXXXXX";
+    image f = take_apart();
+    bytes b = put_together(&f);
+    int fd = mkstemp(path);
+    gemma3_error err = { "" };
+    if (fd < 0 || write(fd, b.p, b.n) != (ssize_t)b.n) {
+        skip(2, "no temporary file can be written");
+        return;
+    }
+    gemma3_model *m = gemma3_open(path, NULL, &err);
+    ok(m && !ftruncate(fd, 0), "a file is emptied after it was opened");
+    int32_t ids[64];
+    char piece[GEMMA3_PIECE_MAX];
+    const gemma3_tokenizer *t = gemma3_model_tokenizer(m);
+    int n = gemma3_encode(t, "the cat", 7, GEMMA3_BOS, ids, 64), n_bytes = 0;
+    for (int i = 0; i < n; i++) n_bytes += gemma3_decode(t, ids[i], 0, piece);
+    is_int(n_bytes, 7, "its tokenizer still works");
+    gemma3_close(m);
+    close(fd);
+    unlink(path);
+    free(b.p);
+    throw_away(&f);
+}
+
 /* A head whose bytes are the embedding's, read as another type, is a matrix of its own. */
 static void a_head_that_shares_bytes(void)
 {
@@ -761,7 +1169,7 @@ static void a_head_that_shares_bytes(void)
         gemma3_error err = { "" };
         gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
         if (!ok(m && !compute(m, got[no_repack]), "a head at the embedding's place in the file opens")) diag("  %s", err.text);
-        ok(m && m->output.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
+        ok(m && m->lm_head.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
         if (m) is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34, "a token reads all but the embedding");
         gemma3_close(m);
         free(b.p);
@@ -820,6 +1228,8 @@ int main(void)
     no_file_at_all();
     long_paths();
     headers();
+    files_of_other_kinds();
+    many_keys();
     lying_lengths();
     other_models();
     keys();
@@ -827,6 +1237,14 @@ int main(void)
     quirks();
     quirks_of_config();
     quirks_of_vocabulary();
+    ends_of_answers();
+    keys_that_lie();
+    merges_instead_of_scores();
+    memory_of_the_caller();
+    weights_that_stay_outside("tiny");
+    weights_that_stay_outside("tiny-mixed");
+    names_of_tensors();
+    a_file_that_is_emptied();
     a_head_that_shares_bytes();
     random_damage();
     return done_testing();

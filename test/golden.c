@@ -6,8 +6,7 @@
  * "top POS" sixteen ids and their logits;  "row POS STEP N" every STEP-th logit. Of each model at least
  * one text is longer than twice its window.
  */
-#define GEMMA3_NO_MAIN
-#include "../gemma3.c"
+#include "../gemma3.h"
 
 #include "fixture.h"
 
@@ -94,7 +93,7 @@ typedef struct engine {
     gemma3_pool *pool;
     gemma3_model *model;
     gemma3_state *state;
-    float *logits;           /* [GEMMA3_CHUNK][n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
     int n_vocab;
 } engine;
 
@@ -113,7 +112,7 @@ static engine engine_new(const char *path, int exact, const char *isa)
         p.n_threads = n_threads, p.parallel_for = gemma3_pool_run, p.pool = e.pool;
         e.state = gemma3_state_new(e.model, &p, &err);
         e.n_vocab = gemma3_model_config(e.model)->n_vocab;
-        e.logits = malloc((size_t)GEMMA3_CHUNK * e.n_vocab * sizeof *e.logits);
+        e.logits = malloc((size_t)GEMMA3_MAX_UBATCH * e.n_vocab * sizeof *e.logits);
     }
     if (!ok(e.state && e.logits, "%s opens%s", path, exact ? " in exact mode" : "")) {
         diag("%s", err.text);
@@ -190,8 +189,8 @@ static int run(engine *e, const text *t, seen *s)
     memset(s, 0, sizeof *s);
     gemma3_sha256_init(&s->hash);
     gemma3_state_reset(e->state);
-    for (int i = 0; i < t->n; i += GEMMA3_CHUNK) {
-        int rows[GEMMA3_CHUNK], n_rows = 0, n = t->n - i < GEMMA3_CHUNK ? t->n - i : GEMMA3_CHUNK;
+    for (int i = 0; i < t->n; i += GEMMA3_MAX_UBATCH) {
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, n = t->n - i < GEMMA3_MAX_UBATCH ? t->n - i : GEMMA3_MAX_UBATCH;
         for (int k = 0; k < n; k++)
             if (t->row[i + k] || (exact && t->top[i + k])) rows[n_rows++] = k;
         if (gemma3_forward(e->state, t->ids + i, n, rows, n_rows, e->logits))

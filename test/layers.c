@@ -1,9 +1,10 @@
-/* layers.c - the command layers: tensors inside another engine against ours, in the order in which they
- * come, up to the first that differs.
+/* layers.c - the command layers: tensors inside another engine against ours, in the order in which
+ * they come, up to the first that differs.
  *
- * Theirs are a folder of files named by llama.cpp's labels (l_out-7.npy, .f32, .bin, .safetensors), one
- * safetensors file of tensors with such names, transformers' hidden states, or the text that
- * llama-eval-callback prints. Nothing is held whole: our trace shows a few rows, theirs are read then.
+ * Theirs are a folder of files named by llama.cpp's labels (l_out-7.npy, .f32, .bin, .safetensors),
+ * one safetensors file of tensors with such names, transformers' hidden states, or the text that
+ * llama-eval-callback prints. Nothing is held whole: our trace shows a few rows, theirs are read
+ * then.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -88,7 +89,8 @@ static void name_hidden(const struct layers *y, int index, char out[64])
     else snprintf(out, 64, "l_out-%d", index - 1);
 }
 
-/* Turns "l_out-7", "l_out_7", "l_out.7" or "hidden_states-7" into a name of ours; -1 when it is none. */
+/* Turns "l_out-7", "l_out_7", "l_out.7" or "hidden_states-7" into a name of ours; -1 when it is
+ * none. */
 static int read_name(const struct layers *y, const char *text, char out[64])
 {
     size_t n = strlen(text), digits = n;
@@ -96,7 +98,8 @@ static int read_name(const struct layers *y, const char *text, char out[64])
     if (step_of(text, n) >= 0) return snprintf(out, 64, "%s", text), 0;
     if (digits == n || digits < 2 || n - digits > 4 || !strchr("-_.", text[digits - 1])) return -1;
     int layer = atoi(text + digits), step = step_of(text, digits - 1);
-    if (digits - 1 >= 12 && memcmp(text, "hidden_state", 12) == 0 && layer <= y->s->config->n_layers)
+    if (digits - 1 >= 12 && memcmp(text, "hidden_state", 12) == 0 &&
+        layer <= y->s->config->n_layers)
         return name_hidden(y, layer, out), 0;
     if (step < FIRST_OF_LAYER || step > LAST_OF_LAYER || layer >= y->s->config->n_layers) return -1;
     snprintf(out, 64, "%s-%d", steps[step].label, layer);
@@ -123,8 +126,8 @@ static struct tensor *add_tensor(struct layers *y, const char *name)
 static int add_hidden(struct layers *y, const char *path, const struct array *a)
 {
     if (a->n_dims < 3 || a->dim[0] != (uint64_t)y->s->config->n_layers + 1)
-        return complain("%s: expected hidden states [%d][tokens][%d]", path, y->s->config->n_layers + 1,
-                        y->s->config->d_model);
+        return complain("%s: expected hidden states [%d][tokens][%d]", path,
+                        y->s->config->n_layers + 1, y->s->config->d_model);
     for (int i = 0; i <= y->s->config->n_layers; i++) {
         char name[64];
         name_hidden(y, i, name);
@@ -161,11 +164,14 @@ static int add_file(struct layers *y, const char *path, const char *stem)
     char error[READER_ERROR], name[64];
     int code = open_input(&in, &f, path);
     if (code) return code;
-    if (is_npy(&in)) code = read_npy(&in, &a, error) ? complain("%s", error) : add_array(y, path, stem, &a);
+    if (is_npy(&in))
+        code = read_npy(&in, &a, error) ? complain("%s", error) : add_array(y, path, stem, &a);
     else if (is_safetensors(&in)) {
         int found = 1;
         for (int i = 0; !code && (found = read_safetensors(&in, i, &a, error)) == 1; i++)
-            code = add_array(y, path, read_name(y, a.name, name) && strcmp(a.name, "hidden_states") ? stem : a.name, &a);
+            code = add_array(
+                y, path,
+                read_name(y, a.name, name) && strcmp(a.name, "hidden_states") ? stem : a.name, &a);
         if (found < 0) code = complain("%s", error);
     } else if (read_name(y, stem, name) == 0) {
         struct tensor *t = add_tensor(y, name);
@@ -186,7 +192,8 @@ static int add_folder(struct layers *y, const char *folder)
         char path[1024], stem[256];
         const char *dot = strrchr(e->d_name, '.');
         if (!dot || dot == e->d_name ||
-            (strcmp(dot, ".npy") && strcmp(dot, ".f32") && strcmp(dot, ".bin") && strcmp(dot, ".safetensors")))
+            (strcmp(dot, ".npy") && strcmp(dot, ".f32") && strcmp(dot, ".bin") &&
+             strcmp(dot, ".safetensors")))
             continue;
         snprintf(stem, sizeof stem, "%.*s", (int)(dot - e->d_name), e->d_name);
         if (snprintf(path, sizeof path, "%s/%s", folder, e->d_name) >= (int)sizeof path) continue;
@@ -198,15 +205,17 @@ static int add_folder(struct layers *y, const char *folder)
 
 /* ---- The text of llama-eval-callback ---- */
 
-/* A line like: NAME = (f32) OP(SRC{..}, ..) = {ne0, ne1, ne2, ne3} begins a tensor that we know. llama.cpp
- * gives queries and keys one name before their norm and after RoPE; the operation tells them apart. */
+/* A line like: NAME = (f32) OP(SRC{..}, ..) = {ne0, ne1, ne2, ne3} begins a tensor that we know.
+ * llama.cpp gives queries and keys one name before their norm and after RoPE; the operation tells
+ * them apart. */
 static int read_header(const struct layers *y, const char *line, char name[64], int dim[4])
 {
     char theirs[64], op[64];
     int layer, whole = 0;
     const char *equals = strstr(line, " = ("), *last = equals;
     for (const char *p = equals; p && (p = strstr(p + 1, ") = {"));) last = p;
-    if (!equals || last == equals || sscanf(last, ") = {%d, %d, %d, %d}", dim, dim + 1, dim + 2, dim + 3) != 4)
+    if (!equals || last == equals ||
+        sscanf(last, ") = {%d, %d, %d, %d}", dim, dim + 1, dim + 2, dim + 3) != 4)
         return -1;
     const char *begin = equals;
     while (begin > line && begin[-1] != ' ' && begin[-1] != ':') begin--;
@@ -227,7 +236,10 @@ static int read_header(const struct layers *y, const char *line, char name[64], 
 }
 
 static int n_shown(int n) { return n > 2 * PRINTED_AT_END ? 2 * PRINTED_AT_END : n; }
-static int index_shown(int k, int n) { return n > 2 * PRINTED_AT_END && k >= PRINTED_AT_END ? n - 2 * PRINTED_AT_END + k : k; }
+static int index_shown(int k, int n)
+{
+    return n > 2 * PRINTED_AT_END && k >= PRINTED_AT_END ? n - 2 * PRINTED_AT_END + k : k;
+}
 
 /* The numbers after a header, up to "sum =". */
 static const char *read_values(const char *p, struct tensor *t)
@@ -259,8 +271,10 @@ static int add_printed(struct layers *y, const char *path)
         next = p + strcspn(p, "\n");
         next += *next == '\n';
         char line[512];
-        snprintf(line, sizeof line, "%.*s", (int)strcspn(p, "\n") < 511 ? (int)strcspn(p, "\n") : 511, p);
-        if (read_header(y, line, name, dim) || dim[0] < 1 || dim[1] < 1 || dim[2] < 1 || dim[3] < 1) continue;
+        snprintf(line, sizeof line, "%.*s",
+                 (int)strcspn(p, "\n") < 511 ? (int)strcspn(p, "\n") : 511, p);
+        if (read_header(y, line, name, dim) || dim[0] < 1 || dim[1] < 1 || dim[2] < 1 || dim[3] < 1)
+            continue;
         int is_known = 0; /* a tensor is printed once for each call: the first one is the text's */
         for (int i = 0; i < y->n; i++) is_known |= strcmp(y->tensor[i].name, name) == 0;
         if (is_known) continue;
@@ -286,7 +300,8 @@ static void add_value(struct tensor *t, double ours, double theirs, int position
     if (!(d <= t->max_diff)) t->max_diff = d, t->worst = position;
 }
 
-/* Row and column of a printed value: [tokens][width], or [tokens][heads][head_dim] as three dimensions. */
+/* Row and column of a printed value: [tokens][width], or [tokens][heads][head_dim] as three
+ * dimensions. */
 static void compare_printed(struct tensor *t, int n_ids, const struct seen *x)
 {
     int k = 0, width = x->width, heads = t->dim[0] != width || t->dim[2] > 1;
@@ -296,7 +311,8 @@ static void compare_printed(struct tensor *t, int n_ids, const struct seen *x)
     for (int c = 0; c < n_shown(t->dim[2]); c++)
         for (int b = 0; b < n_shown(t->dim[1]); b++)
             for (int a = 0; a < n_shown(t->dim[0]); a++, k++) {
-                int i0 = index_shown(a, t->dim[0]), i1 = index_shown(b, t->dim[1]), i2 = index_shown(c, t->dim[2]);
+                int i0 = index_shown(a, t->dim[0]), i1 = index_shown(b, t->dim[1]),
+                    i2 = index_shown(c, t->dim[2]);
                 int token = first + (heads ? i2 : i1), column = heads ? i1 * t->dim[0] + i0 : i0;
                 if (token < x->pos || token >= x->pos + x->n) continue;
                 size_t at = (size_t)(token - x->pos) * (size_t)width + (size_t)column;
@@ -315,10 +331,12 @@ static int check_shape(struct layers *y, struct tensor *t, int width)
     t->n_rows = rows <= (uint64_t)y->s->n_ids ? (int)rows : 0;
     int skip = 0;
     while (skip + 1 < t->array.n_dims && t->array.dim[skip] == 1 && rows > 1) skip++;
-    if (t->n_rows && n == rows * (uint64_t)width && (!t->is_raw || t->size == 4 * n) && (rows == 1 || t->array.dim[skip] == rows)) return 0;
+    if (t->n_rows && n == rows * (uint64_t)width && (!t->is_raw || t->size == 4 * n) &&
+        (rows == 1 || t->array.dim[skip] == rows))
+        return 0;
     if (t->is_raw) n = t->size / 4;
-    return complain("%s: %s has %llu values, expected [%d][%d]", t->path, t->name, (unsigned long long)n,
-                    y->s->n_ids, width);
+    return complain("%s: %s has %llu values, expected [%d][%d]", t->path, t->name,
+                    (unsigned long long)n, y->s->n_ids, width);
 }
 
 static int compare_file(struct layers *y, struct tensor *t, const struct seen *x)
@@ -337,7 +355,8 @@ static int compare_file(struct layers *y, struct tensor *t, const struct seen *x
     int from = x->pos > first ? x->pos : first, n = x->pos + x->n - from;
     if (n <= 0) return 0;
     if ((code = open_input(&in, &f, t->path))) return code;
-    if (array_read(&in, &t->array, (uint64_t)(from - first) * width, (size_t)n * width, y->theirs, error))
+    if (array_read(&in, &t->array, (uint64_t)(from - first) * width, (size_t)n * width, y->theirs,
+                   error))
         code = complain("%s", error);
     const float *ours = x->data + (size_t)(from - x->pos) * width;
     for (size_t i = 0; !code && i < (size_t)n * width; i++)
@@ -346,7 +365,8 @@ static int compare_file(struct layers *y, struct tensor *t, const struct seen *x
     return code;
 }
 
-static void see_tensor(void *user, const char *label, int layer, int pos, int n, int width, float *data)
+static void see_tensor(void *user, const char *label, int layer, int pos, int n, int width,
+                       float *data)
 {
     struct layers *y = user;
     char name[64];
@@ -382,10 +402,13 @@ static int place_of(const char *name)
 {
     const char *dash = strrchr(name, '-');
     int step = step_of(name, dash ? (size_t)(dash - name) : strlen(name));
-    return dash ? step + atoi(dash + 1) * N_STEPS : step < FIRST_OF_LAYER ? -1 : step + GEMMA3_MAX_LAYERS * N_STEPS;
+    return dash                    ? step + atoi(dash + 1) * N_STEPS
+           : step < FIRST_OF_LAYER ? -1
+                                   : step + GEMMA3_MAX_LAYERS * N_STEPS;
 }
 
-/* What stands between two tensors: every operation, or the layers as a whole when there are many. */
+/* What stands between two tensors: every operation, or the layers as a whole when there are many.
+ */
 static void print_between(const struct layers *y, const char *good, const char *bad)
 {
     int from = good ? place_of(good) : -2, to = place_of(bad), layer = to / N_STEPS, n = 0;
@@ -394,15 +417,20 @@ static void print_between(const struct layers *y, const char *good, const char *
         printf(" %s\n", steps[0].what);
         return;
     }
-    if (strncmp(bad, "result_", 7) == 0 && from < to - 1 && from / N_STEPS < y->s->config->n_layers - 1)
+    if (strncmp(bad, "result_", 7) == 0 && from < to - 1 &&
+        from / N_STEPS < y->s->config->n_layers - 1)
         printf(" the layers up to the last one;");
-    else if (layer < y->s->config->n_layers && from < layer * N_STEPS && to % N_STEPS == LAST_OF_LAYER) {
-        printf(" the whole of layer %d, which is %s\n", layer, y->s->config->is_local[layer] ? "local" : "global");
+    else if (layer < y->s->config->n_layers && from < layer * N_STEPS &&
+             to % N_STEPS == LAST_OF_LAYER) {
+        printf(" the whole of layer %d, which is %s\n", layer,
+               y->s->config->is_local[layer] ? "local" : "global");
         return;
     }
     for (int p = from + 1 > layer * N_STEPS ? from + 1 : layer * N_STEPS; p <= to; p++) {
         int step = p % N_STEPS, is_after = layer == GEMMA3_MAX_LAYERS;
-        if (p < 0 || (is_after ? step <= LAST_OF_LAYER : step < FIRST_OF_LAYER || step > LAST_OF_LAYER)) continue;
+        if (p < 0 ||
+            (is_after ? step <= LAST_OF_LAYER : step < FIRST_OF_LAYER || step > LAST_OF_LAYER))
+            continue;
         printf("%s %s", n++ ? "," : "", steps[step].what);
     }
     if (layer < y->s->config->n_layers)
@@ -418,7 +446,8 @@ static double nmse(const struct tensor *t)
 /* NMSE of a tensor in each of the bands, as measured: see test/vectors/README.md. */
 static const double band_nmse[] = {1e-9, 1e-6, 1e-3, 1e-2, 1e-1};
 
-/* Noise grows from layer to layer, but slowly: what is many times noisier than all before it differs. */
+/* Noise grows from layer to layer, but slowly: what is many times noisier than all before it
+ * differs. */
 static int report(struct layers *y)
 {
     static const double jump = 100, most = 0.1;
@@ -431,7 +460,8 @@ static int report(struct layers *y)
         if (!t->order || (t->is_printed && t->sum_ours == 0)) continue;
         double limit = jump * worst > floor ? jump * worst : floor, is = nmse(t);
         limit = limit < most ? limit : most;
-        printf("%-18s [%d] NMSE %.2e, max diff %.3g at position %d\n", t->name, t->n_rows, is, t->max_diff, t->worst);
+        printf("%-18s [%d] NMSE %.2e, max diff %.3g at position %d\n", t->name, t->n_rows, is,
+               t->max_diff, t->worst);
         n++;
         if (!(is <= limit)) {
             printf("%s is the first that differs", t->name);
@@ -440,13 +470,17 @@ static int report(struct layers *y)
             print_between(y, good ? good->name : NULL, t->name);
             for (int k = 1; !y->s->args->band && k < 4; k++)
                 if (is <= band_nmse[k] && is > band_nmse[k - 1])
-                    printf("so much is usual with %s: --band %s goes on\n", bands[k].words, bands[k].name);
+                    printf("so much is usual with %s: --band %s goes on\n", bands[k].words,
+                           bands[k].name);
             return DIFFERS;
         }
         worst = is > worst ? is : worst;
         good = t;
     }
-    if (n == 0) return complain("%s: no tensor has one of our names (l_out-7, attn_norm-0, hidden_states ...)", y->path);
+    if (n == 0)
+        return complain(
+            "%s: no tensor has one of our names (l_out-7, attn_norm-0, hidden_states ...)",
+            y->path);
     printf("all %d tensors agree; the noisiest has NMSE %.2e\n", n, worst);
     return CONFORMS;
 }
@@ -455,7 +489,9 @@ int layers(struct session *s, const struct args *a)
 {
     struct layers y = {.s = s, .path = a->value[0]};
     struct stat st;
-    int code = find_band(a->band ? a->band : "float32") < 0 ? complain("--band %s: no such band", a->band) : 0;
+    int code = find_band(a->band ? a->band : "float32") < 0
+                   ? complain("--band %s: no such band", a->band)
+                   : 0;
     if (!code) code = open_model(s, a);
     if (!code) code = read_ids(s);
     if (!code && stat(y.path, &st)) code = complain("%s: %s", y.path, strerror(errno));
@@ -465,7 +501,8 @@ int layers(struct session *s, const struct args *a)
         if (!code && y.n == 0) code = add_printed(&y, y.path);
     }
     if (!code && y.n == 0)
-        code = complain("%s: no tensor has one of our names (l_out-7, attn_norm-0, hidden_states ...)", y.path);
+        code = complain(
+            "%s: no tensor has one of our names (l_out-7, attn_norm-0, hidden_states ...)", y.path);
     s->params.n_ctx = s->n_ids;
     s->params.trace = see_tensor;
     s->params.trace_user = &y;

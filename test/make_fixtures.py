@@ -341,7 +341,7 @@ def make_formats():
     rng = np.random.default_rng(4)
     scales = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
               "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-              "IQ4_NL": [0]}
+              "IQ4_NL": [0], "IQ4_XS": [0]}
     # f16: one, zeros, the smallest and largest subnormal, the largest, infinity, NaN
     extreme = [0x3C00, 0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0x7E00]
     with open(os.path.join(DATA, "formats.vec"), "w") as f:

@@ -1,8 +1,8 @@
 /* mistakes.c - the table of known mistakes, and a forward pass that makes them.
  *
- * Each is a number of the configuration, a change to a tensor that the trace shows on its way through
- * the model, a change to the weights of a private copy, or another text. The functions come first, the
- * table after them says what each is.
+ * Each is a number of the configuration, a change to a tensor that the trace shows on its way
+ * through the model, a change to the weights of a private copy, or another text. The functions come
+ * first, the table after them says what each is.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -16,8 +16,9 @@
 #include "mistakes.h"
 
 /* What a mistake may need of tensors that went by: as they are after the mistakes. */
-static const char *const kept_labels[] = {"inp_scaled", "Qcur_raw", "Kcur_raw", "Qcur_normed", "Kcur_normed",
-                                          "attn_out", "sa_out", "ffn_gate", "ffn_up", "ffn_out", "l_out"};
+static const char *const kept_labels[] = {"inp_scaled",  "Qcur_raw", "Kcur_raw", "Qcur_normed",
+                                          "Kcur_normed", "attn_out", "sa_out",   "ffn_gate",
+                                          "ffn_up",      "ffn_out",  "l_out"};
 enum { N_KEPT = sizeof kept_labels / sizeof *kept_labels, MAX_MADE = 3 };
 
 struct pass {
@@ -60,7 +61,7 @@ static int has_global(const gemma3_config *c)
 }
 
 static int factor_missing(gemma3_config *c) { return set(&c->rope_factor, 1) && has_global(c); }
-static int factor_on_local(gemma3_config *c) { return set(&c->rope_factor_local, c->rope_factor); }
+static int has_factor(gemma3_config *c) { return c->rope_factor != 1 && has_local(c); }
 static int local_base_1e6(gemma3_config *c) { return set(&c->rope_base_local, 1e6f); }
 static int global_base_1e4(gemma3_config *c) { return set(&c->rope_base_global, 1e4f); }
 static int scale_of_head_dim(gemma3_config *c)
@@ -72,10 +73,19 @@ static int scale_of_quotient(gemma3_config *c)
     return set(&c->query_scale, 1 / sqrtf((float)(c->d_model / c->n_heads)));
 }
 static int scale_missing(gemma3_config *c) { return set(&c->query_scale, 1); }
-static int scale_twice(gemma3_config *c) { return set(&c->query_scale, c->query_scale * c->query_scale); }
+static int scale_twice(gemma3_config *c)
+{
+    return set(&c->query_scale, c->query_scale * c->query_scale);
+}
 static int embedding_unscaled(gemma3_config *c) { return set(&c->embedding_scale, 1); }
-static int embedding_bf16(gemma3_config *c) { return set(&c->embedding_scale, bf16(c->embedding_scale)); }
-static int softcap_30(gemma3_config *c) { return c->final_softcap == 0 && set(&c->final_softcap, 30); }
+static int embedding_bf16(gemma3_config *c)
+{
+    return set(&c->embedding_scale, bf16(c->embedding_scale));
+}
+static int softcap_30(gemma3_config *c)
+{
+    return c->final_softcap == 0 && set(&c->final_softcap, 30);
+}
 static int softcap_missing(gemma3_config *c) { return set(&c->final_softcap, 0); }
 static int eps_1e5(gemma3_config *c) { return set(&c->rms_eps, 1e-5f); }
 
@@ -107,7 +117,9 @@ static int pattern_by(gemma3_config *c, int late)
     memcpy(was, c->is_local, sizeof was);
     for (int l = 0; l < n; l++) {
         int from = l - late;
-        c->is_local[l] = from < 0 ? was[n > 5 ? 5 : 0] : from >= n ? was[n > 6 ? n - 6 : n - 1] : was[from];
+        c->is_local[l] = from < 0    ? was[n > 5 ? 5 : 0]
+                         : from >= n ? was[n > 6 ? n - 6 : n - 1]
+                                     : was[from];
     }
     return memcmp(was, c->is_local, (size_t)n) != 0;
 }
@@ -163,31 +175,49 @@ static void norm_after_rope(struct pass *p, const struct seen *t)
     if (!is(t, "Qcur") && !is(t, "Kcur")) return;
     int D = p->config.head_dim;
     const float *w = norm_weights(p, is(t, "Qcur") ? "attn_q_norm" : "attn_k_norm", t->layer);
-    for (size_t h = 0; h < n_values(t) / (size_t)D; h++) rmsnorm(t->data + h * (size_t)D, w, D, p->config.rms_eps);
+    for (size_t h = 0; h < n_values(t) / (size_t)D; h++)
+        rmsnorm(t->data + h * (size_t)D, w, D, p->config.rms_eps);
+}
+
+/* Turns queries and keys anew, from before RoPE: numbers a and b of a head by the angle of pair j.
+ */
+static void turn(struct pass *p, const struct seen *t, int is_interleaved, double local_factor)
+{
+    const gemma3_config *c = &p->config;
+    const float *from = kept(p, is(t, "Qcur") ? "Qcur_normed" : "Kcur_normed");
+    int D = c->head_dim, local = c->is_local[t->layer];
+    double base = local ? c->rope_base_local : c->rope_base_global;
+    double factor = local ? local_factor : c->rope_factor;
+    for (int i = 0; i < t->n; i++)
+        for (int k = 0; k < t->width / 2; k++) {
+            int j = k % (D / 2);
+            size_t head = (size_t)i * (size_t)t->width + (size_t)(k / (D / 2) * D);
+            size_t a = head + (size_t)(is_interleaved ? 2 * j : j),
+                   b = a + (size_t)(is_interleaved ? 1 : D / 2);
+            double angle = (t->pos + i) / factor * pow(base, -2.0 * j / D), x = from[a],
+                   y = from[b];
+            t->data[a] = (float)(x * cos(angle) - y * sin(angle));
+            t->data[b] = (float)(y * cos(angle) + x * sin(angle));
+        }
 }
 
 /* Pairs (2j, 2j + 1) instead of (j, j + D/2). */
 static void interleaved_rope(struct pass *p, const struct seen *t)
 {
-    if (!is(t, "Qcur") && !is(t, "Kcur")) return;
-    const gemma3_config *c = &p->config;
-    const float *from = kept(p, is(t, "Qcur") ? "Qcur_normed" : "Kcur_normed");
-    int D = c->head_dim, local = c->is_local[t->layer];
-    double base = local ? c->rope_base_local : c->rope_base_global;
-    double factor = local ? c->rope_factor_local : c->rope_factor;
-    for (int i = 0; i < t->n; i++)
-        for (int j = 0; j < t->width; j += 2) {
-            size_t at = (size_t)i * (size_t)t->width + (size_t)j;
-            double angle = (t->pos + i) / factor * pow(base, -(double)(j % D) / D);
-            t->data[at] = (float)(from[at] * cos(angle) - from[at + 1] * sin(angle));
-            t->data[at + 1] = (float)(from[at + 1] * cos(angle) + from[at] * sin(angle));
-        }
+    if (is(t, "Qcur") || is(t, "Kcur")) turn(p, t, 1, 1);
+}
+
+static void factor_on_local(struct pass *p, const struct seen *t)
+{
+    if ((is(t, "Qcur") || is(t, "Kcur")) && p->config.is_local[t->layer])
+        turn(p, t, 0, p->config.rope_factor);
 }
 
 /* Query head h reads kv head h % K instead of h / (H / K): it stands where that one is read. */
 static void wrong_kv_head(struct pass *p, const struct seen *t)
 {
-    int H = p->config.n_heads, K = p->config.n_kv_heads, D = p->config.head_dim, back = is(t, "kqv_out");
+    int H = p->config.n_heads, K = p->config.n_kv_heads, D = p->config.head_dim,
+        back = is(t, "kqv_out");
     if (!is(t, "Qcur") && !back) return;
     float *row = malloc((size_t)t->width * sizeof *row);
     if (!row) p->out_of_memory = 1;
@@ -226,7 +256,10 @@ static void gate_and_up_swapped(struct pass *p, const struct seen *t)
     const float *gate = kept(p, "ffn_gate"), *up = kept(p, "ffn_up");
     for (size_t j = 0; j < n_values(t); j++) {
         double u = up[j];
-        t->data[j] = (float)(u / (1 + exp(-2 * sqrt(2 / 3.14159265358979324) * (u + 0.044715 * u * u * u)))) * gate[j];
+        t->data[j] =
+            (float)(u /
+                    (1 + exp(-2 * sqrt(2 / 3.14159265358979324) * (u + 0.044715 * u * u * u)))) *
+            gate[j];
     }
 }
 
@@ -241,7 +274,8 @@ static void norms_after_residual(struct pass *p, const struct seen *t)
 {
     int after_attention = is(t, "sa_out");
     if (!after_attention && !is(t, "l_out")) return;
-    const float *w = norm_weights(p, after_attention ? "post_attention_norm" : "post_ffw_norm", t->layer);
+    const float *w =
+        norm_weights(p, after_attention ? "post_attention_norm" : "post_ffw_norm", t->layer);
     const float *branch = kept(p, after_attention ? "attn_out" : "ffn_out");
     replace(p, t, !after_attention ? "sa_out" : t->layer ? "l_out" : "inp_scaled");
     for (size_t j = 0; j < n_values(t); j++) t->data[j] += branch[j];
@@ -251,7 +285,8 @@ static void norms_after_residual(struct pass *p, const struct seen *t)
 
 static void scale_in_head(struct pass *p, const struct seen *t)
 {
-    for (size_t j = 0; is(t, "result_output") && j < n_values(t); j++) t->data[j] *= p->config.embedding_scale;
+    for (size_t j = 0; is(t, "result_output") && j < n_values(t); j++)
+        t->data[j] *= p->config.embedding_scale;
 }
 
 static void f16_clamp(struct pass *p, const struct seen *t)
@@ -263,7 +298,8 @@ static void f16_clamp(struct pass *p, const struct seen *t)
 static void bf16_everywhere(struct pass *p, const struct seen *t)
 {
     (void)p;
-    for (size_t j = 0; !is(t, "result_output") && j < n_values(t); j++) t->data[j] = bf16(t->data[j]);
+    for (size_t j = 0; !is(t, "result_output") && j < n_values(t); j++)
+        t->data[j] = bf16(t->data[j]);
 }
 
 /* ---- A weight of a private copy ---- */
@@ -277,13 +313,15 @@ static void norms_by(const gemma3_tensor *t, float more)
 static void norms_without_one(const gemma3_tensor *t) { norms_by(t, -1); }
 static void norms_with_two(const gemma3_tensor *t) { norms_by(t, 1); }
 
-/* Where a block's nibbles lie: bytes of a block, the first of them, and how many belong together. */
+/* Where a block's nibbles lie: bytes of a block, the first of them, and how many belong together.
+ */
 static const struct nibbles {
     const char *format;
     int block, at, n, group;
 } nibbles[] = {
-    {"Q4_0", 18, 2, 16, 16}, {"Q4_1", 20, 4, 16, 16}, {"Q5_0", 22, 6, 16, 16}, {"Q5_1", 24, 8, 16, 16},
-    {"IQ4_NL", 18, 2, 16, 16}, {"Q4_K", 144, 16, 128, 32}, {"Q5_K", 176, 48, 128, 32},
+    {"Q4_0", 18, 2, 16, 16},    {"Q4_1", 20, 4, 16, 16},   {"Q5_0", 22, 6, 16, 16},
+    {"Q5_1", 24, 8, 16, 16},    {"IQ4_NL", 18, 2, 16, 16}, {"Q4_K", 144, 16, 128, 32},
+    {"Q5_K", 176, 48, 128, 32},
 };
 
 /* The high nibble first. */
@@ -317,11 +355,14 @@ static void nibbles_in_turn(const gemma3_tensor *t) { change_nibbles(t, take_nib
 /* ---- The table ---- */
 
 const struct mistake mistakes[] = {
-    {"rope-factor-missing", "the RoPE factor is missing on global layers", .config = factor_missing},
-    {"rope-factor-on-local", "the RoPE factor is applied on local layers too", .config = factor_on_local},
+    {"rope-factor-missing", "the RoPE factor is missing on global layers",
+     .config = factor_missing},
+    {"rope-factor-on-local", "the RoPE factor is applied on local layers too", .config = has_factor,
+     .hook = factor_on_local},
     {"rope-local-base", "local layers turn with a RoPE base of 1e6", .config = local_base_1e6},
     {"rope-global-base", "global layers turn with a RoPE base of 1e4", .config = global_base_1e4},
-    {"rope-interleaved", "RoPE turns the pairs (2j, 2j+1) instead of (j, j+D/2)", .hook = interleaved_rope},
+    {"rope-interleaved", "RoPE turns the pairs (2j, 2j+1) instead of (j, j+D/2)",
+     .hook = interleaved_rope},
     {"window-plus-1", "local layers see window + 1 keys", .config = window_more},
     {"window-minus-1", "local layers see window - 1 keys", .config = window_less},
     {"window-none", "local layers see everything", .config = window_none},
@@ -329,8 +370,10 @@ const struct mistake mistakes[] = {
     {"pattern-late", "the global layers come one layer late", .config = pattern_late},
     {"all-local", "every layer is treated as local", .config = all_local},
     {"all-global", "every layer is treated as global", .config = all_global},
-    {"query-scale-head-dim", "attention is scaled by 1/sqrt(head_dim)", .config = scale_of_head_dim},
-    {"query-scale-quotient", "attention is scaled by 1/sqrt(d_model / n_heads)", .config = scale_of_quotient},
+    {"query-scale-head-dim", "attention is scaled by 1/sqrt(head_dim)",
+     .config = scale_of_head_dim},
+    {"query-scale-quotient", "attention is scaled by 1/sqrt(d_model / n_heads)",
+     .config = scale_of_quotient},
     {"query-scale-missing", "attention is not scaled", .config = scale_missing},
     {"query-scale-twice", "attention is scaled twice", .config = scale_twice},
     {"norm-without-one", "norms multiply by w instead of 1 + w", .weights = norms_without_one},
@@ -338,9 +381,10 @@ const struct mistake mistakes[] = {
     {"norm-eps", "norms use an epsilon of 1e-5", .config = eps_1e5},
     {"qk-norm-missing", "queries and keys are not normed", .hook = no_qk_norm},
     {"qk-norm-after-rope", "queries and keys are normed after RoPE", .hook = norm_after_rope},
-    {"kv-heads-mixed", "query head h reads kv head h % K instead of h / (H/K)", .config = has_groups,
-     .hook = wrong_kv_head},
-    {"embedding-unscaled", "embeddings are not scaled by sqrt(d_model)", .config = embedding_unscaled},
+    {"kv-heads-mixed", "query head h reads kv head h % K instead of h / (H/K)",
+     .config = has_groups, .hook = wrong_kv_head},
+    {"embedding-unscaled", "embeddings are not scaled by sqrt(d_model)",
+     .config = embedding_unscaled},
     {"embedding-scale-bf16", "the embedding scale is rounded to bf16", .config = embedding_bf16},
     {"embedding-scale-in-head", "the embedding scale is in the head too", .hook = scale_in_head},
     {"gelu-erf", "GELU is computed with erf instead of its tanh form", .hook = gelu_erf},
@@ -348,8 +392,10 @@ const struct mistake mistakes[] = {
     {"silu", "SiLU stands in place of GELU", .hook = silu},
     {"relu", "ReLU stands in place of GELU", .hook = relu},
     {"gate-up-swapped", "ffn_gate and ffn_up are swapped", .hook = gate_and_up_swapped},
-    {"post-norms-missing", "the norms after attention and feed-forward are missing", .hook = no_post_norms},
-    {"post-norms-late", "those norms come after the residual is added", .hook = norms_after_residual},
+    {"post-norms-missing", "the norms after attention and feed-forward are missing",
+     .hook = no_post_norms},
+    {"post-norms-late", "those norms come after the residual is added",
+     .hook = norms_after_residual},
     {"softcap-30", "logits are capped at 30", .config = softcap_30},
     {"softcap-missing", "the logits' softcap is missing", .config = softcap_missing},
     {"f16-clamp", "activations are clamped to float16's range", .hook = f16_clamp},
@@ -386,7 +432,8 @@ static int has_nibbles(const gemma3_model *m)
 int mistake_applies(const struct session *s, const struct mistake *m)
 {
     gemma3_config c = *s->config;
-    if (m->weights == nibbles_swapped || m->weights == nibbles_in_turn) return has_nibbles(s->model);
+    if (m->weights == nibbles_swapped || m->weights == nibbles_in_turn)
+        return has_nibbles(s->model);
     if (m->bos) return s->n_ids > 1 && s->ids[0] == gemma3_tokenizer_vocab(s->tokenizer)->bos;
     return !m->config || m->config(&c);
 }
@@ -407,7 +454,8 @@ static void keep(struct pass *p, const struct seen *t)
     }
 }
 
-static void make_mistakes(void *user, const char *label, int layer, int pos, int n, int width, float *data)
+static void make_mistakes(void *user, const char *label, int layer, int pos, int n, int width,
+                          float *data)
 {
     struct pass *p = user;
     struct seen t = {label, layer, pos, n, width, data};
@@ -436,7 +484,7 @@ static int open_copy(struct session *s, struct copy *c, const struct pass *p)
     }
     if (fd >= 0) close(fd);
     if (c->bytes == MAP_FAILED) return complain("%s: %s", s->args->model, strerror(errno));
-    gemma3_options o = {.exact = 1, .isa = s->args->isa};
+    gemma3_options o = {.exact = 1, .no_repack = 1, .isa = s->args->isa};
     c->model = gemma3_open_memory(c->bytes, c->size, s->args->model, &o, &err);
     if (!c->model) return complain("%s", err.text);
     for (int k = 0; k < p->n_mistakes; k++)
@@ -468,8 +516,8 @@ static int take_moved(void *user, const int *position, int n_rows, const float *
 }
 
 /* The text and the rows wanted of it, as the mistakes have them: moved->by positions earlier. */
-static int prepare_text(struct session *own, const struct session *s, const struct pass *p, int n_ids,
-                        const char *wanted, char **own_wanted, struct moved *moved)
+static int prepare_text(struct session *own, const struct session *s, const struct pass *p,
+                        int n_ids, const char *wanted, char **own_wanted, struct moved *moved)
 {
     int bos = 0, late = 0;
     for (int i = 0; i < p->n_mistakes; i++) bos += p->mistake[i]->bos, late += p->mistake[i]->late;
@@ -499,8 +547,8 @@ static int open_int8(struct session *own)
     return 0;
 }
 
-int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n_ids, const char *wanted,
-                 take_rows *take, void *user)
+int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n_ids,
+                 const char *wanted, take_rows *take, void *user)
 {
     struct session own = *s;
     struct pass p = {.config = *s->config, .mistake = m, .n_mistakes = n};
@@ -512,7 +560,8 @@ int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n
     for (int i = 0; i < n; i++) {
         if (m[i]->config) m[i]->config(&p.config);
         if (m[i]->kv_f16) own.params.kv_type = GEMMA3_KV_F16;
-        int8 |= m[i]->int8, changes_weights |= m[i]->weights != NULL, has_hook |= m[i]->hook != NULL;
+        int8 |= m[i]->int8, changes_weights |= m[i]->weights != NULL,
+            has_hook |= m[i]->hook != NULL;
     }
     if (changes_weights) {
         code = open_copy(s, &copy, &p);

@@ -16,7 +16,7 @@ struct pass;                 /* a forward pass that makes mistakes */
 struct mistake {
     const char *name, *sentence;
     int is_precision;        /* fewer bits, not a fault */
-    int (*config)(gemma3_config *c);     /* changes a number; 0 when this model has none to change */
+    int (*config)(gemma3_config *c); /* changes a number; 0 when this model has none to change */
     void (*hook)(struct pass *p, const struct seen *t); /* changes a tensor on its way */
     void (*weights)(const gemma3_tensor *t); /* changes a weight of a copy of the model */
     int bos;                 /* -1: without the first token, 1: with the first token twice */
@@ -33,9 +33,9 @@ int find_mistake(const char *name, size_t n);
 /* Whether the model and the text give the mistake something to be wrong about. */
 int mistake_applies(const struct session *s, const struct mistake *m);
 
-/* As run_ids, over the first n_ids ids, with each of n mistakes made. Rows whose position another text
- * has not are left out. */
-int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n_ids, const char *wanted,
-                 take_rows *take, void *user);
+/* As run_ids, over the first n_ids ids, with each of n mistakes made. Rows whose position another
+ * text has not are left out. */
+int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n_ids,
+                 const char *wanted, take_rows *take, void *user);
 
 #endif

@@ -106,8 +106,9 @@ static int check_array(const struct input *in, const struct array *a, char *erro
         n *= a->dim[i];
     }
     if (n <= room / (uint64_t)number_bytes(a->number)) return 0;
-    return fault(error, "%s: its shape has %llu values of %d bytes, but the file has %llu bytes of data",
-                 in->name, (unsigned long long)n, number_bytes(a->number), (unsigned long long)room);
+    return fault(
+        error, "%s: its shape has %llu values of %d bytes, but the file has %llu bytes of data",
+        in->name, (unsigned long long)n, number_bytes(a->number), (unsigned long long)room);
 }
 
 int array_read(const struct input *in, const struct array *a, uint64_t first, size_t n, float *out,
@@ -184,10 +185,11 @@ int read_npy(const struct input *in, struct array *a, char *error)
     const char *shape = after_key(header, "shape");
     a->at = (uint64_t)at + n;
     if (!failed && (!type || !order || !shape || npy_shape(a, shape)))
-        failed = fault(error, "%s: a NumPy header without descr, fortran_order and shape", in->name);
+        failed =
+            fault(error, "%s: a NumPy header without descr, fortran_order and shape", in->name);
     if (!failed && npy_type(a, type))
-        failed = fault(error, "%s: NumPy type %.8s, expected f2, f4, f8, or V2 for bfloat16", in->name,
-                       strcspn(type, "'\",}") < 8 ? type : "?");
+        failed = fault(error, "%s: NumPy type %.8s, expected f2, f4, f8, or V2 for bfloat16",
+                       in->name, strcspn(type, "'\",}") < 8 ? type : "?");
     if (!failed && strncmp(order, "False", 5))
         failed = fault(error, "%s is in Fortran order, expected C order (numpy.ascontiguousarray)",
                        in->name);
@@ -279,7 +281,8 @@ static int json_number(struct json *j, double *x)
     char text[64];
     size_t n = 0;
     json_peek(j);
-    while (j->at < j->end && n < 63 && *j->at && strchr("+-.0123456789eE", *j->at)) text[n++] = *j->at++;
+    while (j->at < j->end && n < 63 && *j->at && strchr("+-.0123456789eE", *j->at))
+        text[n++] = *j->at++;
     text[n] = 0;
     char *end;
     *x = strtod(text, &end);
@@ -325,7 +328,8 @@ static int json_skip(struct json *j)
         return json_number(j, &x);
     }
     if (json_enter(j, c)) return -1;
-    while ((more = json_more(j, c + 2, &first)) == 1) { /* ']' and '}' come two after their openers */
+    while ((more = json_more(j, c + 2, &first)) ==
+           1) { /* ']' and '}' come two after their openers */
         char key[4];
         if ((c == '{' && json_key(j, key, sizeof key)) || json_skip(j)) return -1;
     }
@@ -395,7 +399,8 @@ static int find_entry(struct json *j, int index, struct array *a)
     while ((more = json_more(j, '}', &first)) == 1) {
         memset(a, 0, sizeof *a);
         if (json_key(j, a->name, sizeof a->name)) return -1;
-        int is_meta = !strcmp(a->name, "__metadata__"), code = is_meta ? json_skip(j) : tensor_entry(j, a);
+        int is_meta = !strcmp(a->name, "__metadata__"),
+            code = is_meta ? json_skip(j) : tensor_entry(j, a);
         if (code < 0) return -1;
         if (!is_meta && code == 0 && index-- == 0) return 1;
     }
@@ -408,7 +413,8 @@ int read_safetensors(const struct input *in, int index, struct array *a, char *e
     if (read_exactly(in, 0, start, 8, error)) return -1;
     uint64_t n = unsigned_at(start, 8, 0);
     if (n > MAX_HEADER || n > in->size - 8)
-        return fault(error, "%s: a safetensors header of %llu bytes", in->name, (unsigned long long)n);
+        return fault(error, "%s: a safetensors header of %llu bytes", in->name,
+                     (unsigned long long)n);
     char *header = malloc((size_t)n + 1);
     if (!header) return fault(error, "%s: out of memory for its header", in->name);
     int found = read_exactly(in, 8, header, (size_t)n, error);
@@ -418,7 +424,8 @@ int read_safetensors(const struct input *in, int index, struct array *a, char *e
         if (found < 0) fault(error, "%s: its safetensors header cannot be read", in->name);
     }
     free(header);
-    if (found == 1 && a->at > in->size) return fault(error, "%s: %s lies beyond the file", in->name, a->name);
+    if (found == 1 && a->at > in->size)
+        return fault(error, "%s: %s lies beyond the file", in->name, a->name);
     if (found == 1) a->at += 8 + n;
     return found == 1 && check_array(in, a, error) ? -1 : found;
 }
@@ -454,9 +461,9 @@ static int open_npy(struct reader *r, const struct expected *e)
     r->form_name = "a NumPy array";
     if (read_npy(&r->in, &r->array, r->error)) return -1;
     if (!shape_rows(r, &r->array, e)) return 0;
-    return fault(r->error, "%s: its shape is %s, expected [%d][%d], [1][%d][%d] or [%d]", r->in.name,
-                 shape_text(&r->array, shape), e->n_tokens, e->n_vocab, e->n_tokens, e->n_vocab,
-                 e->n_vocab);
+    return fault(r->error, "%s: its shape is %s, expected [%d][%d], [1][%d][%d] or [%d]",
+                 r->in.name, shape_text(&r->array, shape), e->n_tokens, e->n_vocab, e->n_tokens,
+                 e->n_vocab, e->n_vocab);
 }
 
 static int open_safetensors(struct reader *r, const struct expected *e)
@@ -473,14 +480,14 @@ static int open_safetensors(struct reader *r, const struct expected *e)
         }
     if (code < 0) return -1;
     if (n == 0)
-        return fault(r->error, "%s has no float tensor of shape [%d][%d], [1][%d][%d] or [%d]", r->in.name,
-                     e->n_tokens, e->n_vocab, e->n_tokens, e->n_vocab, e->n_vocab);
+        return fault(r->error, "%s has no float tensor of shape [%d][%d], [1][%d][%d] or [%d]",
+                     r->in.name, e->n_tokens, e->n_vocab, e->n_tokens, e->n_vocab, e->n_vocab);
     r->array = found;
     return shape_rows(r, &found, e);
 }
 
-/* Raw float32 says nothing of its shape: rows of n_vocab, or of a padded vocabulary, so many as there
- * are tokens or positions asked for, or one. */
+/* Raw float32 says nothing of its shape: rows of n_vocab, or of a padded vocabulary, so many as
+ * there are tokens or positions asked for, or one. */
 static int open_raw(struct reader *r, const struct expected *e)
 {
     const int widths[] = {e->n_vocab, e->n_vocab + 64, e->n_vocab + 1, e->n_vocab - 64};
@@ -496,9 +503,11 @@ static int open_raw(struct reader *r, const struct expected *e)
                 r->n_rows = counts[k];
                 return 0;
             }
-    return fault(r->error, "%s has %llu bytes: raw float32 logits of %d positions and %d tokens have %llu, "
-                 "those of the last position alone %llu", r->in.name, (unsigned long long)r->in.size,
-                 counts[0], e->n_vocab, 4 * (unsigned long long)e->n_vocab * (unsigned long long)counts[0],
+    return fault(r->error,
+                 "%s has %llu bytes: raw float32 logits of %d positions and %d tokens have %llu, "
+                 "those of the last position alone %llu",
+                 r->in.name, (unsigned long long)r->in.size, counts[0], e->n_vocab,
+                 4 * (unsigned long long)e->n_vocab * (unsigned long long)counts[0],
                  4 * (unsigned long long)e->n_vocab);
 }
 
@@ -507,7 +516,8 @@ static int open_raw(struct reader *r, const struct expected *e)
 int is_kld_base(const struct input *in)
 {
     char magic[8];
-    return in->size >= BASE_HEADER && in->read(in->user, 0, magic, 8) == 8 && !memcmp(magic, "_logits_", 8);
+    return in->size >= BASE_HEADER && in->read(in->user, 0, magic, 8) == 8 &&
+           !memcmp(magic, "_logits_", 8);
 }
 
 /* uint16 values of a row: scale and least value are two floats before the codes, which are even. */
@@ -533,9 +543,9 @@ static int open_kld_base(struct reader *r, const struct expected *e)
     uint64_t n_tokens = n_ctx * n_pieces;
     uint64_t size = BASE_HEADER + 4 * n_tokens + n_pieces * n_rows * base_row_bytes((int)width);
     if (r->in.size != size)
-        return fault(r->error, "%s has %llu bytes, expected %llu for %llu pieces of %llu tokens", r->in.name,
-                     (unsigned long long)r->in.size, (unsigned long long)size, (unsigned long long)n_pieces,
-                     (unsigned long long)n_ctx);
+        return fault(r->error, "%s has %llu bytes, expected %llu for %llu pieces of %llu tokens",
+                     r->in.name, (unsigned long long)r->in.size, (unsigned long long)size,
+                     (unsigned long long)n_pieces, (unsigned long long)n_ctx);
     r->tokens = malloc((size_t)n_tokens * 4);
     if (!r->tokens) return fault(r->error, "%s: out of memory for its tokens", r->in.name);
     if (read_exactly(&r->in, BASE_HEADER, r->tokens, (size_t)n_tokens * 4, r->error)) return -1;
@@ -544,8 +554,8 @@ static int open_kld_base(struct reader *r, const struct expected *e)
         memcpy(bytes, &r->tokens[i], 4);
         r->tokens[i] = (int32_t)unsigned_at(bytes, 4, 0);
         if (r->tokens[i] < 0 || r->tokens[i] >= e->n_vocab)
-            return fault(r->error, "%s: token %zu is %d, outside the vocabulary of %d", r->in.name, i,
-                         (int)r->tokens[i], e->n_vocab);
+            return fault(r->error, "%s: token %zu is %d, outside the vocabulary of %d", r->in.name,
+                         i, (int)r->tokens[i], e->n_vocab);
     }
     r->width = (int)width;
     r->n_ctx = (int)n_ctx, r->n_pieces = (int)n_pieces;
@@ -557,7 +567,8 @@ static int open_kld_base(struct reader *r, const struct expected *e)
 static int base_row(struct reader *r, int index, float *row, int n)
 {
     uint64_t n_bytes = base_row_bytes(r->width);
-    uint64_t at = BASE_HEADER + 4 * (uint64_t)r->n_ctx * (uint64_t)r->n_pieces + (uint64_t)index * n_bytes;
+    uint64_t at =
+        BASE_HEADER + 4 * (uint64_t)r->n_ctx * (uint64_t)r->n_pieces + (uint64_t)index * n_bytes;
     if (read_exactly(&r->in, at, r->bytes, (size_t)n_bytes, r->error)) return -1;
     float scale = float_of_bits((uint32_t)unsigned_at(r->bytes, 4, 0));
     float least = float_of_bits((uint32_t)unsigned_at(r->bytes + 4, 4, 0));
@@ -669,7 +680,8 @@ static int list_of_told(struct json *j, struct reader *r, const struct expected 
     return more;
 }
 
-/* One position: {"text": logprob} of older servers, or {"id": {"logprob":..}}; null has no row's values. */
+/* One position: {"text": logprob} of older servers, or {"id": {"logprob":..}}; null has no row's
+ * values. */
 static int map_of_told(struct json *j, struct reader *r, const struct expected *e)
 {
     char text[1024];
@@ -689,8 +701,8 @@ static int map_of_told(struct json *j, struct reader *r, const struct expected *
     return more;
 }
 
-/* The value of "top_logprobs": of one position when its members have a logprob of their own, else one
- * member for each position. */
+/* The value of "top_logprobs": of one position when its members have a logprob of their own, else
+ * one member for each position. */
 static int top_of(struct json *j, struct reader *r, const struct expected *e)
 {
     struct json look = *j;
@@ -798,8 +810,8 @@ static int array_row(struct reader *r, int index, float *row, int n)
     for (int i = 0; i < n; i++) row[i] = number_at(r->bytes + (size_t)i * size, &r->array);
     for (int i = 0; i < n; i++)
         if (isnan(row[i]) || row[i] == INFINITY)
-            return fault(r->error, "%s: row %d, value %d is %s, expected a number", r->in.name, index, i,
-                         isnan(row[i]) ? "NaN" : "infinite");
+            return fault(r->error, "%s: row %d, value %d is %s, expected a number", r->in.name,
+                         index, i, isnan(row[i]) ? "NaN" : "infinite");
     return 0;
 }
 

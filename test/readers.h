@@ -1,8 +1,9 @@
 /* readers.h - numbers in the files of other programs: arrays of NumPy and safetensors, raw float32,
- * llama-perplexity's base files, and the JSON of OpenAI-style servers. Forms are told apart by content.
+ * llama-perplexity's base files, and the JSON of OpenAI-style servers. Forms are told apart by
+ * content.
  *
- * Nothing here knows of models. Input may be hostile: it is read through a function, never beyond its
- * size, and a fault leaves one sentence that says what was found and what was expected.
+ * Nothing here knows of models. Input may be hostile: it is read through a function, never beyond
+ * its size, and a fault leaves one sentence that says what was found and what was expected.
  */
 #ifndef READERS_H
 #define READERS_H
@@ -44,7 +45,8 @@ int is_npy(const struct input *in);
 int is_safetensors(const struct input *in);
 /* 0, or -1 and a sentence in error [READER_ERROR]. The array lies inside the file then. */
 int read_npy(const struct input *in, struct array *a, char *error);
-/* The tensor number index of a safetensors file, as its header lists them: 1, 0 past the last, -1. */
+/* The tensor number index of a safetensors file, as its header lists them: 1, 0 past the last, -1.
+ */
 int read_safetensors(const struct input *in, int index, struct array *a, char *error);
 uint64_t array_values(const struct array *a);
 /* n values from number first on, as float. */
@@ -76,7 +78,7 @@ struct reader {
     struct array array;
     int n_rows, width;       /* width 0: only some values of a row are there */
     int is_log;              /* values are log probabilities, not logits */
-    int n_ctx, n_pieces;     /* of a base file: its text is pieces of n_ctx tokens, each on its own */
+    int n_ctx, n_pieces; /* of a base file: its text is pieces of n_ctx tokens, each on its own */
     int32_t *tokens;         /* of a base file: [n_pieces][n_ctx] */
     struct known *known;     /* of a server */
     struct known_row *row;
@@ -86,8 +88,8 @@ struct reader {
 };
 
 /* Opens logits of a model with n_vocab tokens for a text of n_tokens (n_rows of them are asked for
- * when only some positions are; else 0). A width of up to 64 more or less than n_vocab is padding or
- * added tokens and passes. find may be NULL. 0, or -1 and r->error. */
+ * when only some positions are; else 0). A width of up to 64 more or less than n_vocab is padding
+ * or added tokens and passes. find may be NULL. 0, or -1 and r->error. */
 struct expected {
     int n_vocab, n_tokens, n_rows;
     find_token *find;
@@ -96,8 +98,8 @@ struct expected {
 int is_kld_base(const struct input *in);
 int reader_open(struct reader *r, const struct input *in, const struct expected *e);
 
-/* Row number index as n_vocab floats: what is not there is NaN. A NaN or +infinity that *is* there is an
- * error; -infinity passes. 0, or -1 and r->error. */
+/* Row number index as n_vocab floats: what is not there is NaN. A NaN or +infinity that *is* there
+ * is an error; -infinity passes. 0, or -1 and r->error. */
 int reader_row(struct reader *r, int index, float *row, int n_vocab);
 void reader_close(struct reader *r);
 

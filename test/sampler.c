@@ -19,9 +19,22 @@ static gemma3_sampler plain(uint64_t seed)
     return s;
 }
 
+/* Sampling changes the logits of ids that the penalty is for: it gets a copy. */
 static int32_t next(gemma3_sampler *s, const float *logits, int n)
 {
-    return gemma3_sample(s, logits, n, scratch);
+    static float copy[MAX_VOCAB];
+    memcpy(copy, logits, (size_t)n * sizeof *copy);
+    return gemma3_sample(s, copy, n, scratch);
+}
+
+static float next_uniform(gemma3_sampler *s) /* xorshift64*, its upper 24 bits */
+{
+    uint64_t x = s->rng;
+    x ^= x >> 12;
+    x ^= x << 25;
+    x ^= x >> 27;
+    s->rng = x;
+    return (float)(x * 0x2545F4914F6CDD1D >> 40) / 16777216.0f;
 }
 
 /* ---- The stored sequences -------------------------------------------------------------------- */
@@ -163,7 +176,7 @@ static void repeat_penalty(void)
     is_int(next(&s, logits, 4), 0, "a thousand ids later too");
 }
 
-/* The k best by the heap are the k best by sorting, and a seed decides everything. */
+/* None but the k best is chosen, and a seed decides everything. */
 static void many_tokens(void)
 {
     static float logits[MAX_VOCAB];
@@ -191,7 +204,7 @@ static void many_tokens(void)
     }
 }
 
-/* At a high temperature neighbouring logits have equal weights; their order is still the logits'. */
+/* At a high temperature neighbouring logits have equal weights; the logits still order them. */
 static void order_is_by_logit(void)
 {
     const float near[] = { 1, 1.00000012f }, penalized[] = { 1, 2 };
@@ -203,7 +216,7 @@ static void order_is_by_logit(void)
         int32_t id = next(&s, near, 2);
         if (u < 0.5f) n_low++, n_first += id == 1;
     }
-    ok(n_low > 50 && n_first == n_low, "of equal weights the one with the larger logit comes first");
+    ok(n_low > 50 && n_first == n_low, "of equal weights the larger logit comes first");
     gemma3_sampler s = plain(1);
     s.temperature = 100, s.top_p = 0, s.repeat_penalty = 2;
     gemma3_sampler_accept(&s, 1);
@@ -218,7 +231,8 @@ static void order_is_by_logit(void)
 static int by_order(const void *a, const void *b)
 {
     const gemma3_candidate *x = a, *y = b;
-    return before(*y, *x) - before(*x, *y);
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return x->id - y->id;
 }
 
 static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
@@ -226,43 +240,76 @@ static int32_t plainly(gemma3_sampler *s, const float *logits, int n)
     static gemma3_candidate c[MAX_VOCAB];
     static float e[MAX_VOCAB];
     float lane[16] = { 0 }, sum = 0, kept = 0;
-    for (int i = 0; i < n; i++) c[i] = (gemma3_candidate){ logits[i], i };
+    for (int i = 0; i < n; i++) {
+        c[i] = (gemma3_candidate){ logits[i], i };
+        for (int j = 0; j < GEMMA3_PENALTY_WINDOW && j < s->n_last; j++)
+            if (s->last[j] == i) {
+                float r = s->repeat_penalty;
+                c[i].logit = logits[i] > 0 ? logits[i] / r : logits[i] * r;
+                break;
+            }
+        if (isnan(c[i].logit)) c[i].logit = -float_of(0x7f800000);
+    }
     qsort(c, n, sizeof *c, by_order);
     int n_left = s->top_k && s->top_k < n ? s->top_k : n, k = 0;
+    if (n_left == 1 || isinf(c[0].logit)) return c[0].id;
     for (int i = 0; i < n; i++) e[i] = 0;
-    for (int i = 0; i < n_left; i++) e[c[i].id] = exp_of(HARD_FMA, (c[i].logit - c[0].logit) / s->temperature);
+    for (int i = 0; i < n_left; i++)
+        e[c[i].id] = exp_f32((c[i].logit - c[0].logit) / s->temperature);
     for (int i = 0; i < n; i++) lane[i % 16] += e[i];
     float limit = s->top_p * join_lanes(lane);
     while (k < n_left && (k == 0 || sum < limit)) sum += e[c[k++].id];
     for (int i = 0; i < k; i++) kept += e[c[i].id] >= s->min_p ? e[c[i].id] : 0;
     float u = next_uniform(s) * kept;
-    int32_t id = -1;
+    int32_t id = c[0].id;
     sum = 0;
     for (int i = 0; i < k && !(sum > u); i++)
         if (e[c[i].id] >= s->min_p) sum += e[c[i].id], id = c[i].id;
     return id;
 }
 
+/* A row of one of five kinds: a few values many times, neighbouring floats, spread as a model's,
+ * rising, with NaN and infinities. */
+static void fill(float *logits, int n, int kind, uint32_t *random)
+{
+    for (int j = 0; j < n; j++) {
+        uint32_t r = *random = *random * 1664525 + 1013904223;
+        switch (kind) {
+        case 0:  logits[j] = (float)(r >> 24) / 16; break;
+        case 1:  logits[j] = float_of(0x40400000 + (r >> 26)); break;
+        case 2:  logits[j] = (float)log((r + 1.0) / 4294967297.0) * 3; break;
+        case 3:  logits[j] = (float)j / 256; break;
+        default: logits[j] = r >> 29 ? (float)(r >> 8 & 0xffff) / 8192 - 4 :
+                             float_of(r >> 28 & 1 ? 0x7fc00000 : 0xff800000);
+        }
+    }
+}
+
+/* Short and long rows, every option; ids are accepted, so that the penalty has something to do. */
 static void as_the_plainest_form(void)
 {
+    static const int top_k[] = { 0, 20, 64, 0, 1, 1500, 300 };
+    static const float top_p[] = { 0.9f, 1, 0.95f, 0.5f, 0.999f }, min_p[] = { 0, 0, 0.1f, 0.01f };
+    static const float temperature[] = { 1, 1.5f, 40, 0.3f }, penalty[] = { 1, 1.3f, 0.7f };
     static float logits[MAX_VOCAB];
     uint32_t random = 7;
     int n_same = 0, n = 0;
-    for (int i = 0; i < 600; i++, n++) {
-        int n_vocab = i % 3 ? 5 + i : MAX_VOCAB;
-        for (int j = 0; j < n_vocab; j++) {
-            random = random * 1664525 + 1013904223;
-            logits[j] = i % 2 ? (float)(random >> 24) / 16 : float_of(0x40400000 + (random >> 26)); /* neighbours */
-        }
-        gemma3_sampler s = plain(i);
-        s.temperature = i % 5 ? 1.5f : 40;
-        s.top_k = i % 7 ? 0 : 20;
-        s.top_p = i % 4 ? 0.9f : 1;
-        s.min_p = i % 6 ? 0 : 0.1f;
+    for (int i = 0; i < 600; i++) {
+        int n_vocab = i % 3 ? 1 + i : MAX_VOCAB;
+        fill(logits, n_vocab, i % 5, &random);
+        gemma3_sampler s = plain((uint64_t)i);
+        s.top_k = top_k[i % 7], s.top_p = top_p[i / 2 % 5], s.min_p = min_p[i / 3 % 4];
+        s.temperature = temperature[i / 5 % 4], s.repeat_penalty = penalty[i / 11 % 3];
+        for (int j = 0; j < 80; j++) gemma3_sampler_accept(&s, i * j % (2 * n_vocab));
         gemma3_sampler t = s;
-        for (int k = 0; k < 3; k++) n_same += next(&s, logits, n_vocab) == plainly(&t, logits, n_vocab);
+        for (int k = 0; k < 3; k++, n++) {
+            int32_t id = next(&s, logits, n_vocab);
+            n_same += id == plainly(&t, logits, n_vocab) && s.rng == t.rng;
+            gemma3_sampler_accept(&s, id);
+            gemma3_sampler_accept(&t, id);
+        }
     }
-    is_int(n_same, 3 * n, "choices are those of sorting everything");
+    is_int(n_same, n, "choices are those of sorting everything");
 }
 
 /* ---- Figures --------------------------------------------------------------------------------- */
@@ -292,6 +339,48 @@ static void figures(void)
         worst = fmax(worst, fabs(gemma3_log(x) - l) / fmax(1, fabs(l)));
     }
     ok(worst < 1e-15, "and log");
+}
+
+/* Rule 9's sum by its definition. */
+static double sum_exp_defined(const float *logits, int n, float max)
+{
+    double lane[16] = { 0 };
+    for (int j = 0; j < n; j++) lane[j % 16] += exp_double((double)logits[j] - max);
+    for (int step = 8; step > 0; step /= 2)
+        for (int j = 0; j < step; j++) lane[j] += lane[j + step];
+    return lane[0];
+}
+
+/* Rows of any length and spread; some with what is no number, or far below the largest. */
+static void sums_of_scores(void)
+{
+    static float logits[MAX_VOCAB];
+    static const float spread[] = { 1, 30, 600, 690, 710, 2000, 1e30f };
+    uint32_t random = 5;
+    for (int k = 0; k < N_KERNELS; k++) {
+        int n_same = 0, n_rows = 0;
+        if (!cpu_has(all_kernels[k]->name)) {
+            skip(1, all_kernels[k]->name);
+            continue;
+        }
+        for (int row = 0; row < 700; row++, n_rows++) {
+            int n = row % 10 ? 1 + row : MAX_VOCAB - row % 64;
+            for (int j = 0; j < n; j++) {
+                random = random * 1664525 + 1013904223;
+                logits[j] = (float)(random >> 8) * -0x1p-24f * spread[row % 7];
+            }
+            if (row % 11 == 1) logits[n / 2] = float_of(0xff800000);
+            if (row % 13 == 1) logits[n / 2] = float_of(0x7fc00000);
+            if (row % 17 == 1) logits[n / 2] = float_of(0x7f800000);
+            for (int j = 0; row % 19 == 1 && j < n; j += 7) logits[j] = -690 - (float)(j % 3) / 64;
+            float max = largest_of(logits, n);
+            double want = sum_exp_defined(logits, n, max);
+            double got = all_kernels[k]->sum_exp(logits, n, max);
+            n_same += !memcmp(&got, &want, sizeof got) || (isnan(got) && isnan(want));
+        }
+        is_int(n_same, n_rows, "%s: the sum under a score is the definition's, bit for bit",
+               all_kernels[k]->name);
+    }
 }
 
 static void rounding_of_the_caller(void)
@@ -372,6 +461,7 @@ int main(void)
     order_is_by_logit();
     as_the_plainest_form();
     figures();
+    sums_of_scores();
     rounding_of_the_caller();
     sha256();
     return done_testing();

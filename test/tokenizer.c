@@ -41,7 +41,8 @@ static int32_t add_piece(struct small *s, const char *text, float score, int typ
 static struct small *small_new(void)
 {
     struct small *s = calloc(1, sizeof *s);
-    s->vocab = (gemma3_vocab){0, s->text, s->length, s->score, s->type, -1, -1, -1, 1};
+    s->vocab = (gemma3_vocab){.text = s->text, .length = s->length, .score = s->score,
+                              .type = s->type, .bos = -1, .eos = -1, .unknown = -1, .add_bos = 1};
     return s;
 }
 
@@ -135,6 +136,14 @@ static void is_pieces(const struct small *s, const char *text, int flags, const 
             diag("  got id %d", (int)got[i]);
 }
 
+static void is_decoded(const struct small *s, int32_t id, int flags, const char *want,
+                       const char *claim)
+{
+    char out[GEMMA3_PIECE_MAX];
+    int n = gemma3_decode(s->tokenizer, id, flags, out);
+    ok(n == (int)strlen(want) && memcmp(out, want, (size_t)n) == 0, "%s", claim);
+}
+
 /* ---- Text to ids ----------------------------------------------------------------------------- */
 
 static void merging(void)
@@ -202,6 +211,35 @@ static void unknown_characters(void)
     small_free(s);
 }
 
+/* Texts that nearly are byte tokens, unused tokens or runs; a vocabulary without the usual. */
+static void odd_pieces(void)
+{
+    static char marks[3 * 33 + 1];
+    struct small *s = small_new();
+    int32_t ids[40];
+    for (int i = 0; i < 33; i++) memcpy(marks + 3 * i, MARK, 3);
+    add_piece(s, "a", 0, NORMAL);
+    int32_t no_byte = add_piece(s, "<0x0G>", 0, BYTE);
+    add_piece(s, "<0xG0>", 0, NORMAL);
+    add_piece(s, "<unused-1>", 0, NORMAL);
+    add_piece(s, "<unusedx>", 0, NORMAL);
+    add_piece(s, "<unused1>>", 0, NORMAL);
+    add_piece(s, "<unused123", 0, NORMAL);
+    add_piece(s, "<0x412", 0, NORMAL);
+    add_piece(s, "<unused 1>", 0, USER);
+    int32_t run = add_piece(s, marks + 3, 0, USER); /* 32 spaces: one more than a run may have */
+    add_piece(s, MARK, 0, NORMAL);
+    build_tokenizer(s);
+    is_pieces(s, "a<0x0G>a", 0, "a|a", "what is no piece is left out without <unk>");
+    is_pieces(s, "a<unused 1>a", 0, "a|<unused 1>|a", "the file's type counts where no rule does");
+    is_decoded(s, no_byte, GEMMA3_SPECIAL, "", "a byte token without a byte decodes to nothing");
+    is_int(gemma3_find(s->tokenizer, marks + 3, 96), run, "32 spaces are a piece like any other");
+    is_int(gemma3_encode(s->tokenizer, marks, 99, 0, ids, 40), 2, "33 in the text: that and one");
+    is_int(gemma3_encode(s->tokenizer, "a", 1, GEMMA3_BOS, ids, 40), 1, "no <bos>, none is put");
+    ok(gemma3_tokenizer_vocab(s->tokenizer)->text == s->text, "the vocabulary is the caller's");
+    small_free(s);
+}
+
 static void memory_limits(void)
 {
     struct small *s = example();
@@ -215,6 +253,7 @@ static void memory_limits(void)
            "work memory may lie at any address");
     is_int(gemma3_encode_in(t, "xtxtx", 5, 0, ids, 8, work, gemma3_encode_work(5) - 1), -2,
            "too little of it: -2");
+    is_int(gemma3_encode_in(t, "xtxtx", 5, 0, ids, 8, NULL, sizeof work), -2, "or none at all");
     ok(gemma3_encode_work(1000) <= 32 * 1000 + 100, "it is at most 32 bytes a byte");
     is_int((long long)(gemma3_encode_work(SIZE_MAX) == SIZE_MAX), 1, "absurd sizes do not wrap");
     is_int(gemma3_encode(t, "a\0a", 3, 0, ids, 8), 3, "a zero byte is a character like others");
@@ -243,15 +282,115 @@ static void long_texts(void)
     small_free(s);
 }
 
-/* ---- Ids to text ----------------------------------------------------------------------------- */
+/* ---- Any bytes, any vocabulary, any numbers -------------------------------------------------- */
 
-static void is_decoded(const struct small *s, int32_t id, int flags, const char *want,
-                       const char *claim)
+static uint32_t next_random(uint32_t *random)
 {
-    char out[GEMMA3_PIECE_MAX];
-    int n = gemma3_decode(s->tokenizer, id, flags, out);
-    ok(n == (int)strlen(want) && memcmp(out, want, (size_t)n) == 0, "%s", claim);
+    *random = *random * 1664525u + 1013904223u;
+    return *random >> 8;
 }
+
+/* Whether n bytes become ids of the vocabulary, at most n, that decode to the same bytes. */
+static int comes_back(const gemma3_tokenizer *t, const char *text, size_t n)
+{
+    static int32_t ids[4096];
+    char out[GEMMA3_PIECE_MAX];
+    int n_ids = gemma3_encode(t, text, n, 0, ids, 4096);
+    size_t at = 0;
+    if (n_ids < 0 || (size_t)n_ids > n) return 0;
+    for (int i = 0; i < n_ids; i++) {
+        size_t length = (size_t)gemma3_decode(t, ids[i], 0, out);
+        if (ids[i] < 0 || length > n - at || memcmp(out, text + at, length)) return 0;
+        at += length;
+    }
+    return at == n;
+}
+
+/* Bytes of all kinds: any, letters of the vocabulary, beginnings of tokens, broken characters. */
+static void any_bytes(void)
+{
+    static const char *const parts[] = {
+        "the", " cat", "\n\n", "  ", "<unused7>", "</s>", "<eos>", "<0x41>", "\xE2\x96",
+        "\xF0\x9F\xA4\x97", "\xED\xA0\x80", "aaa", "\xFF", "<start_of_", "[tool]s", "\xC3"};
+    struct small *s = example();
+    uint32_t random = 1;
+    int n_same = 0, n_texts = 3000;
+    for (int k = 0; k < n_texts; k++) {
+        char text[512];
+        size_t n = 0, want = next_random(&random) % 400;
+        while (n < want) {
+            uint32_t r = next_random(&random);
+            const char *part = parts[r % 16];
+            if (r >> 4 & 1) text[n++] = (char)(r >> 8); /* zero bytes, too */
+            else for (size_t i = 0; part[i]; i++) text[n++] = part[i];
+        }
+        for (size_t i = 0; i + 3 <= n; i++) /* U+2581 comes back as a space: none here */
+            if (!memcmp(text + i, MARK, 3)) text[i] = 'x';
+        n_same += comes_back(s->tokenizer, text, n);
+    }
+    is_int(n_same, n_texts, "any bytes come back from their ids, which are no more");
+    small_free(s);
+}
+
+static void any_numbers(void)
+{
+    struct small *s = example();
+    const gemma3_tokenizer *t = s->tokenizer;
+    int32_t ids[4], outside[] = {-1, INT32_MIN, INT32_MAX, s->vocab.n_vocab};
+    char out[GEMMA3_PIECE_MAX];
+    for (int i = 0; i < 4; i++)
+        ok(gemma3_decode(t, outside[i], GEMMA3_SPECIAL, out) == 0 && !gemma3_is_stop(t, outside[i]),
+           "id %ld decodes to nothing and does not stop", (long)outside[i]);
+    is_int(gemma3_encode(t, "the", 3, 0, ids, 0), -1, "no room for ids: -1");
+    is_int(gemma3_encode(t, "the", 3, 0, ids, -5), -1, "nor less than none");
+    is_int(gemma3_encode(t, "", 0, 0, ids, 0), 0, "but no text needs no room");
+    is_int(gemma3_encode(t, "the", ((size_t)1 << 29) + 1, 0, ids, 4), -2, "above 2^29 bytes: -2");
+    is_int(gemma3_encode(t, "the", (size_t)INT32_MAX + 1, 0, ids, 4), -2, "one above 2^31");
+    is_int(gemma3_encode(t, "the", SIZE_MAX, 0, ids, 4), -2, "one as large as can be");
+    small_free(s);
+}
+
+/* Vocabularies of random bytes, lengths, scores and types open, and give ids of their own. */
+static void any_vocabulary(void)
+{
+    uint32_t random = 3;
+    int n_right = 0, n_vocabularies = 300;
+    for (int k = 0; k < n_vocabularies; k++) {
+        static char bytes[MAX_PIECES][8];
+        struct small *s = small_new();
+        int n_pieces = 1 + (int)(next_random(&random) % (MAX_PIECES - 1)), right = 1;
+        for (int i = 0; i < n_pieces; i++) {
+            uint32_t r = next_random(&random);
+            for (int j = 0; j < 8; j++) {
+                uint32_t byte = next_random(&random);
+                bytes[i][j] = r & 1 ? (char)byte : " \n<>a\xE2\x96\x81"[byte % 8];
+            }
+            float score = r & 2 ? float_of(r << 8) : (float)(r >> 4);
+            int32_t id = add_piece(s, "", score, (int)(r >> 4 & 7));
+            s->text[id] = bytes[i];
+            s->length[id] = r >> 8 & 7;
+        }
+        int32_t stop = (int32_t)next_random(&random) - 100;
+        s->vocab.bos = s->vocab.unknown = n_pieces - 1;
+        s->vocab.stop = &stop, s->vocab.n_stop = 1;
+        build_tokenizer(s);
+        for (int i = 0; s->tokenizer && i < 20; i++) {
+            char text[300];
+            int32_t ids[302];
+            for (int j = 0; j < 300; j++)
+                text[j] = bytes[next_random(&random) % (uint32_t)n_pieces][j % 8];
+            int flags = GEMMA3_BOS | (i & 1 ? GEMMA3_SPECIAL : 0);
+            int n = gemma3_encode(s->tokenizer, text, 300, flags, ids, 302);
+            right &= n >= 0 && n <= 301;
+            for (int j = 0; j < n; j++) right &= ids[j] >= 0 && ids[j] < n_pieces;
+        }
+        n_right += s->tokenizer && right;
+        small_free(s);
+    }
+    is_int(n_right, n_vocabularies, "any vocabulary opens, and any text has ids in it");
+}
+
+/* ---- Ids to text ----------------------------------------------------------------------------- */
 
 static void decoding(void)
 {
@@ -309,14 +448,15 @@ static void no_bos(void)
     struct small *s = example();
     int32_t ids[32];
     is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 2, "<bos> and a word");
-    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0 && ids[0] == s->vocab.bos, 1,
-           "a first turn begins with <bos>");
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0, 1, "a first turn");
+    is_int(ids[0], s->vocab.bos, "a first turn begins with <bos>");
     free(s->mem);
     s->vocab.add_bos = 0;
     build_tokenizer(s);
-    is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 1, "no <bos> when the file wants none");
-    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0 && ids[0] == s->vocab.bos, 1,
-           "but in a turn, because the template writes it");
+    is_int(gemma3_encode(s->tokenizer, "the", 3, GEMMA3_BOS, ids, 32), 1,
+           "no <bos> when the file wants none");
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "the", 1, ids, 32) > 0, 1, "a first turn again");
+    is_int(ids[0], s->vocab.bos, "but in a turn, because the template writes it");
     small_free(s);
 }
 
@@ -336,6 +476,86 @@ static void stops(void)
     build_tokenizer(s);
     ok(gemma3_is_stop(s->tokenizer, id_of(s, "a")), "eos_token_id stops, whatever it is");
     ok(gemma3_is_stop(s->tokenizer, id_of(s, "<eos>")), "and <eos> still does");
+    small_free(s);
+
+    s = example();
+    int32_t im_end = add_piece(s, "<|im_end|>", 0, NORMAL);
+    int32_t more[2] = {id_of(s, "the"), id_of(s, "aa")};
+    s->vocab.stop = more, s->vocab.n_stop = 2;
+    free(s->mem);
+    build_tokenizer(s);
+    ok(gemma3_is_stop(s->tokenizer, im_end), "<|im_end|>, the end of ChatML's turns, stops too");
+    ok(gemma3_is_stop(s->tokenizer, more[0]) && gemma3_is_stop(s->tokenizer, more[1]),
+       "the vocabulary's list of more stops counts");
+    ok(gemma3_is_stop(s->tokenizer, id_of(s, "<end_of_turn>")), "and the others still do");
+    ok(!gemma3_is_stop(s->tokenizer, id_of(s, "a")), "but nothing else");
+    small_free(s);
+}
+
+/* ---- FunctionGemma --------------------------------------------------------------------------- */
+
+/* The flow on Google's page "FunctionGemma formatting and best practices": a developer's turn
+ * declares a function, the model calls it and stops where the response begins, the program writes
+ * the response, the model answers. */
+static const char declaration[] =
+    "<start_of_turn>developer\nYou can do function calling<start_function_declaration>"
+    "declaration:get_weather{parameters:{properties:{city:{type:<escape>STRING<escape>}}}}"
+    "<end_function_declaration><end_of_turn>\n"
+    "<start_of_turn>user\nHow is the weather in Paris?<end_of_turn>\n<start_of_turn>model\n";
+static const char call[] =
+    "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>"
+    "<start_function_response>";
+static const char response[] =
+    "response:get_weather{sky:<escape>sunny<escape>}<end_function_response>";
+static const char answer[] = "It is sunny in Paris.<end_of_turn>";
+
+/* Every special token is one id, what stands between them is one id for each byte. */
+static void is_flow(const struct small *s, const char *text, const char *claim)
+{
+    int32_t ids[400], want[400];
+    int n = 0, n_ids = gemma3_encode(s->tokenizer, text, strlen(text), GEMMA3_SPECIAL, ids, 400);
+    for (const char *p = text; *p; n++) {
+        size_t length = *p == '<' ? strcspn(p, ">") + 1 : 1;
+        want[n] = gemma3_find(s->tokenizer, *p == ' ' ? MARK : p, *p == ' ' ? 3 : length);
+        p += length;
+    }
+    if (!ok(n_ids == n && !memcmp(ids, want, (size_t)n * sizeof *ids), "%s", claim))
+        diag("  %d ids, want %d", n_ids, n);
+}
+
+static void functions(void)
+{
+    static const char *const special[] = {
+        "<start_of_turn>", "<end_of_turn>", "<start_function_declaration>",
+        "<end_function_declaration>", "<start_function_call>", "<end_function_call>",
+        "<start_function_response>", "<end_function_response>", "<escape>",
+    };
+    static char letters[128][2];
+    struct small *s = small_new();
+    for (int c = 33; c < 127; c++) {
+        letters[c][0] = (char)c;
+        add_piece(s, letters[c], 0, NORMAL);
+    }
+    add_piece(s, MARK, 0, NORMAL);
+    add_piece(s, "\n", 0, NORMAL);
+    for (size_t i = 0; i < sizeof special / sizeof *special; i++)
+        add_piece(s, special[i], 0, i % 2 ? NORMAL : USER); /* wrong types, as in published files */
+    int32_t stop = add_piece(s, "<unused99>", 0, USER) - 3; /* <start_function_response> */
+    s->vocab.stop = &stop, s->vocab.n_stop = 1;
+    build_tokenizer(s);
+    is_flow(s, declaration, "FunctionGemma: a developer's turn with a declaration, a user's turn");
+    is_flow(s, call, "the model's call");
+    is_flow(s, response, "the program's response");
+    is_flow(s, answer, "the model's answer");
+
+    int32_t ids[200];
+    int n = gemma3_encode(s->tokenizer, call, strlen(call), GEMMA3_SPECIAL, ids, 200), first = 0;
+    while (first < n && !gemma3_is_stop(s->tokenizer, ids[first])) first++;
+    is_int(first, n - 1, "it stops at <start_function_response>, the file's additional stop");
+    is_decoded(s, stop, 0, "", "which is shown as nothing");
+    is_decoded(s, stop, GEMMA3_SPECIAL, "<start_function_response>", "or as its text");
+    n = gemma3_encode(s->tokenizer, call, strlen(call), 0, ids, 200);
+    is_int(n, (int)strlen(call), "what a user types calls no function: all is plain text");
     small_free(s);
 }
 
@@ -378,6 +598,33 @@ static void turns(void)
     build_tokenizer(s);
     is_int(gemma3_encode_turn(s->tokenizer, NULL, "a", 1, ids, 8), -3, "no turn tokens: -3");
     small_free(s);
+
+    s = small_new();
+    add_piece(s, "<start_of_turn>", 0, NORMAL);
+    build_tokenizer(s);
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, "a", 1, ids, 8), -3, "one of two: -3");
+    free(s->mem);
+    add_piece(s, "<end_of_turn>", 0, NORMAL);
+    for (const char *c = "u\0s\0e\0r\0m\0o\0d\0l\0\n\0"; *c; c += 2) add_piece(s, c, 0, NORMAL);
+    add_bytes(s);
+    build_tokenizer(s);
+    is_turn(s, NULL, "user", 1,
+            "<start_of_turn>user\nuser<end_of_turn>\n<start_of_turn>model\n",
+            "a first turn of a vocabulary without <bos>");
+    is_turn(s, NULL, "\x80\x80\x80\x80\x80 ", 1,
+            "<start_of_turn>user\n\x80\x80\x80\x80\x80<end_of_turn>\n<start_of_turn>model\n",
+            "bytes that are no characters are not trimmed");
+    is_turn(s, NULL, "\x80", 1,
+            "<start_of_turn>user\n\x80<end_of_turn>\n<start_of_turn>model\n",
+            "nor is a single one");
+    size_t n = ((size_t)1 << 27) + 1;
+    char *huge = malloc(n + 1);
+    memset(huge, 'u', n);
+    huge[n] = 0;
+    is_int(gemma3_encode_turn(s->tokenizer, NULL, huge, 1, ids, 8), -2, "above 2^27 bytes: -2");
+    is_int(gemma3_encode_turn(s->tokenizer, huge, "u", 1, ids, 8), -2, "a system text too");
+    free(huge);
+    small_free(s);
 }
 
 static void is_refused(const struct small *s, size_t missing, const char *want, const char *claim)
@@ -396,8 +643,14 @@ static void refused_vocabularies(void)
     int n_vocab = s->vocab.n_vocab;
 
     is_refused(s, 1, "memory", "too little memory");
+    gemma3_error err;
+    ok(!gemma3_tokenizer_init(&s->vocab, NULL, SIZE_MAX, &err), "no memory: %s", err.text);
+    ok(!gemma3_tokenizer_init(&s->vocab, NULL, 0, NULL), "errors may be left unsaid");
     s->vocab.n_vocab = 0;
     is_refused(s, 0, "number of tokens", "no tokens");
+    ok(!gemma3_tokenizer_init(&s->vocab, NULL, 0, NULL), "here too");
+    s->vocab.n_vocab = (1 << 24) + 1;
+    is_refused(s, 0, "number of tokens", "more tokens than 2^24");
     s->vocab.n_vocab = n_vocab;
     s->vocab.bos = n_vocab;
     is_refused(s, 0, "bos_token_id", "bos outside the vocabulary");
@@ -594,12 +847,17 @@ int main(void)
     whole_tokens();
     spaces();
     unknown_characters();
+    odd_pieces();
     memory_limits();
     long_texts();
+    any_bytes();
+    any_numbers();
+    any_vocabulary();
     decoding();
     whole_characters();
     no_bos();
     stops();
+    functions();
     turns();
     refused_vocabularies();
     real_vocabulary();

@@ -1,7 +1,7 @@
 /* vectors.c - the commands vectors and check: what every build and machine must compute, as files.
  *
- * test/vectors/README.md has the format. vectors writes the files, check computes everything in them
- * anew, and with --other lets another engine compute it.
+ * test/vectors/README.md has the format. vectors writes the files, check computes everything in
+ * them anew, and with --other lets another engine compute it.
  */
 #include <errno.h>
 #include <math.h>
@@ -78,7 +78,8 @@ static void hash_row(void *job, int i, int worker)
     (void)worker;
     gemma3_sha256_init(&h);
     gemma3_sha256_add_floats(&h, w->rows + (size_t)i * (size_t)n_vocab, (size_t)n_vocab);
-    gemma3_sha256_end(&h, gemma3_model_is_exact(w->s->model) ? row_at(w, i)->exact : row_at(w, i)->plain);
+    gemma3_sha256_end(&h, gemma3_model_is_exact(w->s->model) ? row_at(w, i)->exact
+                                                             : row_at(w, i)->plain);
 }
 
 static void find_top(struct row *r, const float *x, int n_vocab)
@@ -102,7 +103,9 @@ static int take_hashes(void *user, const int *position, int n_rows, const float 
     for (int i = 0; i < n_rows && gemma3_model_is_exact(w->s->model); i++) {
         const float *row = rows + (size_t)i * (size_t)n_vocab;
         struct row *r = row_at(w, i);
-        r->nll = position[i] + 1 < w->p->n_ids ? gemma3_nll(row, n_vocab, w->p->ids[position[i] + 1]) : -1;
+        r->nll = position[i] + 1 < w->p->n_ids
+                     ? gemma3_nll(row, n_vocab, w->p->ids[position[i] + 1])
+                     : -1;
         if (r->has_top) find_top(r, row, n_vocab);
     }
     w->n_done += n_rows;
@@ -187,15 +190,16 @@ static void write_prompt(FILE *f, const struct prompt *p)
 
 /* ---- Making the prompts ---- */
 
-/* Rows of all positions, or of those where something may change: the beginning, about every multiple of
- * the window, the end, and some between. */
+/* Rows of all positions, or of those where something may change: the beginning, about every
+ * multiple of the window, the end, and some between. */
 static int choose_rows(struct prompt *p, int window)
 {
     p->row = calloc((size_t)p->n_ids, sizeof *p->row);
     if (!p->row) return out_of_memory((size_t)p->n_ids * sizeof *p->row, "rows");
     p->n_rows = 0;
     for (int i = 0; i < p->n_ids; i++) {
-        int about = window > 2 ? (i + 2) % window : 9, is_edge = window >= 64 && i >= window - 2 && about <= 4;
+        int about = window > 2 ? (i + 2) % window : 9,
+            is_edge = window >= 64 && i >= window - 2 && about <= 4;
         if (p->n_ids > ALL_ROWS && i >= 4 && i < p->n_ids - 2 && !is_edge && i % 64) continue;
         struct row *r = &p->row[p->n_rows++];
         r->position = i;
@@ -213,9 +217,13 @@ static int finish_prompt(struct pair *m, FILE *f, struct prompt *p)
     return code;
 }
 
-static int write_text(struct pair *m, FILE *f, const char *name, const void *text, size_t n, int flags)
+static int write_text(struct pair *m, FILE *f, const char *name, const void *text, size_t n,
+                      int flags)
 {
-    struct prompt p = {.flags = flags, .n_text = n, .text = malloc(n + 1), .ids = malloc((n + 2) * sizeof(int32_t))};
+    struct prompt p = {.flags = flags,
+                       .n_text = n,
+                       .text = malloc(n + 1),
+                       .ids = malloc((n + 2) * sizeof(int32_t))};
     if (!p.text || !p.ids) return out_of_memory(5 * n, "a text");
     memcpy(p.text, text, n);
     snprintf(p.name, sizeof p.name, "%s", name);
@@ -242,7 +250,8 @@ static int write_lengths(struct pair *m, FILE *f, int longest)
     int code = read_whole("weights/heldout.txt", &text, &n_text), n_ids = 0;
     if (n_text > 12000) n_text = 12000;
     int32_t *ids = code ? NULL : malloc((n_text + 1) * sizeof *ids);
-    if (ids) n_ids = gemma3_encode(m->s[0].tokenizer, text, n_text, GEMMA3_BOS, ids, (int)n_text + 1);
+    if (ids)
+        n_ids = gemma3_encode(m->s[0].tokenizer, text, n_text, GEMMA3_BOS, ids, (int)n_text + 1);
     if (!code && n_ids < 2) code = complain("weights/heldout.txt cannot be encoded");
     for (int i = 0; i < 8 && !code; i++)
         if (lengths[i] > 0) code = write_length(m, f, ids, n_ids, lengths[i]);
@@ -251,7 +260,8 @@ static int write_lengths(struct pair *m, FILE *f, int longest)
     return code;
 }
 
-/* Every control and user-defined token but <unused..>, and runs of whitespace, spelled in one text. */
+/* Every control and user-defined token but <unused..>, and runs of whitespace, spelled in one text.
+ */
 static int write_specials(struct pair *m, FILE *f)
 {
     const gemma3_vocab *v = gemma3_tokenizer_vocab(m->s[0].tokenizer);
@@ -260,8 +270,8 @@ static int write_specials(struct pair *m, FILE *f)
     int count = 0;
     for (int id = 0; id < v->n_vocab && count < MAX_SPECIAL; id++) {
         int is_special = v->type[id] == 2 || v->type[id] == 3 || v->type[id] == 4;
-        if (!is_special || v->length[id] < 3 || v->length[id] > 40 || !strchr("<[", v->text[id][0]) ||
-            strncmp(v->text[id], "<unused", 7) == 0)
+        if (!is_special || v->length[id] < 3 || v->length[id] > 40 ||
+            !strchr("<[", v->text[id][0]) || strncmp(v->text[id], "<unused", 7) == 0)
             continue;
         memcpy(text + n, v->text[id], v->length[id]);
         n += v->length[id];
@@ -286,18 +296,21 @@ static int write_whitespace(struct pair *m, FILE *f)
 
 static int write_turn(struct pair *m, FILE *f)
 {
-    static const char text[] = "<start_of_turn>user\nBe brief.\n\nWho was the king's daughter?<end_of_turn>\n"
-                               "<start_of_turn>model\nNobody knows.<end_of_turn>\n"
-                               "<start_of_turn>user\nTell me more.<end_of_turn>\n<start_of_turn>model\n";
+    static const char text[] =
+        "<start_of_turn>user\nBe brief.\n\nWho was the king's daughter?<end_of_turn>\n"
+        "<start_of_turn>model\nNobody knows.<end_of_turn>\n"
+        "<start_of_turn>user\nTell me more.<end_of_turn>\n<start_of_turn>model\n";
     if (gemma3_find(m->s[0].tokenizer, "<start_of_turn>", 15) < 0) return 0;
     return write_text(m, f, "turns", text, sizeof text - 1, GEMMA3_BOS | GEMMA3_SPECIAL);
 }
 
 static int write_prompts(struct pair *m, FILE *f, int longest)
 {
-    static const char invalid[] = "ab\xC3 \xE2\x82 \xF0\x9F\x98 \xFF\xFE\xC0\x80 \xED\xA0\x80 \xF4\x90\x80\x80z";
-    static const char languages[] = "h\xC3\xA9llo \xE4\xBD\xA0\xE5\xA5\xBD \xF0\x9F\xA4\x97 "
-                                    "\xD0\x9F\xD1\x80\xD0\xB8\xD0\xB2\xD0\xB5\xD1\x82 1234567890 e\xCC\x81";
+    static const char invalid[] =
+        "ab\xC3 \xE2\x82 \xF0\x9F\x98 \xFF\xFE\xC0\x80 \xED\xA0\x80 \xF4\x90\x80\x80z";
+    static const char languages[] =
+        "h\xC3\xA9llo \xE4\xBD\xA0\xE5\xA5\xBD \xF0\x9F\xA4\x97 "
+        "\xD0\x9F\xD1\x80\xD0\xB8\xD0\xB2\xD0\xB5\xD1\x82 1234567890 e\xCC\x81";
     unsigned char bytes[256];
     for (int i = 0; i < 256; i++) bytes[i] = (unsigned char)i;
     int code = write_text(m, f, "empty", "", 0, GEMMA3_BOS);
@@ -326,7 +339,9 @@ static int write_model(const struct args *a, const struct model *model)
     FILE *f = code ? NULL : fopen(path, "w");
     if (!code && !f) code = complain("%s: %s", path, strerror(errno));
     if (f) {
-        fprintf(f, "# made by conform vectors, gemma3.c %s; README.md has the format\ncontract %d\nmodel %s %s %d\n",
+        fprintf(f,
+                "# made by conform vectors, gemma3.c %s; README.md has the format\ncontract "
+                "%d\nmodel %s %s %d\n",
                 GEMMA3_VERSION, GEMMA3_CONTRACT, model->path, hex, m.s[0].config->n_vocab);
         code = write_prompts(&m, f, model->longest);
         if (fclose(f) && !code) code = complain("%s: %s", path, strerror(errno));
@@ -386,7 +401,8 @@ static int open_vectors(struct vectors *v, const char *path)
     if (!v->f || !v->line) return complain("%s: %s", path, strerror(errno));
     if (!next_line(v) || sscanf(v->line, "contract %d", &contract) != 1) return bad_line(v);
     if (contract != GEMMA3_CONTRACT)
-        return complain("%s is of contract %d, this program of %d", path, contract, GEMMA3_CONTRACT);
+        return complain("%s is of contract %d, this program of %d", path, contract,
+                        GEMMA3_CONTRACT);
     if (!next_line(v) || sscanf(v->line, "model %255s %64s %d", v->model, v->hex, &v->n_vocab) != 3)
         return bad_line(v);
     next_line(v);
@@ -415,7 +431,8 @@ static int read_row(struct prompt *p, const char *line)
 {
     struct row *r = &p->row[p->n_rows], *last = r - 1;
     int n = 0;
-    if (p->n_rows < p->n_ids && sscanf(line, "row %d %64s %64s%n", &r->position, r->exact, r->plain, &n) == 3) {
+    if (p->n_rows < p->n_ids &&
+        sscanf(line, "row %d %64s %64s%n", &r->position, r->exact, r->plain, &n) == 3) {
         r->nll = line[n] == ' ' ? strtod(line + n, NULL) : -1;
         int after = p->n_rows ? last->position : -1;
         p->n_rows++;
@@ -438,14 +455,17 @@ static int read_prompt(struct vectors *v, struct prompt *p)
 {
     *p = (struct prompt){.n_ids = 0};
     if (!*v->line) return 0;
-    if (sscanf(v->line, "prompt %31s %d", p->name, &p->n_ids) != 2 || p->n_ids < 1 || p->n_ids > 1 << 20)
+    if (sscanf(v->line, "prompt %31s %d", p->name, &p->n_ids) != 2 || p->n_ids < 1 ||
+        p->n_ids > 1 << 20)
         return bad_line(v), -1;
-    p->flags = (strstr(v->line, " bos") ? GEMMA3_BOS : 0) | (strstr(v->line, " special") ? GEMMA3_SPECIAL : 0);
+    p->flags = (strstr(v->line, " bos") ? GEMMA3_BOS : 0) |
+               (strstr(v->line, " special") ? GEMMA3_SPECIAL : 0);
     p->row = calloc((size_t)p->n_ids + 1, sizeof *p->row);
     int n = -1, fault = !p->row;
     while (!fault && next_line(v) && strncmp(v->line, "prompt ", 7) != 0) {
         if (strncmp(v->line, "text ", 5) == 0) fault = read_text(p, v->line + 5);
-        else if (strncmp(v->line, "ids ", 4) == 0) fault = (n = parse_numbers(v->line + 4, " ", &p->ids)) != p->n_ids;
+        else if (strncmp(v->line, "ids ", 4) == 0)
+            fault = (n = parse_numbers(v->line + 4, " ", &p->ids)) != p->n_ids;
         else fault = read_row(p, v->line);
     }
     for (int i = 0; !fault && i < n; i++) fault = p->ids[i] < 0 || p->ids[i] >= v->n_vocab;
@@ -459,22 +479,26 @@ struct checked {
     int n_models, n_prompts, n_rows, n_failed;
 };
 
-static void fail(struct checked *c, const struct vectors *v, const struct prompt *p, const char *what)
+static void fail(struct checked *c, const struct vectors *v, const struct prompt *p,
+                 const char *what)
 {
     if (c->n_failed++ < 10) printf("%s %s: %s\n", v->path, p->name, what);
 }
 
-static void check_ids(struct checked *c, const struct vectors *v, struct pair *m, const struct prompt *p)
+static void check_ids(struct checked *c, const struct vectors *v, struct pair *m,
+                      const struct prompt *p)
 {
     int32_t *ids = malloc((p->n_text + 2) * sizeof *ids);
     if (!ids) return;
-    int n = gemma3_encode(m->s[0].tokenizer, (const char *)p->text, p->n_text, p->flags, ids, (int)p->n_text + 2);
+    int n = gemma3_encode(m->s[0].tokenizer, (const char *)p->text, p->n_text, p->flags, ids,
+                          (int)p->n_text + 2);
     if (n != p->n_ids || memcmp(ids, p->ids, (size_t)n * sizeof *ids) != 0)
         fail(c, v, p, "the text has other ids");
     free(ids);
 }
 
-static int check_prompt(struct checked *c, const struct vectors *v, struct pair *m, struct prompt *p)
+static int check_prompt(struct checked *c, const struct vectors *v, struct pair *m,
+                        struct prompt *p)
 {
     struct prompt now = *p;
     int code = 0;
@@ -489,10 +513,13 @@ static int check_prompt(struct checked *c, const struct vectors *v, struct pair 
         char what[100], nll[2][32];
         snprintf(nll[0], sizeof *nll, "%.9g", a->nll);
         snprintf(nll[1], sizeof *nll, "%.9g", b->nll);
-        const char *which = strcmp(a->exact, b->exact) ? "exact mode's logits" : strcmp(a->plain, b->plain) ?
-                            "default mode's logits" : strcmp(nll[0], nll[1]) ? "nll" :
-                            memcmp(a->top, b->top, sizeof a->top) ||
-                            memcmp(a->top_bits, b->top_bits, sizeof a->top_bits) ? "the first 16" : NULL;
+        const char *which = strcmp(a->exact, b->exact)   ? "exact mode's logits"
+                            : strcmp(a->plain, b->plain) ? "default mode's logits"
+                            : strcmp(nll[0], nll[1])     ? "nll"
+                            : memcmp(a->top, b->top, sizeof a->top) ||
+                                    memcmp(a->top_bits, b->top_bits, sizeof a->top_bits)
+                                ? "the first 16"
+                                : NULL;
         snprintf(what, sizeof what, "position %d: %s differs", a->position, which ? which : "");
         if (which) fail(c, v, p, what);
     }
@@ -510,8 +537,9 @@ static int check_file(struct checked *c, struct vectors *v, const struct args *a
     int more, code = hash_file(v->model, hex);
     if (code) return code;
     if (strcmp(hex, v->hex) != 0)
-        return complain("%s is another file than the vectors are of: its SHA-256 is %s, expected %s", v->model, hex,
-                        v->hex);
+        return complain(
+            "%s is another file than the vectors are of: its SHA-256 is %s, expected %s", v->model,
+            hex, v->hex);
     code = open_pair(&m, a, v->model);
     while (!code && (more = read_prompt(v, &p)) != 0) {
         code = more < 0 ? WRONG : check_prompt(c, v, &m, &p);
@@ -536,7 +564,8 @@ static int fill_command(char *out, size_t room, const char *template, const char
             value = names[i][1];
             template += length;
         }
-        int count = value ? snprintf(out + n, room - n, "%s", value) : snprintf(out + n, room - n, "%c", *template++);
+        int count = value ? snprintf(out + n, room - n, "%s", value)
+                          : snprintf(out + n, room - n, "%c", *template++);
         n += (size_t)count;
         if (n >= room) return -1;
     }
@@ -548,7 +577,8 @@ struct other {
     int n, n_conform, n_failed;
 };
 
-static int run_other(const struct other *o, const struct args *a, const struct vectors *v, const struct prompt *p)
+static int run_other(const struct other *o, const struct args *a, const struct vectors *v,
+                     const struct prompt *p)
 {
     char command[4096], n_vocab[16];
     snprintf(n_vocab, sizeof n_vocab, "%d", v->n_vocab);
@@ -560,18 +590,21 @@ static int run_other(const struct other *o, const struct args *a, const struct v
     fputc('\n', f);
     if (fclose(f)) return complain("%s: %s", o->ids, strerror(errno));
     remove(o->out);
-    if (fill_command(command, sizeof command, a->other, names)) return complain("--other: the command is too long");
+    if (fill_command(command, sizeof command, a->other, names))
+        return complain("--other: the command is too long");
     fflush(stdout);
     return system(command) ? DIFFERS : 0;
 }
 
-static int judge_other(struct other *o, struct session *s, const struct vectors *v, struct prompt *p)
+static int judge_other(struct other *o, struct session *s, const struct vectors *v,
+                       struct prompt *p)
 {
     struct result r;
     int code = run_other(o, s->args, v, p);
     if (code == WRONG) return code;
     o->n++;
-    printf("%-11s %-13s %6d ", v->path + (strrchr(v->path, '/') ? strrchr(v->path, '/') - v->path + 1 : 0), p->name,
+    printf("%-11s %-13s %6d ",
+           v->path + (strrchr(v->path, '/') ? strrchr(v->path, '/') - v->path + 1 : 0), p->name,
            p->n_ids);
     gemma3_state_free(s->state);
     s->state = NULL;
@@ -639,8 +672,8 @@ int check(struct session *s, const struct args *a)
     (void)s;
     if (a->other) {
         code = make_temporary(o.ids) || make_temporary(o.out) ? WRONG : 0;
-        printf("%-11s %-13s %6s %6s %10s %10s %9s\n", "vectors", "prompt", "tokens", "rows", "mean KL", "largest",
-               "first");
+        printf("%-11s %-13s %6s %6s %10s %10s %9s\n", "vectors", "prompt", "tokens", "rows",
+               "mean KL", "largest", "first");
     }
     for (int i = 0; i < N_MODELS && !code; i++)
         if (is_chosen(a, 0, models[i].name)) code = check_one(a, models[i].name, &c, &o);
@@ -652,7 +685,8 @@ int check(struct session *s, const struct args *a)
     if (code) return code;
     if (c.n_rows == 0) return complain("check: no vectors of that name, or no model for them");
     printf("%s: contract %d, %s, %d models, %d prompts, %d rows in exact and default mode%s\n",
-           c.n_failed ? "does not conform" : "conforms", GEMMA3_CONTRACT, a->isa ? a->isa : gemma3_isa_name(0),
-           c.n_models, c.n_prompts, c.n_rows, c.n_failed ? "" : ", every bit");
+           c.n_failed ? "does not conform" : "conforms", GEMMA3_CONTRACT,
+           a->isa ? a->isa : gemma3_isa_name(0), c.n_models, c.n_prompts, c.n_rows,
+           c.n_failed ? "" : ", every bit");
     return c.n_failed ? DIFFERS : CONFORMS;
 }

@@ -1,0 +1,153 @@
+#!/usr/bin/env perl
+# ports.t - the unedited files on other machines: each build whose compiler is installed runs under the
+# emulator that is installed, and computes the bits of the contract: default, exact, and with an F32 cache.
+# A table at the end says what ran. What a machine has no tool for is skipped by name. TEST_ALL_PORTS=1
+# adds targets that take long to build.
+use strict;
+use warnings;
+use Cwd qw(getcwd);
+use File::Path qw(make_path);
+use Test::More;
+require "./test/builds.pl";
+our ($dir, @rules, @libs, %contract);
+
+my @zig = $ENV{ZIG} ? ($ENV{ZIG}) : tool("zig") ? ("zig") :
+    (run("python3", "-m", "ziglang", "version"))[1] == 0 ? qw(python3 -m ziglang) : ();
+my $top = getcwd();
+my %table; # port => what became of it
+
+$ENV{WINEDEBUG} //= "-all";
+sub gcc { my ($triple, @flags) = @_; return ["$triple-gcc", qw(-std=c11 -O1 -static), @flags] }
+sub zig { my ($triple, @flags) = @_; return @zig ? [@zig, "cc", "-target", $triple, qw(-std=c11 -O1), @flags] : ["zig"] }
+
+# name, compiler with its flags, emulator, remark. Without an emulator the build is all there is to test.
+my @ports = (
+    ["aarch64 Linux, gcc", gcc("aarch64-linux-gnu"), [qw(qemu-aarch64 -cpu max)]],
+    ["armv7 Linux, gcc", gcc("arm-linux-gnueabihf"), ["qemu-arm"], "32 bits"],
+    ["i686 Linux, gcc", gcc("i686-linux-gnu", qw(-msse2 -mfpmath=sse)), ["qemu-i386"], "32 bits"],
+    ["riscv64 Linux, gcc", gcc("riscv64-linux-gnu"), ["qemu-riscv64"]],
+    ["s390x Linux, gcc", gcc("s390x-linux-gnu", "-std=gnu11"), ["qemu-s390x"], "big-endian"],
+    ["x86_64 Windows, gcc", ["x86_64-w64-mingw32-gcc", qw(-std=c11 -O1 -static)], ["wine"]],
+    ["x86_64 Linux, musl, clang", zig("x86_64-linux-musl"), []],
+    ["mips Linux, musl, clang", zig("mips-linux-musleabihf"), ["qemu-mips"], "big-endian, 32 bits, no FMA"],
+    ["aarch64 macOS", zig("aarch64-macos"), undef],
+    ["x86_64 macOS", zig("x86_64-macos"), undef],
+    ["x86_64 FreeBSD", zig("x86_64-freebsd"), undef],
+    ["x86_64 NetBSD", zig("x86_64-netbsd"), undef],
+);
+push @ports, (
+    ["powerpc64 Linux, musl, clang", zig("powerpc64-linux-musl"), ["qemu-ppc64"], "big-endian"],
+    ["riscv32 Linux, musl, clang", zig("riscv32-linux-musl"), ["qemu-riscv32"], "32 bits"],
+    ["loongarch64 Linux, musl, clang", zig("loongarch64-linux-musl"), ["qemu-loongarch64"]],
+    ["armv5 Linux, musl, clang", zig("arm-linux-musleabi"), ["qemu-arm"], "32 bits, floats in software"],
+    ["aarch64_be Linux, musl, clang", zig("aarch64_be-linux-musl"), ["qemu-aarch64_be"], "big-endian"],
+) if $ENV{TEST_ALL_PORTS};
+
+sub slurp { my ($path) = @_; open my $f, "<:raw", $path or return "no $path"; local $/; return scalar <$f> }
+sub program { my ($name) = @_; $name =~ s/\W+/-/g; return "$dir/$name" . ($name =~ /Windows/ ? ".exe" : "") }
+
+my @jobs = map { [$_->[0], @{ $_->[1] }, @rules, "-o", program($_->[0]), "gemma3.c", "tokenizer.c",
+    $_->[0] =~ /Windows/ ? () : @libs] } grep { tool($_->[1][0]) } @ports;
+my %built = run_all(@jobs);
+
+my $gemma3 = "$dir/host-gemma3";
+run($ENV{CC} // "cc", "-O1", "-o", $gemma3, "gemma3.c", "tokenizer.c", @libs);
+
+for my $port (@ports) {
+    my ($name, $compiler, $emulator, $remark) = @$port;
+    SKIP: {
+        $table{$name} = "skipped: no $compiler->[0]";
+        skip "$name: no $compiler->[0]", 2 if !$built{$name};
+        my ($text, $status) = @{ $built{$name} };
+        $table{$name} = $status || $text ? "does not build" : "builds without a word";
+        is($text, "", "$name: builds without a word");
+        skip "$name was not built", 1 if $status;
+        skip "$name: nothing here can run it", 1 if !$emulator;
+        if (@$emulator && !tool($emulator->[0])) {
+            $table{$name} = "builds; skipped: no $emulator->[0]";
+            skip "$name: no $emulator->[0]", 1;
+        }
+        my $same = computes_the_contract($name, [@$emulator, program($name)]);
+        $table{$name} = ($same ? "computes the bits" : "WRONG BITS") . ($remark ? " ($remark)" : "");
+    }
+}
+
+# ---- A file larger than the address space --------------------------------------------------------
+
+SKIP: {
+    my $port = "armv7 Linux, gcc";
+    skip "no 32-bit build was run", 1 if $table{$port} !~ /bits/;
+    open my $f, ">", "$dir/large.gguf" or die;
+    truncate $f, 5_000_000_000 or skip "no file of 5 GB can be made here", 1;
+    close $f;
+    my ($text) = run("qemu-arm", program($port), "-m", "$dir/large.gguf", "-p", "a");
+    like($text, qr/large\.gguf has 5000000000 bytes: more than this machine can address/,
+        "32 bits: a model larger than the address space gets a sentence");
+}
+
+# ---- Windows -------------------------------------------------------------------------------------
+
+SKIP: {
+    my $port = "x86_64 Windows, gcc";
+    skip "no Windows build was run", 8 if $table{$port} !~ /bits/;
+    my @program = ("wine", program($port));
+    my $deep = "$dir/" . join "/", ("d" x 100) x 3;
+    make_path($deep);
+    my $name = "$dir/M\xc3\xa4rchen \xe9\x9b\xaa.gguf";
+    symlink "$top/test/data/tiny.gguf", $_ for $name, "$deep/long.gguf";
+    for ($name, "$deep/long.gguf") {
+        my ($text, $status) = run(@program, "-m", $_, "-p", "a", "-n", "1", "--hash");
+        like($text, qr/sha256/, "Windows: a path that is " . (/long/ ? "longer than 260 letters" : "not ASCII"));
+    }
+    my $say = "Gr\xc3\xbc\xc3\x9fe \xe9\x9b\xaa * \"x\"";
+    my ($want) = run($gemma3, "-m", "test/data/tiny.gguf", "--tokenize", $say);
+    my ($got)  = run(@program, "-m", "test/data/tiny.gguf", "--tokenize", $say);
+    is($got, $want, "Windows: arguments in UTF-8, taken as they are");
+    ($got) = run(@program, "-m", "test/data/tiny.gguf", "-p", $say, "--special", "-n", "8", "--temp", "0");
+    ($want) = run($gemma3, "-m", "test/data/tiny.gguf", "-p", $say, "--special", "-n", "8", "--temp", "0");
+    s/\nprompt .*//s for $got, $want;
+    is($got, $want, "Windows: text out in UTF-8");
+
+    my @logits = ("-m", "test/data/tiny.gguf", "--ids", "test/data/tiny.ids", "--logits");
+    run($gemma3, @logits, "$dir/want");
+    run(@program, "-m", "test/data/tiny.gguf", "-p", "a", "--logits", "$dir/got");
+    run(@program, @logits, "$dir/got");
+    is(slurp("$dir/got"), slurp("$dir/want"), "Windows: a file replaces another");
+    run("sh", "-c", '"$@" - >"$0" 2>"$0.err"', "$dir/got2", @program, @logits);
+    is(slurp("$dir/got2"), slurp("$dir/want"), "Windows: bytes on stdout are those bytes");
+    ($got) = run(@program, "-m", "$dir/none.gguf", "-p", "a");
+    like($got, qr/none\.gguf cannot be opened: No such file or directory/, "Windows: says why a file does not open");
+    open my $f, ">", "$dir/large.gguf" or die;
+    skip "no file of 5 GB can be made here", 1 if !truncate $f, 5_000_000_000;
+    ($got) = run(@program, "-m", "$dir/large.gguf", "-p", "a");
+    like($got, qr/large\.gguf is not a GGUF file/, "Windows: a file over 4 GB is mapped and read");
+}
+
+# ---- Boards without an operating system ----------------------------------------------------------
+
+my @folktales = ("-m", "weights/gemma3-folktales-q4_0.gguf", "--hash", "-p");
+my ($default) = (run($gemma3, @folktales, "Once upon a time"))[0] =~ /([0-9a-f]{64})/;
+my ($exact)   = (run($gemma3, @folktales, "Once", "--exact"))[0] =~ /([0-9a-f]{64})/;
+my %board = (
+    m7   => ["Cortex-M7",  "arm-none-eabi-gcc",         "qemu-system-arm"],
+    m55  => ["Cortex-M55", "arm-none-eabi-gcc",         "qemu-system-arm"],
+    rv32 => ["rv32imac",   "riscv64-unknown-elf-gcc",   "qemu-system-riscv32"],
+    rv64 => ["rv64gc",     "riscv64-unknown-elf-gcc",   "qemu-system-riscv64"],
+);
+my @boards = grep { tool($board{$_}[1]) && tool($board{$_}[2]) } sort keys %board;
+my %ran = run_all(map { [$_, "test/board/run", $_] } @boards);
+for my $b (sort keys %board) {
+    my ($name, @needs) = @{ $board{$b} };
+    SKIP: {
+        $table{"board: $name"} = "skipped: no $needs[0] or no $needs[1]";
+        skip "$name: no $needs[0] or no $needs[1]", 2 if !$ran{$b};
+        my ($text, $status) = @{ $ran{$b} };
+        my $same = like($text, qr/^default $default\nOnce upon a time, .*\n/m, "$name: the story and its hash");
+        $same &= like($text, qr/^exact $exact$/m, "$name: the hash in exact mode");
+        my ($stack) = $text =~ /^bytes of stack used: (\d+)$/m;
+        $table{"board: $name"} = ($same ? "computes the bits" : "WRONG BITS") . ", $stack bytes of stack";
+    }
+}
+
+diag(sprintf "%-32s %s", $_, $table{$_}) for sort keys %table;
+done_testing();

@@ -1,0 +1,96 @@
+/* claims.c - what is proven of the parser's cursor and of the arithmetic of sizes, for every value of
+ * the arguments: each claim_ function calls the code as the parser does and says what must hold then.
+ *
+ * test/prove/prove.py runs them symbolically. data is any address and size any number of bytes behind
+ * it; the prover sees to it that nothing but those bytes is read through it, that no call of broken()
+ * can be reached, and no trap of the compiler's for undefined behaviour (gcc
+ * -fsanitize-undefined-trap-on-error: signed overflow, shifts, indices, null, pointers that wrap).
+ */
+#define GEMMA3_NO_MAIN
+#define GEMMA3_NO_FILE
+#include "../../gemma3.c"
+
+void broken(void);
+void broken(void) { abort(); }
+static void must(int holds) { if (!holds) broken(); }
+
+/* A cursor may stand anywhere in the file, at its end too. */
+static struct cursor cursor_at(const uint8_t *data, size_t size, size_t at, int failed)
+{
+    return (struct cursor){data + at, size - at, failed};
+}
+
+/* What every step leaves: it has not left the file, nor moved back. */
+static void is_inside(const struct cursor *c, const uint8_t *data, size_t size, size_t at)
+{
+    size_t now = (size_t)((uintptr_t)c->p - (uintptr_t)data);
+    must(now <= size && c->left == size - now);
+    must(now >= at);
+}
+
+void claim_take(const uint8_t *data, size_t size, size_t at, int failed, uint64_t n);
+void claim_take(const uint8_t *data, size_t size, size_t at, int failed, uint64_t n)
+{
+    struct cursor c = cursor_at(data, size, at, failed);
+    const uint8_t *p = take(&c, n);
+    is_inside(&c, data, size, at);
+    must(!failed || !p);
+    must(!p == (c.failed != 0) || n == 0);
+    if (!p) return;
+    must(p == data + at && n <= size - at);
+    if (n > 0) must(p[0] + p[n - 1] >= 0); /* its first and its last byte can be read */
+}
+
+void claim_take_numbers(const uint8_t *data, size_t size, size_t at, int failed);
+void claim_take_numbers(const uint8_t *data, size_t size, size_t at, int failed)
+{
+    struct cursor c = cursor_at(data, size, at, failed);
+    take_u32(&c);
+    is_inside(&c, data, size, at);
+    take_u64(&c);
+    is_inside(&c, data, size, at);
+}
+
+void claim_take_string(const uint8_t *data, size_t size, size_t at, int failed);
+void claim_take_string(const uint8_t *data, size_t size, size_t at, int failed)
+{
+    struct cursor c = cursor_at(data, size, at, failed);
+    struct string s = take_string(&c);
+    is_inside(&c, data, size, at);
+    must(s.text || s.n == 0);
+    if (!s.text) return;
+    size_t begin = (size_t)((uintptr_t)s.text - (uintptr_t)data);
+    must(begin <= size && s.n <= size - begin);
+}
+
+/* Arrays of strings are a loop of take_string, of which two rounds are run: what holds before one
+ * holds after it, so it holds after any number of them. */
+void claim_read_kv(const uint8_t *data, size_t size, size_t at);
+void claim_read_kv(const uint8_t *data, size_t size, size_t at)
+{
+    struct gguf g = {.name = "x"};
+    struct cursor c = cursor_at(data, size, at, 0);
+    struct kv kv;
+    int refused = read_kv(&g, &c, &kv);
+    is_inside(&c, data, size, at);
+    if (refused || c.failed) return;
+    must(kv.element < KV_TYPES && kv.element != KV_ARRAY);
+    is_inside(&kv.value, data, size, at);
+    if (kv.element != KV_STRING) { /* the whole of its value is there */
+        must(kv.count <= kv.value.left);
+        must(kv.count * kv_bytes[kv.element] <= kv.value.left);
+    }
+}
+
+void claim_read_tensor(const uint8_t *data, size_t size, size_t at);
+void claim_read_tensor(const uint8_t *data, size_t size, size_t at)
+{
+    struct gguf g = {.name = "x"};
+    struct cursor c = cursor_at(data, size, at, 0);
+    struct tensor t;
+    int refused = read_tensor(&g, &c, &t);
+    is_inside(&c, data, size, at);
+    if (!refused && !c.failed) must(t.name.text != NULL || t.name.n == 0);
+}
+
+int main(void) { return 0; }
