@@ -15,7 +15,7 @@ void broken(void) { abort(); }
 static void must(int holds) { if (!holds) broken(); }
 
 /* A cursor may stand anywhere in the file, at its end too. */
-static struct cursor cursor_at(const uint8_t *data, size_t size, size_t at, int failed)
+static struct cursor standing_at(const uint8_t *data, size_t size, size_t at, int failed)
 {
     return (struct cursor){data + at, size - at, failed};
 }
@@ -31,7 +31,7 @@ static void is_inside(const struct cursor *c, const uint8_t *data, size_t size, 
 void claim_take(const uint8_t *data, size_t size, size_t at, int failed, uint64_t n);
 void claim_take(const uint8_t *data, size_t size, size_t at, int failed, uint64_t n)
 {
-    struct cursor c = cursor_at(data, size, at, failed);
+    struct cursor c = standing_at(data, size, at, failed);
     const uint8_t *p = take(&c, n);
     is_inside(&c, data, size, at);
     must(!failed || !p);
@@ -44,7 +44,7 @@ void claim_take(const uint8_t *data, size_t size, size_t at, int failed, uint64_
 void claim_take_numbers(const uint8_t *data, size_t size, size_t at, int failed);
 void claim_take_numbers(const uint8_t *data, size_t size, size_t at, int failed)
 {
-    struct cursor c = cursor_at(data, size, at, failed);
+    struct cursor c = standing_at(data, size, at, failed);
     take_u32(&c);
     is_inside(&c, data, size, at);
     take_u64(&c);
@@ -54,7 +54,7 @@ void claim_take_numbers(const uint8_t *data, size_t size, size_t at, int failed)
 void claim_take_string(const uint8_t *data, size_t size, size_t at, int failed);
 void claim_take_string(const uint8_t *data, size_t size, size_t at, int failed)
 {
-    struct cursor c = cursor_at(data, size, at, failed);
+    struct cursor c = standing_at(data, size, at, failed);
     struct string s = take_string(&c);
     is_inside(&c, data, size, at);
     must(s.text || s.n == 0);
@@ -68,29 +68,68 @@ void claim_take_string(const uint8_t *data, size_t size, size_t at, int failed)
 void claim_read_kv(const uint8_t *data, size_t size, size_t at);
 void claim_read_kv(const uint8_t *data, size_t size, size_t at)
 {
-    struct gguf g = {.name = "x"};
-    struct cursor c = cursor_at(data, size, at, 0);
+    struct opening o = {.name = "x"};
+    struct cursor c = standing_at(data, size, at, 0);
     struct kv kv;
-    int refused = read_kv(&g, &c, &kv);
+    int refused = read_kv(&o, &c, &kv);
     is_inside(&c, data, size, at);
     if (refused || c.failed) return;
     must(kv.element < KV_TYPES && kv.element != KV_ARRAY);
     is_inside(&kv.value, data, size, at);
     if (kv.element != KV_STRING) { /* the whole of its value is there */
         must(kv.count <= kv.value.left);
-        must(kv.count * kv_bytes[kv.element] <= kv.value.left);
+        must(kv.count * kv_types[kv.element].bytes <= kv.value.left);
     }
 }
 
 void claim_read_tensor(const uint8_t *data, size_t size, size_t at);
 void claim_read_tensor(const uint8_t *data, size_t size, size_t at)
 {
-    struct gguf g = {.name = "x"};
-    struct cursor c = cursor_at(data, size, at, 0);
+    struct opening o = {.name = "x"};
+    struct cursor c = standing_at(data, size, at, 0);
     struct tensor t;
-    int refused = read_tensor(&g, &c, &t);
+    int refused = read_tensor(&o, &c, &t);
     is_inside(&c, data, size, at);
     if (!refused && !c.failed) must(t.name.text != NULL || t.name.n == 0);
+}
+
+/* Sizes do not wrap: what is too large stays too large. The product is checked against the division
+ * that defines it, for numbers of 16 bits and for all that are a power of two times that. */
+void claim_plus(size_t a, size_t b);
+void claim_plus(size_t a, size_t b)
+{
+    size_t sum = plus(a, b);
+    must(sum >= a && sum >= b);
+    must(sum == SIZE_MAX || sum - a == b);
+}
+
+void claim_times(size_t a, size_t b);
+void claim_times(size_t a, size_t b)
+{
+    size_t product = times(a, b);
+    must(product == SIZE_MAX || b == 0 || a <= SIZE_MAX / b);
+    must(product == SIZE_MAX || product == a * b);
+}
+
+/* A piece of memory lies behind those before it and within what the block has. */
+void claim_piece(size_t used, size_t size, size_t count);
+void claim_piece(size_t used, size_t size, size_t count)
+{
+    uint8_t *base = (uint8_t *)4096;
+    struct arena a = {.base = base, .used = used, .size = size};
+    uint8_t *p = piece(&a, count, 1);
+    must(a.used >= used);
+    if (!p) return;
+    must(p == base + used && a.used <= size);
+    must(count <= size - used);
+}
+
+/* What encoding n bytes needs is never less than it uses. */
+void claim_encode_work(size_t n);
+void claim_encode_work(size_t n)
+{
+    size_t work = gemma3_encode_work(n);
+    must(work == SIZE_MAX || (n <= (size_t)1 << 29 && work >= n));
 }
 
 int main(void) { return 0; }
