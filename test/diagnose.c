@@ -162,11 +162,12 @@ static int run_one(struct search *f, const struct mistake *const *m, int n, stru
     return 0;
 }
 
+/* Up to one that leaves no more than rounding: no other can be better. */
 static int run_singles(struct search *f)
 {
+    for (int i = 0; i < n_mistakes; i++) f->left[i] = 1;
     for (int i = 0; i < n_mistakes; i++) {
         const struct mistake *m = &mistakes[i];
-        f->left[i] = 1;
         if (!mistake_applies(f->s, m)) continue;
         f->e[i] = malloc(sizeof **f->e);
         if (!f->e[i]) return out_of_memory(sizeof **f->e, "a sketch");
@@ -177,6 +178,7 @@ static int run_singles(struct search *f)
             free(f->e[i]);
             f->e[i] = NULL;
         } else f->left[i] = share_left(f, f->e[i], NULL);
+        if (f->left[i] <= f->rounding) return 0;
     }
     return 0;
 }
