@@ -174,6 +174,7 @@
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
+#include <cpuid.h>
 #include <immintrin.h>
 #define HAVE_X86 1
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
@@ -697,14 +698,16 @@ static int first_seen(const struct attention *a, int p)
 
 /* ---- softmax(q . k) v ---- */
 
-/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
- * the positions that the token at position p sees. q is scaled; score has room for those positions.
- * A test compares it with attend. */
 static float dot(int type, const uint8_t *row, const float *x, int n);
 static float exp_scores_of(float *score, int n, int first);
 static float value_of(int type, const uint8_t *row, size_t j);
-static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
-                                           float *score, float *out)
+
+/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
+ * the positions that the token at position p sees. q is scaled; score has room for those positions.
+ * Only test/attention.c calls it, which compares it with attend. */
+__attribute__((unused))
+static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                    float *score, float *out)
 {
     int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
     for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
@@ -2044,7 +2047,7 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], const float lane[4][16], int n) /* n 1 or 4 */
+INLINE void join_4(float out[4], float lane[4][16], int n) /* n 1 or 4 */
 {
     four sum[4], part[4];
     UNROLL for (int s = 0; s < 4; s++) {
@@ -2197,8 +2200,9 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
                             else part[i][h] = dot_add(part[i][h], w[h], c);
                     }
                 }
-            UNROLL for (int i = 0; i < NT && !wide; i++)
-                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
+            if (!wide)
+                UNROLL for (int i = 0; i < NT; i++)
+                    UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
             if (halves && (q0 + quads) % 4 == 0)
                 UNROLL for (int h = 0; h < NH; h++)
                     UNROLL for (int i = 0; i < NT; i++) {
@@ -2231,7 +2235,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    const int NT = 4, NH = INT16_SUMS && kind == PANEL_HALVES ? 1 : 2, ALONE = TILE_ROWS / LANES;
+    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
     int i = 0;
     for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
