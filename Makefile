@@ -7,6 +7,7 @@
 # make bench      measures the speed of MODEL
 # make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
+# It is for GNU make (gmake on a BSD); cc -O2 gemma3.c tokenizer.c -lm -lpthread does what make does.
 
 CC     ?= cc
 CFLAGS ?= -O2
