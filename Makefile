@@ -15,7 +15,7 @@ PROMPT  = Once upon a time, there was a little dog who
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
-INCLUDED = test/gguf test/host test/kernels test/sampler test/tokenizer
+INCLUDED = test/attention test/gguf test/host test/kernels test/sampler test/tokenizer
 TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
 
 # The program's own objects between functions that fail: what the linker of Linux can do.

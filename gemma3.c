@@ -143,7 +143,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
-#pragma GCC optimize("no-unsafe-math-optimizations", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc", "no-trapping-math", "no-math-errno")
 #pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #if defined(__ARM_FEATURE_MVE)
@@ -174,6 +174,7 @@
 #endif
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
+#include <cpuid.h>
 #include <immintrin.h>
 #define HAVE_X86 1
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
@@ -362,7 +363,7 @@ struct kernels {
     /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
      * lanes joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
-    /* out [cols] = row r of w as float32, as its format defines. */
+    /* out [n][cols] = rows r .. r+n-1 of w as float32, as its format defines; of one tile. */
     void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
@@ -697,14 +698,16 @@ static int first_seen(const struct attention *a, int p)
 
 /* ---- softmax(q . k) v ---- */
 
-/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
- * the positions that the token at position p sees. q is scaled; score has room for those positions.
- * A test compares it with attend. */
 static float dot(int type, const uint8_t *row, const float *x, int n);
 static float exp_scores_of(float *score, int n, int first);
 static float value_of(int type, const uint8_t *row, size_t j);
-static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
-                                           float *score, float *out)
+
+/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
+ * the positions that the token at position p sees. q is scaled; score has room for those positions.
+ * Only test/attention.c calls it, which compares it with attend. */
+__attribute__((unused))
+static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                    float *score, float *out)
 {
     int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
     for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
@@ -1547,7 +1550,7 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_HALVES, PANEL_WIDE };
+enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE };
 typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
@@ -1925,13 +1928,16 @@ INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1
 {
     four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
     four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
-    return (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0x88) + (four)_mm_shuffle_ps((__m128)ab, (__m128)cd, 0xdd);
+    __m128 x = (__m128)ab, y = (__m128)cd;
+    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
 }
 #else
 INLINE four last_joins(four a, four b, four c, four d)
 {
-    four ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b)) + vcombine_f32(vget_high_f32(a), vget_high_f32(b));
-    four cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d)) + vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
+    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
     return vpaddq_f32(ab, cd);
 }
 #endif
@@ -2041,12 +2047,11 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], const float *a, const float *b, const float *c, const float *d)
+INLINE void join_4(float out[4], float lane[4][16], int n) /* n 1 or 4 */
 {
-    const float *lane[4] = {a, b, c, d};
     four sum[4], part[4];
     UNROLL for (int s = 0; s < 4; s++) {
-        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s] + 4 * k, sizeof part[k]);
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
         sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
     }
     sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
@@ -2151,7 +2156,8 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 {
     const struct format *f = p->format;
     const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
-    const int nibbles = kind == NIBBLES, quads = INT16_SUMS && halves ? 2 : 4;
+    const int nibbles = kind == NIBBLES, small = kind == Q4_K || kind == PANEL_NIBBLES || !INT16_SUMS;
+    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
     const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
     const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
     const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
@@ -2172,12 +2178,11 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
         UNROLL for (int i = 0; i < NT; i++)
             UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
         for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
-            struct code_bits bits = find_codes(kind, g, q0 / 4);
             dot_sum part[8][8];
             int32_t start[8];
             UNROLL for (int i = 0; i < NT; i++) {
                 const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * xi->sum[q0 / 4];
+                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
                 UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
             }
             UNROLL for (int q = q0; q < q0 + quads; q++)
@@ -2186,7 +2191,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
                     UNROLL for (int h = 0; h < NH; h++) {
                         const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
                         if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
-                        else w[h] = kind < NIBBLES ? codes_of(kind, bits, from, q, r) : load_ints(panel->code + at);
+                        else w[h] = kind < NIBBLES ? codes_of(kind, find_codes(kind, g, q / 4), from, q, r) : load_ints(panel->code + at);
                     }
                     UNROLL for (int i = 0; i < NT; i++) {
                         ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
@@ -2195,8 +2200,9 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
                             else part[i][h] = dot_add(part[i][h], w[h], c);
                     }
                 }
-            UNROLL for (int i = 0; i < NT && !wide; i++)
-                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
+            if (!wide)
+                UNROLL for (int i = 0; i < NT; i++)
+                    UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
             if (halves && (q0 + quads) % 4 == 0)
                 UNROLL for (int h = 0; h < NH; h++)
                     UNROLL for (int i = 0; i < NT; i++) {
@@ -2229,7 +2235,7 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
 #define mul_all NAME(mul_all)
 INLINE void mul_all(const struct product *p, int kind)
 {
-    enum { NT = 4, NH = 2, ALONE = TILE_ROWS / LANES };
+    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
     int i = 0;
     for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
         for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
@@ -2239,12 +2245,14 @@ INLINE void mul_all(const struct product *p, int kind)
 
 #if !HAS_PIECES
 /* Rows r0 .. r0+n-1 of a panel as float32, cols apart: first their codes side by side. */
-static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n, float *out, int cols)
+static void NAME(dequantize_panel)(const struct panel *o, const struct format *f, int r0, int n,
+                                   float *out, int cols)
 {
     const int bias = f->is_wide ? 128 : f->bias;
     uint8_t code[TILE_ROWS][32];
     for (int i = 0; i < n; i++)
-        for (int q = 0; q < 8; q++) memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
+        for (int q = 0; q < 8; q++)
+            memcpy(code[i] + 4 * q, o->code + 4 * (TILE_ROWS * q + r0 + i), 4);
     for (int i = 0; i < n; i++, out += cols)
         UNROLL for (int j = 0; j < 32; j += LANES) {
             int h = j / 16, r = r0 + i;
@@ -2295,6 +2303,7 @@ static void NAME(mul_codes)(const struct product *p)
             }
             if (wide) mul_all(&some, PANEL_WIDE);
             else if (f->has_halves) mul_all(&some, PANEL_HALVES);
+            else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_all(&some, PANEL_NIBBLES);
             else mul_all(&some, PANEL);
         }
 }
@@ -2302,10 +2311,14 @@ static void NAME(mul_codes)(const struct product *p)
 #if !HAS_PIECES
 /* ---- Floats ---- */
 
-/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers can
- * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes, and
- * with 8 lanes and 4 x 3 sums it loads 7 registers for 12 multiplications (2 x 2 sums in one pass: 8 for
- * 8). One row times one vector is a stream, and takes all lanes in one pass. */
+/* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers
+ * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes:
+ * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8). One
+ * row times one vector is a stream and takes all lanes in one pass.
+ * Of AVX2's peak in L1: F16 keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73,
+ * of 6,912 0.53 (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all
+ * tiles kept in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or
+ * 4 x 6: no gain. */
 #define mul_floats_part NAME(mul_floats_part)
 INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
@@ -2326,9 +2339,10 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
             for (int j = j0 + l; j < end; j += 16)
                 UNROLL for (int k = 0; k < NP; k++) {
                     floats xj[4];
-                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + j + LANES * k);
+                    int at = j + LANES * k;
+                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + at);
                     UNROLL for (int r = 0; r < NR; r++) {
-                        floats w = widen(type, rows + r * p->row_bytes + size * (size_t)(j + LANES * k));
+                        floats w = widen(type, rows + r * p->row_bytes + (size_t)size * at);
                         UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
                     }
                 }
@@ -2344,7 +2358,7 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
                 lane[i][r][j % 16] = fma_of(load_float(type, rows + r * p->row_bytes, j),
                                             x[i * p->x_stride + j], lane[i][r][j % 16]);
         float joined[4];
-        join_4(joined, lane[i][0], lane[i][NR > 1], lane[i][NR > 2 ? 2 : 0], lane[i][NR > 3 ? 3 : 0]);
+        join_4(joined, lane[i], NR);
         memcpy(p->acc[i0 + i] + r0, joined, NR * sizeof(float));
     }
 }
@@ -2355,7 +2369,8 @@ INLINE void mul_floats_of(const struct product *p, int type)
     enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
     int r = 0, i;
     for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
-        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) mul_floats_part(p, type, r, i, 4, NV);
+        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) /* 16 = 3 + 3 + 3 + 3 + 2 + 2 */
+            mul_floats_part(p, type, r, i, 4, NV);
         for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
         for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
     }
@@ -2372,7 +2387,8 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a slice
+ * for six queries widens each value four times for 16 queries, a whole one for two eight times. */
 #define mix_part NAME(mix_part)
 INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
@@ -2383,7 +2399,8 @@ INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int
         floats sum[8][4], v[4];
         float *out = m->out + q0 * m->out_stride + j;
         UNROLL for (int q = 0; q < NQ; q++)
-            UNROLL for (int k = 0; k < NP; k++) sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
+            UNROLL for (int k = 0; k < NP; k++)
+                sum[q][k] = load_floats(out + q * m->out_stride + LANES * k);
         for (int p = p0; p < end; p++) {
             const uint8_t *from = m->v + p * m->v_bytes + size * j;
             __builtin_prefetch(from + PREFETCH_STREAM);
@@ -2394,7 +2411,8 @@ INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int
             }
         }
         UNROLL for (int q = 0; q < NQ; q++)
-            UNROLL for (int k = 0; k < NP; k++) store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
+            UNROLL for (int k = 0; k < NP; k++)
+                store_floats(out + q * m->out_stride + LANES * k, sum[q][k]);
     }
 }
 
@@ -2579,7 +2597,7 @@ static int cpu_has(const char *isa)
 /* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
  * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
  * flush those, or a port may read its own floats in the order of a file's. */
-static const char *kernel_fault(const struct kernels *k)
+static __attribute__((noinline)) const char *kernel_fault(const struct kernels *k) /* 1 KB of stack */
 {
     static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
                                       0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
@@ -3257,7 +3275,7 @@ static int read_vocab(struct opening *o)
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
  * takes the place of its score. */
-static int rank_merges(const struct opening *o)
+static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 KB of stack */
 {
     float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;

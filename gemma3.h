@@ -1,7 +1,7 @@
 /* gemma3.h - Google's Gemma 3 in plain C: the library behind the gemma3 program.
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
- *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, gemma3_pool_*,
+ *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, the pool,
  *                              gemma3_default_threads, gemma3_memory_limit
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors about models and states
  *
@@ -21,7 +21,7 @@
  *     float *logits = malloc(n_vocab * sizeof *logits);
  *     int row = n - 1;                              // logits after the last token only
  *     for (int i = 0; i < 8; i++) {
- *         if (gemma3_forward(s, ids, n, &row, 1, logits)) { puts(gemma3_state_error(s)); return 1; }
+ *         if (gemma3_forward(s, ids, n, &row, 1, logits)) return puts(gemma3_state_error(s)), 1;
  *         ids[0] = gemma3_argmax(logits, n_vocab);
  *         char text[GEMMA3_PIECE_MAX];
  *         fwrite(text, 1, gemma3_decode(gemma3_model_tokenizer(m), ids[0], 0, text), stdout);
@@ -64,7 +64,7 @@ typedef struct gemma3_error {
     char text[512];
 } gemma3_error;
 
-/* ---- The model -------------------------------------------------------------------------------- */
+/* ---- The model ------------------------------------------------------------------------------- */
 
 /* What the file says about the model. Plain data: a test may change a number and see what breaks.
  * Right: GGUF key after "gemma3.", and transformers' name in config.json. */
@@ -82,7 +82,7 @@ typedef struct gemma3_config {
     float rope_base_global;  /* rope.freq_base                    rope_theta */
     float rope_base_local;   /* rope.freq_base_swa                rope_local_base_freq */
     float rope_factor;       /* rope.scaling.factor: global layers' angles are divided by it */
-    float query_scale;       /* 1/sqrt(head_dim), 27B: 1/sqrt(d_model/n_heads)  query_pre_attn_scalar */
+    float query_scale;       /* 1/sqrt(head_dim), 27B: of d_model/n_heads  query_pre_attn_scalar */
     float embedding_scale;   /* sqrt(d_model) */
     float final_softcap;     /* final_logit_softcapping, 0 when absent */
     uint8_t is_local[GEMMA3_MAX_LAYERS]; /* 1: sliding-window layer, 0: global   layer_types */
@@ -114,25 +114,26 @@ typedef struct gemma3_options {
  * overwritten while the model is used (replacing it by renaming another is safe). */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err);
 
-/* The same for a file's bytes in memory, which must outlive the model. name is used in errors and may
- * be NULL. */
+/* The same for a file's bytes in memory, which must outlive the model. name is used in errors and
+ * may be NULL. */
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err);
-void gemma3_close(gemma3_model *m);  /* of a model from _init: before its memory is used otherwise */
+void gemma3_close(gemma3_model *m);  /* of one from _init: before its memory is used otherwise */
 
-/* Reads n bytes at offset into buffer; writes n bytes after those before. 0, or -1 when it cannot. */
+/* Reads n bytes at offset into buffer; writes n bytes after those before. 0, or -1 when it
+ * cannot. */
 typedef int gemma3_read(void *user, uint64_t offset, void *buffer, size_t n);
 typedef int gemma3_write(void *user, const void *bytes, size_t n);
 
-/* Where a model file is. For machines whose memory is smaller than the file, only its beginning need
- * be in memory, if that has the whole header: weights behind it are read, 32 rows at a time and with
- * the same bits, whenever they are multiplied, so that a token costs the time of reading
+/* Where a model file is. For machines whose memory is smaller than the file, only its beginning
+ * need be in memory, if that has the whole header: weights behind it are read, 32 rows at a time
+ * and with the same bits, whenever they are multiplied, so that a token costs the time of reading
  * gemma3_model_token_bytes. */
 typedef struct gemma3_source {
     const void *data;        /* the file's first bytes, which must outlive the model */
     size_t n_data;           /* how many; without read it is the whole file */
     uint64_t size;           /* bytes of the file */
-    gemma3_read *read;       /* NULL, or reads the rest; all workers of a state may call it at once */
+    gemma3_read *read;       /* NULL, or reads the rest; several workers may call it at once */
     void *user;
     const char *name;        /* for errors, may be NULL */
     int is_mapped;           /* 1: data is a mapped file, which gemma3_close unmaps; of it only the
@@ -164,11 +165,12 @@ const char *gemma3_model_size_name(const gemma3_model *m);
 /* Sentences about keys that were not obeyed, because they contradict that size's definition; NULL
  * after the last. */
 const char *gemma3_model_note(const gemma3_model *m, int index);
-/* Where a field of gemma3_config comes from: "" the file, "default": it has no such key, "overridden":
- * a note says why. key is the one that stands beside the field, query_scale's "attention.scale". */
+/* Where a field of gemma3_config comes from: "" the file, "default": it has no such key,
+ * "overridden": a note says why. key is the one that stands beside the field, query_scale's
+ * "attention.scale". */
 const char *gemma3_model_origin(const gemma3_model *m, const char *key);
 size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
-size_t gemma3_model_token_bytes(const gemma3_model *m);  /* bytes of weights one decoded token reads */
+size_t gemma3_model_token_bytes(const gemma3_model *m);  /* of weights that a new token reads */
 
 /* A weight. data is as in the file where it lies there: with no_repack or exact, or floats. */
 typedef struct gemma3_tensor {
@@ -185,45 +187,47 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *out);
 /* Names of the kernels this CPU can run, best first; NULL after the last. */
 const char *gemma3_isa_name(int index);
 
-/* Threads that are worth having: the physical cores that this process, or its container, may use. */
+/* Threads that are worth having: the physical cores that this process, or its container, may
+ * use. */
 int gemma3_default_threads(void);
 
-/* Bytes of memory that this process may use: the machine's, its container's limit or the user's (ulimit
- * -v), whichever is least; 0 when the system does not say. */
+/* Bytes of memory that this process may use: the machine's, its container's limit or the user's
+ * (ulimit -v), whichever is least; 0 when the system does not say. */
 size_t gemma3_memory_limit(void);
 
-/* ---- A conversation --------------------------------------------------------------------------- */
+/* ---- A conversation -------------------------------------------------------------------------- */
 
 typedef enum gemma3_kv_type { GEMMA3_KV_F16 = 0, GEMMA3_KV_F32 = 1 } gemma3_kv_type;
 
 /* Called with every intermediate tensor, under llama.cpp's labels ("attn_norm", "Qcur", "l_out",
  * ...). layer is -1 outside the layers; data is [n][width], its first row belongs to position pos,
- * the others to those that follow. Only result_norm and result_output have the rows asked for alone:
- * pos is that of the first one. */
+ * the others to those that follow. Only result_norm and result_output have the rows asked for
+ * alone: pos is that of the first one. */
 typedef void gemma3_trace(void *user, const char *name, int layer, int pos, int n, int width,
                           float *data);
 
-/* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this tensor. */
+/* Those labels, as they come; NULL after the last. *in_layers: 1 when every layer has this
+ * tensor. */
 const char *gemma3_trace_label(int index, int *in_layers);
 
 typedef struct gemma3_params {
     int n_ctx;               /* tokens the cache can hold */
-    int n_batch;             /* tokens taken at once; more than GEMMA3_MAX_UBATCH count as that many */
+    int n_batch;             /* tokens taken at once, GEMMA3_MAX_UBATCH at most */
     gemma3_kv_type kv_type;
     int n_threads;           /* workers that parallel_for has, 1 without it */
     gemma3_parallel_for *parallel_for; /* NULL: one thread */
     void *pool;
     gemma3_trace *trace;     /* NULL: none */
     void *trace_user;
-    const gemma3_config *config; /* NULL: the model's. Or a copy of it with other numbers and the same
-                                    shapes, which must outlive the state */
+    const gemma3_config *config; /* NULL: the model's. Or a copy of it with other numbers and the
+                                    same shapes, which must outlive the state */
 } gemma3_params;
 
 /* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
 gemma3_params gemma3_default_params(const gemma3_model *m);
 
-/* Bytes of a state's cache, and of all of it, before anything is allocated. SIZE_MAX when they are more
- * than can be addressed. */
+/* Bytes of a state's cache, and of all of it, before anything is allocated. SIZE_MAX when they are
+ * more than can be addressed. */
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p);
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p);
 
@@ -247,14 +251,16 @@ const char *gemma3_state_error(const gemma3_state *s);
 int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
                    float *logits);
 
-/* Keeps a conversation: what save writes, load puts into a state of the same model and config, mode
- * and KV type, whatever its n_ctx, batch, threads and kernels, if it holds the tokens. What is
- * computed afterwards is the same to the bit. 0, or -1 and err; after a failed load the state is empty. */
+/* Keeps a conversation: what save writes, load puts into a state of the same model and config,
+ * mode and KV type, whatever its n_ctx, batch, threads and kernels, if it holds the tokens. What
+ * is computed afterwards is the same to the bit. 0, or -1 and err; after a failed load the state
+ * is empty. */
 int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
 int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
 
 /* Threads of the host, for parallel_for: they spin briefly, then sleep. One pool may serve several
- * states on several threads: their calls of gemma3_pool_run take turns (a task must not call it). */
+ * states on several threads: their calls of gemma3_pool_run take turns (a task must not call
+ * it). */
 typedef struct gemma3_pool gemma3_pool;
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err);
 void gemma3_pool_free(gemma3_pool *pool);

@@ -5,14 +5,14 @@
  *
  * Decoding reads every weight once for each token, and the keys and values that the token sees:
  *
- *     bytes of a token that is the p-th = weights + layers' K and V rows of min(p, window) positions
+ *     bytes of the p-th token = weights + layers' K and V rows of min(p, window) positions
  *                                      (local) or p positions (global)
  *
- * so it cannot be faster than those bytes over the memory's read bandwidth, which is measured in the
- * same run, by the same threads, between the repeats: machines are shared and their speed drifts. The
- * prompt is bound by arithmetic: two operations for each weight and token, against the multiply-add
- * peak of the instruction set in use (int8; float in exact mode). Everything is the median of the
- * repeats, with the least and the most beside it. Uses gemma3.h only. */
+ * so it cannot be faster than those bytes over the memory's read bandwidth, which is measured in
+ * the same run, by the same threads, between the repeats: machines are shared and their speed
+ * drifts. The prompt is bound by arithmetic: two operations for each weight and token, against the
+ * multiply-add peak of the instruction set in use (int8; float in exact mode). Everything is the
+ * median of the repeats, with the least and the most beside it. Uses gemma3.h only. */
 #if !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -192,7 +192,8 @@ static double multiply_peak(const char *isa, int exact, int n_threads, gemma3_po
 
 static size_t kv_bytes_at(const gemma3_config *c, int n_pos, int kv_type)
 {
-    size_t row = 2 * (size_t)c->n_kv_heads * c->head_dim * (kv_type == GEMMA3_KV_F32 ? 4 : 2), rows = 0;
+    size_t row = 2 * (size_t)c->n_kv_heads * c->head_dim * (kv_type == GEMMA3_KV_F32 ? 4 : 2),
+           rows = 0;
     for (int l = 0; l < c->n_layers; l++)
         rows += (size_t)(c->is_local[l] && n_pos > c->window ? c->window : n_pos);
     return rows * row;
@@ -201,7 +202,8 @@ static size_t kv_bytes_at(const gemma3_config *c, int n_pos, int kv_type)
 /* Weights that each token of a prompt meets: the layers' matrices. */
 static double layer_weights(const gemma3_config *c)
 {
-    double d = c->d_model, q = (double)c->n_heads * c->head_dim, kv = (double)c->n_kv_heads * c->head_dim;
+    double d = c->d_model, q = (double)c->n_heads * c->head_dim,
+           kv = (double)c->n_kv_heads * c->head_dim;
     return c->n_layers * (2 * d * q + 2 * d * kv + 3 * d * c->d_ff);
 }
 
@@ -281,15 +283,18 @@ static void measure_once(struct bench *b)
 {
     const struct args *a = &b->a;
     record(&b->bandwidth, read_bandwidth(b->pool, b->buffer, b->sink));
-    record(&b->peak, multiply_peak(gemma3_model_isa(b->m), a->options.exact, a->n_threads, b->pool));
+    record(&b->peak,
+           multiply_peak(gemma3_model_isa(b->m), a->options.exact, a->n_threads, b->pool));
     gemma3_state_reset(b->s);
-    record(&b->prompt, a->n_prompt / seconds_of(b->s, b->ids, a->n_prompt, b->p.n_batch, b->logits));
+    record(&b->prompt,
+           a->n_prompt / seconds_of(b->s, b->ids, a->n_prompt, b->p.n_batch, b->logits));
     gemma3_state_reset(b->s);
     record(&b->decode[0], a->n_decode / seconds_of(b->s, b->ids, a->n_decode, 1, b->logits));
     for (int k = 0; k < a->n_depths; k++) {
         int more = a->depth[k] - gemma3_state_pos(b->s);
         if (more > 0) seconds_of(b->s, b->ids, more, b->p.n_batch, b->logits);
-        record(&b->decode[1 + k], a->n_decode / seconds_of(b->s, b->ids, a->n_decode, 1, b->logits));
+        record(&b->decode[1 + k],
+               a->n_decode / seconds_of(b->s, b->ids, a->n_decode, 1, b->logits));
     }
 }
 
@@ -307,8 +312,9 @@ static void print_decode(struct bench *b, int k)
     snprintf(name, sizeof name, k ? "decode tg%d after %d" : "decode tg%d", a->n_decode, depth);
     int n = snprintf(note, sizeof note, "%.1f GB/s, %.2f of read bandwidth", rate * bytes / 1e9,
                      rate * bytes / 1e9 / median(&b->bandwidth));
-    if (k) snprintf(note + n, sizeof note - (size_t)n, "; cost model %.4g: x%.2f", rate0 * bytes0 / bytes,
-                    rate / (rate0 * bytes0 / bytes));
+    if (k)
+        snprintf(note + n, sizeof note - (size_t)n, "; cost model %.4g: x%.2f",
+                 rate0 * bytes0 / bytes, rate / (rate0 * bytes0 / bytes));
     print_row(name, &b->decode[k], "tokens/s", note);
 }
 
@@ -319,14 +325,19 @@ static void print_table(struct bench *b, long rss)
     size_t token_bytes = gemma3_model_token_bytes(b->m), weights = gemma3_model_weight_bytes(b->m);
     double products = 2 * layer_weights(c), peak = median(&b->peak);
     char note[128];
-    printf("%s: %d layers, d_model %d, mode %s, isa %s, %d threads, %d repeats\n", a->model, c->n_layers,
-           c->d_model, a->options.exact ? "exact" : "default", gemma3_model_isa(b->m), a->n_threads, a->n_repeats);
-    printf("weights %.1f MB, read for each token %.1f MB; peak RSS %ld MiB for the model and a context of %d\n\n",
+    printf("%s: %d layers, d_model %d, mode %s, isa %s, %d threads, %d repeats\n", a->model,
+           c->n_layers, c->d_model, a->options.exact ? "exact" : "default", gemma3_model_isa(b->m),
+           a->n_threads, a->n_repeats);
+    printf("weights %.1f MB, read for each token %.1f MB; peak RSS %ld MiB for the model and a "
+           "context of %d\n\n",
            (double)weights / 1e6, (double)token_bytes / 1e6, rss, b->p.n_ctx);
-    printf("| %-26s | %9s | %22s | %-8s | %s |\n", "what", "median", "least .. most", "unit", "beside the limit");
+    printf("| %-26s | %9s | %22s | %-8s | %s |\n", "what", "median", "least .. most", "unit",
+           "beside the limit");
     printf("|---|---|---|---|---|\n");
     print_row("machine: read bandwidth", &b->bandwidth, "GB/s", "");
-    if (peak > 0) print_row("machine: multiply-add peak", &b->peak, "Gop/s", a->options.exact ? "float" : "int8");
+    if (peak > 0)
+        print_row("machine: multiply-add peak", &b->peak, "Gop/s",
+                  a->options.exact ? "float" : "int8");
     snprintf(note, sizeof note, "%.2f s/GB", median(&b->load) / ((double)weights / 1e9));
     print_row("load", &b->load, "s", note);
     double done = median(&b->prompt) * products / 1e9;
@@ -364,8 +375,12 @@ static void read_depths(struct args *a, const char *text)
 
 static struct args read_args(int argc, char **argv)
 {
-    struct args a = {.n_threads = gemma3_default_threads(), .n_repeats = 5, .n_decode = 64, .n_prompt = 512,
-                     .n_depths = 1, .depth = {4096}};
+    struct args a = {.n_threads = gemma3_default_threads(),
+                     .n_repeats = 5,
+                     .n_decode = 64,
+                     .n_prompt = 512,
+                     .n_depths = 1,
+                     .depth = {4096}};
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(name, "--exact")) a.options.exact = 1;
@@ -384,8 +399,9 @@ static struct args read_args(int argc, char **argv)
         }
     }
     if (!a.model) {
-        fprintf(stderr, "usage: bench MODEL.gguf [-t THREADS] [-r REPEATS] [-n TOKENS] [-p TOKENS]\n"
-                        "             [-d DEPTH,DEPTH...] [--isa NAME] [--exact] [--no-repack]\n");
+        fprintf(stderr,
+                "usage: bench MODEL.gguf [-t THREADS] [-r REPEATS] [-n TOKENS] [-p TOKENS]\n"
+                "             [-d DEPTH,DEPTH...] [--isa NAME] [--exact] [--no-repack]\n");
         exit(2);
     }
     return a;

@@ -1,108 +1,17 @@
 #!/usr/bin/env perl
 # build.t - the sources build everywhere without a warning, and every build computes the same bits.
 #
-# Compilers and optimisation levels here; aarch64 under qemu; AVX-512 through SIMDe's portable
-# intrinsics where the CPU lacks it (TEST_SIMDE=1: anywhere). What a machine has no tool for is skipped
-# by name.
+# Compilers and optimisation levels of this machine; AVX-512 through SIMDe's portable intrinsics where
+# the CPU lacks it (TEST_SIMDE=1: anywhere). What a machine has no tool for is skipped by name. Other
+# machines: ports.t.
 use strict;
 use warnings;
 use Cwd qw(getcwd);
-use File::Temp qw(tempdir);
 use Test::More;
+require "./test/builds.pl";
+our ($dir, @rules, @libs, %contract);
 
-my $dir   = tempdir(CLEANUP => 1);
-my $top   = getcwd();
-my @rules = qw(-Wall -Wextra -Wpedantic);
-my @libs  = qw(-lm -lpthread);
-
-# The bits of contract 1: the model, --exact or not, the SHA-256 of the logits of all its ids.
-my %contract = (
-    "tiny"               => "39f39df698d4d1de4b008d00b3ceb1db7b0056ade305b4a4d58cd40e91921eaf",
-    "tiny --exact"       => "e3f2b7a10f37de6bab905d62dd88d734b81246a88b37cedef78c55c27b3b8a74",
-    "tiny-62"            => "74d6d2d141b97f4b40f2b158e7bd59e283450aa57fddafa685d31494a031e24c",
-    "tiny-62 --exact"    => "cfe2cfb1038ccb2edf541d66ae2485e10a15f673df313edcce691828a78ed9c9",
-    "tiny-mixed"         => "13e3d6bb17ccbbd0a5a5898eb39017f7c8b451f61f3f2e26015847beb9d3a591",
-    "tiny-mixed --exact" => "8487b7a93c6546d8fc565237c92f26d0914a119dac5584f59c49be3e173676c5",
-);
-
-# ---- Helpers -------------------------------------------------------------------------------------
-
-sub tool {
-    my ($name) = @_;
-    for (split /:/, $ENV{PATH}) { return 1 if -x "$_/$name" && !-d _ }
-    return 0;
-}
-
-# What a command prints on both streams, and its exit status.
-sub run {
-    my (@command) = @_;
-    my $pid = open(my $out, "-|") // die "fork: $!";
-    if (!$pid) {
-        open STDERR, ">&", \*STDOUT;
-        exec @command or exit 127;
-    }
-    local $/;
-    my $text = <$out> // "";
-    close $out;
-    return ($text, $? >> 8 || $? & 127);
-}
-
-# Runs several builds, two at a time, because compiling is most of this test. Each is [name, command];
-# returns name => [what it printed, status].
-sub run_all {
-    my (@jobs) = @_;
-    my (%running, $n);
-    my $wait = sub { delete $running{ +wait } };
-    for my $job (@jobs) {
-        $wait->() if keys %running >= 2;
-        my $log = "$dir/log-" . $n++;
-        my ($name, @command) = @$job;
-        my $pid = fork // die "fork: $!";
-        if (!$pid) {
-            open STDOUT, ">", $log;
-            open STDERR, ">&", \*STDOUT;
-            exec "sh", "-c", '"$@"; echo "status $?"', "sh", @command;
-        }
-        $running{$pid} = 1;
-        push @$job, $log;
-    }
-    $wait->() while keys %running;
-    my %result;
-    for my $job (@jobs) {
-        open my $f, "<", $job->[-1] or die "$job->[-1]: $!";
-        my $text = do { local $/; <$f> };
-        my ($status) = $text =~ s/status (\d+)\n\z// ? $1 : 1;
-        $result{ $job->[0] } = [$text, $status];
-    }
-    return %result;
-}
-
-sub hash_of {
-    my ($program, $case, @more) = @_;
-    my ($model, @mode) = split / /, $case;
-    my ($text) = run(@$program, "-m", "test/data/$model.gguf", "--ids", "test/data/$model.ids", "--hash",
-        "-t", "2", @mode, @more);
-    return $text =~ /^contract 1 .*sha256 ([0-9a-f]{64})$/m ? $1 : $text;
-}
-
-sub computes_the_contract {
-    my ($name, $program, @more) = @_;
-    my %wrong;
-    for my $case (sort keys %contract) {
-        my $got = hash_of($program, $case, @more);
-        $wrong{$case} = $got if $got ne $contract{$case};
-    }
-    ok(!%wrong, "$name: the bits of the contract");
-    diag("$_: $wrong{$_}") for sort keys %wrong;
-}
-
-sub spew {
-    my ($name, $text) = @_;
-    open my $f, ">", "$dir/$name" or die "$dir/$name: $!";
-    print $f $text;
-    close $f;
-    return "$dir/$name";
-}
+my $top = getcwd();
 
 my @compilers = grep { tool($_) } qw(gcc clang);
 @compilers = ($ENV{CC} // "cc") if !@compilers;
@@ -266,36 +175,6 @@ SKIP: {
     is($text, "", "$cxx: gemma3.h is C++ too");
     host_computes_the_contract("a C++ program", $cc, "-no-pie", "-o", "$dir/host", "$dir/host.o",
         "$dir/$compilers[0]-library.o", "$dir/$compilers[0]-tokenizer.o", @libs);
-}
-
-# ---- aarch64 -------------------------------------------------------------------------------------
-
-SKIP: {
-    my $cross = "aarch64-linux-gnu-gcc";
-    skip "no $cross", 12 if !tool($cross);
-    my @options = ("-std=c11", "-O2", "-static", @rules);
-    my %arm = run_all(["gemma3", $cross, @options, "-o", "$dir/arm-gemma3", "gemma3.c", "tokenizer.c", @libs],
-        ["kernels", $cross, @options, "-o", "$dir/arm-kernels", "test/kernels.c", "tokenizer.c", @libs]);
-    is("@{$arm{$_}}", " 0", "aarch64: $_ builds without a word") for qw(gemma3 kernels);
-    skip "no qemu-aarch64", 10 if !tool("qemu-aarch64");
-
-    my @max = ("qemu-aarch64", "-cpu", "max");
-    my ($list) = run(@max, "$dir/arm-gemma3", "--isa", "list");
-    is($list, "i8mm\ndotprod\nneon\nscalar\n", "aarch64: a CPU with everything has all kernels");
-    computes_the_contract("aarch64 --isa $_", [@max, "$dir/arm-gemma3"], "--isa", $_)
-        for qw(i8mm dotprod neon scalar);
-    my ($text, $status) = run(@max, "$dir/arm-kernels");
-    is($status, 0, "aarch64: every kernel is its definition");
-    diag(grep { /^not ok|^#/ } map { "$_\n" } split /\n/, $text) if $status;
-
-    my @old = ("qemu-aarch64", "-cpu", "cortex-a53");
-    ($list) = run(@old, "$dir/arm-gemma3", "--isa", "list");
-    is($list, "neon\nscalar\n", "aarch64: an old CPU has neon alone");
-    computes_the_contract("aarch64, an old CPU", [@old, "$dir/arm-gemma3"]);
-    ($text, $status) = run(@old, "$dir/arm-gemma3", "-m", "test/data/tiny.gguf", "-p", "a", "-n", "1",
-        "--isa", "i8mm");
-    ok($status && $text =~ /i8mm/, "aarch64: and refuses kernels it lacks by name");
-    ok($text !~ /illegal instruction/i, "aarch64: without trying them");
 }
 
 # ---- AVX-512 without AVX-512 ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ typedef struct setting {
     const char *isa;
 } setting;
 
-/* ---- Running ---------------------------------------------------------------------------------- */
+/* ---- Running ------------------------------------------------------------------------------- */
 
 static gemma3_model *open_model(const fixture *f, setting s)
 {
@@ -98,12 +98,12 @@ static float *run(const fixture *f, setting s)
 static void same_bits(const fixture *f, setting s, const float *want, const char *what)
 {
     float *got = run(f, s);
-    is_bits(got, want, logits_bytes(f), "%s, %s: %s", f->name, s.mode == EXACT ? "exact" : "default",
-            what);
+    is_bits(got, want, logits_bytes(f), "%s, %s: %s", f->name,
+            s.mode == EXACT ? "exact" : "default", what);
     free(got);
 }
 
-/* ---- Agreement -------------------------------------------------------------------------------- */
+/* ---- Agreement ----------------------------------------------------------------------------- */
 
 static void exact_mode_agrees_with_transformers(const fixture *f)
 {
@@ -160,13 +160,13 @@ static void half_precision_cache_costs_little(const fixture *f)
            "%s, %s: an F16 cache changes the logits by a mean KL of %.2g", f->name,
            mode == EXACT ? "exact" : "default", a.mean_kl);
         float *own = run(f, (setting){ .mode = mode });
-        is_bits(own, mode == EXACT ? single : half, logits_bytes(f), "%s: the mode's own cache is %s",
-                f->name, mode == EXACT ? "F32" : "F16");
+        is_bits(own, mode == EXACT ? single : half, logits_bytes(f),
+                "%s: the mode's own cache is %s", f->name, mode == EXACT ? "F32" : "F16");
         free(half), free(single), free(own);
     }
 }
 
-/* ---- What the bits do not depend on ----------------------------------------------------------- */
+/* ---- What the bits do not depend on -------------------------------------------------------- */
 
 static void nothing_else_changes_a_bit(const fixture *f, int mode)
 {
@@ -188,7 +188,7 @@ static void nothing_else_changes_a_bit(const fixture *f, int mode)
         snprintf(what, sizeof what, "%d threads, one token at a time", t);
         same_bits(f, (setting){ .mode = mode, .n_threads = t, .chunk = 1 }, want, what);
     }
-    same_bits(f, (setting){ .mode = mode, .no_repack = 1 }, want, "weights as they lie in the file");
+    same_bits(f, (setting){.mode = mode, .no_repack = 1}, want, "weights as they lie in the file");
     same_bits(f, (setting){ .mode = mode, .n_ctx = 200 }, want, "a longer context");
     for (int i = 0; gemma3_isa_name(i); i++) {
         for (int no_repack = 0; no_repack <= 1; no_repack++)
@@ -285,7 +285,8 @@ static void *pooled_talk_main(void *arg)
     gemma3_params p = params_of(t->f, t->m, (setting){ .chunk = t->chunk });
     p.pool = t->pool, p.parallel_for = gemma3_pool_run, p.n_threads = 3;
     gemma3_state *st = gemma3_state_new(t->m, &p, NULL);
-    for (int i = 0; i < 20 && !t->failed; i++, gemma3_state_reset(st)) t->failed = run_state(st, t->f, t->chunk, t->out);
+    for (int i = 0; i < 20 && !t->failed; i++, gemma3_state_reset(st))
+        t->failed = run_state(st, t->f, t->chunk, t->out);
     gemma3_state_free(st);
     return NULL;
 }
@@ -300,7 +301,8 @@ static void two_states_share_a_pool(const fixture *f)
     for (int i = 0; i < 2; i++) pthread_create(&thread[i], NULL, pooled_talk_main, &t[i]);
     for (int i = 0; i < 2; i++) pthread_join(thread[i], NULL);
     for (int i = 0; i < 2; i++) {
-        is_bits(t[i].out, want, logits_bytes(f), "%s: one pool for two threads, thread %d", f->name, i);
+        is_bits(t[i].out, want, logits_bytes(f), "%s: one pool for two threads, thread %d", f->name,
+                i);
         free(t[i].out);
     }
     gemma3_pool_free(pool);
@@ -308,7 +310,8 @@ static void two_states_share_a_pool(const fixture *f)
     free(want);
 }
 
-/* Flush-to-zero and denormals-are-zero of this thread; -1 asks. Returns what it was, -1: no such bits. */
+/* Flush-to-zero and denormals-are-zero of this thread; -1 asks. Returns what it was, -1: no such
+ * bits. */
 static int flush_to_zero(int on)
 {
 #if defined(HAVE_X86)
@@ -326,8 +329,8 @@ static int flush_to_zero(int on)
 #endif
 }
 
-/* The caller may have left another rounding mode, or subnormal numbers off; that is neither used, by
- * this thread or by those of a pool, nor lost. */
+/* The caller may have left another rounding mode, or subnormal numbers off; that is neither used,
+ * by this thread or by those of a pool, nor lost. */
 static void the_callers_arithmetic_is_not_used(const fixture *f)
 {
     for (int mode = DEFAULT; mode <= EXACT; mode++) {
@@ -363,14 +366,16 @@ static void a_file_in_memory_is_a_file(const fixture *f)
     for (int no_repack = 0; no_repack <= 1; no_repack++) {
         gemma3_options o = { .no_repack = no_repack };
         gemma3_model *m = gemma3_open_memory(data, size, f->path, &o, &err);
-        if (!ok(m != NULL && run_model(m, f, s, got) == 0, "%s: opens from memory", f->name)) diag("%s", err.text);
-        is_bits(got, want, logits_bytes(f), "%s: the same from memory%s", f->name, no_repack ? ", not repacked" : "");
+        if (!ok(m != NULL && run_model(m, f, s, got) == 0, "%s: opens from memory", f->name))
+            diag("%s", err.text);
+        is_bits(got, want, logits_bytes(f), "%s: the same from memory%s", f->name,
+                no_repack ? ", not repacked" : "");
         gemma3_close(m);
     }
     free(data), free(want), free(got);
 }
 
-/* ---- Memory ----------------------------------------------------------------------------------- */
+/* ---- Memory -------------------------------------------------------------------------------- */
 
 static void a_state_lives_in_the_callers_memory(const fixture *f)
 {
@@ -420,15 +425,15 @@ static void the_caches_size_follows_the_window(const fixture *f)
            f->name);
     size_t want = token * (100 * n_global + (c->window + 3) * (c->n_layers - n_global));
     ok(small >= want && small < want + 64 * (size_t)c->n_layers * 2,
-       "%s: a local layer holds window + batch - 1 tokens (%zu bytes in all, at least %zu)", f->name,
-       small, want);
+       "%s: a local layer holds window + batch - 1 tokens (%zu bytes in all, at least %zu)",
+       f->name, small, want);
     p.kv_type = GEMMA3_KV_F32;
-    ok(gemma3_kv_bytes(c, &p) >= 2 * large - 64 * (size_t)c->n_layers * 2, "%s: F32 takes twice F16",
-       f->name);
+    ok(gemma3_kv_bytes(c, &p) >= 2 * large - 64 * (size_t)c->n_layers * 2,
+       "%s: F32 takes twice F16", f->name);
     gemma3_close(m);
 }
 
-/* ---- Mistakes --------------------------------------------------------------------------------- */
+/* ---- Mistakes ------------------------------------------------------------------------------ */
 
 static void what_cannot_be_done_is_refused(const fixture *f)
 {
@@ -460,7 +465,8 @@ static void what_cannot_be_done_is_refused(const fixture *f)
     memset(c->is_local, 0, sizeof c->is_local);
     ok(gemma3_kv_bytes(c, &large) == SIZE_MAX && gemma3_state_size(m, &large) == SIZE_MAX,
        "%s: a size beyond all addresses does not wrap", f->name);
-    ok(!gemma3_state_new(m, &large, &err) && strstr(err.text, "more memory than"), "%s: and is refused", f->name);
+    ok(!gemma3_state_new(m, &large, &err) && strstr(err.text, "more memory than"),
+       "%s: and is refused", f->name);
     ok(!gemma3_state_init(m, &large, got, SIZE_MAX, &err) && strstr(err.text, "more memory than"),
        "%s: whatever memory is given", f->name);
     *c = own;
@@ -468,12 +474,13 @@ static void what_cannot_be_done_is_refused(const fixture *f)
     ok(!gemma3_state_new(m, &p, &err) && err.text[0], "%s: no context: %s", f->name, err.text);
     gemma3_options o = { .isa = "abacus" };
     err.text[0] = 0;
-    ok(!gemma3_open(f->path, &o, &err) && err.text[0], "%s: kernels unheard of: %s", f->name, err.text);
+    ok(!gemma3_open(f->path, &o, &err) && err.text[0], "%s: kernels unheard of: %s", f->name,
+       err.text);
     gemma3_close(m);
     free(want), free(got);
 }
 
-/* ---- The cache forgets ------------------------------------------------------------------------ */
+/* ---- The cache forgets --------------------------------------------------------------------- */
 
 /* With local layers alone, position 0 reaches layers * (window - 1) tokens far and no further. */
 static void a_local_layer_forgets_what_left_the_window(const fixture *f)
@@ -492,7 +499,8 @@ static void a_local_layer_forgets_what_left_the_window(const fixture *f)
         int reach = c->n_layers * (c->window - 1), differ = 0;
         for (int i = 0; i < reach - 3; i++)
             differ += memcmp(a + (size_t)i * f->n_vocab, b + (size_t)i * f->n_vocab, row) != 0;
-        ok(!failed && differ == reach - 3, "%s: position 0 is seen %d tokens on", f->name, reach - 4);
+        ok(!failed && differ == reach - 3, "%s: position 0 is seen %d tokens on", f->name,
+           reach - 4);
         size_t rest = (size_t)(f->n - reach - 1) * row;
         is_bits(a + (size_t)(reach + 1) * f->n_vocab, b + (size_t)(reach + 1) * f->n_vocab, rest,
                 "%s: and no further than %d, in pieces of %d", f->name, reach, chunk);
@@ -501,7 +509,7 @@ static void a_local_layer_forgets_what_left_the_window(const fixture *f)
     gemma3_close(m);
 }
 
-/* ---- Looking inside --------------------------------------------------------------------------- */
+/* ---- Looking inside ------------------------------------------------------------------------ */
 
 static const char *const labels[] = {
     "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
@@ -520,7 +528,8 @@ static int width_of(const gemma3_config *c, const char *name)
 {
     if (!strncmp(name, "Qcur", 4) || !strcmp(name, "kqv_out")) return c->n_heads * c->head_dim;
     if (!strncmp(name, "Kcur", 4) || !strcmp(name, "Vcur")) return c->n_kv_heads * c->head_dim;
-    if (!strcmp(name, "ffn_gate") || !strcmp(name, "ffn_up") || !strcmp(name, "ffn_geglu")) return c->d_ff;
+    if (!strcmp(name, "ffn_gate") || !strcmp(name, "ffn_up") || !strcmp(name, "ffn_geglu"))
+        return c->d_ff;
     return !strcmp(name, "result_output") ? c->n_vocab : c->d_model;
 }
 
@@ -556,8 +565,8 @@ static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
     is_bits(traced, want, logits_bytes(f), "%s: result_output is the logits", f->name);
     for (int k = 0; k < N_LABELS; k++) {
         int outside = !strcmp(labels[k], "inp_scaled") || !strncmp(labels[k], "result", 6);
-        is_int(sight.rows[k], f->n * (outside ? 1 : c->n_layers), "%s: %s of every token%s", f->name, labels[k],
-               outside ? "" : " and layer");
+        is_int(sight.rows[k], f->n * (outside ? 1 : c->n_layers), "%s: %s of every token%s",
+               f->name, labels[k], outside ? "" : " and layer");
     }
     is_int(sight.unknown, 0, "%s: no other names", f->name);
     int n_named = 0, in_layers;
@@ -565,7 +574,8 @@ static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
     for (; (label = gemma3_trace_label(n_named, &in_layers)); n_named++) {
         int k = 0;
         while (k < N_LABELS && strcmp(labels[k], label)) k++;
-        ok(k < N_LABELS && in_layers == (sight.rows[k] > f->n), "%s: %s is announced", f->name, label);
+        ok(k < N_LABELS && in_layers == (sight.rows[k] > f->n), "%s: %s is announced", f->name,
+           label);
     }
     is_int(n_named, N_LABELS, "%s: and no other", f->name);
     is_int(sight.misplaced, 0, "%s: at its layer and position", f->name);
@@ -575,18 +585,20 @@ static void a_trace_shows_every_layer_and_changes_nothing(const fixture *f)
     free(want), free(got), free(traced);
 }
 
-/* The heads of layer 0's first token: position 0 turns nothing, so before and after rope is the same there
- * and, at every other position, only the length of each pair. */
+/* The heads of layer 0's first token: position 0 turns nothing, so before and after rope is the
+ * same there and, at every other position, only the length of each pair. */
 typedef struct turned {
     float normed[2][8 * 128]; /* Q and K */
     int n_same, n_other, n_longer, half;
 } turned;
 
-static void look_at_heads(void *user, const char *name, int layer, int pos, int n, int width, float *x)
+static void look_at_heads(void *user, const char *name, int layer, int pos, int n, int width,
+                          float *x)
 {
     turned *t = user;
     int k = name[0] == 'K';
-    if (layer != 0 || pos != 0 || n != 8 || (strncmp(name, "Qcur", 4) && strncmp(name, "Kcur", 4))) return;
+    if (layer != 0 || pos != 0 || n != 8 || (strncmp(name, "Qcur", 4) && strncmp(name, "Kcur", 4)))
+        return;
     if (strstr(name, "_raw")) return;
     size_t size = (size_t)n * width;
     if (!strcmp(name + 4, "_normed")) {
@@ -644,7 +656,8 @@ typedef struct first_row {
     int pos, n, calls;
 } first_row;
 
-static void look_at_rows(void *user, const char *name, int layer, int pos, int n, int width, float *x)
+static void look_at_rows(void *user, const char *name, int layer, int pos, int n, int width,
+                         float *x)
 {
     first_row *r = user;
     (void)layer, (void)width, (void)x;
@@ -660,8 +673,10 @@ static void results_are_of_the_rows_asked_for(const fixture *f)
     gemma3_state *st = gemma3_state_new(m, &p, NULL);
     float *some = new_logits(f);
     const int rows[2] = { 2, 5 };
-    int failed = gemma3_forward(st, f->ids, 4, NULL, 0, NULL) || gemma3_forward(st, f->ids + 4, 8, rows, 2, some);
-    ok(!failed && r.calls == 2, "%s: result_norm and result_output come when rows are asked for", f->name);
+    int failed = gemma3_forward(st, f->ids, 4, NULL, 0, NULL) ||
+                 gemma3_forward(st, f->ids + 4, 8, rows, 2, some);
+    ok(!failed && r.calls == 2, "%s: result_norm and result_output come when rows are asked for",
+       f->name);
     is_int(r.n, 2, "%s: as many", f->name);
     is_int(r.pos, 6, "%s: with the first one's position", f->name);
     gemma3_state_free(st);
@@ -669,7 +684,7 @@ static void results_are_of_the_rows_asked_for(const fixture *f)
     free(some);
 }
 
-/* ---- The configuration ------------------------------------------------------------------------ */
+/* ---- The configuration --------------------------------------------------------------------- */
 
 static void missing_keys_have_their_defaults(const fixture *mixed)
 {
@@ -703,23 +718,28 @@ static void softcap(gemma3_config *c) { c->final_softcap = 5; }
 static void first_layer_global(gemma3_config *c) { c->is_local[0] = 0; }
 static void all_layers_local(gemma3_config *c) { memset(c->is_local, 1, sizeof c->is_local); }
 
-/* A test that could not see these would prove little: each is far outside what exact mode allows. */
+/* A test that could not see these would prove little: each is far outside what exact mode
+ * allows. */
 static void every_number_of_the_configuration_counts(const fixture *f)
 {
-    static const mistake mistakes[] = {
-        { "a window wider by one", wider_window }, { "no RoPE factor", other_factor },
-        { "the local base in global layers", other_global_base },
-        { "the global base in local layers", other_local_base }, { "another query scale", other_query_scale },
-        { "another eps", other_eps }, { "no embedding scale", other_embedding_scale },
-        { "a softcap", softcap }, { "a first layer that is global", first_layer_global },
-        { "no global layer", all_layers_local } };
+    static const mistake mistakes[] = {{"a window wider by one", wider_window},
+                                       {"no RoPE factor", other_factor},
+                                       {"the local base in global layers", other_global_base},
+                                       {"the global base in local layers", other_local_base},
+                                       {"another query scale", other_query_scale},
+                                       {"another eps", other_eps},
+                                       {"no embedding scale", other_embedding_scale},
+                                       {"a softcap", softcap},
+                                       {"a first layer that is global", first_layer_global},
+                                       {"no global layer", all_layers_local}};
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++) {
         float *got = new_logits(f);
         gemma3_model *m = open_model(f, (setting){ .mode = EXACT });
         mistakes[i].make((gemma3_config *)(uintptr_t)gemma3_model_config(m));
         int failed = run_model(m, f, (setting){ .mode = EXACT }, got);
         agreement a = agree(f->want, got, f->n, f->n_vocab);
-        ok(!failed && a.mean_kl > 1e-8, "%s: %s would be seen, mean KL %.2g", f->name, mistakes[i].what, a.mean_kl);
+        ok(!failed && a.mean_kl > 1e-8, "%s: %s would be seen, mean KL %.2g", f->name,
+           mistakes[i].what, a.mean_kl);
         gemma3_close(m);
         free(got);
     }

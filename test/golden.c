@@ -1,10 +1,10 @@
-/* golden.c - trained models against what transformers computes in float32, and against the bits of the
- * contract: the small one that comes with the source, and the real Gemma 3 270M, which is fetched by
- * make weights/gemma-3-270m-q4_k_m.gguf
+/* golden.c - trained models against what transformers computes in float32, and against the bits of
+ * the contract: the small one that comes with the source, and the real Gemma 3 270M, which is fetched
+ * by make weights/gemma-3-270m-q4_k_m.gguf
  *
  * data/golden-*.vec have, for each text:  ids;  nll of each next id;  lse, log of the sum of exp;
- * "top POS" sixteen ids and their logits;  "row POS STEP N" every STEP-th logit. Of each model at least
- * one text is longer than twice its window.
+ * "top POS" sixteen ids and their logits;  "row POS STEP N" every STEP-th logit. Of each model at
+ * least one text is longer than twice its window.
  */
 #include "../gemma3.h"
 
@@ -108,7 +108,9 @@ static engine engine_new(const char *path, int exact, const char *isa)
     if (e.pool) e.model = gemma3_open(path, &o, &err);
     if (e.model) {
         gemma3_params p = gemma3_default_params(e.model);
-        p.n_ctx = MAX_IDS < gemma3_model_config(e.model)->n_ctx_train ? MAX_IDS : gemma3_model_config(e.model)->n_ctx_train;
+        p.n_ctx = MAX_IDS < gemma3_model_config(e.model)->n_ctx_train
+                      ? MAX_IDS
+                      : gemma3_model_config(e.model)->n_ctx_train;
         p.n_threads = n_threads, p.parallel_for = gemma3_pool_run, p.pool = e.pool;
         e.state = gemma3_state_new(e.model, &p, &err);
         e.n_vocab = gemma3_model_config(e.model)->n_vocab;
@@ -190,7 +192,8 @@ static int run(engine *e, const text *t, seen *s)
     gemma3_sha256_init(&s->hash);
     gemma3_state_reset(e->state);
     for (int i = 0; i < t->n; i += GEMMA3_MAX_UBATCH) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, n = t->n - i < GEMMA3_MAX_UBATCH ? t->n - i : GEMMA3_MAX_UBATCH;
+        int rows[GEMMA3_MAX_UBATCH],
+            n_rows = 0, n = t->n - i < GEMMA3_MAX_UBATCH ? t->n - i : GEMMA3_MAX_UBATCH;
         for (int k = 0; k < n; k++)
             if (t->row[i + k] || (exact && t->top[i + k])) rows[n_rows++] = k;
         if (gemma3_forward(e->state, t->ids + i, n, rows, n_rows, e->logits))
@@ -280,7 +283,9 @@ int main(void)
     for (size_t k = 0; k < sizeof goldens / sizeof *goldens; k++) {
         FILE *f = fopen(goldens[k].model, "rb");
         if (f) fclose(f), computes_what_it_should(&goldens[k]);
-        else if (k) skip(1, "no weights/gemma-3-270m-q4_k_m.gguf: make weights/gemma-3-270m-q4_k_m.gguf fetches it");
+        else if (k)
+            skip(1, "no weights/gemma-3-270m-q4_k_m.gguf: make weights/gemma-3-270m-q4_k_m.gguf "
+                    "fetches it");
         else ok(0, "%s, which comes with the source, is there", goldens[k].model);
     }
     return done_testing();

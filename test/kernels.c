@@ -485,7 +485,7 @@ static int scales_of(const struct format *f, int at[2])
     return 0;
 }
 
-enum { ORDINARY, EXTREME, ANY_BYTES, WEIGHT_KINDS };
+enum { ORDINARY, EXTREME, RANDOM, WEIGHT_KINDS };
 static const char *const kind_names[] = { "ordinary", "extreme", "any" };
 
 /* Blocks with random codes and small scales; with one byte all over and the largest scales; or with
@@ -504,7 +504,7 @@ static void fill_weights(const struct format *f, uint8_t *data, size_t n_blocks,
             if (f->type == F32) store_u32_le(data, bits_of(x));
             else store_u16_le(data, f->type == F16 ? f32_to_f16(x) : (uint16_t)(bits_of(x) >> 16));
         }
-        for (int i = 0; i < n_scales && kind != ANY_BYTES; i++)
+        for (int i = 0; i < n_scales && kind != RANDOM; i++)
             store_u16_le(data + at[i], kind == EXTREME ? extremes[random_below(7)] : f32_to_f16(random_float() / 30));
     }
 }

@@ -1,7 +1,7 @@
 /* tap.h - tests that speak TAP, the Test Anything Protocol, for prove.
  *
  *     ok(cond, "a claim about %s", what);          returns cond, so: if (!ok(p, "opens")) return;
- *     is_int(got, want, "..."); is_close(got, want, tolerance, "..."); is_bits(got, want, n, "...");
+ *     is_int(got, want, "..."); is_close(got, want, tolerance, "..."); is_bits(got, want, n, "");
  *     diag("a remark"); skip(3, "why these three are left out"); skip_all("why the file is");
  *     return done_testing();                        at the end of main
  *
@@ -20,7 +20,8 @@ static int tap_run, tap_failed;
 
 #define ok(cond, ...) tap_ok((cond) != 0, __FILE__, __LINE__, #cond, __VA_ARGS__)
 #define is_int(got, want, ...) tap_int(got, want, __FILE__, __LINE__, #got, __VA_ARGS__)
-#define is_close(got, want, tol, ...) tap_close(got, want, tol, __FILE__, __LINE__, #got, __VA_ARGS__)
+#define is_close(got, want, tol, ...)                                                              \
+    tap_close(got, want, tol, __FILE__, __LINE__, #got, __VA_ARGS__)
 #define is_bits(got, want, n, ...) tap_bits(got, want, n, __FILE__, __LINE__, #got, __VA_ARGS__)
 
 static inline void diag(const char *format, ...)
