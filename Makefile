@@ -68,7 +68,7 @@ sanitize:
 	$(MAKE) clean
 
 # What strangers' files are tried with: test/fuzz/README.md.
-fuzz-gguf fuzz-tokenizer wrap threads coverage prove:
+fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove:
 	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
@@ -102,4 +102,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 clean:
 	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap threads coverage prove bench board conform vectors clean
+.PHONY: run test sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
+        bench board conform vectors clean

@@ -4063,7 +4063,12 @@ static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
         return fail(err, "the state was saved with another model or config");
     if (!f->failed && n > (uint32_t)s->p.n_ctx)
         return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
-    for (uint32_t i = 0; i < n && !f->failed; i++) pass_u32(f, (uint32_t *)&s->ids[i]);
+    for (uint32_t i = 0; i < n && !f->failed; i++) {
+        pass_u32(f, (uint32_t *)&s->ids[i]);
+        if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
+            return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
+                        (int)s->ids[i], s->c->n_vocab);
+    }
     if (!f->failed) pass_cache(f, s, (int)n);
     gemma3_sha256_end(&f->sum, model);
     memcpy(hex, model, sizeof hex);
