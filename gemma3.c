@@ -5169,7 +5169,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     const char *path = n > 0 ? option(s, "--state") : NULL;
     if (!path) return 0;
     FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
+    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
     const int32_t *kept = gemma3_state_ids(s->state);
     int n_kept = gemma3_state_pos(s->state);
@@ -5180,7 +5181,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     gemma3_state_reset(s->state);
     read_tokens(s, ids, n);
     open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
+    if (gemma3_state_save(s->state, write_out, s, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     close_out(s);
     return n;
 }
