@@ -5412,7 +5412,7 @@ static void explain_fault(struct session *s)
 static void find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(file_size("/proc/self/exe") < 0 ? program : "/proc/self/exe", path);
+    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
     size_t n = strlen(path);
     while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
