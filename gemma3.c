@@ -5409,7 +5409,7 @@ static void explain_fault(struct session *s)
 }
 
 /* The model that comes with the program lies in weights/ beside it, or where we are. */
-static void find_model(const char *program, char path[MAX_PATH_BYTES])
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
     real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
@@ -5418,14 +5418,17 @@ static void find_model(const char *program, char path[MAX_PATH_BYTES])
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
     if (file_size(path) < 0) strcpy(path, model);
     if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
 }
 
 /* Everything that needs a model. */
-static void run_job(struct session *s, const char *path)
+static void run_job(struct session *s, const char *program)
 {
     const char *tokenize = option(s, "--tokenize"), *info = option(s, "--info");
-    const char *detokenize = option(s, "--detokenize");
-    char piece[GEMMA3_PIECE_MAX];
+    const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
+    char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
+    read_options(s);
+    if (!path) path = find_model(program, found);
     open_model(s, path, !tokenize && !detokenize && !info);
     if (tokenize) read_prompt(s);
     if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
@@ -5453,19 +5456,14 @@ int main(int argc, char **argv)
 {
     char **args = start_program(argv);
     struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
-    const char *path = option(&s, "-m"), *isa = option(&s, "--isa");
-    char found[MAX_PATH_BYTES];
-    if (option(&s, "--help")) {
+    const char *isa = option(&s, "--isa");
+    if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
-    } else if (option(&s, "--version")) {
+    else if (option(&s, "--version"))
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    } else if (isa && strcmp(isa, "list") == 0) {
+    else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
-    } else {
-        read_options(&s);
-        if (!path) find_model(argc > 0 ? args[0] : "", found);
-        run_job(&s, path ? path : found);
-    }
+    else run_job(&s, argc > 0 ? args[0] : "");
     check(!fflush(stdout) && !ferror(stdout), "standard output");
     return 0;
 }
