@@ -1270,10 +1270,6 @@ INLINE uint32_t load_u32_le(const uint8_t *p)
     memcpy(&u, p, 4);
     return BIG_ENDIAN_CPU ? __builtin_bswap32(u) : u;
 }
-INLINE uint64_t load_u64_le(const uint8_t *p)
-{
-    return load_u32_le(p) | (uint64_t)load_u32_le(p + 4) << 32;
-}
 INLINE void store_u16_le(uint8_t *p, uint16_t u)
 {
     u = BIG_ENDIAN_CPU ? __builtin_bswap16(u) : u;
@@ -1548,7 +1544,15 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE };
+enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY };
+
+/* Where a kernel is: a tile's block or a panel, a group of it, and the first vector's activations. */
+struct place {
+    const uint8_t *from;
+    int g;
+    const struct q8_block *x;
+};
+
 typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
@@ -2053,7 +2057,7 @@ INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, i
 /* What unpack_scales does, for all rows of a tile. */
 static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
-    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
+    tile_row a, b, c, scale[2] = {{0}, {0}}, min[2] = {{0}, {0}};
     if (f->type == Q4_K || f->type == Q5_K) {
         const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
         memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
@@ -2083,114 +2087,146 @@ static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int
         }
         store_floats(o->d + r, d);
         store_floats(o->m + r, f->elements == 256 ? -m : m);
-        for (int h = 0; h < 2 && f->has_halves; h++) {
-            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
-            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
+        for (int h = 0; h < 2; h++) {
+            ints s = widen_u8((const uint8_t *)(scale + h) + r) - bias, least = widen_u8((const uint8_t *)(min + h) + r);
+            store_floats(o->scale[h] + r, f->has_halves ? to_floats(s) : splat(1));
+            store_floats(o->min[h] + r, f->has_halves ? to_floats(least) : splat(1));
         }
     }
 }
 
 static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
+    const int32_t flip = FLIPS && f->type == Q8_0 ? (int32_t)0x80808080 : 0;
+    const int simple = f->type == Q8_0 || (!f->is_wide && !fifth_bits(f->type));
     NAME(unpack_scales)(f, tile, g, o);
     for (int q = 0; q < 8; q++) {
         struct code_bits b = find_codes(f->type, g, q / 4);
-        for (int r = 0; r < TILE_ROWS; r += LANES)
-            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
+        const uint8_t *low = tile + TILE_ROWS * (b.low + 4 * (q % 4));
+        uint8_t *to = o->code + 4 * TILE_ROWS * q;
+        if (simple && !b.top_mask) /* codes_of in short */
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r, (load_ints(low + 4 * r) >> b.shift & (int32_t)(b.mask * 0x01010101u)) ^ flip);
+        else
+            for (int r = 0; r < TILE_ROWS; r += LANES) store_ints(to + 4 * r, codes_of(f->type, b, tile, q, r));
     }
 }
 
-/* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
- * each call, so that INLINE makes a copy of the code in which sums stay in registers. */
+/* ---- A tile times vectors ----
+ *
+ * The registers of a part of the product: NT vectors from i0 on times NH registers of rows from r0 on. NT,
+ * NH and kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
+ * registers. Where codes come from, and how many of their products fit int16, is the kind: a format's
+ * number (the tile itself, for one vector), NIBBLES (a tile of Q4_0) or a panel. Tried: 8 vectors times one
+ * register (0.88 of 4 times 2 on AVX2), 6 times 2 (0.96), AVX-512 with 8 times 2 (0.8 to 1). */
+#define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
-INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
+#define mul_kind NAME(mul_kind)
+
+/* isum = the scaled integer dot products of one group. */
+INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const struct place *at, floats isum[8][8])
+{
+    const int nibbles = kind == NIBBLES, panel = kind > NIBBLES;
+    const int halves = kind == Q6_K || kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int wide = !FLIPS && (kind == Q8_0 || kind == PANEL_WIDE || (kind == PANEL_ANY && p->format->is_wide));
+    const int small = !INT16_SUMS || kind == Q4_K || kind == PANEL_NIBBLES;
+    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
+    const int bias = FLIPS && p->format->is_wide ? 128 : p->format->bias;
+    const uint8_t *from = at->from;
+    const struct panel *o = panel ? (const struct panel *)from : p->scratch;
+    const struct q8_block *x = at->x;
+    ints total[8][8];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+    for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+        dot_sum part[8][8];
+        int32_t start[8];
+        UNROLL for (int i = 0; i < NT; i++) {
+            const struct q8_block *xi = x + i * p->x_stride;
+            start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 :
+                       -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
+            UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+        }
+        UNROLL for (int q = q0; q < q0 + quads; q++)
+            UNROLL for (int high = 0; high <= nibbles; high++) {
+                ints w[8];
+                UNROLL for (int h = 0; h < NH; h++) {
+                    const int r = LANES * h, code = 4 * (TILE_ROWS * q + r);
+                    if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + code) >> 4 * high & 0x0f0f0f0f;
+                    else if (panel) w[h] = load_ints(o->code + code);
+                    else w[h] = codes_of(kind, find_codes(kind, at->g, q / 4), from, q, r);
+                }
+                UNROLL for (int i = 0; i < NT; i++) {
+                    ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                    UNROLL for (int h = 0; h < NH; h++)
+                        if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                        else part[i][h] = dot_add(part[i][h], w[h], c);
+                }
+            }
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++)
+                if (!wide) total[i][h] += dot_end(part[i][h], start[i]);
+        if (!halves || (q0 + quads) % 4) continue;
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) { /* below 2^24, so that float is exact */
+                floats scale = load_floats(o->scale[q0 / 4] + LANES * h);
+                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
+                total[i][h] = (ints){0};
+            }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++)
+            if (!halves) isum[i][h] = to_floats(total[i][h]);
+}
+
+/* All groups of the part's columns, in order. */
+INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, int r0)
 {
     const struct format *f = p->format;
-    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
-    const int nibbles = kind == NIBBLES, small = kind == Q4_K || kind == PANEL_NIBBLES || !INT16_SUMS;
-    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
-    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
-    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
-    const uint8_t *from = p->rows;
-    floats sum[8][8];
+    const int halves = kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int groups = kind <= NIBBLES ? f->elements / 32 : 1, n_groups = p->cols / 32;
+    const size_t bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int has_min = kind < PANEL ? kind == Q4_K || kind == Q5_K : f->m;
+    struct place at = {p->rows + 4 * r0, 0, p->q8 + i0 * p->x_stride};
+    floats sum[8][8], isum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
-    for (int b = 0, g = 0; b < p->cols / 32; b++) {
-        const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
-        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
-        floats isum[8][8];
-        ints total[8][8];
-        if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
+    for (int b = 0; b < n_groups; b++, at.x++) {
+        const struct panel *o = kind <= NIBBLES ? p->scratch : (const struct panel *)at.from;
+        if (kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM) prefetch(at.from + n_groups * bytes, bytes);
         if (kind < NIBBLES) {
-            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
-            NAME(unpack_scales)(f, from, g, p->scratch);
+            prefetch(at.from + PREFETCH_AHEAD + at.g * (bytes / groups), bytes / groups);
+            NAME(unpack_scales)(f, at.from, at.g, p->scratch);
         }
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
-        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
-            dot_sum part[8][8];
-            int32_t start[8];
-            UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
-                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
-            }
-            UNROLL for (int q = q0; q < q0 + quads; q++)
-                UNROLL for (int high = 0; high <= nibbles; high++) {
-                    ints w[8];
-                    UNROLL for (int h = 0; h < NH; h++) {
-                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
-                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
-                        else w[h] = kind < NIBBLES ? codes_of(kind, find_codes(kind, g, q / 4), from, q, r) : load_ints(panel->code + at);
-                    }
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
-                        UNROLL for (int h = 0; h < NH; h++)
-                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
-                            else part[i][h] = dot_add(part[i][h], w[h], c);
-                    }
-                }
-            UNROLL for (int i = 0; i < NT && !wide; i++)
-                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
-            if (halves && (q0 + quads) % 4 == 0)
-                UNROLL for (int h = 0; h < NH; h++)
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
-                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
-                        total[i][h] = (ints){0};
-                    }
-        }
+        dot_group(p, kind, NT, NH, &at, isum);
         UNROLL for (int h = 0; h < NH; h++) {
-            int r = r0 + LANES * h;
-            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            const int r = LANES * h;
+            floats d = kind == NIBBLES ? widen_f16(at.from - 2 * r0 + 2 * r) : load_floats(o->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                const struct q8_block *xi = at.x + i * p->x_stride;
                 sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
+                if (!has_min) continue;
                 floats msum = splat(xi->d_sum);
                 if (halves)
-                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
-                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
-                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
+                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(o->min[1] + r),
+                                                  splat((float)xi->sum[0]) * load_floats(o->min[0] + r));
+                sum[i][h] = mul_add(load_floats(o->m + r), msum, sum[i][h]);
             }
         }
-        if (++g == groups) g = 0, from += block_bytes;
+        if (++at.g == groups) at.g = 0, at.from += bytes;
     }
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
 }
 
-#define mul_all NAME(mul_all)
-INLINE void mul_all(const struct product *p, int kind)
+/* All rows times vectors: `many` for four at a time, `one` for those that are left. */
+INLINE void mul_kind(const struct product *p, int many, int one)
 {
-    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
+    const int NT = 4, NH = INT16_SUMS && (many == PANEL || many == PANEL_HALVES) ? 1 : 2, ALL = TILE_ROWS / LANES;
     int i = 0;
-    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
-    for (; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
+    for (; many && i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, many, NT, NH, i, r);
+    for (; one && i < p->n; i++) mul_part(p, one, 1, ALL, i, 0);
 }
 
 #if !HAS_PIECES
@@ -2235,27 +2271,34 @@ static void NAME(mul_codes)(const struct product *p)
     int blocks = p->cols / 32, groups = f->elements / 32;
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
-    if (f->type == Q4_0) mul_all(p, NIBBLES);
-    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
-    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
-    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
-    else
-        for (int b = 0; b < blocks; b += PANELS) {
-            some.cols = 32 * min_int(blocks - b, PANELS);
-            some.q8 = p->q8 + b;
-            some.rows = (const uint8_t *)p->scratch;
-            for (int a = 0; a < some.cols / 32; a++) {
-                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
-            }
-            if (wide) mul_all(&some, PANEL_WIDE);
-            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
-            else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_all(&some, PANEL_NIBBLES);
-            else mul_all(&some, PANEL);
+    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : -1) {
+    case Q4_0: mul_kind(p, NIBBLES, NIBBLES); return;
+    case Q8_0: mul_kind(p, 0, Q8_0); return;
+    case Q4_K: mul_kind(p, 0, Q4_K); return;
+    case Q5_K: mul_kind(p, 0, Q5_K); return;
+    case Q6_K: mul_kind(p, 0, Q6_K); return;
+    case Q5_0: mul_kind(p, 0, Q5_0); return;
+    }
+    for (int b = 0; b < blocks; b += PANELS) {
+        some.cols = 32 * min_int(blocks - b, PANELS);
+        some.q8 = p->q8 + b;
+        some.rows = (const uint8_t *)p->scratch;
+        for (int a = 0; a < some.cols / 32; a++) {
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+            prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
+            NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
         }
+        if (wide) mul_kind(&some, PANEL_WIDE, 0);
+        else if (f->has_halves) mul_kind(&some, PANEL_HALVES, 0);
+        else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_kind(&some, PANEL_NIBBLES, 0);
+        else mul_kind(&some, PANEL, 0);
+        some.n = p->n % 4;
+        some.q8 += (p->n - some.n) * p->x_stride;
+        some.acc += p->n - some.n;
+        mul_kind(&some, 0, PANEL_ANY);
+        some.n = p->n;
+        some.acc = p->acc;
+    }
 }
 
 #if !HAS_PIECES
