@@ -2002,7 +2002,7 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], const float lane[4][16], int n) /* n 1 or 4 */
+INLINE void join_4(float out[4], float lane[4][16], int n) /* n 1 or 4 */
 {
     four sum[4], part[4];
     UNROLL for (int s = 0; s < 4; s++) {
