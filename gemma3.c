@@ -1349,7 +1349,8 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
  *     Q6_K    | ql[128] | qh[64] | scales[16] int8 | d f16 |   210, 256   d * scale * (q - 32)
  *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits in
  *             nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
-static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                     1, 13, 25, 38, 53, 69, 89, 113};
 
 /* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte j of
  * `top` has, shifted left by up. A mask of 0: there is no top. */
@@ -1431,7 +1432,8 @@ INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t
     for (int h = 0; h < 2; h++) {
         struct code_bits b = find_codes(f->type, g, h);
         for (int j = 0; j < 16; j++) {
-            int q = (p[b.low + j] >> b.shift & b.mask) | (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
+            int q = p[b.low + j] >> b.shift & b.mask;
+            q |= (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
             q |= (int)(fifth >> (16 * h + j) & 1) << 4;
             code[16 * h + j] = (int8_t)(q - f->bias);
         }
@@ -1446,8 +1448,10 @@ INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struc
     o->d = f16_to_f32(load_u16_le(p + f->d));
     o->m = f16_to_f32(load_u16_le(p + f->m));
     o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
-    if (f->type == IQ4_XS)
-        o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
+    if (f->type == IQ4_XS) {
+        int low = p[4 + g / 2] >> 4 * (g % 2) & 15, top = load_u16_le(p + 2) >> 2 * g & 3;
+        o->d *= (float)((low | top << 4) - 32);
+    }
     if (f->type == Q4_K || f->type == Q5_K) {
         int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
         o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
@@ -1455,9 +1459,11 @@ INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struc
     }
     if (f->type == Q2_K) o->m = -o->m;
     for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
-        const uint8_t *s = p + 96;
         if (f->type == Q2_K) o->scale[h] = p[i] & 15, o->min[h] = p[i] >> 4;
-        if (f->type == Q3_K) o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        if (f->type == Q3_K) {
+            int low = p[96 + i % 8] >> 4 * (i / 8) & 15, top = p[104 + i % 4] >> 2 * (i / 4) & 3;
+            o->scale[h] = (low | top << 4) - 32;
+        }
         if (f->type == Q6_K) o->scale[h] = (int8_t)p[192 + i];
     }
 }
@@ -1480,7 +1486,8 @@ INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group
  *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
 
 /* n units of each row, side by side. */
-INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
+INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n,
+                       int unit)
 {
     for (int k = 0; k < n; k++)
         for (int r = 0; r < n_rows; r++)
@@ -1530,7 +1537,8 @@ static void to_file_order(float *x, int n)
 }
 
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                            int worker)
 {
     const gemma3_state *s = job->s;
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
@@ -1550,8 +1558,18 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE };
-typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
+enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY };
+
+/* A byte four times. */
+INLINE int32_t four_times(int byte) { return (int32_t)(0x01010101u * (uint32_t)byte); }
+
+/* Where a kernel is: a block of a tile or a panel, the group in it, the first vector's activations. */
+struct place {
+    const uint8_t *from;
+    int g;
+    const struct q8_block *x;
+};
+
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
 struct panel {
@@ -1567,7 +1585,8 @@ struct unpacked {
 
 /* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
  * columns at a time. */
-static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                           int worker)
 {
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
@@ -1583,14 +1602,16 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
     p.rows = u->tile;
     for (int b = 0; b < n_blocks; b += at_once) {
         int take = min_int(n_blocks - b, at_once);
-        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take, w->format);
+        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take,
+                  w->format);
         p.cols = take * w->format->elements;
         p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
         s->m->kernels->mul_codes(&p);
     }
 }
 
-static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker)
 {
     if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
     else mul_tile_codes(job, w, row, n_rows, worker);
@@ -1844,7 +1865,8 @@ static void NAME(mul_codes)(const struct product *p)
     }
     for (int r = 0; r < p->n_rows; r++)
         for (int b = 0; b < p->cols / 32; b++) {
-            const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
+            const uint8_t *row = p->rows + r * p->row_bytes;
+            const uint8_t *block = row + (size_t)(32 * b / f->elements) * f->bytes;
             struct group w;
             unpack(f, block, b % (f->elements / 32), &w);
             for (int i = 0; i < p->n; i++) {
@@ -1946,7 +1968,10 @@ INLINE four last_joins(four a, four b, four c, four d)
 /* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
  * that at once. */
 INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
-INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE floats mul_add(floats a, floats b, floats c)
+{
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 INLINE ints widen_u8(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
@@ -1962,7 +1987,8 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
-INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+/* wide codes come as code + 128 */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
@@ -1985,7 +2011,10 @@ INLINE ints dot_wide(ints sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 1
 #elif LANES == 16
 /* AVX-512 with VNNI */
 INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
-INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE floats mul_add(floats a, floats b, floats c)
+{
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE ints widen_u8(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
@@ -2000,7 +2029,8 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
-INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+/* wide codes come as code + 128 */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
@@ -2028,18 +2058,26 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 typedef struct { int16x8_t low, high; } dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
+INLINE dot_sum dot_begin(int32_t start)
+{
+    (void)start;
+    return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)};
+}
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
-    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
+    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)),
+                     vmlal_high_s8(sum.high, a, b)};
 }
 INLINE ints dot_end(dot_sum sum, int32_t start)
 {
     return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
 }
 #endif
-INLINE ints dot_wide(ints sum, ints w, ints x) { return sum + dot_end(dot_add(dot_begin(0), w, x), 0); }
+INLINE ints dot_wide(ints sum, ints w, ints x)
+{
+    return sum + dot_end(dot_add(dot_begin(0), w, x), 0);
+}
 #endif
 
 /* The same in every instruction set. */
@@ -2071,12 +2109,12 @@ INLINE floats widen(int type, const uint8_t *p)
 
 /* ---- Integer formats ---- */
 
-/* Asks for memory before it is needed, a little with each block, because a burst stalls. PREFETCH_FROM: with
- * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
- * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
- * no help. PREFETCH_AHEAD: bytes ahead of other formats, which are unpacked field by field, as no machine
- * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
- * values. */
+/* Asks for memory before it is needed, a little with each block, because a burst stalls.
+ * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the
+ * next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2). One
+ * vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which are
+ * unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21).
+ * PREFETCH_STREAM: bytes ahead in attention's values. */
 #define prefetch NAME(prefetch)
 INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 {
@@ -2088,159 +2126,197 @@ INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
-    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & four_times(b.mask);
+    if (b.top_mask)
+        w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & four_times(b.top_mask)) << b.up;
     if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
         ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
         w |= (four * 0x00204081 & 0x01010101) << 4;
     }
     if (type == IQ4_NL || type == IQ4_XS) w = look_up(w);
-    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= (int32_t)0x80808080;
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= four_times(128);
     return w;
 }
 
 /* What unpack_scales does, for all rows of a tile. */
-static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
+static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g,
+                                struct panel *o)
 {
-    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
-    if (f->type == Q4_K || f->type == Q5_K) {
-        const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
-        memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
-        scale[0] = g < 4 ? a & 0x3f3f3f3f : (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
-        min[0] = g < 4 ? b & 0x3f3f3f3f : (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
-    } else if (f->type == IQ4_XS) {
-        uint16_t top __attribute__((vector_size(2 * TILE_ROWS)));
-        memcpy(&a, tile + TILE_ROWS * (4 + g / 2), sizeof a), memcpy(&top, tile + TILE_ROWS * 2, sizeof top);
-        uint8_t low __attribute__((vector_size(TILE_ROWS))) = __builtin_convertvector(top >> 2 * g & 3, uint8_t __attribute__((vector_size(TILE_ROWS))));
-        memcpy(&b, &low, sizeof b);
-        scale[0] = (a >> 4 * (g % 2) & 0x0f0f0f0f) | b << 4;
-    }
-    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
-        memcpy(&a, tile + TILE_ROWS * (f->type == Q6_K ? 192 + i : f->type == Q3_K ? 96 + i % 8 : i), sizeof a);
-        memcpy(&b, tile + TILE_ROWS * (f->type == Q3_K ? 104 + i % 4 : 0), sizeof b);
-        scale[h] = f->type == Q6_K ? a ^ 0x80808080 :
-                   f->type == Q3_K ? (a >> 4 * (i / 8) & 0x0f0f0f0f) | (b >> 2 * (i / 4) & 0x03030303) << 4 : a & 0x0f0f0f0f;
-        min[h] = a >> 4 & 0x0f0f0f0f;
-    }
-    const int bias = f->type == Q6_K ? 128 : f->type == Q3_K || f->type == IQ4_XS ? 32 : 0;
-    const int k_scales = f->elements == 256 && !f->has_halves;
+    const int type = f->type;
     for (int r = 0; r < TILE_ROWS; r += LANES) {
-        floats d = widen_f16(tile + TILE_ROWS * f->d + 2 * r), m = widen_f16(tile + TILE_ROWS * f->m + 2 * r);
-        if (k_scales) {
-            d *= to_floats(widen_u8((const uint8_t *)scale + r) - bias);
-            m *= to_floats(widen_u8((const uint8_t *)min + r));
+        const uint8_t *f16 = tile + 2 * r, *byte = tile + r, *s = byte + TILE_ROWS * (4 + g % 4);
+        floats d = widen_f16(f16 + TILE_ROWS * f->d), m = widen_f16(f16 + TILE_ROWS * f->m);
+        if (type == Q4_K || type == Q5_K) {
+            ints low = widen_u8(s), mid = widen_u8(s + TILE_ROWS * 4);
+            ints high = widen_u8(s + TILE_ROWS * 8);
+            d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+            m *= -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+        }
+        if (type == IQ4_XS) {
+            ints low = widen_u8(byte + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15;
+            d *= to_floats((low | (widen_u16(f16 + TILE_ROWS * 2) >> 2 * g & 3) << 4) - 32);
         }
         store_floats(o->d + r, d);
-        store_floats(o->m + r, f->elements == 256 ? -m : m);
-        for (int h = 0; h < 2 && f->has_halves; h++) {
-            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
-            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
+        store_floats(o->m + r, type == Q2_K ? -m : m);
+        for (int h = 0, i = 2 * g; h < 2; h++, i++) {
+            int at = type == Q6_K ? 192 + i : type == Q3_K ? 96 + i % 8 : i;
+            ints scale = {0}, min = scale + 1;
+            if (f->has_halves) scale = widen_u8(byte + TILE_ROWS * at);
+            if (type == Q2_K) min = scale >> 4, scale &= 15;
+            else if (type == Q3_K) {
+                ints top = widen_u8(byte + TILE_ROWS * (104 + i % 4)) >> 2 * (i / 4) & 3;
+                scale = ((scale >> 4 * (i / 8) & 15) | top << 4) - 32;
+            } else scale = type == Q6_K ? (scale ^ 128) - 128 : min;
+            store_floats(o->scale[h] + r, to_floats(scale));
+            store_floats(o->min[h] + r, to_floats(min));
         }
     }
 }
 
 static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
+    const int32_t flip = FLIPS && f->type == Q8_0 ? four_times(128) : 0;
+    const int simple = f->type == Q8_0 || (!f->is_wide && !fifth_bits(f->type));
     NAME(unpack_scales)(f, tile, g, o);
     for (int q = 0; q < 8; q++) {
         struct code_bits b = find_codes(f->type, g, q / 4);
-        for (int r = 0; r < TILE_ROWS; r += LANES)
-            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
+        const uint8_t *low = tile + TILE_ROWS * (b.low + 4 * (q % 4));
+        uint8_t *to = o->code + 4 * TILE_ROWS * q;
+        if (simple && !b.top_mask) /* codes_of in short */
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r, (load_ints(low + 4 * r) >> b.shift & four_times(b.mask)) ^ flip);
+        else
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r, codes_of(f->type, b, tile, q, r));
     }
 }
 
-/* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
- * each call, so that INLINE makes a copy of the code in which sums stay in registers. */
+/* ---- A tile times vectors ----
+ *
+ * A part of the product is NT vectors from i0 on times NH registers of rows from r0 on. NT, NH and
+ * kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
+ * registers. The kind says where codes come from, and so how many products fit int16: a format's
+ * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a tile
+ * of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times 2 0.96,
+ * 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied 0.5. */
+#define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
-INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
+#define mul_kind NAME(mul_kind)
+
+/* isum = the scaled integer dot products of one group. */
+INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const struct place *at,
+                      floats isum[8][8])
+{
+    const int nibbles = kind == NIBBLES, panel = kind > NIBBLES;
+    const int halves = kind == Q6_K || kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int wide = !FLIPS && (kind == Q8_0 || kind == PANEL_WIDE ||
+                                (kind == PANEL_ANY && p->format->is_wide));
+    const int small = !INT16_SUMS || kind == Q4_K || kind == PANEL_NIBBLES;
+    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
+    const int bias = FLIPS && p->format->is_wide ? 128 : p->format->bias;
+    const uint8_t *from = at->from;
+    const struct panel *o = panel ? (const struct panel *)from : p->scratch;
+    const struct q8_block *x = at->x;
+    ints total[8][8];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+    for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+        dot_sum part[8][8];
+        int32_t start[8];
+        UNROLL for (int i = 0; i < NT; i++) {
+            const struct q8_block *xi = x + i * p->x_stride;
+            start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 :
+                       -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
+            UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+        }
+        UNROLL for (int q = q0; q < q0 + quads; q++)
+            UNROLL for (int high = 0; high <= nibbles; high++) {
+                ints w[8];
+                UNROLL for (int h = 0; h < NH; h++) {
+                    const int r = LANES * h, code = 4 * (TILE_ROWS * q + r);
+                    if (nibbles)
+                        w[h] = load_ints(from + TILE_ROWS * 2 + code) >> 4 * high & four_times(15);
+                    else if (panel) w[h] = load_ints(o->code + code);
+                    else w[h] = codes_of(kind, find_codes(kind, at->g, q / 4), from, q, r);
+                }
+                UNROLL for (int i = 0; i < NT; i++) {
+                    ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                    UNROLL for (int h = 0; h < NH; h++)
+                        if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                        else part[i][h] = dot_add(part[i][h], w[h], c);
+                }
+            }
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++)
+                if (!wide) total[i][h] += dot_end(part[i][h], start[i]);
+        if (!halves || (q0 + quads) % 4) continue;
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) { /* below 2^24, so that float is exact */
+                floats scale = load_floats(o->scale[q0 / 4] + LANES * h);
+                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
+                total[i][h] = (ints){0};
+            }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++)
+            if (!halves) isum[i][h] = to_floats(total[i][h]);
+}
+
+/* All groups of the part's columns, in order. */
+INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, int r0)
 {
     const struct format *f = p->format;
-    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
-    const int nibbles = kind == NIBBLES, small = kind == Q4_K || kind == PANEL_NIBBLES || !INT16_SUMS;
-    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
-    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
-    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
-    const uint8_t *from = p->rows;
-    floats sum[8][8];
+    const int halves = kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int groups = kind <= NIBBLES ? f->elements / 32 : 1, n_groups = p->cols / 32;
+    const size_t bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int has_min = kind < PANEL ? kind == Q4_K || kind == Q5_K : f->m;
+    struct place at = {p->rows + 4 * r0, 0, p->q8 + i0 * p->x_stride};
+    floats sum[8][8], isum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
-    for (int b = 0, g = 0; b < p->cols / 32; b++) {
-        const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
-        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
-        floats isum[8][8];
-        ints total[8][8];
-        if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
+        UNROLL for (int h = 0; h < NH; h++)
+            sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
+    for (int b = 0; b < n_groups; b++, at.x++) {
+        const struct panel *o = kind <= NIBBLES ? p->scratch : (const struct panel *)at.from;
+        if (kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
+            prefetch(at.from + n_groups * bytes, bytes);
         if (kind < NIBBLES) {
-            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
-            NAME(unpack_scales)(f, from, g, p->scratch);
+            prefetch(at.from + PREFETCH_AHEAD + at.g * (bytes / groups), bytes / groups);
+            NAME(unpack_scales)(f, at.from, at.g, p->scratch);
         }
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
-        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
-            dot_sum part[8][8];
-            int32_t start[8];
-            UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
-                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
-            }
-            UNROLL for (int q = q0; q < q0 + quads; q++)
-                UNROLL for (int high = 0; high <= nibbles; high++) {
-                    ints w[8];
-                    UNROLL for (int h = 0; h < NH; h++) {
-                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
-                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
-                        else w[h] = kind < NIBBLES ? codes_of(kind, find_codes(kind, g, q / 4), from, q, r) : load_ints(panel->code + at);
-                    }
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
-                        UNROLL for (int h = 0; h < NH; h++)
-                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
-                            else part[i][h] = dot_add(part[i][h], w[h], c);
-                    }
-                }
-            if (!wide)
-                UNROLL for (int i = 0; i < NT; i++)
-                    UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
-            if (halves && (q0 + quads) % 4 == 0)
-                UNROLL for (int h = 0; h < NH; h++)
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
-                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
-                        total[i][h] = (ints){0};
-                    }
-        }
+        dot_group(p, kind, NT, NH, &at, isum);
         UNROLL for (int h = 0; h < NH; h++) {
-            int r = r0 + LANES * h;
-            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            const int r = LANES * h;
+            floats d = kind == NIBBLES ? widen_f16(at.from - 2 * r0 + 2 * r)
+                                       : load_floats(o->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                const struct q8_block *xi = at.x + i * p->x_stride;
                 sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
+                if (!has_min) continue;
                 floats msum = splat(xi->d_sum);
-                if (halves)
-                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
-                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
-                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
+                if (halves) {
+                    msum = splat((float)xi->sum[0]) * load_floats(o->min[0] + r);
+                    msum = mul_add(splat((float)xi->sum[1]), load_floats(o->min[1] + r), msum);
+                    msum *= splat(xi->d);
+                }
+                sum[i][h] = mul_add(load_floats(o->m + r), msum, sum[i][h]);
             }
         }
-        if (++g == groups) g = 0, from += block_bytes;
+        if (++at.g == groups) at.g = 0, at.from += bytes;
     }
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
+        UNROLL for (int h = 0; h < NH; h++)
+            store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
 }
 
-#define mul_all NAME(mul_all)
-INLINE void mul_all(const struct product *p, int kind)
+/* All rows times vectors: `many` for four at a time, `one` for those that are left. */
+INLINE void mul_kind(const struct product *p, int many, int one)
 {
-    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
+    const int one_register = INT16_SUMS && (many == PANEL || many == PANEL_HALVES);
+    const int NT = 4, NH = one_register ? 1 : 2, ALL = TILE_ROWS / LANES;
     int i = 0;
-    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
-    for (; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
+    for (; many && i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, many, NT, NH, i, r);
+    for (; one && i < p->n; i++) mul_part(p, one, 1, ALL, i, 0);
 }
 
 #if !HAS_PIECES
@@ -2285,27 +2361,36 @@ static void NAME(mul_codes)(const struct product *p)
     int blocks = p->cols / 32, groups = f->elements / 32;
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
-    if (f->type == Q4_0) mul_all(p, NIBBLES);
-    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
-    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
-    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
-    else
-        for (int b = 0; b < blocks; b += PANELS) {
-            some.cols = 32 * min_int(blocks - b, PANELS);
-            some.q8 = p->q8 + b;
-            some.rows = (const uint8_t *)p->scratch;
-            for (int a = 0; a < some.cols / 32; a++) {
-                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
-            }
-            if (wide) mul_all(&some, PANEL_WIDE);
-            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
-            else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_all(&some, PANEL_NIBBLES);
-            else mul_all(&some, PANEL);
+    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : -1) {
+    case Q4_0: mul_kind(p, NIBBLES, NIBBLES); return;
+    case Q8_0: mul_kind(p, 0, Q8_0); return;
+    case Q4_K: mul_kind(p, 0, Q4_K); return;
+    case Q5_K: mul_kind(p, 0, Q5_K); return;
+    case Q6_K: mul_kind(p, 0, Q6_K); return;
+    case Q5_0: mul_kind(p, 0, Q5_0); return;
+    }
+    for (int b = 0; b < blocks; b += PANELS) {
+        some.cols = 32 * min_int(blocks - b, PANELS);
+        some.q8 = p->q8 + b;
+        some.rows = (const uint8_t *)p->scratch;
+        for (int a = 0; a < some.cols / 32; a++) {
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+            prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups),
+                     block_bytes / groups);
+            NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
         }
+        if (wide) mul_kind(&some, PANEL_WIDE, 0);
+        else if (f->has_halves) mul_kind(&some, PANEL_HALVES, 0);
+        else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1))
+            mul_kind(&some, PANEL_NIBBLES, 0);
+        else mul_kind(&some, PANEL, 0);
+        some.n = p->n % 4;
+        some.q8 += (p->n - some.n) * p->x_stride;
+        some.acc += p->n - some.n;
+        mul_kind(&some, 0, PANEL_ANY);
+        some.n = p->n;
+        some.acc = p->acc;
+    }
 }
 
 #if !HAS_PIECES
@@ -2441,8 +2526,8 @@ static void NAME(mix_values)(const struct mix *m)
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
-    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
-    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats),
+    PIECE(dequantize), PIECE(rmsnorm), PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
@@ -2457,7 +2542,8 @@ static const struct kernels NAME(kernels) = {
 /* All functions between BEGIN and END may use these instructions. */
 #define PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define BEGIN_TARGET(features)                                                                     \
+    PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define END_TARGET PRAGMA(clang attribute pop)
 #else
 #define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
@@ -2505,7 +2591,7 @@ END_TARGET
 #define LANES 4
 #define HAS_DOT 0
 #include "gemma3.c"
-/* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
+/* clang learned dotprod's attribute with 16; before, it makes such code if the command line asks */
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
 #define HAVE_DOTPROD 1
 #if defined(__clang__) && __clang_major__ >= 16
