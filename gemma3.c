@@ -5,25 +5,33 @@
  * What this is not: a framework. There is one architecture, one forward pass and no dependency but
  * libc and threads.
  *
- * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
+ * The model on half a page. A text is a list of tokens (pieces of words), each a number, its id. Every
+ * token becomes a vector x of d_model numbers, the residual stream, to which each layer adds twice.
+ * Attention lets a token look at those before it: it asks with a query q, they answer with a key k
+ * and a value v, and the better q and k fit (their score, a dot product), the more of v it takes. The
+ * feed-forward part works on each token alone. At the end each token of the vocabulary gets a number,
+ * its logit: the larger, the likelier it comes next.
  *
  *     x = embedding[id] * sqrt(d_model)
  *     for each layer:
- *         h = rms(x) * attn_norm
- *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
+ *         y = rms(x) * attn_norm
+ *         q, k, v = Wq y, Wk y, Wv y              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
  *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
- *                                                 at position p by p * base^(-2j/head_dim) / factor
- *         a = softmax(q . k * query_scale) v      over the positions that the token sees
+ *                                                 at position p by p * base^(-2j/head_dim) / factor,
+ *                                                 base and factor those of the layer
+ *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees; query
+ *                                                 head h meets kv head h / (n_heads / n_kv_heads)
  *         x = x + rms(Wo a) * post_attention_norm
- *         h = rms(x) * ffn_norm
- *         f = Wdown (gelu(Wgate h) * Wup h)
+ *         y = rms(x) * ffn_norm
+ *         f = Wdown (gelu(Wgate y) * Wup y)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
  *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
- * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * where rms(x) = x / sqrt(mean(x^2) + eps), softmax(s)_p = exp(s_p) / sum of all exp(s), gelu(x) is
+ * about x for large x and 0 for small, W y is a matrix times a vector, and * between vectors is
+ * element by element. A program repeats: ids -> logits after the last token -> choose an id ->
  * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
  * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
  * exact mode agrees to float32 rounding.
@@ -32,7 +40,7 @@
  *
  *     x [1152] ---.
  *        |     attn_norm
- *        |        | h [1152]
+ *        |        | y [1152]
  *        |        +-------------+-------------.
  *        |      attn_q        attn_k        attn_v
  *        |        | [4][256]    | [1][256]    | [1][256]
@@ -42,15 +50,15 @@
  *        |        |        .----+-------------+----.
  *        |        |        | KV cache of the layer |  k, v of the positions so far
  *        |        |        '----+-------------+----'
- *        |     softmax(q . k / 16) ---------- v       query head h meets kv head h / (n_heads /
- *        |        | [4][256]                          n_kv_heads): several queries share one K, V
+ *        |     softmax(q . k / 16) ---------- v
+ *        |        | [4][256]
  *        |     attn_output
  *        |        | [1152]
  *        |     post_attention_norm
  *       (+)-------'
  *     x [1152] ---.
  *        |     ffn_norm
- *        |        | h [1152]
+ *        |        | y [1152]
  *        |        +-------------.
  *        |     ffn_gate       ffn_up
  *        |        | [6912]      | [6912]
@@ -83,8 +91,7 @@
  *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
  *
  * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
- * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
- * the others' by head_dim.
+ * factor divides the angles of global layers alone. 168 is 27B's d_model / n_heads, 256 head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -128,9 +135,10 @@
 
 #if !defined(INSTANCE) /* the file includes itself: section 9 */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
- * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
- * The two last lines for gcc change speed, never bits. */
+/* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c on
+ * its own (we say fma where we mean it), and to treat floats as real numbers, whatever its command
+ * line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and no-tree-ter
+ * change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma clang diagnostic push
@@ -143,7 +151,8 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
-#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc")
+#pragma GCC optimize("no-trapping-math", "no-math-errno")
 #pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #if defined(__ARM_FEATURE_MVE)
@@ -154,7 +163,8 @@
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
+/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and BSDs hide nothing
+ * or have a macro of their own. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE 1
 #endif
@@ -290,7 +300,7 @@ struct gemma3_state {
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
     float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
     float *x;                         /* [n_ubatch][d_model]        residual stream */
-    float *h;                         /* [n_ubatch][d_model]        branch */
+    float *y;                         /* [n_ubatch][d_model]        branch */
     float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
     float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
     float *gate, *up;                 /* [n_ubatch][d_ff] */
@@ -312,7 +322,7 @@ struct gemma3_state {
  *
  * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
  * A table exists for plain C, which is the definition (section 9), and for each instruction set
- * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+ * (section 10). All give the same bits. Loops over tokens and heads are the callers'. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
@@ -415,7 +425,7 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
 /* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
- * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * token are the same. y is the branch that leaves the residual stream x and is added to it
  * again. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
@@ -426,21 +436,21 @@ static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
     trace(s, "inp_scaled", -1, s->x, c->d_model, n);
     for (int l = 0; l < c->n_layers; l++) {
         const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->h, s->x, w->attn_norm, n);
-        trace(s, "attn_norm", l, s->h, c->d_model, n);
+        rmsnorm(s, s->y, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->y, c->d_model, n);
         attention(s, w, l, n);
-        trace(s, "attn_out", l, s->h, c->d_model, n);
-        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
-        trace(s, "attn_post_norm", l, s->h, c->d_model, n);
-        add(s->x, s->h, size);
+        trace(s, "attn_out", l, s->y, c->d_model, n);
+        rmsnorm(s, s->y, s->y, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->y, c->d_model, n);
+        add(s->x, s->y, size);
         trace(s, "sa_out", l, s->x, c->d_model, n);
-        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
-        trace(s, "ffn_norm", l, s->h, c->d_model, n);
+        rmsnorm(s, s->y, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->y, c->d_model, n);
         feed_forward(s, w, l, n);
-        trace(s, "ffn_out", l, s->h, c->d_model, n);
-        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
-        trace(s, "ffn_post_norm", l, s->h, c->d_model, n);
-        add(s->x, s->h, size);
+        trace(s, "ffn_out", l, s->y, c->d_model, n);
+        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->y, c->d_model, n);
+        add(s->x, s->y, size);
         trace(s, "l_out", l, s->x, c->d_model, n);
     }
 }
@@ -483,9 +493,9 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
-    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
-    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
+    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->y);
+    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->y, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
     if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
 }
@@ -497,21 +507,20 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
     fp_state fp = fp_enter();
-    int before = s->pos;
     for (int done = 0, take; done < n; done += take) {
-        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
+        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH]; /* the rows wanted of these tokens */
         take = min_int(n - done, s->n_ubatch);
         forward_ubatch(s, ids + done, take);
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        if (memchr(s->unread, 1, s->p.n_threads)) break;
         memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
     if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
     memset(s->unread, 0, s->p.n_threads);
-    s->pos = before;
     snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
     return -1;
 }
@@ -536,8 +545,8 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
     return 0;
 }
 
-/* Labels of the trace as they come, llama.cpp's where it has one; from the second to the third from
- * the end each layer has them. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+/* Labels of the trace as they come, llama.cpp's where it has one: the first and the last two come
+ * once, the others in each layer. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
 static const char *const trace_labels[] = {
     "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
     "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
@@ -573,9 +582,8 @@ static int slots_of(const gemma3_state *s, int l)
     return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
- * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
- * head. */
+/* The attention of one query block in layer l. t counts the block's queries of kv head g: query t
+ * is of token i0 + t / heads_per_kv and of query head g * heads_per_kv + t % heads_per_kv. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -585,6 +593,32 @@ struct attention {
     int heads_per_kv;
 };
 
+static float dot(int type, const uint8_t *row, const float *x, int n);
+static float exp_scores_of(float *score, int n, int first);
+static float value_of(int type, const uint8_t *row, size_t j);
+static int first_seen(const struct attention *a, int p);
+static uint8_t *key_at(const struct attention *a, int g, int p);
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
+
+/* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
+ * first .. p that the token at position p sees. q is scaled; score has room for those positions. The
+ * definition: test/attention.c compares it with attend, which does it for many queries. */
+__attribute__((unused))
+static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                    float *score, float *out)
+{
+    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
+    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
+    float sum = exp_scores_of(score, n, first);
+    for (int j = 0; j < D; j++) {
+        int j0 = j / MIX_WIDTH * MIX_WIDTH;
+        float o = 0;
+        for (int t = 0; t < n; t++)
+            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
+        out[j] = o / sum;
+    }
+}
+
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
@@ -593,7 +627,7 @@ static void rope_heads(void *attention, int i, int worker);
 static void store_heads(void *attention, int i, int worker);
 static void attend(struct attention *a);
 
-/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+/* y [n][d_model] -> y, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
     const gemma3_config *c = s->c;
@@ -601,7 +635,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
     struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
-    matmul(s, qkv, 3, s->h, n);
+    matmul(s, qkv, 3, s->y, n);
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
@@ -617,7 +651,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
         attend(&a);
     }
     trace(s, "kqv_out", l, s->attended, q_width, n);
-    matmul(s, &(struct linear){&w->attn_output, s->h}, 1, s->attended, n);
+    matmul(s, &(struct linear){&w->attn_output, s->y}, 1, s->attended, n);
 }
 
 /* Head h of token i in q [n][n_heads][head_dim], or in k or v [n][n_kv_heads][head_dim]. */
@@ -696,30 +730,7 @@ static int first_seen(const struct attention *a, int p)
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
-/* ---- softmax(q . k) v ---- */
-
-static float dot(int type, const uint8_t *row, const float *x, int n);
-static float exp_scores_of(float *score, int n, int first);
-static float value_of(int type, const uint8_t *row, size_t j);
-
-/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
- * the positions that the token at position p sees. q is scaled; score has room for those positions.
- * Only test/attention.c calls it, which compares it with attend. */
-__attribute__((unused))
-static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
-                                    float *score, float *out)
-{
-    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
-    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
-    float sum = exp_scores_of(score, n, first);
-    for (int j = 0; j < D; j++) {
-        int j0 = j / MIX_WIDTH * MIX_WIDTH;
-        float o = 0;
-        for (int t = 0; t < n; t++)
-            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
-        out[j] = o / sum;
-    }
-}
+/* ---- softmax(q . k) v, for a query block ---- */
 
 static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
 
@@ -866,21 +877,21 @@ static void gelu_task(void *state, int i, int worker)
     s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
 }
 
-/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+/* y [n][d_model] -> y: Wdown (gelu(Wgate y) * Wup y) */
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
 {
-    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->h, n);
+    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->y, n);
     trace(s, "ffn_gate", l, s->gate, s->c->d_ff, n);
     trace(s, "ffn_up", l, s->up, s->c->d_ff, n);
     for_each(s, n, gelu_task, s);
     trace(s, "ffn_geglu", l, s->gate, s->c->d_ff, n);
-    matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
+    matmul(s, &(struct linear){&w->ffn_down, s->y}, 1, s->gate, n);
 }
 
 /* ==== 6. Matrix times vectors, and how threads share =============================================
  *
  * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
- * change a bit, because no sum is ever divided (rule 7). */
+ * change a bit, because a sum is one thread's work (rule 7). */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -3916,7 +3927,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->x = piece(a, n * c->d_model, sizeof(float));
-    s->h = piece(a, n * c->d_model, sizeof(float));
+    s->y = piece(a, n * c->d_model, sizeof(float));
     s->q = piece(a, n * q, sizeof(float));
     s->attended = piece(a, n * q, sizeof(float));
     s->k = piece(a, times(n, kv), sizeof(float));
@@ -4100,7 +4111,7 @@ static void hash_model(gemma3_state *s, char hex[65])
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
     for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
-        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->y : s->q;
         if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
     }
