@@ -5,12 +5,12 @@
  * What this is not: a framework. There is one architecture, one forward pass and no dependency but
  * libc and threads.
  *
- * The model on half a page. A text is a list of tokens (pieces of words), each a number, its id. Every
- * token becomes a vector x of d_model numbers, the residual stream, to which each layer adds twice.
- * Attention lets a token look at those before it: it asks with a query q, they answer with a key k
- * and a value v, and the better q and k fit (their score, a dot product), the more of v it takes. The
- * feed-forward part works on each token alone. At the end each token of the vocabulary gets a number,
- * its logit: the larger, the likelier it comes next.
+ * The model on half a page. A text is a list of tokens (pieces of words), each a number, its id.
+ * Every token becomes a vector x of d_model numbers, the residual stream, to which each layer adds
+ * twice. Attention lets a token look at those before it: it asks with a query q, they answer with a
+ * key k and a value v, and the better q and k fit (their score, a dot product), the more of v it
+ * takes. The feed-forward part works on each token alone. At the end each token of the vocabulary
+ * gets a number, its logit: the larger, the likelier it comes next.
  *
  *     x = embedding[id] * sqrt(d_model)
  *     for each layer:
@@ -18,10 +18,10 @@
  *         q, k, v = Wq y, Wk y, Wv y              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
  *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
- *                                                 at position p by p * base^(-2j/head_dim) / factor,
- *                                                 base and factor those of the layer
- *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees; query
- *                                                 head h meets kv head h / (n_heads / n_kv_heads)
+ *                                                 at position p by p / base^(2j/head_dim) / factor;
+ *                                                 base and factor are the layer's
+ *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees;
+ *                                                 query head h: kv head h / (n_heads / n_kv_heads)
  *         x = x + rms(Wo a) * post_attention_norm
  *         y = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate y) * Wup y)
@@ -135,10 +135,10 @@
 
 #if !defined(INSTANCE) /* the file includes itself: section 9 */
 
-/* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c on
- * its own (we say fma where we mean it), and to treat floats as real numbers, whatever its command
- * line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and no-tree-ter
- * change speed, never bits. */
+/* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c
+ * on its own (we say fma where we mean it), and to treat floats as real numbers, whatever its
+ * command line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and
+ * no-tree-ter change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma clang diagnostic push
@@ -601,8 +601,8 @@ static uint8_t *key_at(const struct attention *a, int g, int p);
 static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
 
 /* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
- * first .. p that the token at position p sees. q is scaled; score has room for those positions. The
- * definition: test/attention.c compares it with attend, which does it for many queries. */
+ * first .. p that the token at position p sees. q is scaled; score has room for those positions.
+ * The definition: test/attention.c compares it with attend, which does it for many queries. */
 __attribute__((unused))
 static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
                                     float *score, float *out)
