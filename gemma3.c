@@ -1090,7 +1090,7 @@ INLINE float join_lanes(float lane[16])
 }
 
 /* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have
- * changed them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
+ * changed them: every public call and every worker sets IEEE's and puts the caller's back. */
 #if defined(HAVE_X86)
 static fp_state fp_enter(void)
 {
