@@ -5266,7 +5266,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     const char *path = n > 0 ? option(s, "--state") : NULL;
     if (!path) return 0;
     FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
+    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
     const int32_t *kept = gemma3_state_ids(s->state);
     int n_kept = gemma3_state_pos(s->state);
@@ -5277,7 +5278,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     gemma3_state_reset(s->state);
     read_tokens(s, ids, n);
     open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
+    if (gemma3_state_save(s->state, write_out, s, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     close_out(s);
     return n;
 }
@@ -5504,23 +5506,26 @@ static void explain_fault(struct session *s)
 }
 
 /* The model that comes with the program lies in weights/ beside it, or where we are. */
-static void find_model(const char *program, char path[MAX_PATH_BYTES])
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(file_size("/proc/self/exe") < 0 ? program : "/proc/self/exe", path);
+    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
     size_t n = strlen(path);
     while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
     if (file_size(path) < 0) strcpy(path, model);
     if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
 }
 
 /* Everything that needs a model. */
-static void run_job(struct session *s, const char *path)
+static void run_job(struct session *s, const char *program)
 {
     const char *tokenize = option(s, "--tokenize"), *info = option(s, "--info");
-    const char *detokenize = option(s, "--detokenize");
-    char piece[GEMMA3_PIECE_MAX];
+    const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
+    char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
+    read_options(s);
+    if (!path) path = find_model(program, found);
     open_model(s, path, !tokenize && !detokenize && !info);
     if (tokenize) read_prompt(s);
     if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
@@ -5548,19 +5553,14 @@ int main(int argc, char **argv)
 {
     char **args = start_program(argv);
     struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
-    const char *path = option(&s, "-m"), *isa = option(&s, "--isa");
-    char found[MAX_PATH_BYTES];
-    if (option(&s, "--help")) {
+    const char *isa = option(&s, "--isa");
+    if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
-    } else if (option(&s, "--version")) {
+    else if (option(&s, "--version"))
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    } else if (isa && strcmp(isa, "list") == 0) {
+    else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
-    } else {
-        read_options(&s);
-        if (!path) find_model(argc > 0 ? args[0] : "", found);
-        run_job(&s, path ? path : found);
-    }
+    else run_job(&s, argc > 0 ? args[0] : "");
     check(!fflush(stdout) && !ferror(stdout), "standard output");
     return 0;
 }
