@@ -163,8 +163,7 @@
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and BSDs hide nothing
- * or have a macro of their own. */
+/* What hosts have beyond C11 (section 15), under -std=c11 too; macOS and most BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE 1
 #endif
@@ -1100,8 +1099,8 @@ INLINE float join_lanes(float lane[16])
     return lane[0];
 }
 
-/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
- * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
+/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have
+ * changed them: every public call and every worker sets IEEE's and puts the caller's back. */
 #if defined(HAVE_X86)
 static fp_state fp_enter(void)
 {
@@ -1125,7 +1124,7 @@ static fp_state fp_enter(void)
 {
     uint32_t old;
     __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
-    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; comparisons' flags stay */
     return old;
 }
 #else
@@ -1256,10 +1255,13 @@ static const char *arithmetic_fault(void)
     volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
-    if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
+    if (big + one != big || big + 3 * one != big + 4 * one)
+        return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
-    if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
-    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
+    if (five / 3.0f != 0x1.aaaaaap+0f)
+        return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2)
+        return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_f32(a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -4503,9 +4505,11 @@ static struct limits host_limits(void)
 {
     struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
                        (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+#if defined(RLIMIT_AS)
     struct rlimit room;
     if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
         l.bytes = (double)room.rlim_cur;
+#endif
 #if defined(__linux__)
     cpu_set_t may_use;
     uint8_t seen[CPU_SETSIZE] = {0};
