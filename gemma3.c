@@ -3588,9 +3588,10 @@ static int bind(struct opening *o, const struct slot *s)
     if (t.offset % o->alignment)
         return reject(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
                       (unsigned long long)t.offset, (unsigned long long)o->alignment);
-    if (t.offset > left || bytes > left - t.offset)
+    uint64_t end = bytes > UINT64_MAX - t.offset ? UINT64_MAX : t.offset + bytes;
+    if (end > left)
         return reject(o, " is truncated: tensor %s ends %llu bytes past the end of the file",
-                      s->name, (unsigned long long)(t.offset + bytes - left));
+                      s->name, (unsigned long long)(end - left));
     *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
                          .offset = o->data + t.offset};
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
@@ -3788,7 +3789,7 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
                                 size_t size, gemma3_error *err)
 {
     struct opening o;
-    size_t to_align = -(uintptr_t)mem & 63;
+    size_t to_align = (64 - (uintptr_t)mem % 64) % 64;
     fp_state fp = fp_enter();
     start(&o, from, options, err);
     o.arena.base = (uint8_t *)mem + to_align;
