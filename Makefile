@@ -7,6 +7,7 @@
 # make bench      measures the speed of MODEL
 # make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
+# It is for GNU make (gmake on a BSD); cc -O2 gemma3.c tokenizer.c -lm -lpthread does what make does.
 
 CC     ?= cc
 CFLAGS ?= -O2
@@ -67,7 +68,7 @@ sanitize:
 	$(MAKE) clean
 
 # What strangers' files are tried with: test/fuzz/README.md.
-fuzz-gguf fuzz-tokenizer wrap threads coverage prove:
+fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove:
 	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
@@ -101,4 +102,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 clean:
 	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test sanitize fuzz-gguf fuzz-tokenizer wrap threads coverage prove bench board conform vectors clean
+.PHONY: run test sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
+        bench board conform vectors clean

@@ -698,14 +698,16 @@ static int first_seen(const struct attention *a, int p)
 
 /* ---- softmax(q . k) v ---- */
 
-/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
- * the positions that the token at position p sees. q is scaled; score has room for those positions.
- * A test compares it with attend. */
 static float dot(int type, const uint8_t *row, const float *x, int n);
 static float exp_scores_of(float *score, int n, int first);
 static float value_of(int type, const uint8_t *row, size_t j);
-static inline void attention_by_definition(const struct attention *a, const float *q, int g, int p,
-                                           float *score, float *out)
+
+/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
+ * the positions that the token at position p sees. q is scaled; score has room for those positions.
+ * Only test/attention.c calls it, which compares it with attend. */
+__attribute__((unused))
+static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                    float *score, float *out)
 {
     int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
     for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
@@ -2045,7 +2047,7 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], const float lane[4][16], int n) /* n 1 or 4 */
+INLINE void join_4(float out[4], float lane[4][16], int n) /* n 1 or 4 */
 {
     four sum[4], part[4];
     UNROLL for (int s = 0; s < 4; s++) {
@@ -2198,8 +2200,9 @@ INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, 
                             else part[i][h] = dot_add(part[i][h], w[h], c);
                     }
                 }
-            UNROLL for (int i = 0; i < NT && !wide; i++)
-                UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
+            if (!wide)
+                UNROLL for (int i = 0; i < NT; i++)
+                    UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
             if (halves && (q0 + quads) % 4 == 0)
                 UNROLL for (int h = 0; h < NH; h++)
                     UNROLL for (int i = 0; i < NT; i++) {
@@ -4060,7 +4063,12 @@ static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
         return fail(err, "the state was saved with another model or config");
     if (!f->failed && n > (uint32_t)s->p.n_ctx)
         return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
-    for (uint32_t i = 0; i < n && !f->failed; i++) pass_u32(f, (uint32_t *)&s->ids[i]);
+    for (uint32_t i = 0; i < n && !f->failed; i++) {
+        pass_u32(f, (uint32_t *)&s->ids[i]);
+        if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
+            return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
+                        (int)s->ids[i], s->c->n_vocab);
+    }
     if (!f->failed) pass_cache(f, s, (int)n);
     gemma3_sha256_end(&f->sum, model);
     memcpy(hex, model, sizeof hex);
@@ -4696,143 +4704,10 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
-/* ---- Command line: what is asked of the system ---- */
-
 /* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
  * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
 static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
-
-#if !defined(_WIN32)
-#include <unistd.h>
-
-/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
- * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
-static char **start_program(char **argv)
-{
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    return argv;
-}
-
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
-static long long file_size(const char *path)
-{
-    struct stat st;
-    if (stat(path, &st)) return -1;
-    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
-}
-
-/* Where a path leads through links, or, when there is nothing, the other one. */
-static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
-{
-    char *found = realpath(path, NULL);
-    if (!found) found = realpath(otherwise, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
-    free(found);
-}
-
-static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
-static int replace_file(const char *from, const char *to) { return rename(from, to); }
-static void remove_file(const char *path) { remove(path); }
-#else /* Windows */
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#include <io.h>
-#include <shellapi.h>
-
-enum { MAX_WIDE = 32768 };
-
-/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
-static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
-{
-    static const wchar_t mark[] = L"\\\\?\\";
-    wchar_t given[MAX_PATH_BYTES];
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
-    wcscpy(wide, mark);
-    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
-        wcscpy(wide, given);
-    return wide;
-}
-
-/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
-static char *narrow(const wchar_t *wide)
-{
-    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
-    char *text = calloc(1, (size_t)n + 1);
-    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
-    return text ? text : "";
-}
-
-static char **start_program(char **argv)
-{
-    int n;
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
-    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
-    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
-    SetConsoleOutputCP(CP_UTF8);
-    SetConsoleCP(CP_UTF8);
-    _setmode(0, _O_BINARY);
-    _setmode(1, _O_BINARY);
-    return text ? text : argv;
-}
-
-static double seconds(void)
-{
-    LARGE_INTEGER now, per_second;
-    QueryPerformanceCounter(&now);
-    QueryPerformanceFrequency(&per_second);
-    return (double)now.QuadPart / (double)per_second.QuadPart;
-}
-
-static long long file_size(const char *path)
-{
-    struct _stat64 st;
-    wchar_t wide[MAX_WIDE];
-    if (_wstat64(widen(path, wide), &st)) return -1;
-    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
-}
-
-static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
-{
-    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
-    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
-    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
-}
-
-static FILE *open_file(const char *path, const char *mode)
-{
-    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
-    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
-    return _wfopen(widen(path, wide), wide_mode);
-}
-
-static int replace_file(const char *from, const char *to)
-{
-    wchar_t a[MAX_WIDE], b[MAX_WIDE];
-    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
-}
-
-static void remove_file(const char *path)
-{
-    wchar_t wide[MAX_WIDE];
-    DeleteFileW(widen(path, wide));
-}
-
-static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
-#endif
 
 /* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
@@ -4863,6 +4738,14 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
+/* Of a file; errno may be of an earlier call. A reader that went away knows. */
+static void check(int ok, const char *name)
+{
+    if (ok) return;
+    if (errno == EPIPE) exit(FAILED);
+    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+}
+
 static void *allocate(void *old, size_t n_bytes, const char *what)
 {
     void *p = realloc(old, n_bytes);
@@ -4870,12 +4753,118 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
-static void flush(FILE *f, const char *name)
+/* ---- Command line: what is asked of the system ---- */
+
+#if !defined(_WIN32)
+#include <unistd.h>
+
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
+static char **start_program(char **argv)
 {
-    if (fflush(f) == 0 && !ferror(f)) return;
-    if (errno == EPIPE) exit(FAILED);
-    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    return argv;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
+static long long file_size(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st)) return -1;
+    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
+
+#else /* Windows: the same, in its UTF-16 */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+struct wide { wchar_t text[32768]; };
+
+/* A path; marked by \\?\ it may have over 260 letters. */
+static struct wide widen(const char *path)
+{
+    struct wide w = {L"\\\\?\\"};
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    if (!GetFullPathNameW(given, 32764, w.text + 4, NULL) || w.text[4] == '\\')
+        wcscpy(w.text, given);
+    return w;
+}
+
+static char **start_program(char **argv)
+{
+    struct wide self;
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    if (!wide) return argv;
+    if (n && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
+    argv = allocate(NULL, ((size_t)n + 1) * sizeof *argv, "the command line");
+    argv[n] = NULL;
+    for (int i = 0; i < n; i++) {
+        size_t room = 3 * wcslen(wide[i]) + 1;
+        argv[i] = allocate(NULL, room, "an argument");
+        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], (int)room, NULL, NULL);
+    }
+    return argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    if (_wstat64(widen(path).text, &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    return _wfopen(widen(path).text, *mode == 'w' ? L"wb" : mode[1] == '+' ? L"r+b" : L"rb");
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    return !MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING);
+}
+
+static char *realpath(const char *path, char *real) { return real ? real : _strdup(path); }
+static void remove_file(const char *path) { DeleteFileW(widen(path).text); }
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
+
+/* Where a path leads through links; itself when there is nothing. */
+static void real_path(const char *path, char real[MAX_PATH_BYTES])
+{
+    char *found = realpath(path, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    free(found);
 }
 
 /* ---- Command line: the options ---- */
@@ -4924,6 +4913,37 @@ static const char *const help[] = {
     "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
+struct session {
+    char **args;
+    const char *mode, *kv, *stop[MAX_STOPS + 1];
+    int n_predict;           /* tokens to generate; -1: until a stop token or a full context */
+    int special, chats, prints_ids; /* GEMMA3_SPECIAL or 0; -i; --out-ids */
+    gemma3_pool *pool;
+    gemma3_model *model;
+    const gemma3_config *config;
+    size_t n_vocab;
+    const gemma3_tokenizer *tokenizer;
+    gemma3_params params;
+    gemma3_state *state;
+    gemma3_sampler sampler;
+    gemma3_candidate *candidates; /* [n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
+    int32_t *ids;            /* [n_ids] the prompt */
+    int n_ids;
+    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    gemma3_error err;        /* of the last call that failed */
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
+    size_t n_held;
+    int stopped;             /* a --stop text came */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    int n_read, n_written;   /* tokens, for the speed */
+    double read_seconds, write_seconds;
+};
+
 /* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
 static const char *next_option(char ***args, const char **value)
 {
@@ -4936,7 +4956,7 @@ static const char *next_option(char ***args, const char **value)
         say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
             (int)strcspn(arg + 2, "-"), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    const char *what = form + n + 1;
+    const char *what = form + n + 1; /* " " of a flag, "VALUE", "[VALUE]" */
     *value = "";
     if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
     if (arg[n] == '=') *value = arg + n + 1;
@@ -4947,25 +4967,25 @@ static const char *next_option(char ***args, const char **value)
 }
 
 /* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
-static const char *option(char **args, const char *name)
+static const char *option(const struct session *s, const char *name)
 {
     const char *value, *last = NULL;
     size_t n = strlen(name);
-    while (*args) {
+    for (char **args = s->args; *args;) {
         const char *form = next_option(&args, &value);
         if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
     }
     return last;
 }
 
-static double number(char **args, const char *name, int is_whole, double least, double most,
-                     double otherwise)
+static double number(const struct session *s, const char *name, int is_whole, double least,
+                     double most, double otherwise)
 {
-    const char *text = option(args, name);
-    char *end;
+    const char *text = option(s, name);
+    double x = otherwise;
+    char rest;
     if (!text) return otherwise;
-    double x = strtod(text, &end);
-    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+    if (sscanf(text, "%lf%c", &x, &rest) != 1 || (is_whole && text[strspn(text, "0123456789")]) ||
         !(x >= least && x <= most))
         say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
             is_whole ? "whole number" : "number", least, most);
@@ -4979,135 +4999,103 @@ static int next_number(const char **list, int *x)
     char *end;
     *list += strspn(*list, between);
     if (**list == 0) return 0;
-    errno = 0;
-    long number = strtol(*list, &end, 10);
-    if (end == *list || (*end && !strchr(between, *end)) || errno || number != (int32_t)number)
-        return -1;
+    long long number = strtoll(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || number != (int32_t)number) return -1;
     *list = end;
     *x = (int)number;
     return 1;
 }
 
-/* ---- Command line: a session, which is an opened model and all that goes with it ---- */
-
-struct session {
-    char **args;
-    const char *stop[MAX_STOPS + 1];
-    int chats, special, prints_ids, n_predict; /* n_predict -1: until a stop token */
-    gemma3_pool *pool;
-    gemma3_model *model;
-    const gemma3_config *config;
-    const gemma3_tokenizer *tokenizer;
-    gemma3_params params;
-    gemma3_state *state;
-    gemma3_sampler sampler;
-    gemma3_candidate *candidates; /* [n_vocab] */
-    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
-    int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
-    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits or --state, by another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
-    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
-    size_t n_held;
-    int n_printed, stopped;  /* ids of this text; a --stop text came */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
-};
-
 /* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
 static void read_options(struct session *s)
 {
-    char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
-    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
-    int threads = gemma3_default_threads(), n = 0;
-    int numbers = option(args, "--logits") || option(args, "--hash");
-    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
-    s->chats = option(args, "-i") != NULL;
+    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize"), *stop;
+    int numbers = option(s, "--logits") || option(s, "--hash"), file = option(s, "-f") != NULL;
+    int prompts = file + !!option(s, "-p") + !!option(s, "--ids");
+    s->chats = option(s, "-i") != NULL;
     int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
-                 !!option(args, "--detokenize") + !!option(args, "--info");
+                 !!option(s, "--detokenize") + !!option(s, "--info");
+    int n_cores = gemma3_default_threads(), n_stops = 0;
+    char *end;
     if (n_jobs != 1)
         say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
             "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
             "-f FILE (- is stdin) or --ids FILE, or chat with -i");
-    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", kv);
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
-    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
-    s->special = option(args, "--special") != NULL;
-    s->prints_ids = option(args, "--out-ids") != NULL;
-    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
-    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
+    if (!numbers && option(s, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(s, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
+    s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
+    s->prints_ids = option(s, "--out-ids") != NULL;
+    s->mode = option(s, "--exact") ? "exact" : "default";
+    s->kv = option(s, "--kv");
+    if (!s->kv) s->kv = option(s, "--exact") ? "f32" : "f16";
+    if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
+    s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS, n_cores);
+    s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
     if (seed && (*seed < '0' || *seed > '9' || *end || errno))
         say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
-    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
-    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
-    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
-    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
-    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
-    while (*args) {
+    s->sampler.temperature = (float)number(s, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(s, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(s, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(s, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(s, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    for (char **args = s->args; *args;) {
         if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
-        if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
         if (!*stop || strlen(stop) > MAX_STOP_BYTES)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-        s->stop[n++] = stop;
+        s->stop[n_stops++] = stop;
     }
 }
 
 static void open_model(struct session *s, const char *path, int computes)
 {
-    const char *kv = option(s->args, "--kv"), *note;
-    gemma3_error err;
-    s->pool = gemma3_pool_new(s->params.n_threads, &err);
-    if (!s->pool) say(FAILED, "%s", err.text);
+    const char *note;
+    s->pool = gemma3_pool_new(s->params.n_threads, &s->err);
+    if (!s->pool) say(FAILED, "%s", s->err.text);
     gemma3_options o = {
-        .exact = option(s->args, "--exact") != NULL, .isa = option(s->args, "--isa"),
-        .no_repack = !computes || option(s->args, "--no-repack"),
-        .obey_file = option(s->args, "--obey-file") != NULL,
+        .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
+        .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
         .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
     };
-    s->model = gemma3_open(path, &o, &err);
-    if (!s->model) say(FAILED, "%s", err.text);
+    s->model = gemma3_open(path, &o, &s->err);
+    if (!s->model) say(FAILED, "%s", s->err.text);
+    for (int i = 0; (note = gemma3_model_note(s->model, i)) != NULL; i++) say(NOTE, "%s", note);
     s->config = gemma3_model_config(s->model);
+    s->n_vocab = (size_t)s->config->n_vocab;
     s->tokenizer = gemma3_model_tokenizer(s->model);
-    gemma3_params usual = gemma3_default_params(s->model);
-    if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
-    s->params.kv_type = !kv ? usual.kv_type : kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    if (!s->params.n_ctx) s->params.n_ctx = gemma3_default_params(s->model).n_ctx;
     s->params.parallel_for = gemma3_pool_run;
     s->params.pool = s->pool;
-    for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
-    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
+    const gemma3_params *p = &s->params;
+    size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
     size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
-    size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
-            "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
-    if (s->params.n_ctx > s->config->n_ctx_train)
+            "may use %zu MB", p->n_ctx, need >> 20, weights >> 20, limit >> 20);
+    if (p->n_ctx > s->config->n_ctx_train)
         say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
-            "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            "it writes after them may make no sense", p->n_ctx, s->config->n_ctx_train,
             (double)s->config->rope_factor);
-    s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (!s->state) say(FAILED, "%s", err.text);
-    s->logits = allocate(NULL, n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
-    s->candidates = allocate(NULL, n_vocab * sizeof *s->candidates, "sampling");
+    s->state = gemma3_state_new(s->model, p, &s->err);
+    if (!s->state) say(FAILED, "%s", s->err.text);
+    s->logits = allocate(NULL, s->n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
+    s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
 }
 
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
     FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
-    if (!f) say(FAILED, "%s: %s", path, strerror(errno));
+    check(f != NULL, path);
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
@@ -5115,23 +5103,11 @@ static char *read_file(const char *path, size_t *n)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
-        if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
+        check(!ferror(f), path);
     }
     if (f != stdin) fclose(f);
     bytes[*n] = 0;
     return bytes;
-}
-
-static void encode_text(struct session *s, const char *text, size_t n)
-{
-    int flags = (option(s->args, "--no-bos") ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
-    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
-        say(NOTE, "the text begins with <bos>: no other is put before it");
-        flags = GEMMA3_SPECIAL;
-    }
-    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
-    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
 
 /* The ids spelled in n bytes of text. */
@@ -5150,12 +5126,23 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
             found ? left : "a zero byte");
 }
 
+static void encode_text(struct session *s, const char *text, size_t n)
+{
+    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
+    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
+        say(NOTE, "the text begins with <bos>: no other is put before it");
+        flags = GEMMA3_SPECIAL;
+    }
+    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
+    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
+}
+
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
-    const char *ids = option(s->args, "--ids"), *path = ids ? ids : option(s->args, "-f");
-    const char *prompt = option(s->args, "-p"), *text = option(s->args, "--tokenize");
-    if (prompt) text = prompt;
+    const char *ids = option(s, "--ids"), *path = ids ? ids : option(s, "-f");
+    const char *prompt = option(s, "-p"), *text = prompt ? prompt : option(s, "--tokenize");
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
     if (ids) parse_ids(s, bytes, n, ids);
@@ -5163,39 +5150,10 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-static void open_out(struct session *s, const char *path)
-{
-    char magic[4] = "";
-    long long size = file_size(path);
-    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
-    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
-        say(FAILED, "%s: this is a model, which would be overwritten", path);
-    if (old) fclose(old);
-    real_path(path, path, s->path);
-    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
-    if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
-}
-
-static int write_out(void *session, const void *bytes, size_t n)
-{
-    struct session *s = session;
-    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
-    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
-    return -1;
-}
-
-static void close_out(struct session *s)
-{
-    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
-}
-
 /* --positions, or all. */
 static void choose_rows(struct session *s)
 {
-    const char *list = option(s->args, "--positions"), *left = list;
+    const char *list = option(s, "--positions"), *left = list;
     int x, found = 0, last = -1;
     s->wanted = allocate(NULL, (size_t)s->n_ids, "--positions");
     memset(s->wanted, !list, (size_t)s->n_ids);
@@ -5211,18 +5169,48 @@ static void choose_rows(struct session *s)
         say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
 }
 
+/* Opens s->file under another name than path until it is whole, but for pipes and devices. */
+static void open_out(struct session *s, const char *path)
+{
+    char magic[4] = "";
+    long long size = file_size(path);
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+        say(FAILED, "%s: this is a model, which would be overwritten", path);
+    if (old) fclose(old);
+    real_path(path, s->path);
+    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    check(s->file != NULL, path);
+}
+
+static int write_out(void *session, const void *bytes, size_t n)
+{
+    struct session *s = session;
+    int ok = fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0;
+    if (!ok && strcmp(s->part, s->path) != 0) remove_file(s->part);
+    check(ok, s->file == stdout ? "standard output" : s->path);
+    return 0;
+}
+
+static void close_out(struct session *s)
+{
+    check(s->file == stdout || (!fclose(s->file) && !replace_file(s->part, s->path)), s->path);
+}
+
+/* ---- Command line: tokens in, tokens out ---- */
+
 /* Float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
-    size_t n = 4 * (size_t)s->config->n_vocab;
-    for (size_t i = 0; i < n; i++) {
-        uint32_t u;
-        memcpy(&u, &row[i / 4], 4);
-        bytes[i] = (unsigned char)(u >> i % 4 * 8);
+    for (size_t i = 0; i < 4 * s->n_vocab; i++) {
+        uint32_t bits;
+        memcpy(&bits, &row[i / 4], 4);
+        bytes[i] = (unsigned char)(bits >> i % 4 * 8);
     }
-    gemma3_sha256_add(&s->sha256, bytes, n);
-    if (s->file) write_out(s, bytes, n);
+    gemma3_sha256_add(&s->sha256, bytes, 4 * s->n_vocab);
+    if (s->file) write_out(s, bytes, 4 * s->n_vocab);
 }
 
 static int are_numbers(const float *x, size_t n)
@@ -5235,29 +5223,27 @@ static int are_numbers(const float *x, size_t n)
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
-    size_t n_vocab = (size_t)s->config->n_vocab;
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
     for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
+        if (!are_numbers(s->logits + (size_t)r * s->n_vocab, s->n_vocab))
             s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
 static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
-    size_t n_vocab = (size_t)s->config->n_vocab;
     double start = seconds();
     for (int i = 0, count; i < n; i += count) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, most = s->params.n_batch;
-        if (most > GEMMA3_MAX_UBATCH) most = GEMMA3_MAX_UBATCH;
-        for (count = 0; count < most && i + count < n; count++)
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0; /* as many as s->logits has room for */
+        for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
             if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
         forward(s, ids + i, count, rows, n_rows);
         for (int r = 0; s->wanted && r < n_rows; r++)
-            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * n_vocab);
-        if (n_rows > 1) memcpy(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, 4 * n_vocab);
+            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * s->n_vocab);
+        const float *last = s->logits + (size_t)(n_rows - 1) * s->n_vocab;
+        if (n_rows > 1) memcpy(s->logits, last, 4 * s->n_vocab);
     }
     s->n_read += n;
     s->read_seconds += seconds() - start;
@@ -5272,56 +5258,54 @@ static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
  * there. Returns how many are in the state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
-    const char *path = option(s->args, "--state");
-    gemma3_error err;
-    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
-    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    const char *path = n > 0 ? option(s, "--state") : NULL;
+    if (!path) return 0;
+    FILE *f = open_file(path, "rb");
+    if (f && gemma3_state_load(s->state, read_at, f, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
-    int pos = gemma3_state_pos(s->state), n_same = 0;
     const int32_t *kept = gemma3_state_ids(s->state);
-    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
-    if (!path || n <= 0 || (f && n_same == pos)) {
-        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-        return n_same;
+    int n_kept = gemma3_state_pos(s->state);
+    if (n_kept > 0 && n_kept <= n && memcmp(kept, ids, (size_t)n_kept * sizeof *ids) == 0) {
+        for (int i = 0; i < n_kept; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_kept;
     }
     gemma3_state_reset(s->state);
     read_tokens(s, ids, n);
     open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (gemma3_state_save(s->state, write_out, s, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
     close_out(s);
     return n;
 }
 
-static void print_byte(struct session *s, char byte)
+/* Whole characters, but for those at the end that may begin a stop text. */
+static void print_text(struct session *s, const char *text, int n_bytes)
 {
-    if (s->stopped) return;
-    s->held[s->n_held++] = byte;
-    size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
-    for (size_t n = 1; n <= s->n_held; n++)
-        for (const char **stop = s->stop; *stop; stop++) {
-            if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
-            if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
-            if (!(*stop)[n]) s->stopped = 1;
-        }
-    if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
-    memmove(s->held, s->held + n_out, s->n_held -= n_out);
+    for (int i = 0; i < n_bytes && !s->stopped; i++) {
+        s->held[s->n_held++] = text[i];
+        size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
+        for (size_t n = 1; n <= s->n_held; n++)
+            for (const char **stop = s->stop; *stop; stop++) {
+                if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
+                if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
+                if (!(*stop)[n]) s->stopped = 1;
+            }
+        if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
+        memmove(s->held, s->held + n_out, s->n_held -= n_out);
+    }
 }
 
 /* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
-static int print_token(struct session *s, int32_t id)
+static int print_token(struct session *s, int32_t id, int is_first)
 {
     char piece[GEMMA3_PIECE_MAX], c[8];
-    int32_t spelled = -1;
-    int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
-    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
-        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
-            spelled = -1;
-    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
+    int n = gemma3_decode(s->tokenizer, id, s->special, piece);
+    if (gemma3_is_stop(s->tokenizer, id)) return 0;
+    for (const char **stop = s->stop; n == 0 && *stop; stop++)
+        if (gemma3_find(s->tokenizer, *stop, strlen(*stop)) == id) return 0;
     for (int i = 0; i < n; i++)
-        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
-            print_byte(s, c[k]);
-    if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
-    flush(s->out, "standard output");
+        print_text(s, c, gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c));
+    if (s->prints_ids && !s->stopped) fprintf(s->out, is_first ? "%d" : " %d", (int)id);
+    check(!fflush(s->out) && !ferror(s->out), "standard output");
     return 1;
 }
 
@@ -5331,20 +5315,20 @@ static void write_tokens(struct session *s)
     double start = seconds();
     char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
-    s->n_held = 0, s->n_printed = s->stopped = 0;
+    s->n_held = 0, s->stopped = 0;
     for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
-        int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (!print_token(s, id)) break;
+        int32_t id = gemma3_sample(&s->sampler, s->logits, (int)s->n_vocab, s->candidates);
+        if (!print_token(s, id, i == 1)) break;
         s->n_written++;
         is_last = i == s->n_predict || s->stopped;
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
+    print_text(s, c, gemma3_utf8_end(&s->utf8, c));
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
     if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    flush(s->out, "standard output");
+    check(!fflush(s->out) && !ferror(s->out), "standard output");
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -5355,33 +5339,32 @@ static void write_tokens(struct session *s)
 /* -p, -f, --ids */
 static void continue_prompt(struct session *s)
 {
-    const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
+    const char *logits = option(s, "--logits"), *hash = option(s, "--hash");
     char hex[65];
     read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
             s->n_ids, s->params.n_ctx, s->n_ids);
-    gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
     else if (logits) open_out(s, logits);
+    gemma3_sha256_init(&s->sha256);
     int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
     read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
-    if (logits) close_out(s);
     gemma3_sha256_end(&s->sha256, hex);
+    if (logits) close_out(s);
     if (hash)
-        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-                gemma3_model_is_exact(s->model) ? "exact" : "default",
-                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT, s->mode, s->kv,
+                hex);
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
-    else s->n_read = 0; /* its speed is of no interest */
 }
 
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
     const gemma3_params *p = &s->params;
+    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
         {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
         {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
@@ -5400,8 +5383,7 @@ static void print_info(const struct session *s)
     print_safe(stdout, gemma3_model_name(s->model));
     printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
            "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
-           GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
-           gemma3_model_isa(s->model));
+           GEMMA3_CONTRACT, s->mode, gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
         printf("%-22s %.9g", fields[i].name, fields[i].value);
@@ -5410,22 +5392,21 @@ static void print_info(const struct session *s)
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
-    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     printf("\nweights                %zu bytes, %zu read for each token generated\n"
            "KV cache               %zu bytes for -c %d in %s\n"
            "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
            gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
-           p->n_threads);
+           s->kv, n_scratch, p->n_ctx, p->n_batch, p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
-    const char *system = option(s->args, "--system");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
+    const char *system = option(s, "--system");
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_same = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    int32_t *ids = allocate(s->ids, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    s->ids = ids;
     int n = room > MAX_TEXT_BYTES ? -2 :
             gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
@@ -5433,11 +5414,12 @@ static int answer(struct session *s, const char *text)
     if (n > left) {
         say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
             "starts again, -c gives more", s->params.n_ctx, n, left);
-        return free(ids), 0;
+        return 0;
     }
+    /* --state keeps what does not depend on the text. */
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
-    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
-    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
+    while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
+    int n_kept = keep_tokens(s, ids, n_same);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
     read_tokens(s, ids + n_kept, n - n_kept);
@@ -5446,7 +5428,7 @@ static int answer(struct session *s, const char *text)
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
     ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
     if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
-    return free(ids), 1;
+    return 1;
 }
 
 /* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
@@ -5454,16 +5436,17 @@ static char *read_line(void)
 {
     size_t n = 0, room = 256;
     char *line = allocate(NULL, room, "the line");
-    int c = 0;
+    int c;
     if (is_terminal(stdin)) fputs("> ", stderr);
-    while (c != '\n' && (c = getchar()) != EOF) {
+    while ((c = getchar()) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
-        if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
+        if (n == 0 || line[n - 1] != '\\') break;
+        line[n - 1] = '\n';
     }
-    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    check(!ferror(stdin), "standard input");
     line[n] = 0;
     if (n || c == '\n') return line;
     return free(line), NULL;
@@ -5473,8 +5456,7 @@ static char *read_line(void)
  * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    static const char *const words[] = {"source_lang_code", "developer", "tools",
-                                        "<start_of_turn>"};
+    const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
     size_t n = 0;
     const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
@@ -5483,9 +5465,9 @@ static void chat(struct session *s)
     for (int i = 0; template && i < 4; i++) {
         size_t n_word = strlen(words[i]), at = 0;
         while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
-        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+        if ((at + n_word <= n) != (i == 0)) /* it has no turns, or wants what they have not */
             say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
-                i == 3 ? "has no" : "asks for", words[i]);
+                i == 0 ? "has no" : "asks for", words[i]);
     }
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
@@ -5507,28 +5489,38 @@ static void find_fault(void *user, const char *name, int layer, int pos, int n, 
 static void explain_fault(struct session *s)
 {
     char first[64] = "";
-    gemma3_error err;
-    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
     s->params.trace = find_fault, s->params.trace_user = first;
-    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &s->err);
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        is_best ? "" : ": try --kv f32 or --exact",
+        gemma3_model_is_exact(s->model) && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
         *first ? "; the first tensor to hold what is none was " : "", first);
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static void find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path(file_size("/proc/self/exe") < 0 ? program : "/proc/self/exe", path);
+    size_t n = strlen(path);
+    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
 }
 
 /* Everything that needs a model. */
 static void run_job(struct session *s, const char *path)
 {
-    const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
-    const char *detokenize = option(s->args, "--detokenize");
+    const char *tokenize = option(s, "--tokenize"), *info = option(s, "--info");
+    const char *detokenize = option(s, "--detokenize");
     char piece[GEMMA3_PIECE_MAX];
     open_model(s, path, !tokenize && !detokenize && !info);
     if (tokenize) read_prompt(s);
     if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
     for (int i = 0, n; i < s->n_ids; i++) {
-        n = gemma3_decode(s->tokenizer, s->ids[i], s->special ? GEMMA3_SPECIAL : 0, piece);
+        n = gemma3_decode(s->tokenizer, s->ids[i], s->special, piece);
         if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
         else fwrite(piece, 1, (size_t)n, stdout);
     }
@@ -5537,44 +5529,34 @@ static void run_job(struct session *s, const char *path)
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
     if (s->fault >= 0) explain_fault(s);
-    if (s->n_read)
+    if (s->write_seconds > 0)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
-                s->n_written ? s->n_written / s->write_seconds : 0.0);
+                s->n_written / s->write_seconds);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
     gemma3_pool_free(s->pool);
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
-/* The model that comes with the program lies in weights/ beside it, or where we are. */
-static void find_model(const char *program, char path[MAX_PATH_BYTES])
-{
-    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path("/proc/self/exe", program, path); /* however it was started */
-    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
-    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
-    if (file_size(path) < 0) strcpy(path, model);
-    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
-}
-
 int main(int argc, char **argv)
 {
-    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
-    const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
+    char **args = start_program(argv);
+    struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
+    const char *path = option(&s, "-m"), *isa = option(&s, "--isa");
     char found[MAX_PATH_BYTES];
-    if (option(s.args, "--help")) {
+    if (option(&s, "--help")) {
         for (int i = 0; help[i]; i++) puts(help[i]);
-    } else if (option(s.args, "--version")) {
+    } else if (option(&s, "--version")) {
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
     } else if (isa && strcmp(isa, "list") == 0) {
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     } else {
         read_options(&s);
-        if (!path) find_model(argc > 0 ? argv[0] : "", found);
+        if (!path) find_model(argc > 0 ? args[0] : "", found);
         run_job(&s, path ? path : found);
     }
-    flush(stdout, "standard output");
+    check(!fflush(stdout) && !ferror(stdout), "standard output");
     return 0;
 }
 

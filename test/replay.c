@@ -11,6 +11,9 @@
 #define LLVMFuzzerTestOneInput fuzz_gguf
 #include "fuzz/gguf.c"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_state
+#include "fuzz/state.c"
+#undef LLVMFuzzerTestOneInput
 #define LLVMFuzzerTestOneInput fuzz_tokenizer
 #include "fuzz/tokenizer.c"
 #undef LLVMFuzzerTestOneInput
@@ -43,6 +46,7 @@ static void replay(const char *target, int (*run)(const uint8_t *, size_t))
 int main(void)
 {
     replay("gguf", fuzz_gguf);
+    replay("state", fuzz_state);
     replay("tokenizer", fuzz_tokenizer);
     return done_testing();
 }

@@ -46,7 +46,7 @@ CLAIMS = {  # name: arguments, what holds of them, what stands in a loop that th
     "claim_read_kv": (3, a_file),
     "claim_read_tensor": (3, a_file),
     "claim_plus": (2, all_values),
-    "claim_times": (2, lambda a, b: [claripy.ULT(b, 1 << 12)]),
+    "claim_times": (2, lambda a, b: [claripy.ULT(b, 1 << 5)]),
     "claim_piece": (3, lambda used, size, n: [claripy.ULE(used, size), claripy.ULE(size, 1 << 46)]),
     "claim_encode_work": (1, all_values),
 }
