@@ -52,8 +52,9 @@ test:
 	prove -j2 --timer --failures --comments $(TESTS)
 
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
-	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< $(filter %.o,$^) $(LIBS)
 
+test/replay: test/readers.o
 test/hostile test/replay test/together: test/tiny.h $(wildcard test/fuzz/*.c)
 
 $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o

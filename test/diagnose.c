@@ -288,7 +288,23 @@ static void find_hidden(const struct search *f, struct cause *cause)
 
 /* ---- The search ---- */
 
-/* Rows of the sketch: evenly from the first that differs on, the last ones among them. */
+/* Takes up to n of the rows that are there in [from, to), evenly, the last one among them. */
+static void pick_rows(struct search *f, int from, int to, int n)
+{
+    int n_there = 0, n_picked = 0;
+    for (int i = from; i < to; i++) n_there += f->t->wanted[i];
+    for (int i = from, seen = 0; i < to && n_picked < n; i++) {
+        if (!f->t->wanted[i]) continue;
+        seen++;
+        if ((int64_t)seen * n / (n_there > n ? n_there : n) <= n_picked) continue;
+        n_picked++;
+        f->wanted[i] = 1;
+        f->position[f->n_rows++] = i;
+    }
+}
+
+/* Rows of the sketch: from the first that differs on, half of them beyond the window when the text goes
+ * there. What comes later than AFTER_FIRST positions afterwards need not be computed. */
 static void choose_rows(struct search *f, const float *kl)
 {
     int first = -1, n = 0, window = f->s->config->window, n_ids = f->s->n_ids;
@@ -296,20 +312,15 @@ static void choose_rows(struct search *f, const float *kl)
     for (int i = 0; i < n_ids && first < 0; i++)
         if (f->t->wanted[i] && kl[i] > bands[0].mean_kl) first = i;
     if (first < 0) first = 0;
-    int end = (has_local && window < n_ids && window > first ? window : first) + AFTER_FIRST;
-    f->n_ids = min_int(n_ids, end);
+    int is_before = has_local && window < n_ids && window > first;
+    f->n_ids = min_int(n_ids, (is_before ? window : first) + AFTER_FIRST);
     for (int i = first; i < f->n_ids; i++) n += f->t->wanted[i];
-    if (n == 0) { /* rows of late positions alone */
-        f->n_ids = n_ids;
-        for (int i = first; i < n_ids; i++) n += f->t->wanted[i];
+    if (n == 0) f->n_ids = n_ids; /* rows of late positions alone */
+    if (is_before) {
+        pick_rows(f, first, window, MAX_ROWS / 2);
+        first = window;
     }
-    for (int i = first, seen = 0; i < f->n_ids && f->n_rows < MAX_ROWS; i++) {
-        if (!f->t->wanted[i]) continue;
-        seen++;
-        if ((int64_t)seen * MAX_ROWS / (n > MAX_ROWS ? n : MAX_ROWS) > f->n_rows)
-            f->position[f->n_rows++] = i;
-    }
-    for (int r = 0; r < f->n_rows; r++) f->wanted[f->position[r]] = 1;
+    pick_rows(f, first, f->n_ids, MAX_ROWS - f->n_rows);
 }
 
 static int prepare(struct search *f, const float *kl)

@@ -438,7 +438,7 @@ static int shape_rows(struct reader *r, const struct array *a, const struct expe
     int n = a->n_dims, skip = 0;
     while (n - skip > 1 && a->dim[skip] == 1) skip++;
     uint64_t width = n - skip > 0 ? a->dim[n - 1] : 0, rows = n - skip == 2 ? a->dim[skip] : 1;
-    if (n - skip < 1 || n - skip > 2 || width + PADDING < (uint64_t)e->n_vocab ||
+    if (n - skip < 1 || n - skip > 2 || width < 1 || width + PADDING < (uint64_t)e->n_vocab ||
         width > (uint64_t)e->n_vocab + PADDING || rows < 1 || rows > INT32_MAX)
         return -1;
     r->width = (int)width;
@@ -537,7 +537,8 @@ static int open_kld_base(struct reader *r, const struct expected *e)
     if (n_ctx < 3 || n_ctx > 1 << 24 || n_pieces < 1 || n_pieces > INT32_MAX / n_ctx)
         return fault(r->error, "%s: a base file of %llu pieces of %llu tokens", r->in.name,
                      (unsigned long long)n_pieces, (unsigned long long)n_ctx);
-    if (width + PADDING < (uint64_t)e->n_vocab || width > (uint64_t)e->n_vocab + PADDING)
+    if (width < 1 || width + PADDING < (uint64_t)e->n_vocab ||
+        width > (uint64_t)e->n_vocab + PADDING)
         return fault(r->error, "%s has a vocabulary of %llu tokens, the model has %d", r->in.name,
                      (unsigned long long)width, e->n_vocab);
     uint64_t n_tokens = n_ctx * n_pieces;
