@@ -1301,11 +1301,12 @@ INLINE void store_u32_le(uint8_t *p, uint32_t u)
 }
 
 /* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0:
- * then it is m * 2^-24, made from the integer, because arithmetic on subnormal floats can be slow. */
+ * then it is m * 2^-24, made from the integer, as arithmetic on subnormal floats can be slow. */
 INLINE float f16_to_f32(uint16_t x)
 {
-    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00, rest = (uint32_t)(x & 0x7fff) << 13;
-    uint32_t normal = rest + (exponent == 0x7c00 ? 0x70000000 : 0x38000000); /* exponent 15 -> 127, 31 -> 255 */
+    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00;
+    uint32_t rebias = exponent == 0x7c00 ? 0x70000000 : 0x38000000; /* 31 -> 255, 15 -> 127 */
+    uint32_t normal = ((uint32_t)(x & 0x7fff) << 13) + rebias;
     uint32_t subnormal = bits_of((float)(int32_t)(x & 0x3ff) * 0x1p-24f);
     return float_of((exponent ? normal : subnormal) | sign);
 }
@@ -1333,8 +1334,8 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
     return float_of(load_u32_le(row + 4 * j));
 }
 
-/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 .. 31 an
- * element of it, h = j / 16 its half. q is the code as the bits say it.
+/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 ..
+ * 31 an element of it, h = j / 16 its half. q is the code as the bits say it.
  *
  *     Q4_0    | d f16 | qs[16] |                       18 bytes, 32 elements      d * (q - 8)
  *             qs[j % 16]: low nibble element j, high nibble element j + 16; so in all that follow
@@ -1360,13 +1361,13 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
  *     Q5_K    | d f16 | dmin f16 | scales[12] | fifth[32] | qs[128] |   176, 256    as Q4_K
  *             bit g of fifth[j] is the fifth bit of element j
  *     Q6_K    | ql[128] | qh[64] | scales[16] int8 | d f16 |   210, 256   d * scale * (q - 32)
- *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits in
- *             nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
+ *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits
+ *             in nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
 static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                      1, 13, 25, 38, 53, 69, 89, 113};
 
-/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte j of
- * `top` has, shifted left by up. A mask of 0: there is no top. */
+/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte
+ * j of `top` has, shifted left by up. A mask of 0: there is no top. */
 struct code_bits { int low, shift, mask, top, top_shift, top_mask, up; };
 
 INLINE struct code_bits find_codes(int type, int g, int h)
@@ -1490,10 +1491,11 @@ INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group
 
 /* ---- Tiles ----
  *
- * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so that
- * each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's, and none is
- * needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile: codes in units of
- * 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
+ * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so
+ * that each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's,
+ * and none is needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile:
+ * codes in units of 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q
+ * bytes of nibbles):
  *
  *     0                   64                                                 192            576
  *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
@@ -1507,8 +1509,8 @@ INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n
             memcpy(to + (k * TILE_ROWS + r) * unit, from + r * row_bytes + k * unit, unit);
 }
 
-/* The same for all rows of a tile and units of 4 bytes, two rows and two units at a time: most of what
- * opening a model does. first and second are in memory's order, whatever the CPU's. */
+/* The same for all rows of a tile and units of 4 bytes, two rows and two units at a time: most of
+ * what opening a model does. first and second are in memory's order, whatever the CPU's. */
 INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes, int n)
 {
     int k = 0;
@@ -1526,8 +1528,8 @@ INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes,
 }
 
 /* n_blocks blocks of n_rows rows as tiles; rows that are missing become zeros. */
-static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows, int n_blocks,
-                      const struct format *f)
+static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows,
+                      int n_blocks, const struct format *f)
 {
     if (n_rows < TILE_ROWS) memset(tile, 0, (size_t)n_blocks * TILE_ROWS * f->bytes);
     for (int b = 0; b < n_blocks; b++, tile += TILE_ROWS * f->bytes, rows += f->bytes)
@@ -1554,9 +1556,9 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
                             int worker)
 {
     const gemma3_state *s = job->s;
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
-                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
-                        .acc = acc_of(s, worker)};
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .x = job->x, .x_stride = w->cols, .acc = acc_of(s, worker)};
     if (!is_float(w->format)) {
         float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
         s->m->kernels->dequantize(w, row, n_rows, rows);
@@ -1576,7 +1578,7 @@ enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY 
 /* A byte four times. */
 INLINE int32_t four_times(int byte) { return (int32_t)(0x01010101u * (uint32_t)byte); }
 
-/* Where a kernel is: a block of a tile or a panel, the group in it, the first vector's activations. */
+/* Where a kernel is: a block of a tile or a panel, the group in it, the activations there. */
 struct place {
     const uint8_t *from;
     int g;
@@ -1603,9 +1605,9 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
 {
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
-                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
-                        .acc = acc_of(s, worker), .scratch = u->panel};
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks, .acc = acc_of(s, worker), .scratch = u->panel};
     if (w->tiled || !s->m->kernels->tiles) {
         s->m->kernels->mul_codes(&p);
         return;
@@ -1637,13 +1639,14 @@ enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
 #if defined(INSTANCE)
 /* ==== 9. The operations: definitions ============================================================
  *
- * From here to the end of section 10 the text is compiled once for plain C and once for each instruction
- * set: the file includes itself there, with INSTANCE set to the name that ends the names of all functions,
- * and LANES to the number of floats in a vector register, 1 in plain C. What stands in this section is the
- * definition of each operation. The pieces that go element by element are plain C in every instance: the
- * compiler makes vectors of their loops, and since every operation is one IEEE rounding, all give the
- * same bits. The three that take nearly all of the time, mul_codes, mul_floats and mix_values, are
- * written a second time, for vectors, in section 10. */
+ * From here to the end of section 10 the text is compiled once for plain C and once for each
+ * instruction set: the file includes itself there, with INSTANCE set to the name that ends the
+ * names of all functions, and LANES to the number of floats in a vector register, 1 in plain C.
+ * What stands in this section is the definition of each operation. The pieces that go element by
+ * element are plain C in every instance: the compiler makes vectors of their loops, and since every
+ * operation is one IEEE rounding, all give the same bits. The three that take nearly all of the
+ * time, mul_codes, mul_floats and mix_values, are written a second time, for vectors, in section
+ * 10. */
 
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
@@ -1680,8 +1683,8 @@ INLINE float exp_of(float x)
     return x != x ? x : e;
 }
 
-/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0 becomes
- * all 0. */
+/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0
+ * becomes all 0. */
 static void NAME(quantize)(struct q8_block *out, const float *x, int n)
 {
     for (; n > 0; n -= 32, x += 32, out++) {
@@ -1706,8 +1709,8 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
- * the 1. */
+/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already
+ * added the 1. */
 static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
 {
     float lane[16] = {0};
@@ -1787,8 +1790,8 @@ static void NAME(add_exp_run)(double *lane, const float *logits, double max)
         for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
 }
 
-/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
- * or below -690, the definition itself runs. */
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a
+ * number or below -690, the definition itself runs. */
 static double NAME(sum_exp)(const float *logits, int n, float max)
 {
     double lane[16] = {0};
@@ -1809,8 +1812,8 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
 #endif /* !HAS_PIECES */
 
 #if LANES == 1
-/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
- * twice, as there. */
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at
+ * most twice, as there. */
 static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 {
     const struct format *f = w->format;
@@ -1895,8 +1898,8 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
-/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats stay as
- * they are; that is why the contract's order has 16 lanes. */
+/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats
+ * stay as they are; that is why the contract's order has 16 lanes. */
 static void NAME(mul_floats)(const struct product *p)
 {
     for (int i = 0; i < p->n; i++)
@@ -1904,7 +1907,8 @@ static void NAME(mul_floats)(const struct product *p)
             const float *x = p->x + i * p->x_stride;
             float lane[16] = {0};
             for (int j = 0; j < p->cols; j++)
-                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j), x[j], lane[j % 16]);
+                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j),
+                                      x[j], lane[j % 16]);
             p->acc[i][r] = join_lanes(lane);
         }
 }
@@ -1915,7 +1919,8 @@ static void NAME(mix_values)(const struct mix *m)
         for (int j = 0; j < m->width; j++) {
             float sum = m->out[i * m->out_stride + j];
             for (int p = 0; p < m->n_pos; p++)
-                sum = fma_of(m->e[i * m->e_stride + p], load_float(m->type, m->v + p * m->v_bytes, j), sum);
+                sum = fma_of(m->e[i * m->e_stride + p],
+                             load_float(m->type, m->v + p * m->v_bytes, j), sum);
             m->out[i * m->out_stride + j] = sum;
         }
 }
@@ -1923,9 +1928,9 @@ static void NAME(mix_values)(const struct mix *m)
 #else
 /* ==== 10. The operations: vector kernels ========================================================
  *
- * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers of 32
- * bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector counts for
- * every lane. */
+ * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers
+ * of 32 bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector
+ * counts for every lane. */
 
 #define floats NAME(floats)
 #define ints NAME(ints)
@@ -1945,13 +1950,15 @@ static void NAME(mix_values)(const struct mix *m)
 #define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
 #define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
-#define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
-#define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
-#define dot_end NAME(dot_end)         /* which starts with it if begin did not */
+#define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x in */
+#define dot_add NAME(dot_add)         /* each lane; start counts in begin or in end, as the verbs */
+#define dot_end NAME(dot_end)         /* like */
 #define dot_wide NAME(dot_wide)       /* the same at once for w signed */
 
-#define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
-#define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
+/* dot_sum is int16 without a dot instruction: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6. x86's
+ * dot instruction wants w unsigned: wide codes get + 128. */
+#define INT16_SUMS (LANES < 16 && !HAS_DOT)
+#define FLIPS (LANES > 4 && HAS_DOT)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -1978,8 +1985,8 @@ INLINE four last_joins(four a, four b, four c, four d)
 #endif
 
 #if LANES == 8
-/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
- * that at once. */
+/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does
+ * all that at once. */
 INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
 INLINE floats mul_add(floats a, floats b, floats c)
 {
@@ -2123,11 +2130,11 @@ INLINE floats widen(int type, const uint8_t *p)
 /* ---- Integer formats ---- */
 
 /* Asks for memory before it is needed, a little with each block, because a burst stalls.
- * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the
- * next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2). One
- * vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which are
- * unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21).
- * PREFETCH_STREAM: bytes ahead in attention's values. */
+ * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
+ * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
+ * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
+ * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
+ * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
 #define prefetch NAME(prefetch)
 INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 {
@@ -2197,7 +2204,8 @@ static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int 
         uint8_t *to = o->code + 4 * TILE_ROWS * q;
         if (simple && !b.top_mask) /* codes_of in short */
             for (int r = 0; r < TILE_ROWS; r += LANES)
-                store_ints(to + 4 * r, (load_ints(low + 4 * r) >> b.shift & four_times(b.mask)) ^ flip);
+                store_ints(to + 4 * r,
+                           (load_ints(low + 4 * r) >> b.shift & four_times(b.mask)) ^ flip);
         else
             for (int r = 0; r < TILE_ROWS; r += LANES)
                 store_ints(to + 4 * r, codes_of(f->type, b, tile, q, r));
@@ -2209,9 +2217,10 @@ static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int 
  * A part of the product is NT vectors from i0 on times NH registers of rows from r0 on. NT, NH and
  * kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
  * registers. The kind says where codes come from, and so how many products fit int16: a format's
- * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a tile
- * of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times 2 0.96,
- * 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied 0.5. */
+ * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a
+ * tile of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times
+ * 2 0.96, 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied
+ * 0.5. */
 #define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
 #define mul_kind NAME(mul_kind)
@@ -2411,12 +2420,12 @@ static void NAME(mul_codes)(const struct product *p)
 
 /* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers
  * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes:
- * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8). One
- * row times one vector is a stream and takes all lanes in one pass.
- * Of AVX2's peak in L1: F16 keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73,
- * of 6,912 0.53 (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all
- * tiles kept in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or
- * 4 x 6: no gain. */
+ * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8).
+ * One row times one vector is a stream and takes all lanes in one pass. Of AVX2's peak in L1: F16
+ * keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73, of 6,912 0.53
+ * (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all tiles kept
+ * in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or 4 x 6:
+ * no gain. */
 #define mul_floats_part NAME(mul_floats_part)
 INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
@@ -2485,8 +2494,9 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a slice
- * for six queries widens each value four times for 16 queries, a whole one for two eight times. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a
+ * slice for six queries widens each value four times for 16 queries, a whole one for two eight
+ * times. */
 #define mix_part NAME(mix_part)
 INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
@@ -2540,7 +2550,8 @@ static void NAME(mix_values)(const struct mix *m)
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
     STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats),
-    PIECE(dequantize), PIECE(rmsnorm), PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
+    PIECE(dequantize), PIECE(rmsnorm), PIECE(rope), PIECE(store), PIECE(exp_scores),
+    PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
@@ -2648,12 +2659,15 @@ enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 static float fma_f32(float a, float b, float c) { return fma_of_scalar(a, b, c); }
 static float exp_f32(float x) { return exp_of_scalar(x); }
 static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
-static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
+static float exp_scores_of(float *score, int n, int first)
+{
+    return exp_scores_scalar(score, n, first);
+}
 static float dot(int type, const uint8_t *row, const float *x, int n)
 {
     float acc[1][TILE_ROWS];
-    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1, .cols = n, .n = 1,
-                                        .x = x, .acc = acc});
+    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1,
+                                        .cols = n, .n = 1, .x = x, .acc = acc});
     return acc[0][0];
 }
 
