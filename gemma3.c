@@ -1056,9 +1056,9 @@ INLINE float float_of(uint32_t u)
 }
 
 /* a*b+c rounded once, without the instruction: the product of two floats is exact in double; the
- * sum and its error (Knuth's TwoSum) are rounded to odd (a double whose last bit says "there was more"),
- * so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and
- * correctly rounded sums"). */
+ * sum and its error (Knuth's TwoSum) are rounded to odd (a double whose last bit says "there was
+ * more"), so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of
+ * FMA and correctly rounded sums"). */
 static float soft_fmaf(float a, float b, float c)
 {
     double product = (double)a * b, sum = product + c;
@@ -1084,8 +1084,8 @@ INLINE float sqrt_of(float x)
     return __builtin_sqrtf(x);
 }
 
-/* Round half to even for |x| < 2^22: in this range a float's last bit is 1 once 1.5 * 2^23 is added,
- * so the addition itself rounds; the integer stands in the low bits. */
+/* Round half to even for |x| < 2^22: in this range a float's last bit is 1 once 1.5 * 2^23 is
+ * added, so the addition itself rounds; the integer stands in the low bits. */
 #define ROUNDER 12582912.0f
 INLINE int32_t round_to_int(float x)
 {
@@ -1146,9 +1146,9 @@ static void fp_leave(fp_state old) { (void)old; }
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
-static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
+static const double exp_taylor[14] = {
+    1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
+    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
@@ -1206,10 +1206,11 @@ static double power(double base, double exponent) /* base > 0 */
     return exp_double(exponent * log_double(base));
 }
 
-/* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then Taylor's
- * series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits and the rest, so
- * that all products with the first two parts are exact. A model is refused whose angles could reach
- * 2^31 (configure_rope); NaN for them here, because casts of such numbers differ between CPUs. */
+/* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then
+ * Taylor's series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits
+ * and the rest, so that all products with the first two parts are exact. A model is refused whose
+ * angles could reach 2^31 (configure_rope); NaN for them here, because casts of such numbers
+ * differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
     if (!(angle >= 0 && angle < 0x1p31f)) {
@@ -1222,8 +1223,9 @@ static void cos_sin(float angle, float *c, float *s)
     double r = (x - high * 0x1.921fb54400000p+0) - low * 0x1.921fb54400000p+0;
     r = (r - high * 0x1.0b4611a600000p-34) - low * 0x1.0b4611a600000p-34;
     r -= k * 0x1.3198a2e037073p-69;
-    static const double even_term[9] = {1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800,
-                                        1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
+    static const double even_term[9] = {
+        1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600,
+        -1.0 / 87178291200, 1.0 / 20922789888000};
     static const double odd_term[9] = {1, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880,
                                        -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000,
                                        1.0 / 355687428096000};
@@ -1606,8 +1608,9 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
-                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
-                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks, .acc = acc_of(s, worker), .scratch = u->panel};
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols, .n = job->n,
+                        .q8 = s->q8, .x_stride = job->blocks, .acc = acc_of(s, worker),
+                        .scratch = u->panel};
     if (w->tiled || !s->m->kernels->tiles) {
         s->m->kernels->mul_codes(&p);
         return;
@@ -1950,13 +1953,13 @@ static void NAME(mix_values)(const struct mix *m)
 #define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
 #define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
-#define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x in */
+#define dot_begin NAME(dot_begin)   /* start + products of 4 bytes of w (unsigned) and 4 of x in */
 #define dot_add NAME(dot_add)         /* each lane; start counts in begin or in end, as the verbs */
 #define dot_end NAME(dot_end)         /* like */
 #define dot_wide NAME(dot_wide)       /* the same at once for w signed */
 
-/* dot_sum is int16 without a dot instruction: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6. x86's
- * dot instruction wants w unsigned: wide codes get + 128. */
+/* dot_sum is int16 without a dot instruction: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6.
+ * x86's dot instruction wants w unsigned: wide codes get + 128. */
 #define INT16_SUMS (LANES < 16 && !HAS_DOT)
 #define FLIPS (LANES > 4 && HAS_DOT)
 
@@ -2447,10 +2450,12 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
                 UNROLL for (int k = 0; k < NP; k++) {
                     floats xj[4];
                     int at = j + LANES * k;
-                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + at);
+                    UNROLL for (int i = 0; i < NV; i++)
+                        xj[i] = load_floats(x + i * p->x_stride + at);
                     UNROLL for (int r = 0; r < NR; r++) {
                         floats w = widen(type, rows + r * p->row_bytes + (size_t)size * at);
-                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                        UNROLL for (int i = 0; i < NV; i++)
+                            sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
                     }
                 }
             UNROLL for (int i = 0; i < NV; i++)
@@ -2710,7 +2715,8 @@ static int cpu_has(const char *isa)
 /* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
  * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
  * flush those, or a port may read its own floats in the order of a file's. */
-static __attribute__((noinline)) const char *kernel_fault(const struct kernels *k) /* 1 KB of stack */
+__attribute__((noinline)) /* 1 KB of stack */
+static const char *kernel_fault(const struct kernels *k)
 {
     static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
                                       0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
@@ -2719,7 +2725,8 @@ static __attribute__((noinline)) const char *kernel_fault(const struct kernels *
     uint8_t tile[18 * TILE_ROWS];
     struct q8_block q8;
     struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
-                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1,
+                        .acc = acc};
     make_tile(tile, block, 18, 1, 1, w.format);
     k->quantize(&q8, x, 32);
     k->mul_codes(&p);
@@ -4600,7 +4607,8 @@ static struct limits host_limits(void)
     if (!GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist) ||
         !GetLogicalProcessorInformation(core, &bytes)) return l;
     for (DWORD k = 0; k < bytes / sizeof *core; k++)
-        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use) l.cpus++;
+        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use)
+            l.cpus++;
     return l;
 }
 

@@ -143,7 +143,8 @@ struct peak {
 #define DECLARE_vnni(k) __m512i sum##k = x;
 #define STEP_vnni(k) __asm__ volatile("vpdpbusd %2,%1,%0" : "+v"(sum##k) : "v"(x), "v"(y));
 #define DECLARE_avxvnni(k) __m256i sum##k = x;
-#define STEP_avxvnni(k) __asm__ volatile("%{vex%} vpdpbusd %2,%1,%0" : "+x"(sum##k) : "x"(x), "x"(y));
+#define STEP_avxvnni(k)                                                                            \
+    __asm__ volatile("%{vex%} vpdpbusd %2,%1,%0" : "+x"(sum##k) : "x"(x), "x"(y));
 #define DECLARE_256(k) __m256i sum##k = x, product##k = x;
 #define STEP_256(k)                                                                                \
     __asm__ volatile("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0"                                      \
