@@ -32,7 +32,7 @@ for my $path (grep { /\.c$/ } @core) {
     my (@long, @many, $head, $start) = ();
     for my $n (1 .. @lines) {
         my $line = $lines[$n - 1];
-        if (!defined $start && $line =~ /^[A-Za-z_][^;={]*\(/ && $line !~ /^(#|typedef|enum|struct \w+ \{)| = \{$/) {
+        if (!defined $start && $line =~ /^[A-Za-z_][^;={]*\(/ && $line !~ /^(#|[A-Z_]+\(|typedef|enum|struct \w+ \{)| = \{$/) {
             ($head, $start) = ($line, $n);
         } elsif (defined $start && $line !~ /^\{/ && $n - $start < 4 && $lines[$n - 2] !~ /[{;]$/) {
             $head .= $line;
