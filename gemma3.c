@@ -236,7 +236,7 @@ struct layer {
     const float *post_ffw_norm;       /* [d_model] */
 };
 
-enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 }; /* no file has more of the last two */
 
 struct string {
     const char *text;                 /* without NUL */
@@ -260,7 +260,7 @@ struct gemma3_model {
     struct string chat_template;
     char name[128];
     const struct published *published; /* the size, when it is one of Google's */
-    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what is not from the file */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
@@ -2874,7 +2874,7 @@ static int read_start(struct opening *o, struct cursor *c)
 }
 
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
-static void sort_names(const struct opening *o)
+static int sort_directory(const struct opening *o)
 {
     size_t *at = o->names, n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
@@ -2887,15 +2887,10 @@ static void sort_names(const struct opening *o)
         }
         at[i] = moved;
     }
-}
-
-static int sort_directory(const struct opening *o)
-{
-    sort_names(o);
-    for (size_t k = 1; k < o->n_names; k++)
-        if (!compare_at(o, o->names[k - 1], o->names[k]))
-            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
-                          shown(name_at(o, o->names[k])).text);
+    for (size_t k = 1; k < n; k++)
+        if (!compare_at(o, at[k - 1], at[k]))
+            return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, at[k])).text);
     return 0;
 }
 
@@ -3025,9 +3020,10 @@ static int refuse_others(const struct opening *o)
                       "(llama-gguf-split --merge)", n);
     if (!find_kv(o, "general.architecture", &kv))
         return reject(o, ": general.architecture is missing, expected \"gemma3\"");
-    if (string_is(get_string(o, "general.architecture"), "clip"))
+    int other = check_string(o, "general.architecture", "gemma3", "clip");
+    if (other < 0) return -1;
+    if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
-    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
     for (size_t k = 0; k < o->n_names; k++) {
         struct string name = name_at(o, o->names[k]);
         if (o->names[k] < o->infos) continue;
@@ -3053,13 +3049,6 @@ static int refuse_others(const struct opening *o)
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
 
-/* There is room: keys that may be missing or contradicted are fewer. */
-static void set_origin(gemma3_model *m, const char *key, const char *origin)
-{
-    m->origin[m->n_origins].key = key;
-    m->origin[m->n_origins++].origin = origin;
-}
-
 /* A key's number in [low, high], an integer unless high is ANY; fallback when the key is absent.
  * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
 static double get_number(struct opening *o, const char *key, double low, double high,
@@ -3068,7 +3057,7 @@ static double get_number(struct opening *o, const char *key, double low, double 
     double x = fallback;
     int found = o->failed ? -1 : find_number(o, key, &x);
     if (found == 0 && fallback != REQUIRED) {
-        set_origin(o->m, key, "default");
+        o->m->origin[o->m->n_origins++] = (struct origin){key, "default"};
         return fallback;
     }
     if (found > 0 && x >= low && x <= high && (high == ANY || x == (int)x)) return x;
@@ -3087,13 +3076,14 @@ static double get_defined(struct opening *o, const char *key, const char *older,
                           double high, double definition)
 {
     gemma3_model *m = o->m;
-    if (older && !find_name(o, key) && find_name(o, older)) key = older;
+    struct kv kv;
+    if (older && !find_kv(o, key, &kv) && find_kv(o, older, &kv)) key = older;
     double x = get_number(o, key, low, high, definition), off = x - definition;
     if (o->failed || !m->published || o->options.obey_file) return x;
     if ((off > 0 ? off : -off) > 1e-6 * definition) {
         sentence(m->note[m->n_notes++], sizeof *m->note, "key ", "%s is %g, but Gemma 3 %s has %g, "
                  "which is used", key, x, m->published->name, definition);
-        set_origin(m, key, "overridden");
+        m->origin[m->n_origins++] = (struct origin){key, "overridden"};
     }
     return definition;
 }
@@ -3215,8 +3205,8 @@ static int read_vocab(struct opening *o)
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
     int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
-    if (!gpt2 && !(has_scores && is_array_of(&scores, KV_F32, n)))
+    if (!gpt2 &&
+        (!find_kv(o, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
         return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
@@ -3532,14 +3522,13 @@ static int repack(struct opening *o)
 
 static int choose_kernels(struct opening *o)
 {
-    const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
+    const char *isa = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
-        if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
-            o->kernels = all_kernels[k];
-            o->repacks = o->kernels->tiles && !o->options.no_repack;
-            return 0;
-        }
-    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
+        if (!strcmp(all_kernels[k]->name, isa) && cpu_has(isa)) o->kernels = all_kernels[k];
+    if (!o->kernels)
+        return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", isa);
+    o->repacks = o->kernels->tiles && !o->options.no_repack;
+    return 0;
 }
 
 /* Pieces that a pair or an info will need, of tensors that are not asked for too. */
@@ -3598,7 +3587,13 @@ static int walk(struct opening *o)
 
 static int open_steps(struct opening *o)
 {
-    gemma3_model *m = o->m;
+    if (choose_kernels(o)) return -1;
+    gemma3_model *m = o->m = piece(&o->arena, 1, sizeof *m);
+    if (!m) return no_room(o);
+    memset(m, 0, sizeof *m);
+    m->kernels = o->kernels;
+    m->source = o->from;
+    m->exact = o->options.exact;
     const char *fault = arithmetic_fault();
     if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
@@ -3647,15 +3642,7 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
     start(&o, from, options, err);
     o.arena.base = (uint8_t *)mem + to_align;
     o.arena.size = size > to_align ? size - to_align : 0;
-    int failed = choose_kernels(&o);
-    if (!failed && !(o.m = piece(&o.arena, 1, sizeof *o.m))) failed = no_room(&o);
-    if (!failed) {
-        memset(o.m, 0, sizeof *o.m);
-        o.m->kernels = o.kernels;
-        o.m->source = o.from;
-        o.m->exact = o.options.exact;
-        failed = open_steps(&o);
-    }
+    int failed = open_steps(&o);
     fp_leave(fp);
     return failed ? NULL : o.m;
 }
@@ -3677,8 +3664,8 @@ gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err)
 {
-    gemma3_source from = {.data = data, .size = size, .name = name};
-    return gemma3_open_source(&from, options, err);
+    return gemma3_open_source(&(gemma3_source){.data = data, .size = size, .name = name}, options,
+                              err);
 }
 
 void gemma3_close(gemma3_model *m)
@@ -3721,7 +3708,7 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
     key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
-        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].origin;
+        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].from;
     return "";
 }
 
@@ -3783,19 +3770,15 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
-    s->x = piece(a, n * c->d_model, sizeof(float));
-    s->h = piece(a, n * c->d_model, sizeof(float));
-    s->q = piece(a, n * q, sizeof(float));
-    s->attended = piece(a, n * q, sizeof(float));
-    s->k = piece(a, times(n, kv), sizeof(float));
-    s->v = piece(a, times(n, kv), sizeof(float));
-    s->gate = piece(a, n * c->d_ff, sizeof(float));
-    s->up = piece(a, n * c->d_ff, sizeof(float));
-    s->block_q = piece(a, n_queries * D, sizeof(float));
-    s->block_out = piece(a, n_queries * D, sizeof(float));
-    s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
+    const struct { float **to; size_t n; } floats[] = {
+        {&s->x, n * c->d_model}, {&s->h, n * c->d_model}, {&s->q, n * q}, {&s->attended, n * q},
+        {&s->k, times(n, kv)}, {&s->v, times(n, kv)},
+        {&s->gate, n * c->d_ff}, {&s->up, n * c->d_ff},
+        {&s->block_q, n_queries * D}, {&s->block_out, n_queries * D}, {&s->score_sum, n_queries},
+        {&s->score, times(n_queries, s->n_score)}};
+    for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
+        *floats[k].to = piece(a, floats[k].n, sizeof(float));
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
@@ -3807,9 +3790,8 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
-                       .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
-    return p;
+    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
+                           .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
 }
 
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
@@ -3821,14 +3803,14 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 /* A caller's config: the model's shapes, and numbers with which nothing overflows. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
-    const float low_window = memchr(c->is_local, 1, sizeof c->is_local) != NULL;
     const struct { const char *name; float x, low, high; } number[] = {
-        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"rope_base_global", c->rope_base_global, 1, 1e30f},
         {"rope_base_local", c->rope_base_local, 1, 1e30f},
-        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f},
         {"embedding_scale", c->embedding_scale, 0, 1e30f},
         {"final_softcap", c->final_softcap, 0, 1e30f},
-        {"window", (float)c->window, low_window, 0x1p24f}};
+        {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (memcmp(c, m, offsetof(gemma3_config, n_ctx_train))) /* the fields before it are shapes */
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
