@@ -246,7 +246,7 @@ struct layer {
     const float *post_ffw_norm;       /* [d_model] */
 };
 
-enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 }; /* no file has more of the last two */
 
 struct string {
     const char *text;                 /* without NUL */
@@ -270,13 +270,11 @@ struct gemma3_model {
     struct string chat_template;
     char name[128];
     const struct published *published; /* the size, when it is one of Google's */
-    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what is not from the file */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
     gemma3_source source;             /* the file */
-    const void *mapping;              /* its bytes, when we mapped it */
-    size_t mapping_bytes;
     size_t weight_bytes;
     size_t streamed_row;              /* bytes of the longest row that is not in memory */
     void *allocated;                  /* by gemma3_open, else NULL */
@@ -2806,50 +2804,34 @@ struct opening {
     const struct kernels *kernels;
     const struct published *size;    /* of that many layers, or NULL */
     int failed;                      /* a number was refused */
+    int has_merges;                  /* instead of scores */
     int repacks;
     uint64_t counted;                /* bytes of tensors */
 };
 
-/* Leave a sentence in err and return -1; that of reject begins with the file's name. print: a part
- * of one. */
+/* Leaves a sentence that begins with name in text [n], or nowhere when it is NULL. Returns -1. */
 #if defined(GEMMA3_NO_ERROR_TEXT)
-INLINE int fail(gemma3_error *err, const char *format, ...)
+INLINE int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
-    (void)format;
-    if (err) err->text[0] = 0;
-    return -1;
+    if (text) *text = 0;
+    return (void)n, (void)name, (void)format, -1;
 }
-INLINE int reject(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
-INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
 #else
-static int fail(gemma3_error *err, const char *format, ...)
+static int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
     va_list args;
+    if (!text) return -1;
+    size_t used = strlen(strcpy(text, name));
     va_start(args, format);
-    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    vsnprintf(text + used, n - used, format, args);
     va_end(args);
     return -1;
-}
-
-static int reject(const struct opening *o, const char *format, ...)
-{
-    va_list args;
-    fail(o->err, "%s", o->name);
-    size_t n = o->err ? strlen(o->err->text) : 0;
-    va_start(args, format);
-    if (o->err) vsnprintf(o->err->text + n, sizeof o->err->text - n, format, args);
-    va_end(args);
-    return -1;
-}
-
-static void print(char *out, size_t n, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(out, n, format, args);
-    va_end(args);
 }
 #endif
+/* An error; one about a model's file. */
+#define fail(err, ...) sentence((err) ? (err)->text : NULL, sizeof (err)->text, "", __VA_ARGS__)
+#define reject(o, ...) \
+    sentence((o)->err ? (o)->err->text : NULL, sizeof (o)->err->text, (o)->name, __VA_ARGS__)
 
 struct cursor {
     const uint8_t *p;
@@ -2898,11 +2880,12 @@ static int string_is(struct string s, const char *text)
 }
 
 /* A name for an error message: printable, and not too long. */
-static const char *shown(struct string s, char out[80])
+struct shown { char text[80]; };
+static struct shown shown(struct string s)
 {
-    size_t n = s.n < 79 ? s.n : 79;
-    for (size_t j = 0; j < n; j++) out[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
-    out[n] = 0;
+    struct shown out = {""};
+    for (size_t j = 0; j < s.n && j < sizeof out.text - 1; j++)
+        out.text[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
     return out;
 }
 
@@ -2928,7 +2911,6 @@ struct tensor {
 
 static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
-    char text[80];
     kv->key = take_string(c);
     kv->element = kv->type = take_u32(c);
     kv->count = 1;
@@ -2937,10 +2919,10 @@ static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
         return reject(o, ": key %s is an array of arrays, which is not supported",
-                      shown(kv->key, text));
+                      shown(kv->key).text);
     if (kv->element >= KV_TYPES)
         return reject(o, ": key %s has value type %u, which is not one of GGUF's",
-                      shown(kv->key, text), (unsigned)kv->element);
+                      shown(kv->key).text, (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
     else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
@@ -2950,11 +2932,10 @@ static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 
 static int read_tensor(const struct opening *o, struct cursor *c, struct tensor *t)
 {
-    char text[80];
     t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name).text,
                       (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
@@ -3017,7 +2998,7 @@ static int read_start(struct opening *o, struct cursor *c)
 }
 
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
-static void sort_names(const struct opening *o)
+static int sort_directory(const struct opening *o)
 {
     size_t *at = o->names, n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
@@ -3030,16 +3011,10 @@ static void sort_names(const struct opening *o)
         }
         at[i] = moved;
     }
-}
-
-static int sort_directory(const struct opening *o)
-{
-    char text[80];
-    sort_names(o);
-    for (size_t k = 1; k < o->n_names; k++)
-        if (!compare_at(o, o->names[k - 1], o->names[k]))
-            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
-                          shown(name_at(o, o->names[k]), text));
+    for (size_t k = 1; k < n; k++)
+        if (!compare_at(o, at[k - 1], at[k]))
+            return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, at[k])).text);
     return 0;
 }
 
@@ -3087,9 +3062,8 @@ static int read_alignment(struct opening *o)
 static int take_number(const struct opening *o, struct kv *kv, double *out)
 {
     int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
-    char text[80];
     if (!bytes)
-        return reject(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+        return reject(o, ": key %s is a %s, expected a number", shown(kv->key).text,
                       kv_types[kv->type].name);
     uint64_t u = take_int(&kv->value, bytes);
     if (kv->element == KV_F32) *out = float_of((uint32_t)u);
@@ -3099,10 +3073,13 @@ static int take_number(const struct opening *o, struct kv *kv, double *out)
     return 0;
 }
 
-static int read_number(const struct opening *o, struct kv kv, double *out)
+/* Key's number, if there is such a key: 1, 0 when there is none, -1 when it is no number. */
+static int find_number(const struct opening *o, const char *key, double *out)
 {
+    struct kv kv;
+    if (!find_kv(o, key, &kv)) return 0;
     if (kv.type == KV_ARRAY) kv.element = KV_ARRAY; /* which is none */
-    return take_number(o, &kv, out);
+    return take_number(o, &kv, out) ? -1 : 1;
 }
 
 /* A string; empty when there is none. */
@@ -3113,18 +3090,18 @@ static struct string get_string(const struct opening *o, const char *key)
     return found ? take_string(&kv.value) : (struct string){"", 0};
 }
 
-/* 0 when a key is absent or one of two strings, of which the first is the usual one. */
+/* 0 when a key is absent or the usual string, 1 when it is the other, else -1. */
 static int check_string(const struct opening *o, const char *key, const char *usual,
                         const char *other)
 {
-    char text[80];
     struct kv kv;
     if (!find_kv(o, key, &kv)) return 0;
     if (kv.type != KV_STRING)
         return reject(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
     struct string s = take_string(&kv.value);
-    if (string_is(s, usual) || string_is(s, other)) return 0;
-    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
+    if (string_is(s, usual)) return 0;
+    if (string_is(s, other)) return 1;
+    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s).text, usual);
 }
 
 /* ==== 12. Opening a model ===================================================================== */
@@ -3160,26 +3137,26 @@ static int no_room(const struct opening *o)
 static int refuse_others(const struct opening *o)
 {
     struct kv kv;
-    double n = 0;
-    char text[80];
+    double n;
     /* First, because later parts have no other keys. */
-    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1)
+    if (find_number(o, "split.count", &n) > 0 && n > 1)
         return reject(o, " is one of %.0f parts of a split model: merge them first "
                       "(llama-gguf-split --merge)", n);
     if (!find_kv(o, "general.architecture", &kv))
         return reject(o, ": general.architecture is missing, expected \"gemma3\"");
-    if (string_is(get_string(o, "general.architecture"), "clip"))
+    int other = check_string(o, "general.architecture", "gemma3", "clip");
+    if (other < 0) return -1;
+    if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
-    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
     for (size_t k = 0; k < o->n_names; k++) {
         struct string name = name_at(o, o->names[k]);
         if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
             return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
-                          "Gemma 3 text model", shown(name, text));
+                          "Gemma 3 text model", shown(name).text);
         if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
             return reject(o, ": tensor %s is a fused projection, expected attn_q, attn_k and "
-                          "attn_v", shown(name, text));
+                          "attn_v", shown(name).text);
     }
     return 0;
 }
@@ -3196,40 +3173,26 @@ static int refuse_others(const struct opening *o)
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
 
-static int find_own_kv(const struct opening *o, const char *key, struct kv *kv)
-{
-    char full[80] = "gemma3.";
-    return find_kv(o, strcat(full, key), kv);
-}
-
-static void set_origin(gemma3_model *m, const char *key, const char *origin)
-{
-    if (m->n_origins == MAX_ORIGINS) return;
-    m->origin[m->n_origins].key = key;
-    m->origin[m->n_origins++].origin = origin;
-}
-
-/* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
+/* A key's number in [low, high], an integer unless high is ANY; fallback when the key is absent.
  * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
 static double get_number(struct opening *o, const char *key, double low, double high,
                          double fallback)
 {
-    double x = low;
-    struct kv kv;
-    if (o->failed) return low;
-    if (!find_own_kv(o, key, &kv)) {
-        if (fallback == REQUIRED) o->failed = reject(o, ": key gemma3.%s is missing", key);
-        else set_origin(o->m, key, "default");
-        return o->failed ? low : fallback;
+    double x = fallback;
+    int found = o->failed ? -1 : find_number(o, key, &x);
+    if (found == 0 && fallback != REQUIRED) {
+        o->m->origin[o->m->n_origins++] = (struct origin){key, "default"};
+        return fallback;
     }
-    o->failed = read_number(o, kv, &x);
-    if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
-        o->failed = reject(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
-                           (int)low, (int)high);
-    else if (!o->failed && !(x >= low && x <= high))
-        o->failed = reject(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x,
-                           low);
-    return o->failed ? low : x;
+    if (found > 0 && x >= low && x <= high && (high == ANY || x == (int)x)) return x;
+    o->failed = 1;
+    if (found == 0) reject(o, ": key %s is missing", key);
+    else if (found > 0 && high < ANY)
+        reject(o, ": key %s is %.10g, expected an integer from %d to %d", key, x, (int)low,
+               (int)high);
+    else if (found > 0)
+        reject(o, ": key %s is %g, expected a number from %g to 1e30", key, x, low);
+    return low;
 }
 
 /* The same for what the definition says; older: another spelling of the key, or NULL. */
@@ -3238,13 +3201,13 @@ static double get_defined(struct opening *o, const char *key, const char *older,
 {
     gemma3_model *m = o->m;
     struct kv kv;
-    if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
+    if (older && !find_kv(o, key, &kv) && find_kv(o, older, &kv)) key = older;
     double x = get_number(o, key, low, high, definition), off = x - definition;
     if (o->failed || !m->published || o->options.obey_file) return x;
-    if ((off > 0 ? off : -off) > 1e-6 * definition && m->n_notes < MAX_NOTES) {
-        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, "
-              "which is used", key, x, m->published->name, definition);
-        set_origin(m, key, "overridden");
+    if ((off > 0 ? off : -off) > 1e-6 * definition) {
+        sentence(m->note[m->n_notes++], sizeof *m->note, "key ", "%s is %g, but Gemma 3 %s has %g, "
+                 "which is used", key, x, m->published->name, definition);
+        m->origin[m->n_origins++] = (struct origin){key, "overridden"};
     }
     return definition;
 }
@@ -3256,13 +3219,13 @@ static int configure_heads(struct opening *o)
     struct tensor t;
     int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
     int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
-    c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
-    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
+    c->n_heads = get_number(o, "gemma3.attention.head_count", 1, 1024, REQUIRED);
+    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024, q / c->n_heads);
     if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
         return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
-    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
-    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
+    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024, k / c->head_dim);
+    int value_length = get_number(o, "gemma3.attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
         return reject(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
@@ -3277,15 +3240,15 @@ static int configure_heads(struct opening *o)
  * n-th layer is global), or an array with one bool for each layer (true: local). */
 static int configure_layers(struct opening *o)
 {
-    const char *key = "attention.sliding_window_pattern";
+    const char *key = "gemma3.attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
     struct kv kv;
-    int is_array = find_own_kv(o, key, &kv) && kv.type == KV_ARRAY;
-    int n = is_array ? 0 : (int)get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
-    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
-                                 o->size ? o->size->window : 0);
+    int is_array = find_kv(o, key, &kv) && kv.type == KV_ARRAY;
+    int n = is_array ? 0 : get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
+    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24,
+                            o->size ? o->size->window : 0);
     if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
-        return reject(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
+        return reject(o, ": %s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
         c->is_local[l] = (uint8_t)(local && c->window > 0);
@@ -3296,17 +3259,16 @@ static int configure_layers(struct opening *o)
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    float factor = o->size ? o->size->rope_factor : 1;
-    if (check_string(o, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    int none = string_is(get_string(o, "gemma3.rope.scaling.type"), "none");
-    c->rope_base_global =
-        (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
-    c->rope_base_local =
-        (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
-    c->rope_factor =
-        (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY, factor);
-    if (!o->m->published || o->options.obey_file)
-        if (none || c->rope_factor == 0) c->rope_factor = 1;
+    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
+    if (none < 0) return -1;
+    c->rope_base_global = get_defined(o, "gemma3.rope.freq_base", "gemma3.rope.global.freq_base",
+                                      1, ANY, 1e6);
+    c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
+                                     1, ANY, 1e4);
+    c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
+                                 0, ANY, o->size ? o->size->rope_factor : 1);
+    if ((!o->m->published || o->options.obey_file) && (none || c->rope_factor == 0))
+        c->rope_factor = 1;
     /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
     if (!o->failed && c->rope_factor < 0x1p-7f)
         return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
@@ -3317,35 +3279,36 @@ static int configure_rope(struct opening *o)
 static int configure(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    c->n_layers = (int)get_number(o, "block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
-    c->d_model = (int)get_number(o, "embedding_length", 1, 1 << 16, REQUIRED);
-    c->d_ff = (int)get_number(o, "feed_forward_length", 1, 1 << 20, REQUIRED);
-    c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
-    c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
+    c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
+    c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
     if (!o->failed && c->rms_eps == 0)
         return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     for (size_t k = 0; k < sizeof published / sizeof *published; k++)
         if (published[k].n_layers == c->n_layers) o->size = &published[k];
     if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
-    c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
+    c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
     int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
     float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
-    c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
+    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
     return o->failed;
 }
 
 /* ---- The tokenizer ---- */
 
-/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+/* Room for the arrays that the tokenizer works on, and, behind them, for itself; texts stay in the
+ * header. */
 enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static void *tokenizer_room(struct arena *a, int n, size_t *size)
+static void *tokenizer_room(struct arena *a, int n)
 {
-    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    return piece(a, *size, 1);
+    size_t own = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, 1, plus(times(n, TOKEN_BYTES), own));
 }
 
 static int is_array_of(const struct kv *kv, uint32_t element, int n)
@@ -3358,21 +3321,21 @@ static int is_array_of(const struct kv *kv, uint32_t element, int n)
 static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
-    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
-                     is_array_of(&merges, KV_STRING, 1);
-    if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
-    has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
+    int can_be = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    int gpt2 = check_string(o, "tokenizer.ggml.model", "llama", can_be ? "gpt2" : "llama");
+    if (gpt2 < 0) return -1;
+    o->has_merges = gpt2;
     if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
     int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
-    if (!has_merges && !(has_scores && is_array_of(&scores, KV_F32, n)))
+    if (!gpt2 &&
+        (!find_kv(o, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
         return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    const char **text = tokenizer_room(&o->arena, n);
     if (!text) return no_room(o);
     uint32_t *length = (uint32_t *)(void *)(text + n);
     float *score = (float *)(void *)(length + n);
@@ -3384,7 +3347,7 @@ static int read_vocab(struct opening *o)
                           "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
         text[k] = s.text;
         length[k] = (uint32_t)s.n;
-        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        score[k] = gpt2 ? -(float)merges.count : float_of(take_u32(&scores.value));
         type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
     }
     o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
@@ -3399,7 +3362,6 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
 {
     float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;
-    if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
         return reject(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
     find_kv(o, "tokenizer.ggml.merges", &merges);
@@ -3419,65 +3381,53 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
     return 0;
 }
 
-/* The ids that a key gives, one or an array: how many, or -1. */
-static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, int max)
+/* The ids that a key gives, one or an array: how many, or -1. When there are none, *ids is that of
+ * the token with this text, or -1. */
+static int read_ids(const struct opening *o, const char *key, const char *text, int32_t *ids,
+                    int max)
 {
+    const gemma3_vocab *v = &o->m->vocab;
     struct kv kv;
     double x;
-    int n_vocab = o->m->vocab.n_vocab;
-    if (!find_kv(o, key, &kv)) return 0;
+    if (!find_kv(o, key, &kv)) kv.count = 0;
     if (kv.count > (uint64_t)max)
         return reject(o, ": key %s has %llu ids, expected at most %d", key,
                       (unsigned long long)kv.count, max);
     for (int k = 0; k < (int)kv.count; k++) {
         if (take_number(o, &kv, &x)) return -1;
-        if (!(x >= 0 && x < n_vocab))
-            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
+        if (!(x >= 0 && x < v->n_vocab))
+            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, v->n_vocab);
         ids[k] = (int32_t)x;
         if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
     }
+    if (text && kv.count == 0) *ids = -1;
+    for (int32_t k = v->n_vocab; text && kv.count == 0 && k-- > 0;)
+        if (string_is((struct string){v->text[k], v->length[k]}, text)) *ids = k;
     return (int)kv.count;
-}
-
-/* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
-static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
-{
-    const gemma3_vocab *v = &o->m->vocab;
-    int n = ids_of_key(o, key, id, 1);
-    if (n == 0) *id = -1;
-    for (int32_t k = 0; n == 0 && *id < 0 && k < v->n_vocab; k++)
-        if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
-    return n < 0 ? -1 : 0;
 }
 
 static int open_tokenizer(struct opening *o)
 {
-    static const char *const more[] = {"tokenizer.ggml.eos_token_ids",
-                                       "tokenizer.ggml.eot_token_id",
-                                       "tokenizer.ggml.eom_token_id"};
+    static const char *const stop[] = {
+        "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_token_ids",
+        "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
-    struct kv kv;
     double add_bos = 1;
-    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
-        special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
+    if (read_vocab(o) || read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
+        read_ids(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown, 1) < 0)
         return -1;
-    int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
-    if (n > 0) v->eos = m->stop[0];
-    else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
-    for (int k = 0; k < 3 && n >= 0; k++) {
-        v->n_stop += n;
-        n = ids_of_key(o, more[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+    for (int k = 0, n; k < 4; k++, v->n_stop += n) {
+        n = read_ids(o, stop[k], k ? NULL : "<eos>", m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+        if (n < 0) return -1;
+        if (k == 0) v->eos = m->stop[0];
     }
-    if (n < 0) return -1;
-    v->n_stop += n;
-    if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
+    if (find_number(o, "tokenizer.ggml.add_bos_token", &add_bos) < 0) return -1;
     v->add_bos = add_bos != 0;
-    size_t size;
-    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
-    if (!room) return no_room(o);
-    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
-    return m->tokenizer ? rank_merges(o) : -1;
+    void *behind = (int32_t *)(uintptr_t)v->type + v->n_vocab;
+    m->tokenizer = gemma3_tokenizer_init(v, behind, gemma3_tokenizer_size(v), o->err);
+    if (!m->tokenizer) return -1;
+    return o->has_merges ? rank_merges(o) : 0;
 }
 
 /* ---- Weights ---- */
@@ -3562,15 +3512,15 @@ static int check_tensor(const struct opening *o, const struct slot *s, const str
     const struct format *f = find_format(t->type);
     char shape[96], *to = shape, want[24] = "any number of tokens";
     if (!f) {
-        if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
-        else print(want, sizeof want, "%u", (unsigned)t->type);
+        if (t->type < N_TYPES) sentence(want, sizeof want, "", "%s", type_names[t->type]);
+        else sentence(want, sizeof want, "", "%u", (unsigned)t->type);
         return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
                       "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
     }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
-    if (s->rows) print(want, sizeof want, "%d", s->rows);
+    if (s->rows) sentence(want, sizeof want, "", "%d", s->rows);
     for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
-        print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
+        sentence(to, 24, "", "[%llu]", (unsigned long long)t->ne[k]);
     if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
         return reject(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
     if (s->cols % f->elements)
@@ -3697,27 +3647,24 @@ static int repack(struct opening *o)
 
 static int choose_kernels(struct opening *o)
 {
-    const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
+    const char *isa = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
-        if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
-            o->kernels = all_kernels[k];
-            o->repacks = o->kernels->tiles && !o->options.no_repack;
-            return 0;
-        }
-    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
+        if (!strcmp(all_kernels[k]->name, isa) && cpu_has(isa)) o->kernels = all_kernels[k];
+    if (!o->kernels)
+        return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", isa);
+    o->repacks = o->kernels->tiles && !o->options.no_repack;
+    return 0;
 }
 
 /* Pieces that a pair or an info will need, of tensors that are not asked for too. */
 static void count_kv(struct opening *o, struct kv *kv)
 {
     double n = 0;
-    if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
+    if (string_is(kv->key, "gemma3.block_count") && kv->type != KV_ARRAY &&
+        !take_number(o, kv, &n) && n >= 1)
         piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
-        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
-        piece(&o->arena, n_vocab, TOKEN_BYTES);
-        tokenizer_room(&o->arena, (int)n_vocab, &size);
-    }
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
+        tokenizer_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
 }
 
 static void count_tensor(struct opening *o, const struct tensor *t)
@@ -3739,26 +3686,25 @@ static int walk(struct opening *o)
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
-    size_t n = 0, *at = o->names = piece(&o->arena, (size_t)(o->n_kv + o->n_tensors), sizeof *at);
-    if (o->m && !at) return no_room(o);
-    for (uint64_t k = 0; k < o->n_kv && !c.failed; k++) {
-        if (o->m) at[n++] = o->n_header - c.left;
-        if (read_kv(o, &c, &kv)) return -1;
-        if (!o->m && !c.failed) count_kv(o, &kv);
+    o->infos = SIZE_MAX;
+    o->n_names = (size_t)(o->n_kv + o->n_tensors);
+    o->names = piece(&o->arena, o->n_names, sizeof *o->names);
+    if (o->m && !o->names) return no_room(o);
+    for (size_t k = 0; k < o->n_names && !c.failed; k++) {
+        size_t at = o->n_header - c.left;
+        if (o->m) o->names[k] = at;
+        if (k == o->n_kv) o->infos = at;
+        if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
+        if (o->m || c.failed) continue;
+        if (k < o->n_kv) count_kv(o, &kv);
+        else count_tensor(o, &t);
     }
-    o->infos = o->n_header - c.left;
-    for (uint64_t k = 0; k < o->n_tensors && !c.failed; k++) {
-        if (o->m) at[n++] = o->n_header - c.left;
-        if (read_tensor(o, &c, &t)) return -1;
-        if (!o->m && !c.failed) count_tensor(o, &t);
-    }
-    o->n_names = n;
     if (c.failed) return refuse_end(o);
     o->data = o->n_header -= c.left;
     if (!o->from.is_mapped) return 0;
     uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
-    if (o->m && !copy) return no_room(o);
-    if (!copy) return 0;
+    if (!o->m) return 0;
+    if (!copy) return no_room(o);
     o->header = memcpy(copy, o->header, o->n_header);
     host_give_back(o->m, o->from.data, o->n_header);
     return 0;
@@ -3766,7 +3712,13 @@ static int walk(struct opening *o)
 
 static int open_steps(struct opening *o)
 {
-    gemma3_model *m = o->m;
+    if (choose_kernels(o)) return -1;
+    gemma3_model *m = o->m = piece(&o->arena, 1, sizeof *m);
+    if (!m) return no_room(o);
+    memset(m, 0, sizeof *m);
+    m->kernels = o->kernels;
+    m->source = o->from;
+    m->exact = o->options.exact;
     const char *fault = arithmetic_fault();
     if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
@@ -3815,17 +3767,7 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
     start(&o, from, options, err);
     o.arena.base = (uint8_t *)mem + to_align;
     o.arena.size = size > to_align ? size - to_align : 0;
-    int failed = choose_kernels(&o);
-    if (!failed && !(o.m = piece(&o.arena, 1, sizeof *o.m))) failed = no_room(&o);
-    if (!failed) {
-        memset(o.m, 0, sizeof *o.m);
-        o.m->kernels = o.kernels;
-        o.m->source = o.from;
-        o.m->mapping = from->is_mapped ? from->data : NULL;
-        o.m->mapping_bytes = o.from.n_data;
-        o.m->exact = o.options.exact;
-        failed = open_steps(&o);
-    }
+    int failed = open_steps(&o);
     fp_leave(fp);
     return failed ? NULL : o.m;
 }
@@ -3847,8 +3789,8 @@ gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err)
 {
-    gemma3_source from = {.data = data, .size = size, .name = name};
-    return gemma3_open_source(&from, options, err);
+    return gemma3_open_source(&(gemma3_source){.data = data, .size = size, .name = name}, options,
+                              err);
 }
 
 void gemma3_close(gemma3_model *m)
@@ -3891,7 +3833,7 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
     key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
-        if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
+        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].from;
     return "";
 }
 
@@ -3910,6 +3852,7 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
+    s->c = c;
     s->p = *p;
     s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
     s->q_block = min_int(s->n_ubatch, 4);
@@ -3932,14 +3875,16 @@ static int widest_input(const gemma3_config *c)
     return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
 }
 
-/* Where everything of a state lies: the one place that knows, and the sizes are counted by it. */
-static void lay_out(gemma3_state *s, struct arena *a)
+/* Where everything of a state lies: the one place that knows. With base NULL it only counts. */
+static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_params *p, uint8_t *base)
 {
+    size_state(s, p->config ? p->config : &m->config, p);
+    struct arena arena = {base, 0, SIZE_MAX}, *a = &arena;
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
     size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
     size_t blocks = ((size_t)widest_input(c) + 31) / 32;
-    int exact = s->m->exact;
+    int exact = m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3950,61 +3895,48 @@ static void lay_out(gemma3_state *s, struct arena *a)
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
-    s->x = piece(a, n * c->d_model, sizeof(float));
-    s->y = piece(a, n * c->d_model, sizeof(float));
-    s->q = piece(a, n * q, sizeof(float));
-    s->attended = piece(a, n * q, sizeof(float));
-    s->k = piece(a, times(n, kv), sizeof(float));
-    s->v = piece(a, times(n, kv), sizeof(float));
-    s->gate = piece(a, n * c->d_ff, sizeof(float));
-    s->up = piece(a, n * c->d_ff, sizeof(float));
-    s->block_q = piece(a, n_queries * D, sizeof(float));
-    s->block_out = piece(a, n_queries * D, sizeof(float));
-    s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
+    const struct { float **to; size_t n; } floats[] = {
+        {&s->x, n * c->d_model}, {&s->y, n * c->d_model}, {&s->q, n * q}, {&s->attended, n * q},
+        {&s->k, times(n, kv)}, {&s->v, times(n, kv)},
+        {&s->gate, n * c->d_ff}, {&s->up, n * c->d_ff},
+        {&s->block_q, n_queries * D}, {&s->block_out, n_queries * D}, {&s->score_sum, n_queries},
+        {&s->score, times(n_queries, s->n_score)}};
+    for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
+        *floats[k].to = piece(a, floats[k].n, sizeof(float));
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
     s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
-    s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
+    s->streamed = piece(a, times(n_threads, TILE_ROWS), m->streamed_row);
     s->unread = piece(a, n_threads, 1);
+    return a->used;
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
-                       .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
-    return p;
-}
-
-static const gemma3_config *config_of(const gemma3_model *m, const gemma3_params *p)
-{
-    return p->config ? p->config : &m->config;
+    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
+                           .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
 }
 
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m, .c = config_of(m, p)};
-    struct arena a = {NULL, 0, 0};
-    size_state(&s, s.c, p);
-    lay_out(&s, &a);
-    return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
+    gemma3_state s;
+    return plus(lay_out(&s, m, p, NULL), sizeof s + 128); /* to align any memory to 64 */
 }
 
 /* A caller's config: the model's shapes, and numbers with which nothing overflows. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
     const struct { const char *name; float x, low, high; } number[] = {
-        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"rope_base_global", c->rope_base_global, 1, 1e30f},
         {"rope_base_local", c->rope_base_local, 1, 1e30f},
-        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f},
         {"embedding_scale", c->embedding_scale, 0, 1e30f},
         {"final_softcap", c->final_softcap, 0, 1e30f},
         {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
-    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
-        c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
-        c->n_vocab != m->n_vocab)
+    if (memcmp(c, m, offsetof(gemma3_config, n_ctx_train))) /* the fields before it are shapes */
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
         if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
@@ -4036,21 +3968,16 @@ static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_er
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    if (check_params(m, p, err)) return NULL;
-    size_t need = gemma3_state_size(m, p);
-    if (size < need) {
+    size_t need = check_params(m, p, err) ? 0 : gemma3_state_size(m, p);
+    if (size < need)
         fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
              (unsigned long long)size);
-        return NULL;
-    }
+    if (!need || size < need) return NULL;
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
-    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0, size};
     memset(s, 0, sizeof *s);
     s->m = m;
-    s->c = config_of(m, p);
-    size_state(s, s->c, p);
-    lay_out(s, &a);
+    lay_out(s, m, p, (uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63));
     memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
         for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
@@ -4067,22 +3994,15 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem) {
+    if (!mem)
         fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
              (unsigned long long)size);
-        return NULL;
-    }
-    gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
-    if (!s) free(mem);
-    else s->allocated = mem;
+    gemma3_state *s = mem ? gemma3_state_init(m, p, mem, size, err) : NULL;
+    if (s) s->allocated = mem;
     return s;
 }
 
-void gemma3_state_free(gemma3_state *s)
-{
-    if (s) free(s->allocated);
-}
-
+void gemma3_state_free(gemma3_state *s) { free(s ? s->allocated : NULL); }
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
 int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
@@ -4114,12 +4034,20 @@ static void pass(struct stream *f, void *bytes, size_t n)
     gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
 }
 
-static void pass_u32(struct stream *f, uint32_t *u)
+static uint32_t pass_u32(struct stream *f, uint32_t u)
 {
     uint8_t bytes[4];
-    store_u32_le(bytes, *u);
+    store_u32_le(bytes, u);
     pass(f, bytes, 4);
-    *u = load_u32_le(bytes);
+    return f->failed ? u : load_u32_le(bytes);
+}
+
+/* Passes n bytes that must be these: 0 when others came. */
+static int pass_same(struct stream *f, const char *want, size_t n)
+{
+    char bytes[64];
+    pass(f, memcpy(bytes, want, n), n);
+    return f->failed || !memcmp(bytes, want, n);
 }
 
 /* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
@@ -4131,6 +4059,7 @@ static void hash_model(gemma3_state *s, char hex[65])
                             c->rope_factor, c->query_scale, c->embedding_scale};
     gemma3_sha256 sum;
     struct slot t;
+    fp_state fp = fp_enter();
     gemma3_sha256_init(&sum);
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
@@ -4140,6 +4069,7 @@ static void hash_model(gemma3_state *s, char hex[65])
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
     }
     gemma3_sha256_end(&sum, hex);
+    fp_leave(fp);
 }
 
 static void pass_cache(struct stream *f, gemma3_state *s, int n)
@@ -4159,65 +4089,52 @@ static void pass_cache(struct stream *f, gemma3_state *s, int n)
 
 static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 {
-    static const char want[16] = "gemma3 state 1\n";
     static const char *const field[] = {"contract", "exact mode", "KV type"};
     const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
-    char magic[16], model[65], hex[65];
-    uint32_t n = s->pos;
-    hash_model(s, model);
-    memcpy(hex, model, sizeof hex);
-    memcpy(magic, want, sizeof magic);
+    char hex[65];
     gemma3_sha256_init(&f->sum);
-    pass(f, magic, sizeof magic);
-    if (!f->failed && memcmp(magic, want, sizeof want))
-        return fail(err, "this is no saved state of gemma3");
+    if (!pass_same(f, "gemma3 state 1\n", 16)) return fail(err, "this is no saved state of gemma3");
     for (int k = 0; k < 3; k++) {
-        uint32_t u = ours[k];
-        pass_u32(f, &u);
-        if (!f->failed && u != ours[k])
+        uint32_t u = pass_u32(f, ours[k]);
+        if (u != ours[k])
             return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
                         (unsigned)ours[k]);
     }
-    pass_u32(f, &n);
-    pass(f, hex, 64);
-    if (!f->failed && memcmp(hex, model, 64))
+    uint32_t n = pass_u32(f, s->pos);
+    hash_model(s, hex);
+    if (s->unread[0]) {
+        s->unread[0] = 0;
+        return fail(err, "the model's weights cannot be read");
+    }
+    if (!pass_same(f, hex, 64))
         return fail(err, "the state was saved with another model or config");
-    if (!f->failed && n > (uint32_t)s->p.n_ctx)
+    if (n > (uint32_t)s->p.n_ctx)
         return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
     for (uint32_t i = 0; i < n && !f->failed; i++) {
-        pass_u32(f, (uint32_t *)&s->ids[i]);
+        s->ids[i] = (int32_t)pass_u32(f, s->ids[i]);
         if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
             return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
                         (int)s->ids[i], s->c->n_vocab);
     }
     if (!f->failed) pass_cache(f, s, (int)n);
-    gemma3_sha256_end(&f->sum, model);
-    memcpy(hex, model, sizeof hex);
-    pass(f, hex, 64);
+    gemma3_sha256_end(&f->sum, hex);
+    int same = pass_same(f, hex, 64);
     if (f->failed && f->write) return fail(err, "the state cannot be written");
     if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
-    if (memcmp(hex, model, 64)) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    if (!same) return fail(err, "the saved state is damaged: its SHA-256 differs");
     s->pos = (int)n;
     return 0;
 }
 
 int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
 {
-    struct stream f = {.write = write, .user = user};
-    fp_state fp = fp_enter();
-    int failed = pass_state(&f, s, err);
-    fp_leave(fp);
-    return failed;
+    return pass_state(&(struct stream){.write = write, .user = user}, s, err);
 }
 
 int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
 {
-    struct stream f = {.read = read, .user = user};
-    fp_state fp = fp_enter();
     s->pos = 0;
-    int failed = pass_state(&f, s, err);
-    fp_leave(fp);
-    return failed;
+    return pass_state(&(struct stream){.read = read, .user = user}, s, err);
 }
 
 /* ==== 14. Scores, sampling, SHA-256 =========================================================== */
@@ -4452,7 +4369,7 @@ static const void *host_map(const char *path, long long *size)
 
 static void host_unmap(const gemma3_model *m)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+    if (m->source.is_mapped) munmap((void *)(uintptr_t)m->source.data, m->source.n_data);
 }
 
 /* madvise for the whole pages inside [begin, begin + n). */
@@ -4466,7 +4383,7 @@ static void advise(const uint8_t *begin, size_t n, int advice)
 /* After repacking, the file's pages are not needed any more. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
-    if (m->mapping) advise(begin, n, MADV_DONTNEED);
+    if (m->source.is_mapped) advise(begin, n, MADV_DONTNEED);
 }
 
 static void host_use_large_pages(uint8_t *begin, size_t n)
@@ -4585,13 +4502,13 @@ static const void *host_map(const char *path, long long *size)
 
 static void host_unmap(const gemma3_model *m)
 {
-    if (m->mapping) UnmapViewOfFile(m->mapping);
+    if (m->source.is_mapped) UnmapViewOfFile(m->source.data);
 }
 
 /* Unlocking pages that are not locked drops them from the working set. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
-    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+    if (m->source.is_mapped) VirtualUnlock((void *)(uintptr_t)begin, n);
 }
 
 /* Large pages are a privilege there. */
@@ -4655,9 +4572,10 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     if ((unsigned long long)size > SIZE_MAX)
         return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
     if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
-    gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
+    gemma3_source from = {.data = data, .n_data = (size_t)size, .size = (uint64_t)size,
+                          .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
-    if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
+    if (!m) host_unmap(&(gemma3_model){.source = from});
     return m;
 }
 

@@ -53,7 +53,7 @@ CLAIMS = {  # name: arguments, what holds of them, what stands in a loop that th
 
 
 class Sentence(angr.SimProcedure):
-    """fail() and reject(): they write a sentence, which is no part of a claim, and return -1."""
+    """sentence(): it writes a sentence, which is no part of a claim, and returns -1."""
 
     def run(self):
         return claripy.BVV(-1, self.arch.bits)
@@ -62,7 +62,7 @@ class Sentence(angr.SimProcedure):
 class Shown(angr.SimProcedure):
     """shown(): a claim of its own would be needed for it; it is called before sentences only."""
 
-    def run(self, _n, _text, out):
+    def run(self, out, _text, _n):
         return out
 
 
@@ -137,9 +137,7 @@ def main():
         subprocess.run(["gcc", *FLAGS, "-o", binary, os.path.join(HERE, "claims.c"),
                         os.path.join(TOP, "tokenizer.c"), "-lm"], check=True)
         project = angr.Project(binary, auto_load_libs=False)
-    for name in ("fail", "reject"):
-        if project.loader.find_symbol(name):
-            project.hook_symbol(name, Sentence(), replace=True)
+    project.hook_symbol("sentence", Sentence(), replace=True)
     project.hook_symbol("shown", Shown(), replace=True)
     n_broken = 0
     for claim in sys.argv[1:] or CLAIMS:
