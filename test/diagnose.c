@@ -303,8 +303,8 @@ static void pick_rows(struct search *f, int from, int to, int n)
     }
 }
 
-/* Rows of the sketch: from the first that differs on, half of them beyond the window when the text goes
- * there. What comes later than AFTER_FIRST positions afterwards need not be computed. */
+/* Rows of the sketch: from the first that differs on, half of them beyond the window when the text
+ * goes there. What comes later than AFTER_FIRST positions afterwards need not be computed. */
 static void choose_rows(struct search *f, const float *kl)
 {
     int first = -1, n = 0, window = f->s->config->window, n_ids = f->s->n_ids;
