@@ -5,25 +5,33 @@
  * What this is not: a framework. There is one architecture, one forward pass and no dependency but
  * libc and threads.
  *
- * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
+ * The model on half a page. A text is a list of tokens (pieces of words), each a number, its id.
+ * Every token becomes a vector x of d_model numbers, the residual stream, to which each layer adds
+ * twice. Attention lets a token look at those before it: it asks with a query q, they answer with a
+ * key k and a value v, and the better q and k fit (their score, a dot product), the more of v it
+ * takes. The feed-forward part works on each token alone. At the end each token of the vocabulary
+ * gets a number, its logit: the larger, the likelier it comes next.
  *
  *     x = embedding[id] * sqrt(d_model)
  *     for each layer:
- *         h = rms(x) * attn_norm
- *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
+ *         y = rms(x) * attn_norm
+ *         q, k, v = Wq y, Wk y, Wv y              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
  *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
- *                                                 at position p by p * base^(-2j/head_dim) / factor
- *         a = softmax(q . k * query_scale) v      over the positions that the token sees
+ *                                                 at position p by p / base^(2j/head_dim) / factor;
+ *                                                 base and factor are the layer's
+ *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees;
+ *                                                 query head h: kv head h / (n_heads / n_kv_heads)
  *         x = x + rms(Wo a) * post_attention_norm
- *         h = rms(x) * ffn_norm
- *         f = Wdown (gelu(Wgate h) * Wup h)
+ *         y = rms(x) * ffn_norm
+ *         f = Wdown (gelu(Wgate y) * Wup y)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
  *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
- * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * where rms(x) = x / sqrt(mean(x^2) + eps), softmax(s)_p = exp(s_p) / sum of all exp(s), gelu(x) is
+ * about x for large x and 0 for small, W y is a matrix times a vector, and * between vectors is
+ * element by element. A program repeats: ids -> logits after the last token -> choose an id ->
  * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
  * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
  * exact mode agrees to float32 rounding.
@@ -32,7 +40,7 @@
  *
  *     x [1152] ---.
  *        |     attn_norm
- *        |        | h [1152]
+ *        |        | y [1152]
  *        |        +-------------+-------------.
  *        |      attn_q        attn_k        attn_v
  *        |        | [4][256]    | [1][256]    | [1][256]
@@ -42,15 +50,15 @@
  *        |        |        .----+-------------+----.
  *        |        |        | KV cache of the layer |  k, v of the positions so far
  *        |        |        '----+-------------+----'
- *        |     softmax(q . k / 16) ---------- v       query head h meets kv head h / (n_heads /
- *        |        | [4][256]                          n_kv_heads): several queries share one K, V
+ *        |     softmax(q . k / 16) ---------- v
+ *        |        | [4][256]
  *        |     attn_output
  *        |        | [1152]
  *        |     post_attention_norm
  *       (+)-------'
  *     x [1152] ---.
  *        |     ffn_norm
- *        |        | h [1152]
+ *        |        | y [1152]
  *        |        +-------------.
  *        |     ffn_gate       ffn_up
  *        |        | [6912]      | [6912]
@@ -83,8 +91,7 @@
  *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
  *
  * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
- * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
- * the others' by head_dim.
+ * factor divides the angles of global layers alone. 168 is 27B's d_model / n_heads, 256 head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -128,9 +135,10 @@
 
 #if !defined(INSTANCE) /* the file includes itself: section 9 */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
- * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
- * The two last lines for gcc change speed, never bits. */
+/* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c
+ * on its own (we say fma where we mean it), and to treat floats as real numbers, whatever its
+ * command line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and
+ * no-tree-ter change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma clang diagnostic push
@@ -143,7 +151,8 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
-#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc")
+#pragma GCC optimize("no-trapping-math", "no-math-errno")
 #pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #if defined(__ARM_FEATURE_MVE)
@@ -154,7 +163,7 @@
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
+/* What hosts have beyond C11 (section 15), under -std=c11 too; macOS and most BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE 1
 #endif
@@ -290,7 +299,7 @@ struct gemma3_state {
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
     float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
     float *x;                         /* [n_ubatch][d_model]        residual stream */
-    float *h;                         /* [n_ubatch][d_model]        branch */
+    float *y;                         /* [n_ubatch][d_model]        branch */
     float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
     float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
     float *gate, *up;                 /* [n_ubatch][d_ff] */
@@ -312,7 +321,7 @@ struct gemma3_state {
  *
  * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
  * A table exists for plain C, which is the definition (section 9), and for each instruction set
- * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+ * (section 10). All give the same bits. Loops over tokens and heads are the callers'. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
@@ -415,7 +424,7 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
 /* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
- * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * token are the same. y is the branch that leaves the residual stream x and is added to it
  * again. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
@@ -426,21 +435,21 @@ static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
     trace(s, "inp_scaled", -1, s->x, c->d_model, n);
     for (int l = 0; l < c->n_layers; l++) {
         const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->h, s->x, w->attn_norm, n);
-        trace(s, "attn_norm", l, s->h, c->d_model, n);
+        rmsnorm(s, s->y, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->y, c->d_model, n);
         attention(s, w, l, n);
-        trace(s, "attn_out", l, s->h, c->d_model, n);
-        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
-        trace(s, "attn_post_norm", l, s->h, c->d_model, n);
-        add(s->x, s->h, size);
+        trace(s, "attn_out", l, s->y, c->d_model, n);
+        rmsnorm(s, s->y, s->y, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->y, c->d_model, n);
+        add(s->x, s->y, size);
         trace(s, "sa_out", l, s->x, c->d_model, n);
-        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
-        trace(s, "ffn_norm", l, s->h, c->d_model, n);
+        rmsnorm(s, s->y, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->y, c->d_model, n);
         feed_forward(s, w, l, n);
-        trace(s, "ffn_out", l, s->h, c->d_model, n);
-        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
-        trace(s, "ffn_post_norm", l, s->h, c->d_model, n);
-        add(s->x, s->h, size);
+        trace(s, "ffn_out", l, s->y, c->d_model, n);
+        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->y, c->d_model, n);
+        add(s->x, s->y, size);
         trace(s, "l_out", l, s->x, c->d_model, n);
     }
 }
@@ -483,9 +492,9 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
-    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
-    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
+    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->y);
+    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->y, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
     if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
 }
@@ -497,21 +506,20 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
     fp_state fp = fp_enter();
-    int before = s->pos;
     for (int done = 0, take; done < n; done += take) {
-        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
+        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH]; /* the rows wanted of these tokens */
         take = min_int(n - done, s->n_ubatch);
         forward_ubatch(s, ids + done, take);
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        if (memchr(s->unread, 1, s->p.n_threads)) break;
         memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
     if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
     memset(s->unread, 0, s->p.n_threads);
-    s->pos = before;
     snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
     return -1;
 }
@@ -536,8 +544,8 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
     return 0;
 }
 
-/* Labels of the trace as they come, llama.cpp's where it has one; from the second to the third from
- * the end each layer has them. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+/* Labels of the trace as they come, llama.cpp's where it has one: the first and the last two come
+ * once, the others in each layer. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
 static const char *const trace_labels[] = {
     "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
     "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
@@ -573,9 +581,8 @@ static int slots_of(const gemma3_state *s, int l)
     return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
- * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
- * head. */
+/* The attention of one query block in layer l. t counts the block's queries of kv head g: query t
+ * is of token i0 + t / heads_per_kv and of query head g * heads_per_kv + t % heads_per_kv. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -585,6 +592,32 @@ struct attention {
     int heads_per_kv;
 };
 
+static float dot(int type, const uint8_t *row, const float *x, int n);
+static float exp_scores_of(float *score, int n, int first);
+static float value_of(int type, const uint8_t *row, size_t j);
+static int first_seen(const struct attention *a, int p);
+static uint8_t *key_at(const struct attention *a, int g, int p);
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
+
+/* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
+ * first .. p that the token at position p sees. q is scaled; score has room for those positions.
+ * The definition: test/attention.c compares it with attend, which does it for many queries. */
+__attribute__((unused))
+static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                    float *score, float *out)
+{
+    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
+    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
+    float sum = exp_scores_of(score, n, first);
+    for (int j = 0; j < D; j++) {
+        int j0 = j / MIX_WIDTH * MIX_WIDTH;
+        float o = 0;
+        for (int t = 0; t < n; t++)
+            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
+        out[j] = o / sum;
+    }
+}
+
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
@@ -593,7 +626,7 @@ static void rope_heads(void *attention, int i, int worker);
 static void store_heads(void *attention, int i, int worker);
 static void attend(struct attention *a);
 
-/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+/* y [n][d_model] -> y, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
     const gemma3_config *c = s->c;
@@ -601,7 +634,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
     struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
-    matmul(s, qkv, 3, s->h, n);
+    matmul(s, qkv, 3, s->y, n);
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
@@ -617,7 +650,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
         attend(&a);
     }
     trace(s, "kqv_out", l, s->attended, q_width, n);
-    matmul(s, &(struct linear){&w->attn_output, s->h}, 1, s->attended, n);
+    matmul(s, &(struct linear){&w->attn_output, s->y}, 1, s->attended, n);
 }
 
 /* Head h of token i in q [n][n_heads][head_dim], or in k or v [n][n_kv_heads][head_dim]. */
@@ -696,30 +729,7 @@ static int first_seen(const struct attention *a, int p)
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
-/* ---- softmax(q . k) v ---- */
-
-static float dot(int type, const uint8_t *row, const float *x, int n);
-static float exp_scores_of(float *score, int n, int first);
-static float value_of(int type, const uint8_t *row, size_t j);
-
-/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
- * the positions that the token at position p sees. q is scaled; score has room for those positions.
- * Only test/attention.c calls it, which compares it with attend. */
-__attribute__((unused))
-static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
-                                    float *score, float *out)
-{
-    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
-    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
-    float sum = exp_scores_of(score, n, first);
-    for (int j = 0; j < D; j++) {
-        int j0 = j / MIX_WIDTH * MIX_WIDTH;
-        float o = 0;
-        for (int t = 0; t < n; t++)
-            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
-        out[j] = o / sum;
-    }
-}
+/* ---- softmax(q . k) v, for a query block ---- */
 
 static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
 
@@ -866,21 +876,21 @@ static void gelu_task(void *state, int i, int worker)
     s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
 }
 
-/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+/* y [n][d_model] -> y: Wdown (gelu(Wgate y) * Wup y) */
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
 {
-    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->h, n);
+    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->y, n);
     trace(s, "ffn_gate", l, s->gate, s->c->d_ff, n);
     trace(s, "ffn_up", l, s->up, s->c->d_ff, n);
     for_each(s, n, gelu_task, s);
     trace(s, "ffn_geglu", l, s->gate, s->c->d_ff, n);
-    matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
+    matmul(s, &(struct linear){&w->ffn_down, s->y}, 1, s->gate, n);
 }
 
 /* ==== 6. Matrix times vectors, and how threads share =============================================
  *
  * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
- * change a bit, because no sum is ever divided (rule 7). */
+ * change a bit, because a sum is one thread's work (rule 7). */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -1089,8 +1099,8 @@ INLINE float join_lanes(float lane[16])
     return lane[0];
 }
 
-/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
- * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
+/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have
+ * changed them: every public call and every worker sets IEEE's and puts the caller's back. */
 #if defined(HAVE_X86)
 static fp_state fp_enter(void)
 {
@@ -1114,7 +1124,7 @@ static fp_state fp_enter(void)
 {
     uint32_t old;
     __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
-    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; comparisons' flags stay */
     return old;
 }
 #else
@@ -1245,10 +1255,13 @@ static const char *arithmetic_fault(void)
     volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
-    if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
+    if (big + one != big || big + 3 * one != big + 4 * one)
+        return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
-    if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
-    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
+    if (five / 3.0f != 0x1.aaaaaap+0f)
+        return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2)
+        return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_f32(a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -1288,11 +1301,12 @@ INLINE void store_u32_le(uint8_t *p, uint32_t u)
 }
 
 /* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0:
- * then it is m * 2^-24, made from the integer, because arithmetic on subnormal floats can be slow. */
+ * then it is m * 2^-24, made from the integer, as arithmetic on subnormal floats can be slow. */
 INLINE float f16_to_f32(uint16_t x)
 {
-    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00, rest = (uint32_t)(x & 0x7fff) << 13;
-    uint32_t normal = rest + (exponent == 0x7c00 ? 0x70000000 : 0x38000000); /* exponent 15 -> 127, 31 -> 255 */
+    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00;
+    uint32_t rebias = exponent == 0x7c00 ? 0x70000000 : 0x38000000; /* 31 -> 255, 15 -> 127 */
+    uint32_t normal = ((uint32_t)(x & 0x7fff) << 13) + rebias;
     uint32_t subnormal = bits_of((float)(int32_t)(x & 0x3ff) * 0x1p-24f);
     return float_of((exponent ? normal : subnormal) | sign);
 }
@@ -1320,8 +1334,8 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
     return float_of(load_u32_le(row + 4 * j));
 }
 
-/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 .. 31 an
- * element of it, h = j / 16 its half. q is the code as the bits say it.
+/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 ..
+ * 31 an element of it, h = j / 16 its half. q is the code as the bits say it.
  *
  *     Q4_0    | d f16 | qs[16] |                       18 bytes, 32 elements      d * (q - 8)
  *             qs[j % 16]: low nibble element j, high nibble element j + 16; so in all that follow
@@ -1347,12 +1361,13 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
  *     Q5_K    | d f16 | dmin f16 | scales[12] | fifth[32] | qs[128] |   176, 256    as Q4_K
  *             bit g of fifth[j] is the fifth bit of element j
  *     Q6_K    | ql[128] | qh[64] | scales[16] int8 | d f16 |   210, 256   d * scale * (q - 32)
- *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits in
- *             nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
-static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+ *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits
+ *             in nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
+static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                     1, 13, 25, 38, 53, 69, 89, 113};
 
-/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte j of
- * `top` has, shifted left by up. A mask of 0: there is no top. */
+/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte
+ * j of `top` has, shifted left by up. A mask of 0: there is no top. */
 struct code_bits { int low, shift, mask, top, top_shift, top_mask, up; };
 
 INLINE struct code_bits find_codes(int type, int g, int h)
@@ -1431,7 +1446,8 @@ INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t
     for (int h = 0; h < 2; h++) {
         struct code_bits b = find_codes(f->type, g, h);
         for (int j = 0; j < 16; j++) {
-            int q = (p[b.low + j] >> b.shift & b.mask) | (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
+            int q = p[b.low + j] >> b.shift & b.mask;
+            q |= (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
             q |= (int)(fifth >> (16 * h + j) & 1) << 4;
             code[16 * h + j] = (int8_t)(q - f->bias);
         }
@@ -1446,8 +1462,10 @@ INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struc
     o->d = f16_to_f32(load_u16_le(p + f->d));
     o->m = f16_to_f32(load_u16_le(p + f->m));
     o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
-    if (f->type == IQ4_XS)
-        o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
+    if (f->type == IQ4_XS) {
+        int low = p[4 + g / 2] >> 4 * (g % 2) & 15, top = load_u16_le(p + 2) >> 2 * g & 3;
+        o->d *= (float)((low | top << 4) - 32);
+    }
     if (f->type == Q4_K || f->type == Q5_K) {
         int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
         o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
@@ -1455,9 +1473,11 @@ INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struc
     }
     if (f->type == Q2_K) o->m = -o->m;
     for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
-        const uint8_t *s = p + 96;
         if (f->type == Q2_K) o->scale[h] = p[i] & 15, o->min[h] = p[i] >> 4;
-        if (f->type == Q3_K) o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        if (f->type == Q3_K) {
+            int low = p[96 + i % 8] >> 4 * (i / 8) & 15, top = p[104 + i % 4] >> 2 * (i / 4) & 3;
+            o->scale[h] = (low | top << 4) - 32;
+        }
         if (f->type == Q6_K) o->scale[h] = (int8_t)p[192 + i];
     }
 }
@@ -1471,24 +1491,26 @@ INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group
 
 /* ---- Tiles ----
  *
- * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so that
- * each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's, and none is
- * needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile: codes in units of
- * 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
+ * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so
+ * that each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's,
+ * and none is needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile:
+ * codes in units of 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q
+ * bytes of nibbles):
  *
  *     0                   64                                                 192            576
  *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
 
 /* n units of each row, side by side. */
-INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
+INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n,
+                       int unit)
 {
     for (int k = 0; k < n; k++)
         for (int r = 0; r < n_rows; r++)
             memcpy(to + (k * TILE_ROWS + r) * unit, from + r * row_bytes + k * unit, unit);
 }
 
-/* The same for all rows of a tile and units of 4 bytes, two rows and two units at a time: most of what
- * opening a model does. first and second are in memory's order, whatever the CPU's. */
+/* The same for all rows of a tile and units of 4 bytes, two rows and two units at a time: most of
+ * what opening a model does. first and second are in memory's order, whatever the CPU's. */
 INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes, int n)
 {
     int k = 0;
@@ -1506,8 +1528,8 @@ INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes,
 }
 
 /* n_blocks blocks of n_rows rows as tiles; rows that are missing become zeros. */
-static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows, int n_blocks,
-                      const struct format *f)
+static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows,
+                      int n_blocks, const struct format *f)
 {
     if (n_rows < TILE_ROWS) memset(tile, 0, (size_t)n_blocks * TILE_ROWS * f->bytes);
     for (int b = 0; b < n_blocks; b++, tile += TILE_ROWS * f->bytes, rows += f->bytes)
@@ -1530,12 +1552,13 @@ static void to_file_order(float *x, int n)
 }
 
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                            int worker)
 {
     const gemma3_state *s = job->s;
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
-                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
-                        .acc = acc_of(s, worker)};
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .x = job->x, .x_stride = w->cols, .acc = acc_of(s, worker)};
     if (!is_float(w->format)) {
         float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
         s->m->kernels->dequantize(w, row, n_rows, rows);
@@ -1550,8 +1573,18 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE };
-typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
+enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY };
+
+/* A byte four times. */
+INLINE int32_t four_times(int byte) { return (int32_t)(0x01010101u * (uint32_t)byte); }
+
+/* Where a kernel is: a block of a tile or a panel, the group in it, the activations there. */
+struct place {
+    const uint8_t *from;
+    int g;
+    const struct q8_block *x;
+};
+
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
 struct panel {
@@ -1567,13 +1600,14 @@ struct unpacked {
 
 /* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
  * columns at a time. */
-static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                           int worker)
 {
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
-                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
-                        .acc = acc_of(s, worker), .scratch = u->panel};
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks, .acc = acc_of(s, worker), .scratch = u->panel};
     if (w->tiled || !s->m->kernels->tiles) {
         s->m->kernels->mul_codes(&p);
         return;
@@ -1583,14 +1617,16 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
     p.rows = u->tile;
     for (int b = 0; b < n_blocks; b += at_once) {
         int take = min_int(n_blocks - b, at_once);
-        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take, w->format);
+        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take,
+                  w->format);
         p.cols = take * w->format->elements;
         p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
         s->m->kernels->mul_codes(&p);
     }
 }
 
-static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker)
 {
     if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
     else mul_tile_codes(job, w, row, n_rows, worker);
@@ -1603,13 +1639,14 @@ enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
 #if defined(INSTANCE)
 /* ==== 9. The operations: definitions ============================================================
  *
- * From here to the end of section 10 the text is compiled once for plain C and once for each instruction
- * set: the file includes itself there, with INSTANCE set to the name that ends the names of all functions,
- * and LANES to the number of floats in a vector register, 1 in plain C. What stands in this section is the
- * definition of each operation. The pieces that go element by element are plain C in every instance: the
- * compiler makes vectors of their loops, and since every operation is one IEEE rounding, all give the
- * same bits. The three that take nearly all of the time, mul_codes, mul_floats and mix_values, are
- * written a second time, for vectors, in section 10. */
+ * From here to the end of section 10 the text is compiled once for plain C and once for each
+ * instruction set: the file includes itself there, with INSTANCE set to the name that ends the
+ * names of all functions, and LANES to the number of floats in a vector register, 1 in plain C.
+ * What stands in this section is the definition of each operation. The pieces that go element by
+ * element are plain C in every instance: the compiler makes vectors of their loops, and since every
+ * operation is one IEEE rounding, all give the same bits. The three that take nearly all of the
+ * time, mul_codes, mul_floats and mix_values, are written a second time, for vectors, in section
+ * 10. */
 
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
@@ -1646,8 +1683,8 @@ INLINE float exp_of(float x)
     return x != x ? x : e;
 }
 
-/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0 becomes
- * all 0. */
+/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0
+ * becomes all 0. */
 static void NAME(quantize)(struct q8_block *out, const float *x, int n)
 {
     for (; n > 0; n -= 32, x += 32, out++) {
@@ -1672,8 +1709,8 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
- * the 1. */
+/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already
+ * added the 1. */
 static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
 {
     float lane[16] = {0};
@@ -1753,8 +1790,8 @@ static void NAME(add_exp_run)(double *lane, const float *logits, double max)
         for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
 }
 
-/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
- * or below -690, the definition itself runs. */
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a
+ * number or below -690, the definition itself runs. */
 static double NAME(sum_exp)(const float *logits, int n, float max)
 {
     double lane[16] = {0};
@@ -1775,8 +1812,8 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
 #endif /* !HAS_PIECES */
 
 #if LANES == 1
-/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
- * twice, as there. */
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at
+ * most twice, as there. */
 static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 {
     const struct format *f = w->format;
@@ -1844,7 +1881,8 @@ static void NAME(mul_codes)(const struct product *p)
     }
     for (int r = 0; r < p->n_rows; r++)
         for (int b = 0; b < p->cols / 32; b++) {
-            const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
+            const uint8_t *row = p->rows + r * p->row_bytes;
+            const uint8_t *block = row + (size_t)(32 * b / f->elements) * f->bytes;
             struct group w;
             unpack(f, block, b % (f->elements / 32), &w);
             for (int i = 0; i < p->n; i++) {
@@ -1860,8 +1898,8 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
-/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats stay as
- * they are; that is why the contract's order has 16 lanes. */
+/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats
+ * stay as they are; that is why the contract's order has 16 lanes. */
 static void NAME(mul_floats)(const struct product *p)
 {
     for (int i = 0; i < p->n; i++)
@@ -1869,7 +1907,8 @@ static void NAME(mul_floats)(const struct product *p)
             const float *x = p->x + i * p->x_stride;
             float lane[16] = {0};
             for (int j = 0; j < p->cols; j++)
-                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j), x[j], lane[j % 16]);
+                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j),
+                                      x[j], lane[j % 16]);
             p->acc[i][r] = join_lanes(lane);
         }
 }
@@ -1880,7 +1919,8 @@ static void NAME(mix_values)(const struct mix *m)
         for (int j = 0; j < m->width; j++) {
             float sum = m->out[i * m->out_stride + j];
             for (int p = 0; p < m->n_pos; p++)
-                sum = fma_of(m->e[i * m->e_stride + p], load_float(m->type, m->v + p * m->v_bytes, j), sum);
+                sum = fma_of(m->e[i * m->e_stride + p],
+                             load_float(m->type, m->v + p * m->v_bytes, j), sum);
             m->out[i * m->out_stride + j] = sum;
         }
 }
@@ -1888,9 +1928,9 @@ static void NAME(mix_values)(const struct mix *m)
 #else
 /* ==== 10. The operations: vector kernels ========================================================
  *
- * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers of 32
- * bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector counts for
- * every lane. */
+ * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers
+ * of 32 bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector
+ * counts for every lane. */
 
 #define floats NAME(floats)
 #define ints NAME(ints)
@@ -1910,13 +1950,15 @@ static void NAME(mix_values)(const struct mix *m)
 #define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
 #define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
-#define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
-#define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
-#define dot_end NAME(dot_end)         /* which starts with it if begin did not */
+#define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x in */
+#define dot_add NAME(dot_add)         /* each lane; start counts in begin or in end, as the verbs */
+#define dot_end NAME(dot_end)         /* like */
 #define dot_wide NAME(dot_wide)       /* the same at once for w signed */
 
-#define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
-#define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
+/* dot_sum is int16 without a dot instruction: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6. x86's
+ * dot instruction wants w unsigned: wide codes get + 128. */
+#define INT16_SUMS (LANES < 16 && !HAS_DOT)
+#define FLIPS (LANES > 4 && HAS_DOT)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -1943,10 +1985,13 @@ INLINE four last_joins(four a, four b, four c, four d)
 #endif
 
 #if LANES == 8
-/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
- * that at once. */
+/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does
+ * all that at once. */
 INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
-INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE floats mul_add(floats a, floats b, floats c)
+{
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 INLINE ints widen_u8(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
@@ -1962,7 +2007,8 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
-INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+/* wide codes come as code + 128 */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
@@ -1985,7 +2031,10 @@ INLINE ints dot_wide(ints sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 1
 #elif LANES == 16
 /* AVX-512 with VNNI */
 INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
-INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE floats mul_add(floats a, floats b, floats c)
+{
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE ints widen_u8(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
@@ -2000,7 +2049,8 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
-INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+/* wide codes come as code + 128 */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
@@ -2028,18 +2078,26 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 typedef struct { int16x8_t low, high; } dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
+INLINE dot_sum dot_begin(int32_t start)
+{
+    (void)start;
+    return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)};
+}
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
-    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
+    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)),
+                     vmlal_high_s8(sum.high, a, b)};
 }
 INLINE ints dot_end(dot_sum sum, int32_t start)
 {
     return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
 }
 #endif
-INLINE ints dot_wide(ints sum, ints w, ints x) { return sum + dot_end(dot_add(dot_begin(0), w, x), 0); }
+INLINE ints dot_wide(ints sum, ints w, ints x)
+{
+    return sum + dot_end(dot_add(dot_begin(0), w, x), 0);
+}
 #endif
 
 /* The same in every instruction set. */
@@ -2071,12 +2129,12 @@ INLINE floats widen(int type, const uint8_t *p)
 
 /* ---- Integer formats ---- */
 
-/* Asks for memory before it is needed, a little with each block, because a burst stalls. PREFETCH_FROM: with
- * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
- * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
- * no help. PREFETCH_AHEAD: bytes ahead of other formats, which are unpacked field by field, as no machine
- * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
- * values. */
+/* Asks for memory before it is needed, a little with each block, because a burst stalls.
+ * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
+ * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
+ * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
+ * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
+ * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
 #define prefetch NAME(prefetch)
 INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 {
@@ -2088,159 +2146,199 @@ INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
-    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & four_times(b.mask);
+    if (b.top_mask)
+        w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & four_times(b.top_mask)) << b.up;
     if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
         ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
         w |= (four * 0x00204081 & 0x01010101) << 4;
     }
     if (type == IQ4_NL || type == IQ4_XS) w = look_up(w);
-    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= (int32_t)0x80808080;
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= four_times(128);
     return w;
 }
 
 /* What unpack_scales does, for all rows of a tile. */
-static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
+static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g,
+                                struct panel *o)
 {
-    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
-    if (f->type == Q4_K || f->type == Q5_K) {
-        const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
-        memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
-        scale[0] = g < 4 ? a & 0x3f3f3f3f : (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
-        min[0] = g < 4 ? b & 0x3f3f3f3f : (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
-    } else if (f->type == IQ4_XS) {
-        uint16_t top __attribute__((vector_size(2 * TILE_ROWS)));
-        memcpy(&a, tile + TILE_ROWS * (4 + g / 2), sizeof a), memcpy(&top, tile + TILE_ROWS * 2, sizeof top);
-        uint8_t low __attribute__((vector_size(TILE_ROWS))) = __builtin_convertvector(top >> 2 * g & 3, uint8_t __attribute__((vector_size(TILE_ROWS))));
-        memcpy(&b, &low, sizeof b);
-        scale[0] = (a >> 4 * (g % 2) & 0x0f0f0f0f) | b << 4;
-    }
-    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
-        memcpy(&a, tile + TILE_ROWS * (f->type == Q6_K ? 192 + i : f->type == Q3_K ? 96 + i % 8 : i), sizeof a);
-        memcpy(&b, tile + TILE_ROWS * (f->type == Q3_K ? 104 + i % 4 : 0), sizeof b);
-        scale[h] = f->type == Q6_K ? a ^ 0x80808080 :
-                   f->type == Q3_K ? (a >> 4 * (i / 8) & 0x0f0f0f0f) | (b >> 2 * (i / 4) & 0x03030303) << 4 : a & 0x0f0f0f0f;
-        min[h] = a >> 4 & 0x0f0f0f0f;
-    }
-    const int bias = f->type == Q6_K ? 128 : f->type == Q3_K || f->type == IQ4_XS ? 32 : 0;
-    const int k_scales = f->elements == 256 && !f->has_halves;
+    const int type = f->type;
     for (int r = 0; r < TILE_ROWS; r += LANES) {
-        floats d = widen_f16(tile + TILE_ROWS * f->d + 2 * r), m = widen_f16(tile + TILE_ROWS * f->m + 2 * r);
-        if (k_scales) {
-            d *= to_floats(widen_u8((const uint8_t *)scale + r) - bias);
-            m *= to_floats(widen_u8((const uint8_t *)min + r));
+        const uint8_t *f16 = tile + 2 * r, *byte = tile + r, *s = byte + TILE_ROWS * (4 + g % 4);
+        floats d = widen_f16(f16 + TILE_ROWS * f->d), m = widen_f16(f16 + TILE_ROWS * f->m);
+        if (type == Q4_K || type == Q5_K) {
+            ints low = widen_u8(s), mid = widen_u8(s + TILE_ROWS * 4);
+            ints high = widen_u8(s + TILE_ROWS * 8);
+            d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+            m *= -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+        }
+        if (type == IQ4_XS) {
+            ints low = widen_u8(byte + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15;
+            d *= to_floats((low | (widen_u16(f16 + TILE_ROWS * 2) >> 2 * g & 3) << 4) - 32);
         }
         store_floats(o->d + r, d);
-        store_floats(o->m + r, f->elements == 256 ? -m : m);
-        for (int h = 0; h < 2 && f->has_halves; h++) {
-            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
-            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
+        store_floats(o->m + r, type == Q2_K ? -m : m);
+        for (int h = 0, i = 2 * g; h < 2; h++, i++) {
+            int at = type == Q6_K ? 192 + i : type == Q3_K ? 96 + i % 8 : i;
+            ints scale = {0}, min = scale + 1;
+            if (f->has_halves) scale = widen_u8(byte + TILE_ROWS * at);
+            if (type == Q2_K) min = scale >> 4, scale &= 15;
+            else if (type == Q3_K) {
+                ints top = widen_u8(byte + TILE_ROWS * (104 + i % 4)) >> 2 * (i / 4) & 3;
+                scale = ((scale >> 4 * (i / 8) & 15) | top << 4) - 32;
+            } else scale = type == Q6_K ? (scale ^ 128) - 128 : min;
+            store_floats(o->scale[h] + r, to_floats(scale));
+            store_floats(o->min[h] + r, to_floats(min));
         }
     }
 }
 
 static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
+    const int32_t flip = FLIPS && f->type == Q8_0 ? four_times(128) : 0;
+    const int simple = f->type == Q8_0 || (!f->is_wide && !fifth_bits(f->type));
     NAME(unpack_scales)(f, tile, g, o);
     for (int q = 0; q < 8; q++) {
         struct code_bits b = find_codes(f->type, g, q / 4);
-        for (int r = 0; r < TILE_ROWS; r += LANES)
-            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
+        const uint8_t *low = tile + TILE_ROWS * (b.low + 4 * (q % 4));
+        uint8_t *to = o->code + 4 * TILE_ROWS * q;
+        if (simple && !b.top_mask) /* codes_of in short */
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r,
+                           (load_ints(low + 4 * r) >> b.shift & four_times(b.mask)) ^ flip);
+        else
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r, codes_of(f->type, b, tile, q, r));
     }
 }
 
-/* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
- * each call, so that INLINE makes a copy of the code in which sums stay in registers. */
+/* ---- A tile times vectors ----
+ *
+ * A part of the product is NT vectors from i0 on times NH registers of rows from r0 on. NT, NH and
+ * kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
+ * registers. The kind says where codes come from, and so how many products fit int16: a format's
+ * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a
+ * tile of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times
+ * 2 0.96, 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied
+ * 0.5. */
+#define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
-INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
+#define mul_kind NAME(mul_kind)
+
+/* isum = the scaled integer dot products of one group. */
+INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const struct place *at,
+                      floats isum[8][8])
+{
+    const int nibbles = kind == NIBBLES, panel = kind > NIBBLES;
+    const int halves = kind == Q6_K || kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int wide = !FLIPS && (kind == Q8_0 || kind == PANEL_WIDE ||
+                                (kind == PANEL_ANY && p->format->is_wide));
+    const int small = !INT16_SUMS || kind == Q4_K || kind == PANEL_NIBBLES;
+    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
+    const int bias = FLIPS && p->format->is_wide ? 128 : p->format->bias;
+    const uint8_t *from = at->from;
+    const struct panel *o = panel ? (const struct panel *)from : p->scratch;
+    const struct q8_block *x = at->x;
+    ints total[8][8];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+    for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+        dot_sum part[8][8];
+        int32_t start[8];
+        UNROLL for (int i = 0; i < NT; i++) {
+            const struct q8_block *xi = x + i * p->x_stride;
+            start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 :
+                       -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
+            UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+        }
+        UNROLL for (int q = q0; q < q0 + quads; q++)
+            UNROLL for (int high = 0; high <= nibbles; high++) {
+                ints w[8];
+                UNROLL for (int h = 0; h < NH; h++) {
+                    const int r = LANES * h, code = 4 * (TILE_ROWS * q + r);
+                    if (nibbles)
+                        w[h] = load_ints(from + TILE_ROWS * 2 + code) >> 4 * high & four_times(15);
+                    else if (panel) w[h] = load_ints(o->code + code);
+                    else w[h] = codes_of(kind, find_codes(kind, at->g, q / 4), from, q, r);
+                }
+                UNROLL for (int i = 0; i < NT; i++) {
+                    ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                    UNROLL for (int h = 0; h < NH; h++)
+                        if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                        else part[i][h] = dot_add(part[i][h], w[h], c);
+                }
+            }
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++)
+                if (!wide) total[i][h] += dot_end(part[i][h], start[i]);
+        if (!halves || (q0 + quads) % 4) continue;
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) { /* below 2^24, so that float is exact */
+                floats scale = load_floats(o->scale[q0 / 4] + LANES * h);
+                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
+                total[i][h] = (ints){0};
+            }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++)
+            if (!halves) isum[i][h] = to_floats(total[i][h]);
+}
+
+/* All groups of the part's columns, in order. */
+INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, int r0)
 {
     const struct format *f = p->format;
-    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
-    const int nibbles = kind == NIBBLES, small = kind == Q4_K || kind == PANEL_NIBBLES || !INT16_SUMS;
-    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
-    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
-    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
-    const uint8_t *from = p->rows;
-    floats sum[8][8];
+    const int halves = kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int groups = kind <= NIBBLES ? f->elements / 32 : 1, n_groups = p->cols / 32;
+    const size_t bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int has_min = kind < PANEL ? kind == Q4_K || kind == Q5_K : f->m;
+    struct place at = {p->rows + 4 * r0, 0, p->q8 + i0 * p->x_stride};
+    floats sum[8][8], isum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
-    for (int b = 0, g = 0; b < p->cols / 32; b++) {
-        const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
-        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
-        floats isum[8][8];
-        ints total[8][8];
-        if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
+        UNROLL for (int h = 0; h < NH; h++)
+            sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
+    for (int b = 0; b < n_groups; b++, at.x++) {
+        const struct panel *o = kind <= NIBBLES ? p->scratch : (const struct panel *)at.from;
+        if (kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
+            prefetch(at.from + n_groups * bytes, bytes);
         if (kind < NIBBLES) {
-            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
-            NAME(unpack_scales)(f, from, g, p->scratch);
+            prefetch(at.from + PREFETCH_AHEAD + at.g * (bytes / groups), bytes / groups);
+            NAME(unpack_scales)(f, at.from, at.g, p->scratch);
         }
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
-        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
-            dot_sum part[8][8];
-            int32_t start[8];
-            UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
-                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
-            }
-            UNROLL for (int q = q0; q < q0 + quads; q++)
-                UNROLL for (int high = 0; high <= nibbles; high++) {
-                    ints w[8];
-                    UNROLL for (int h = 0; h < NH; h++) {
-                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
-                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
-                        else w[h] = kind < NIBBLES ? codes_of(kind, find_codes(kind, g, q / 4), from, q, r) : load_ints(panel->code + at);
-                    }
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
-                        UNROLL for (int h = 0; h < NH; h++)
-                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
-                            else part[i][h] = dot_add(part[i][h], w[h], c);
-                    }
-                }
-            if (!wide)
-                UNROLL for (int i = 0; i < NT; i++)
-                    UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
-            if (halves && (q0 + quads) % 4 == 0)
-                UNROLL for (int h = 0; h < NH; h++)
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
-                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
-                        total[i][h] = (ints){0};
-                    }
-        }
+        dot_group(p, kind, NT, NH, &at, isum);
         UNROLL for (int h = 0; h < NH; h++) {
-            int r = r0 + LANES * h;
-            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            const int r = LANES * h;
+            floats d = kind == NIBBLES ? widen_f16(at.from - 2 * r0 + 2 * r)
+                                       : load_floats(o->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                const struct q8_block *xi = at.x + i * p->x_stride;
                 sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
+                if (!has_min) continue;
                 floats msum = splat(xi->d_sum);
-                if (halves)
-                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
-                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
-                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
+                if (halves) {
+                    msum = splat((float)xi->sum[0]) * load_floats(o->min[0] + r);
+                    msum = mul_add(splat((float)xi->sum[1]), load_floats(o->min[1] + r), msum);
+                    msum *= splat(xi->d);
+                }
+                sum[i][h] = mul_add(load_floats(o->m + r), msum, sum[i][h]);
             }
         }
-        if (++g == groups) g = 0, from += block_bytes;
+        if (++at.g == groups) at.g = 0, at.from += bytes;
     }
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
+        UNROLL for (int h = 0; h < NH; h++)
+            store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
 }
 
-#define mul_all NAME(mul_all)
-INLINE void mul_all(const struct product *p, int kind)
+/* All rows times vectors: `many` for four at a time, `one` for those that are left. */
+INLINE void mul_kind(const struct product *p, int many, int one)
 {
-    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
+    const int one_register = INT16_SUMS && (many == PANEL || many == PANEL_HALVES);
+    const int NT = 4, NH = one_register ? 1 : 2, ALL = TILE_ROWS / LANES;
     int i = 0;
-    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
-    for (; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
+    for (; many && i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, many, NT, NH, i, r);
+    for (; one && i < p->n; i++) mul_part(p, one, 1, ALL, i, 0);
 }
 
 #if !HAS_PIECES
@@ -2285,27 +2383,36 @@ static void NAME(mul_codes)(const struct product *p)
     int blocks = p->cols / 32, groups = f->elements / 32;
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
-    if (f->type == Q4_0) mul_all(p, NIBBLES);
-    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
-    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
-    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
-    else
-        for (int b = 0; b < blocks; b += PANELS) {
-            some.cols = 32 * min_int(blocks - b, PANELS);
-            some.q8 = p->q8 + b;
-            some.rows = (const uint8_t *)p->scratch;
-            for (int a = 0; a < some.cols / 32; a++) {
-                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
-            }
-            if (wide) mul_all(&some, PANEL_WIDE);
-            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
-            else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_all(&some, PANEL_NIBBLES);
-            else mul_all(&some, PANEL);
+    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : -1) {
+    case Q4_0: mul_kind(p, NIBBLES, NIBBLES); return;
+    case Q8_0: mul_kind(p, 0, Q8_0); return;
+    case Q4_K: mul_kind(p, 0, Q4_K); return;
+    case Q5_K: mul_kind(p, 0, Q5_K); return;
+    case Q6_K: mul_kind(p, 0, Q6_K); return;
+    case Q5_0: mul_kind(p, 0, Q5_0); return;
+    }
+    for (int b = 0; b < blocks; b += PANELS) {
+        some.cols = 32 * min_int(blocks - b, PANELS);
+        some.q8 = p->q8 + b;
+        some.rows = (const uint8_t *)p->scratch;
+        for (int a = 0; a < some.cols / 32; a++) {
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+            prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups),
+                     block_bytes / groups);
+            NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
         }
+        if (wide) mul_kind(&some, PANEL_WIDE, 0);
+        else if (f->has_halves) mul_kind(&some, PANEL_HALVES, 0);
+        else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1))
+            mul_kind(&some, PANEL_NIBBLES, 0);
+        else mul_kind(&some, PANEL, 0);
+        some.n = p->n % 4;
+        some.q8 += (p->n - some.n) * p->x_stride;
+        some.acc += p->n - some.n;
+        mul_kind(&some, 0, PANEL_ANY);
+        some.n = p->n;
+        some.acc = p->acc;
+    }
 }
 
 #if !HAS_PIECES
@@ -2313,12 +2420,12 @@ static void NAME(mul_codes)(const struct product *p)
 
 /* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers
  * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes:
- * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8). One
- * row times one vector is a stream and takes all lanes in one pass.
- * Of AVX2's peak in L1: F16 keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73,
- * of 6,912 0.53 (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all
- * tiles kept in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or
- * 4 x 6: no gain. */
+ * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8).
+ * One row times one vector is a stream and takes all lanes in one pass. Of AVX2's peak in L1: F16
+ * keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73, of 6,912 0.53
+ * (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all tiles kept
+ * in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or 4 x 6:
+ * no gain. */
 #define mul_floats_part NAME(mul_floats_part)
 INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
@@ -2387,8 +2494,9 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a slice
- * for six queries widens each value four times for 16 queries, a whole one for two eight times. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a
+ * slice for six queries widens each value four times for 16 queries, a whole one for two eight
+ * times. */
 #define mix_part NAME(mix_part)
 INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
@@ -2441,8 +2549,9 @@ static void NAME(mix_values)(const struct mix *m)
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
-    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
-    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats),
+    PIECE(dequantize), PIECE(rmsnorm), PIECE(rope), PIECE(store), PIECE(exp_scores),
+    PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
@@ -2457,7 +2566,8 @@ static const struct kernels NAME(kernels) = {
 /* All functions between BEGIN and END may use these instructions. */
 #define PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define BEGIN_TARGET(features)                                                                     \
+    PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define END_TARGET PRAGMA(clang attribute pop)
 #else
 #define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
@@ -2505,7 +2615,7 @@ END_TARGET
 #define LANES 4
 #define HAS_DOT 0
 #include "gemma3.c"
-/* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
+/* clang learned dotprod's attribute with 16; before, it makes such code if the command line asks */
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
 #define HAVE_DOTPROD 1
 #if defined(__clang__) && __clang_major__ >= 16
@@ -2549,12 +2659,15 @@ enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 static float fma_f32(float a, float b, float c) { return fma_of_scalar(a, b, c); }
 static float exp_f32(float x) { return exp_of_scalar(x); }
 static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
-static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
+static float exp_scores_of(float *score, int n, int first)
+{
+    return exp_scores_scalar(score, n, first);
+}
 static float dot(int type, const uint8_t *row, const float *x, int n)
 {
     float acc[1][TILE_ROWS];
-    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1, .cols = n, .n = 1,
-                                        .x = x, .acc = acc});
+    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1,
+                                        .cols = n, .n = 1, .x = x, .acc = acc});
     return acc[0][0];
 }
 
@@ -3489,9 +3602,10 @@ static int bind(struct opening *o, const struct slot *s)
     if (t.offset % o->alignment)
         return reject(o, ": tensor %s is at offset %llu, expected a multiple of %llu", s->name,
                       (unsigned long long)t.offset, (unsigned long long)o->alignment);
-    if (t.offset > left || bytes > left - t.offset)
+    uint64_t end = bytes > UINT64_MAX - t.offset ? UINT64_MAX : t.offset + bytes;
+    if (end > left)
         return reject(o, " is truncated: tensor %s ends %llu bytes past the end of the file",
-                      s->name, (unsigned long long)(t.offset + bytes - left));
+                      s->name, (unsigned long long)(end - left));
     *w = (struct matrix){.format = f, .rows = (int)t.ne[1], .cols = s->cols, .row_bytes = row_bytes,
                          .offset = o->data + t.offset};
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
@@ -3689,7 +3803,7 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
                                 size_t size, gemma3_error *err)
 {
     struct opening o;
-    size_t to_align = -(uintptr_t)mem & 63;
+    size_t to_align = (64 - (uintptr_t)mem % 64) % 64;
     fp_state fp = fp_enter();
     start(&o, from, options, err);
     o.arena.base = (uint8_t *)mem + to_align;
@@ -3830,7 +3944,7 @@ static void lay_out(gemma3_state *s, struct arena *a)
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->x = piece(a, n * c->d_model, sizeof(float));
-    s->h = piece(a, n * c->d_model, sizeof(float));
+    s->y = piece(a, n * c->d_model, sizeof(float));
     s->q = piece(a, n * q, sizeof(float));
     s->attended = piece(a, n * q, sizeof(float));
     s->k = piece(a, times(n, kv), sizeof(float));
@@ -4014,7 +4128,7 @@ static void hash_model(gemma3_state *s, char hex[65])
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
     for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
-        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->y : s->q;
         if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
     }
@@ -4406,9 +4520,11 @@ static struct limits host_limits(void)
 {
     struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
                        (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+#if defined(RLIMIT_AS)
     struct rlimit room;
     if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
         l.bytes = (double)room.rlim_cur;
+#endif
 #if defined(__linux__)
     cpu_set_t may_use;
     uint8_t seen[CPU_SETSIZE] = {0};
@@ -5261,7 +5377,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     const char *path = n > 0 ? option(s, "--state") : NULL;
     if (!path) return 0;
     FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
+    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
     const int32_t *kept = gemma3_state_ids(s->state);
     int n_kept = gemma3_state_pos(s->state);
@@ -5272,7 +5389,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     gemma3_state_reset(s->state);
     read_tokens(s, ids, n);
     open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &s->err)) say(FAILED, "%s: %s", path, s->err.text);
+    if (gemma3_state_save(s->state, write_out, s, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     close_out(s);
     return n;
 }
@@ -5499,23 +5617,26 @@ static void explain_fault(struct session *s)
 }
 
 /* The model that comes with the program lies in weights/ beside it, or where we are. */
-static void find_model(const char *program, char path[MAX_PATH_BYTES])
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
 {
     static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(file_size("/proc/self/exe") < 0 ? program : "/proc/self/exe", path);
+    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
     size_t n = strlen(path);
     while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
     snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
     if (file_size(path) < 0) strcpy(path, model);
     if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
 }
 
 /* Everything that needs a model. */
-static void run_job(struct session *s, const char *path)
+static void run_job(struct session *s, const char *program)
 {
     const char *tokenize = option(s, "--tokenize"), *info = option(s, "--info");
-    const char *detokenize = option(s, "--detokenize");
-    char piece[GEMMA3_PIECE_MAX];
+    const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
+    char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
+    read_options(s);
+    if (!path) path = find_model(program, found);
     open_model(s, path, !tokenize && !detokenize && !info);
     if (tokenize) read_prompt(s);
     if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
@@ -5543,19 +5664,14 @@ int main(int argc, char **argv)
 {
     char **args = start_program(argv);
     struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
-    const char *path = option(&s, "-m"), *isa = option(&s, "--isa");
-    char found[MAX_PATH_BYTES];
-    if (option(&s, "--help")) {
+    const char *isa = option(&s, "--isa");
+    if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
-    } else if (option(&s, "--version")) {
+    else if (option(&s, "--version"))
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    } else if (isa && strcmp(isa, "list") == 0) {
+    else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
-    } else {
-        read_options(&s);
-        if (!path) find_model(argc > 0 ? args[0] : "", found);
-        run_job(&s, path ? path : found);
-    }
+    else run_job(&s, argc > 0 ? args[0] : "");
     check(!fflush(stdout) && !ferror(stdout), "standard output");
     return 0;
 }

@@ -505,10 +505,9 @@ static void offsets(void)
              "%llu bytes past the end "
              "of the file", (unsigned long long)((1ull << 63) + 32 - n));
     with_offset(1ull << 63, sentence);
-    /* what stands at the end of the address space ends past the end too, though the sum wraps */
+    /* what stands at the end of the address space ends past the end too: its sum stops there */
     snprintf(sentence, sizeof sentence, "x.gguf is truncated: tensor blk.0.ffn_up.weight ends "
-             "%llu bytes past the end "
-             "of the file", (unsigned long long)(UINT64_MAX - n) + 1);
+             "%llu bytes past the end of the file", (unsigned long long)(UINT64_MAX - n));
     with_offset(UINT64_MAX - 31, sentence);
     t = tiny_new(TINY_F32);
     tiny_tensor *gate = tiny_tensor_of(&t, "blk.0.ffn_gate.weight");

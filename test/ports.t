@@ -222,10 +222,9 @@ SKIP: {
     my ($want) = run($gemma3, "-m", "test/data/tiny.gguf", "--tokenize", $say);
     my ($got)  = run(@program, "-m", "test/data/tiny.gguf", "--tokenize", $say);
     is($got, $want, "Windows: arguments in UTF-8, taken as they are");
-    ($got) = run(@program, "-m", "test/data/tiny.gguf", "-p", $say, "--special", "-n", "8", "--temp", "0");
-    ($want) = run($gemma3, "-m", "test/data/tiny.gguf", "-p", $say, "--special", "-n", "8", "--temp", "0");
-    s/\nprompt .*//s for $got, $want;
-    is($got, $want, "Windows: text out in UTF-8");
+    chomp(my $ids = $want);
+    ($got) = run(@program, "-m", "test/data/tiny.gguf", "--detokenize", $ids);
+    is($got, $say, "Windows: text out in UTF-8");
 
     my @logits = ("-m", "test/data/tiny.gguf", "--ids", "test/data/tiny.ids", "--logits");
     run($gemma3, @logits, "$dir/want");

@@ -228,7 +228,7 @@ static inline void tiny_drop_tensor(tiny *t, const char *name)
 /* ---- Whole models ---------------------------------------------------------------------------- */
 
 static const char *const tiny_tokens[] = {
-    "<pad>", "<eos>", "<bos>", "<unk>", "\xe2\x96\x81", "a", "b", "ab", "\xe2\x96\x81""ab", "  ",
+    "<pad>", "<eos>", "<bos>", "<unk>", "\xe2\x96\x81", "a", "b", "ab", ("\xe2\x96\x81" "ab"), "  ",
         "<0x0A>", "\n\n",
     /* what follows only in the vocabulary of tiny_chat */
     "<start_of_turn>", "<end_of_turn>", "\n", "u", "s", "e", "r", "m", "o", "d", "l", "us", "er",

@@ -126,6 +126,8 @@ static pid_t start_at_terminal(int *other_end)
                      : ptsname(*other_end);
     pid_t child = name ? fork() : -1;
     if (child) return child;
+    signal(SIGINT, SIG_DFL); /* whoever runs tests in the background may have them ignored */
+    signal(SIGHUP, SIG_DFL);
     setsid();
     int fd = open(name, O_RDWR); /* becomes the session's terminal */
     if (fd < 0 || dup2(fd, 0) < 0 || dup2(fd, 1) < 0 || dup2(fd, 2) < 0) _exit(98);
