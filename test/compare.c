@@ -13,7 +13,7 @@ const struct band bands[] = {
     {"float32", "another order of sums in float32, or float64", 1e-9},
     {"kv-f16", "float32 with a float16 cache", 3e-6},
     {"bf16", "bf16 weights or activations", 1e-2},
-    {"int8", "8-bit activations", 3e-2},
+    {"int8", "8-bit activations", 1e-1},
     {"4-bit", "another 4-bit format of the same weights", 2},
 };
 const int n_bands = sizeof bands / sizeof *bands;
