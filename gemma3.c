@@ -1606,9 +1606,9 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
-                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols, .n = job->n,
-                        .q8 = s->q8, .x_stride = job->blocks, .acc = acc_of(s, worker),
-                        .scratch = u->panel};
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
+                        .acc = acc_of(s, worker), .scratch = u->panel};
     if (w->tiled || !s->m->kernels->tiles) {
         s->m->kernels->mul_codes(&p);
         return;
@@ -1951,13 +1951,13 @@ static void NAME(mix_values)(const struct mix *m)
 #define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
 #define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
-#define dot_begin NAME(dot_begin)   /* start + products of 4 bytes of w (unsigned) and 4 of x in */
-#define dot_add NAME(dot_add)         /* each lane; start counts in begin or in end, as the verbs */
-#define dot_end NAME(dot_end)         /* like */
+#define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x */
+#define dot_add NAME(dot_add)         /* in each lane; start counts in begin or in end, as the */
+#define dot_end NAME(dot_end)         /* instructions like it */
 #define dot_wide NAME(dot_wide)       /* the same at once for w signed */
 
-/* dot_sum is int16 without a dot instruction: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6.
- * x86's dot instruction wants w unsigned: wide codes get + 128. */
+/* Without a dot instruction dot_sum is int16: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6. x86's
+ * dot instruction wants w unsigned: wide codes get + 128. */
 #define INT16_SUMS (LANES < 16 && !HAS_DOT)
 #define FLIPS (LANES > 4 && HAS_DOT)
 
