@@ -270,7 +270,7 @@ struct gemma3_model {
     struct string chat_template;
     char name[128];
     const struct published *published; /* the size, when it is one of Google's */
-    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
@@ -1956,8 +1956,8 @@ static void NAME(mix_values)(const struct mix *m)
 #define dot_end NAME(dot_end)         /* instructions like it */
 #define dot_wide NAME(dot_wide)       /* the same at once for w signed */
 
-/* Without a dot instruction dot_sum is int16: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6. x86's
- * dot instruction wants w unsigned: wide codes get + 128. */
+/* Without a dot instruction dot_sum is int16: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6.
+ * x86's dot instruction wants w unsigned: wide codes get + 128. */
 #define INT16_SUMS (LANES < 16 && !HAS_DOT)
 #define FLIPS (LANES > 4 && HAS_DOT)
 
