@@ -1148,7 +1148,8 @@ static const double exp_taylor[14] = {
     1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
     1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 
-/* The same three steps in double, to degree 13; a large n is applied in parts. */
+/* exp in double: x = n ln2 + r, Taylor's polynomial of degree 13 in r, then n goes into the
+ * exponent, a large n in parts. */
 static double exp_double(double x)
 {
     if (x != x) return x;
@@ -1274,8 +1275,8 @@ static const char *arithmetic_fault(void)
 /* ==== 8. Number formats =========================================================================
  *
  * Weights lie in blocks of 32 or 256 elements that share a scale. All numbers in a file are
- * little-endian. Here is what a block of one row means; how 32 rows are interleaved for the vector
- * kernels, which read the same drawings, comes at the end. */
+ * little-endian. Here is first what a block of one row means, then how 32 rows are interleaved for
+ * the vector kernels, which read the same drawings, and last how a tile is multiplied. */
 
 INLINE uint16_t load_u16_le(const uint8_t *p)
 {
@@ -1422,7 +1423,7 @@ static const struct format formats[] = {
     {IQ4_XS, "IQ4_XS", 256, 136, 0, 0, 0, 0, 1, {{0, 4, 2}, {4, 4, 1}, {8, 128, 4}}},
 };
 
-enum { MAX_BLOCK_BYTES = 210, MAX_BYTES_OF_32 = 34 }; /* Q6_K; Q8_0 */
+enum { MAX_BYTES_OF_32 = 34 };        /* Q8_0 */
 
 static const struct format *find_format(uint32_t type)
 {
@@ -1645,9 +1646,9 @@ enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
  * names of all functions, and LANES to the number of floats in a vector register, 1 in plain C.
  * What stands in this section is the definition of each operation. The pieces that go element by
  * element are plain C in every instance: the compiler makes vectors of their loops, and since every
- * operation is one IEEE rounding, all give the same bits. The three that take nearly all of the
- * time, mul_codes, mul_floats and mix_values, are written a second time, for vectors, in section
- * 10. */
+ * operation is one IEEE rounding, all give the same bits. Those that take nearly all of the time,
+ * mul_codes with its unpacking, mul_floats, mix_values and dequantize, are written a second time,
+ * for vectors, in section 10. */
 
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
@@ -1899,8 +1900,8 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
-/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats
- * stay as they are; that is why the contract's order has 16 lanes. */
+/* Rows of floats (rule 4). They stay as they lie in the file: so vector kernels hold 16 columns of a
+ * row in registers, not 16 rows, and that is why the contract's order has 16 lanes. */
 static void NAME(mul_floats)(const struct product *p)
 {
     for (int i = 0; i < p->n; i++)
@@ -2641,7 +2642,10 @@ END_TARGET
 #endif
 #endif
 
-#undef floats /* a field's name in gemma3.h */
+/* Verbs that are other names below. */
+#undef floats
+#undef widen
+#undef prefetch
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels *const all_kernels[] = {
@@ -2674,9 +2678,7 @@ static float dot(int type, const uint8_t *row, const float *x, int n)
     return acc[0][0];
 }
 
-#if defined(HAVE_X86)
-#include <cpuid.h>
-#elif defined(HAVE_NEON) && defined(__linux__)
+#if defined(HAVE_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(HAVE_NEON) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -2702,10 +2704,8 @@ static int cpu_has(const char *isa)
     if (!strcmp(isa, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
 #elif defined(HAVE_NEON) && defined(__linux__)
     if (!strcmp(isa, "dotprod")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0;   /* HWCAP_ASIMDDP */
-    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
 #elif defined(HAVE_NEON) && defined(__APPLE__)
     if (!strcmp(isa, "dotprod")) return apple_has("hw.optional.arm.FEAT_DotProd");
-    if (!strcmp(isa, "i8mm")) return cpu_has("dotprod") && apple_has("hw.optional.arm.FEAT_I8MM");
 #endif
     return !strcmp(isa, "scalar") || !strcmp(isa, "neon");
 }
