@@ -1,8 +1,8 @@
-/* readers.c - any bytes as logits of another program: opened in every form they can be taken for, and
- * read row by row.
+/* readers.c - any bytes as logits of another program: opened in every form they can be taken for,
+ * and read row by row.
  *
- * What is claimed of every input: no crash and no undefined behaviour; a refusal is one sentence; an
- * array that opens lies inside the file; a row that is read has no NaN but where nothing is there.
+ * What is claimed of every input: no crash and no undefined behaviour; a refusal is one sentence;
+ * an array that opens lies inside the file; a row that is there can be read.
  */
 #include "../readers.h"
 

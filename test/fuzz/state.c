@@ -1,5 +1,5 @@
-/* state.c - any bytes as a saved state, made to look right: its beginning and its SHA-256 are put in
- * order first, as whoever wants to do harm would. What is loaded must compute.
+/* state.c - any bytes as a saved state, made to look right: its beginning and its SHA-256 are put
+ * in order first, as whoever wants to do harm would. What is loaded must compute.
  *
  *     byte 0: bit 0: the beginning stays as it is; bit 1: so does the hash; bits 2-: bytes cut off
  */
