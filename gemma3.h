@@ -244,10 +244,11 @@ const int32_t *gemma3_state_ids(const gemma3_state *s); /* [gemma3_state_pos] th
 const char *gemma3_state_error(const gemma3_state *s);
 
 /* Takes n tokens through the model and appends them to the cache. For each of the n_rows ascending
- * indices rows[] into this call's tokens, writes n_vocab logits to logits [n_rows][n_vocab].
- * 0, or -1 when an id is outside the vocabulary, the context is full or rows do not ascend within
- * 0 .. n-1 (nothing is appended then).
- * transformers: Gemma3ForCausalLM.forward. */
+ * indices rows[] into this call's tokens, writes n_vocab logits to logits [n_rows][n_vocab]. 0, or
+ * -1 when an id is outside the vocabulary, the context is full or rows do not ascend within 0 ..
+ * n-1 (nothing is appended then), or when weights behind a read callback cannot be read (then the
+ * tokens before that piece are in the cache: gemma3_state_pos). transformers:
+ * Gemma3ForCausalLM.forward. */
 int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows,
                    float *logits);
 

@@ -142,11 +142,10 @@ struct peak {
 #define DRAIN(k) __asm__ volatile("" : : "v"(sum##k));
 #define DECLARE_vnni(k) __m512i sum##k = x;
 #define STEP_vnni(k) __asm__ volatile("vpdpbusd %2,%1,%0" : "+v"(sum##k) : "v"(x), "v"(y));
-#define DECLARE_512(k) __m512i sum##k = x, product##k = x;
+#define DECLARE_avxvnni(k) __m256i sum##k = x;
+#define STEP_avxvnni(k)                                                                            \
+    __asm__ volatile("%{vex%} vpdpbusd %2,%1,%0" : "+x"(sum##k) : "x"(x), "x"(y));
 #define DECLARE_256(k) __m256i sum##k = x, product##k = x;
-#define STEP_512(k)                                                                                \
-    __asm__ volatile("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0"                                      \
-                     : "+v"(sum##k), "=&v"(product##k) : "v"(x), "v"(y));
 #define STEP_256(k)                                                                                \
     __asm__ volatile("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0"                                      \
                      : "+x"(sum##k), "=&x"(product##k) : "x"(x), "x"(y));
@@ -156,7 +155,7 @@ struct peak {
 #define STEP_f256(k) __asm__ volatile("vfmadd231ps %2,%1,%0" : "+x"(sum##k) : "x"(x), "x"(y));
 
 INT8_TASK(int8_vnni, "avx512f,avx512bw,avx512vnni", __m512i, _mm512_set1, TWELVE, vnni)
-INT8_TASK(int8_avx512, "avx512f,avx512bw", __m512i, _mm512_set1, TWELVE, 512)
+INT8_TASK(int8_avxvnni, "avx2,avxvnni", __m256i, _mm256_set1, TWELVE, avxvnni)
 INT8_TASK(int8_avx2, "avx2", __m256i, _mm256_set1, SIX, 256)
 INT8_TASK(float_avx512, "avx512f,avx512bw", __m512i, _mm512_set1, TWELVE, f512)
 INT8_TASK(float_avx2, "avx2,fma", __m256i, _mm256_set1, TWELVE, f256)
@@ -166,10 +165,10 @@ INT8_TASK(float_avx2, "avx2,fma", __m256i, _mm256_set1, TWELVE, f256)
 static const struct peak peaks[] = {
 #if defined(__x86_64__)
     {"avx512vnni", 0, 2.0 * 12 * 64 * PEAK_ROUNDS, int8_vnni},
-    {"avx512", 0, 2.0 * 12 * 64 * PEAK_ROUNDS, int8_avx512},
+    {"avxvnni", 0, 2.0 * 12 * 32 * PEAK_ROUNDS, int8_avxvnni},
     {"avx2", 0, 2.0 * 6 * 32 * PEAK_ROUNDS, int8_avx2},
     {"avx512vnni", 1, 2.0 * 12 * 16 * PEAK_ROUNDS, float_avx512},
-    {"avx512", 1, 2.0 * 12 * 16 * PEAK_ROUNDS, float_avx512},
+    {"avxvnni", 1, 2.0 * 12 * 8 * PEAK_ROUNDS, float_avx2},
     {"avx2", 1, 2.0 * 12 * 8 * PEAK_ROUNDS, float_avx2},
 #endif
     {NULL, 0, 0, NULL},

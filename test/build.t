@@ -1,9 +1,9 @@
 #!/usr/bin/env perl
 # build.t - the sources build everywhere without a warning, and every build computes the same bits.
 #
-# Compilers and optimisation levels of this machine; AVX-512 through SIMDe's portable intrinsics where
-# the CPU lacks it (TEST_SIMDE=1: anywhere). What a machine has no tool for is skipped by name. Other
-# machines: ports.t.
+# Compilers and optimisation levels of this machine; AVX-VNNI and AVX-512 through emulated instructions
+# where the CPU lacks one (TEST_EMULATED=1: anywhere). What a machine has no tool for is skipped by name.
+# Other machines: ports.t.
 use strict;
 use warnings;
 use Cwd qw(getcwd);
@@ -177,108 +177,89 @@ SKIP: {
         "$dir/$compilers[0]-library.o", "$dir/$compilers[0]-tokenizer.o", @libs);
 }
 
-# ---- AVX-512 without AVX-512 ---------------------------------------------------------------------
+# ---- AVX-VNNI and AVX-512 without them ------------------------------------------------------------
 
-sub simde_header {
+# The few instructions that the kernels use, element by element.
+sub emulation {
     return <<'END';
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/fma.h>
-#include <simde/x86/f16c.h>
+#include <immintrin.h>
+#include <stdint.h>
 #include <string.h>
 
-/* What some versions of SIMDe lack or misspell, as two halves of AVX2. */
-struct halves { __m256 ps[2]; };
-static inline __m512 simde_join(struct halves h) { __m512 x; memcpy(&x, &h, 64); return x; }
-static inline __m512 simde_int_to_float(__m512i a)
+#define EACH(n, type, expression)                                                                  \
+    {                                                                                              \
+        type x;                                                                                    \
+        char *to = (char *)&x;                                                                     \
+        for (int j = 0; j < (n); j++) expression                                                   \
+        return x;                                                                                  \
+    }
+#define PUT(T, value) { T one = (value); memcpy(to + j * sizeof one, &one, sizeof one); }
+#define AT(T, v, j) (*(const T *)(const void *)((const char *)&(v) + (j) * sizeof(T)))
+
+static inline int dot_of(const void *sum, const void *u, const void *x, int j)
 {
-    __m256i i[2];
-    memcpy(i, &a, 64);
-    return simde_join((struct halves){ { _mm256_cvtepi32_ps(i[0]), _mm256_cvtepi32_ps(i[1]) } });
+    int32_t s;
+    memcpy(&s, (const char *)sum + 4 * j, 4);
+    for (int k = 4 * j; k < 4 * j + 4; k++) s += ((const uint8_t *)u)[k] * ((const int8_t *)x)[k];
+    return s;
 }
-static inline __m512 simde_half_to_float(__m256i a)
-{
-    return simde_join((struct halves){ { _mm256_cvtph_ps(_mm256_castsi256_si128(a)),
-                                         _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)) } });
-}
-static inline __m512i simde_u16_to_int(__m256i a)
-{
-    __m256i i[2] = { _mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
-                     _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)) };
-    __m512i x;
-    memcpy(&x, i, 64);
-    return x;
-}
-static inline __m256 simde_half_of(__m512 a, int half)
-{
-    struct halves h;
-    memcpy(&h, &a, 64);
-    return h.ps[half];
-}
-static inline __m512 simde_mask3_fmadd(__m512 a, __m512 b, __m512 c, unsigned mask)
-{
-    float x[16], y[16], z[16];
-    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
-    for (int j = 0; j < 16; j++)
-        if (mask >> j & 1) z[j] = __builtin_fmaf(x[j], y[j], z[j]);
-    memcpy(&c, z, 64);
-    return c;
-}
-static inline __m512 simde_maskz_loadu(unsigned mask, const float *p)
-{
-    __m512 a;
-    float x[16] = { 0 };
-    for (int j = 0; j < 16; j++)
-        if (mask >> j & 1) x[j] = p[j];
-    memcpy(&a, x, 64);
-    return a;
-}
-#undef _mm512_shuffle_f32x4
-#undef _mm512_shuffle_ps
-#undef _mm512_mask3_fmadd_ps
-#undef _mm512_maskz_loadu_ps
-#define _mm512_shuffle_f32x4(a, b, c) simde_mm512_shuffle_f32x4(a, b, c)
-#define _mm512_shuffle_ps(a, b, c) simde_mm512_shuffle_ps(a, b, c)
-#define _mm512_mask3_fmadd_ps(a, b, c, k) simde_mask3_fmadd(a, b, c, k)
-#define _mm512_maskz_loadu_ps(k, p) simde_maskz_loadu(k, p)
-#undef _mm512_madd_epi16
-#undef _mm512_extractf32x8_ps
-#undef _mm512_cvtepi32_ps
+static __m256i dot_256(__m256i s, __m256i u, __m256i y) EACH(8, __m256i, PUT(int32_t, dot_of(&s, &u, &y, j)))
+static __m512i dot_512(__m512i s, __m512i u, __m512i y) EACH(16, __m512i, PUT(int32_t, dot_of(&s, &u, &y, j)))
+static __m512 set_512(float a) EACH(16, __m512, PUT(float, a))
+static __m512 fma_512(__m512 a, __m512 b, __m512 c)
+    EACH(16, __m512, PUT(float, __builtin_fmaf(AT(float, a, j), AT(float, b, j), AT(float, c, j))))
+static __m512 half_512(__m256i h) EACH(16, __m512, PUT(float, _cvtsh_ss(AT(uint16_t, h, j))))
+static __m512i u8_512(__m128i a) EACH(16, __m512i, PUT(int32_t, AT(uint8_t, a, j)))
+static __m512i u16_512(__m256i a) EACH(16, __m512i, PUT(int32_t, AT(uint16_t, a, j)))
+static __m512i copies_512(__m128i a) EACH(64, __m512i, PUT(uint8_t, AT(uint8_t, a, j % 16)))
+static __m512i shuffle_512(__m512i a, __m512i b)
+    EACH(64, __m512i, PUT(uint8_t, AT(uint8_t, b, j) > 127 ? 0 : AT(uint8_t, a, (j & 48) + (AT(uint8_t, b, j) & 15))))
+
+#undef _mm512_set1_ps
+#undef _mm512_fmadd_ps
 #undef _mm512_cvtph_ps
+#undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepu16_epi32
-#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
-#define _mm512_cvtepi32_ps(a) simde_int_to_float(a)
-#define _mm512_cvtph_ps(a) simde_half_to_float(a)
-#define _mm512_cvtepu16_epi32(a) simde_u16_to_int(a)
-#define _mm512_extractf32x8_ps(a, half) simde_half_of(a, half)
+#undef _mm512_broadcast_i32x4
+#undef _mm512_shuffle_epi8
+#undef _mm512_dpbusd_epi32
+#undef _mm256_dpbusd_avx_epi32
+#define _mm512_set1_ps set_512
+#define _mm512_fmadd_ps fma_512
+#define _mm512_cvtph_ps half_512
+#define _mm512_cvtepu8_epi32 u8_512
+#define _mm512_cvtepu16_epi32 u16_512
+#define _mm512_broadcast_i32x4 copies_512
+#define _mm512_shuffle_epi8 shuffle_512
+#define _mm512_dpbusd_epi32 dot_512
+#define _mm256_dpbusd_avx_epi32 dot_256
 END
 }
 
-# A copy of the sources whose intrinsics are SIMDe's functions, built for AVX2 and FMA alone (without
-# FMA, SIMDe's fmadd would round twice).
+# A copy of the sources whose intrinsics are these functions, built for AVX2 and FMA alone.
 SKIP: {
     my ($list) = run("$dir/gemma3-0", "--isa", "list");
-    skip "AVX-512 through SIMDe: this CPU has AVX-512 and its kernels were tested themselves", 2
-        if $list =~ /avx512vnni/ && !$ENV{TEST_SIMDE};
-    skip "AVX-512 through SIMDe: this CPU has no AVX2", 2 if $list !~ /avx2/;
-    skip "AVX-512 through SIMDe: no libsimde-dev", 2 if !-e "/usr/include/simde/x86/avx512.h";
+    skip "emulated kernels: this CPU has AVX-VNNI and AVX-512 and their kernels were tested themselves", 4
+        if $list =~ /avx512vnni/ && $list =~ /avxvnni/ && !$ENV{TEST_EMULATED};
+    skip "emulated kernels: this CPU has no AVX2", 4 if $list !~ /avx2/;
     mkdir "$dir/test";
     symlink "$top/test/data", "$dir/test/data";
     symlink "$top/$_", "$dir/$_" for qw(gemma3.h tokenizer.c test/kernels.c test/tap.h test/fixture.h);
     open my $f, "<", "gemma3.c" or die "gemma3.c: $!";
     my $source = do { local $/; <$f> };
-    $source =~ s/,avx512\w+//g;
-    $source =~ s/__builtin_cpu_supports\("avx512\w*"\)/1/g;
-    $source =~ s/#include <immintrin.h>/#include "simde.h"/;
-    spew("simde.h", simde_header());
+    $source =~ s/,avx512\w+|,avxvnni//g;
+    $source =~ s/__builtin_cpu_supports\("avx512\w*"\)|__get_cpuid_count\(.*?\) && \(a >> 4 & 1\)/1/g;
+    $source =~ s/#include <immintrin.h>/#include "emulated.h"/;
+    spew("emulated.h", emulation());
     spew("gemma3.c", $source);
-    my ($text, $status) = run($cc, "-std=gnu17", "-O1", "-w", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c", "-o", "$dir/simde-kernels",
-        "$dir/test/kernels.c", "tokenizer.c", @libs);
-    is($text, "", "AVX-512 through SIMDe: builds");
-    skip "not built", 1 if $status;
-    ($text, $status) = run("$dir/simde-kernels");
-    is($status, 0, "AVX-512 through SIMDe: every kernel is its definition");
+    my ($text, $status) = run($cc, "-std=gnu17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-mavx2", "-mfma",
+        "-mf16c", "-o", "$dir/emulated-kernels", "$dir/test/kernels.c", "tokenizer.c", @libs);
+    is($text, "", "emulated kernels: build");
+    skip "not built", 3 if $status;
+    ($text, $status) = run("$dir/emulated-kernels");
+    is($status, 0, "emulated kernels: every kernel is its definition");
     diag(grep { /^not ok|^#/ } map { "$_\n" } split /\n/, $text) if $status;
+    like($text, qr/^ok .*Q6_K, $_: /m, "emulated kernels: $_ among them") for qw(avxvnni avx512vnni);
 }
 
 done_testing();

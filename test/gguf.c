@@ -302,10 +302,13 @@ static void refused_bytes(const char *p, size_t n, const char *what, const char 
 static void no_file_at_all(void)
 {
     gemma3_error err = { "" };
-    ok(!gemma3_open(NULL, NULL, &err) && !strcmp(err.text, "no path of a model was given"), "no path is refused");
-    ok(!gemma3_open_memory("GGML", 4, NULL, NULL, &err) && !strncmp(err.text, "a model in memory is not", 24),
+    ok(!gemma3_open(NULL, NULL, &err) && !strcmp(err.text, "no path of a model was given"),
+       "no path is refused");
+    ok(!gemma3_open_memory("GGML", 4, NULL, NULL, &err) &&
+           !strncmp(err.text, "a model in memory is not", 24),
        "a file in memory needs no name");
-    ok(!gemma3_open_memory(NULL, 0, "x.gguf", NULL, &err) && !strncmp(err.text, "x.gguf is not a GGUF file", 25),
+    ok(!gemma3_open_memory(NULL, 0, "x.gguf", NULL, &err) &&
+           !strncmp(err.text, "x.gguf is not a GGUF file", 25),
        "nothing in memory is refused");
 }
 
@@ -317,9 +320,12 @@ static void long_paths(void)
     for (int i = 0; i < 1400; i++) memcpy(path + 2 * i, "\xc3\xa4", 2);
     for (int shift = 0; shift < 2; shift++) {
         strcpy(path + 2800, &"/my.gguf"[shift]);
-        ok(!gemma3_open_memory("GGML", 4, path, NULL, &err) && !strncmp(err.text, "...\xc3\xa4", 5) &&
-           strstr(err.text, "my.gguf is not a GGUF file: it does not begin with \"GGUF\""), "a long path is shortened");
-        ok(!gemma3_open(path, NULL, &err) && strstr(err.text, "my.gguf cannot be opened: "), "a longer one too");
+        ok(!gemma3_open_memory("GGML", 4, path, NULL, &err) &&
+               !strncmp(err.text, "...\xc3\xa4", 5) &&
+               strstr(err.text, "my.gguf is not a GGUF file: it does not begin with \"GGUF\""),
+           "a long path is shortened");
+        ok(!gemma3_open(path, NULL, &err) && strstr(err.text, "my.gguf cannot be opened: "),
+           "a longer one too");
     }
 }
 
@@ -459,7 +465,8 @@ static void other_models(void)
             "x.gguf: general.architecture is \"gemma3n\", expected \"gemma3\"");
     f = take_apart();
     set_u32(&f, "general.architecture", 3);
-    refused(f, "an architecture that is a number", "x.gguf: key general.architecture is a u32, expected a string");
+    refused(f, "an architecture that is a number",
+            "x.gguf: key general.architecture is a u32, expected a string");
     f = take_apart();
     set_float(&f, "gemma3.rope.scaling.type", 8);
     refused(f, "a scaling of RoPE that is a number",
@@ -557,10 +564,12 @@ static void keys(void)
     refused(f, "half an id", "x.gguf: key tokenizer.ggml.bos_token_id is 2.5, expected an integer");
     f = take_apart();
     set_string(&f, "tokenizer.ggml.model", "gpt2");
-    refused(f, "another kind of tokenizer", "x.gguf: tokenizer.ggml.model is \"gpt2\", expected \"llama\"");
+    refused(f, "another kind of tokenizer",
+            "x.gguf: tokenizer.ggml.model is \"gpt2\", expected \"llama\"");
     f = take_apart();
     set_u32(&f, "tokenizer.ggml.model", 1);
-    refused(f, "a kind of tokenizer that is a number", "x.gguf: key tokenizer.ggml.model is a u32, expected a string");
+    refused(f, "a kind of tokenizer that is a number",
+            "x.gguf: key tokenizer.ggml.model is a u32, expected a string");
     f = take_apart();
     set_string(&f, "gemma3.block_count", "8");
     refused(f, "a number in words",
@@ -590,7 +599,8 @@ static void keys(void)
             "expected a number from 0 to 1e30");
     f = take_apart();
     set_float(&f, "gemma3.attention.layer_norm_rms_epsilon", 0);
-    refused(f, "no epsilon", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
+    refused(f, "no epsilon",
+            "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     f = take_apart();
     push_int(set_array(&f, "gemma3.attention.sliding_window_pattern", KV_BOOL, 7), 0, 7);
     refused(f, "a pattern of 7 layers for 8",
@@ -618,9 +628,11 @@ static void tensors(void)
     refused(f, "no embedding", "x.gguf: tensor token_embd.weight is missing");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = 16;
-    refused(f, "a type that we do not have", "x.gguf: tensor blk.2.attn_v.weight has type IQ2_XXS, "
-            "which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS "
-            "are)");
+    refused(
+        f, "a type that we do not have",
+        "x.gguf: tensor blk.2.attn_v.weight has type IQ2_XXS, "
+        "which is not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS "
+        "are)");
     f = take_apart();
     tensor_of(&f, "blk.2.attn_v.weight")->type = UINT32_MAX;
     refused(f, "type 2^32-1",
@@ -649,11 +661,13 @@ static void tensors(void)
     f = take_apart();
     info *wide = tensor_of(&f, "blk.1.ffn_down.weight");
     wide->n_dims = 3, wide->ne[2] = 2;
-    refused(f, "a third dimension", "x.gguf: tensor blk.1.ffn_down.weight is [2][64][96], expected [64][96]");
+    refused(f, "a third dimension",
+            "x.gguf: tensor blk.1.ffn_down.weight is [2][64][96], expected [64][96]");
     f = take_apart();
     wide = tensor_of(&f, "blk.1.ffn_down.weight");
     wide->n_dims = 4, wide->ne[2] = 1, wide->ne[3] = 3;
-    refused(f, "a fourth dimension", "x.gguf: tensor blk.1.ffn_down.weight is [3][1][64][96], expected [64][96]");
+    refused(f, "a fourth dimension",
+            "x.gguf: tensor blk.1.ffn_down.weight is [3][1][64][96], expected [64][96]");
     f = take_apart();
     tensor_of(&f, "output_norm.weight")->n_dims = 5;
     refused(f, "five dimensions",
@@ -790,7 +804,8 @@ static void quirks_of_vocabulary(void)
     drop_key(&f, "tokenizer.ggml.bos_token_id");
     drop_key(&f, "tokenizer.ggml.model");
     m = accepted(f, "a file without bos_token_id and without tokenizer.ggml.model");
-    if (m) is_int(gemma3_tokenizer_vocab(gemma3_model_tokenizer(m))->bos, 3, "has <bos> by its text");
+    if (m)
+        is_int(gemma3_tokenizer_vocab(gemma3_model_tokenizer(m))->bos, 3, "has <bos> by its text");
     gemma3_close(m);
 
     f = take_apart();
@@ -852,11 +867,14 @@ static void ends_of_answers(void)
 /* A file of 270M's layers and width, narrow elsewhere; all its tensors are the same bytes. */
 static image of_270m_shape(void)
 {
-    static const struct { const char *name; uint64_t cols, rows; } per_layer[] = {
-        { "attn_norm", 640, 0 }, { "attn_q", 640, 32 }, { "attn_k", 640, 32 }, { "attn_v", 640, 32 },
-        { "attn_q_norm", 32, 0 }, { "attn_k_norm", 32, 0 }, { "attn_output", 32, 640 },
-        { "post_attention_norm", 640, 0 }, { "ffn_norm", 640, 0 }, { "ffn_gate", 640, 32 },
-        { "ffn_up", 640, 32 }, { "ffn_down", 32, 640 }, { "post_ffw_norm", 640, 0 } };
+    static const struct { const char *name; uint64_t cols, rows;
+    } per_layer[] = {{"attn_norm", 640, 0},    {"attn_q", 640, 32},
+                     {"attn_k", 640, 32},      {"attn_v", 640, 32},
+                     {"attn_q_norm", 32, 0},   {"attn_k_norm", 32, 0},
+                     {"attn_output", 32, 640}, {"post_attention_norm", 640, 0},
+                     {"ffn_norm", 640, 0},     {"ffn_gate", 640, 32},
+                     {"ffn_up", 640, 32},      {"ffn_down", 32, 640},
+                     {"post_ffw_norm", 640, 0}};
     image f = take_apart();
     f.n_tensors = 0;
     add_tensor(&f, "output_norm.weight", F32, 640);
@@ -889,13 +907,15 @@ static void true_keys(void)
     ok(!strcmp(gemma3_model_origin(m, "attention.sliding_window"), ""), "the window is the file's");
     ok(!strcmp(gemma3_model_origin(m, "gemma3.rope.scaling.factor"), "default"),
        "the factor, which it does not have, is a default");
-    ok(gemma3_model_config(m)->rope_factor == 1 && gemma3_model_config(m)->query_scale == 1 / sqrtf(32),
+    ok(gemma3_model_config(m)->rope_factor == 1 &&
+           gemma3_model_config(m)->query_scale == 1 / sqrtf(32),
        "and is 270M's");
     gemma3_close(m);
 }
 
 /* A key that contradicts the definition: not obeyed, unless asked to. */
-static void lie(const char *key, float value, size_t at, int is_int, float definition, const char *note)
+static void lie(const char *key, float value, size_t at, int is_int, float definition,
+                const char *note)
 {
     for (int obey = 0; obey <= 1; obey++) {
         char full[80];
@@ -912,9 +932,11 @@ static void lie(const char *key, float value, size_t at, int is_int, float defin
         float got = !m ? 0 : is_int ? (float)*(const int *)field : *(const float *)field;
         ok(got == (obey ? value : definition), obey ? "obey_file obeys it" : "it is not obeyed");
         const char *said = m ? gemma3_model_note(m, 0) : NULL;
-        if (!ok(obey ? !said : said && !strcmp(said, note), obey ? "without a note" : "and a note says so"))
+        if (!ok(obey ? !said : said && !strcmp(said, note),
+                obey ? "without a note" : "and a note says so"))
             diag("  got  %s", said ? said : "nothing"), diag("  want %s", note);
-        ok(m && !strcmp(gemma3_model_origin(m, key), obey ? "" : "overridden"), "its origin is known");
+        ok(m && !strcmp(gemma3_model_origin(m, key), obey ? "" : "overridden"),
+           "its origin is known");
         ok(!m || !gemma3_model_note(m, 1), "no other key is named");
         gemma3_close(m);
         free(b.p);
@@ -968,9 +990,11 @@ static uint64_t push_merges(bytes *b, const gemma3_tokenizer *t)
         size_t length = v->length[order[i]];
         for (size_t cut = 1; cut < length && v->type[order[i]] == 1; cut++) {
             char pair[GEMMA3_PIECE_MAX + 2];
-            int32_t left = gemma3_find(t, text, cut), right = gemma3_find(t, text + cut, length - cut);
+            int32_t left = gemma3_find(t, text, cut),
+                    right = gemma3_find(t, text + cut, length - cut);
             if (left < 0 || right < 0) continue;
-            snprintf(pair, sizeof pair, "%.*s %.*s", (int)cut, text, (int)(length - cut), text + cut);
+            snprintf(pair, sizeof pair, "%.*s %.*s", (int)cut, text, (int)(length - cut),
+                     text + cut);
             push_string(b, pair);
             n++;
         }
@@ -981,8 +1005,9 @@ static uint64_t push_merges(bytes *b, const gemma3_tokenizer *t)
 
 static void merges_instead_of_scores(void)
 {
-    const char *const texts[] = { "the cat sat on the mat.", "Once upon a time, there was a little dog.",
-                                  "  spaces   and\n\nlines\t", "other words that are not in there: \xe4\xbd\xa0" };
+    const char *const texts[] = {
+        "the cat sat on the mat.", "Once upon a time, there was a little dog.",
+        "  spaces   and\n\nlines\t", "other words that are not in there: \xe4\xbd\xa0"};
     image f = take_apart();
     gemma3_model *scores = accepted(take_apart(), "a vocabulary with scores");
     bytes merges = { NULL, 0 };
@@ -998,14 +1023,16 @@ static void merges_instead_of_scores(void)
     gemma3_model *m = accepted(f, "the same one with merges and no scores");
     for (int i = 0; m && i < 4; i++) {
         int n_got = ids_of(m, texts[i], got);
-        ok(n_got == n_want[i] && !memcmp(got, want[i], n_got * sizeof *got), "text %d has the same ids", i);
+        ok(n_got == n_want[i] && !memcmp(got, want[i], n_got * sizeof *got),
+           "text %d has the same ids", i);
     }
     gemma3_close(m);
     free(merges.p);
     f = take_apart();
     set_string(&f, "tokenizer.ggml.model", "gpt2");
     push_string(set_array(&f, "tokenizer.ggml.merges", KV_STRING, 1), "ab");
-    refused(f, "a merge of one piece", "x.gguf: key tokenizer.ggml.merges: number 0 is no pair of pieces");
+    refused(f, "a merge of one piece",
+            "x.gguf: key tokenizer.ggml.merges: number 0 is no pair of pieces");
     f = take_apart();
     set_string(&f, "tokenizer.ggml.model", "gpt2");
     push_string(set_array(&f, "tokenizer.ggml.merges", KV_STRING, 1), "a b");
@@ -1023,14 +1050,16 @@ static void memory_of_the_caller(void)
         image f = take_apart();
         bytes b = put_together(&f);
         gemma3_source from = { .data = b.p, .size = b.n, .name = "x.gguf" };
-        gemma3_options o = { .exact = i & 1, .no_repack = i >> 1 & 1, .isa = i & 4 ? "scalar" : NULL };
+        gemma3_options o = {
+            .exact = i & 1, .no_repack = i >> 1 & 1, .isa = i & 4 ? "scalar" : NULL};
         gemma3_error err = { "" };
         float want[443], got[443];
         size_t size = gemma3_model_size(&from, &o, &err);
         char *mem = malloc(size + 3), sentence[128]; /* not a byte more: the sanitizers look */
         gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
         gemma3_model *here = gemma3_model_init(&from, &o, mem + 3, size, &err);
-        if (!ok(m && here, "a model opens in %zu bytes, at any address", size)) diag("  %s", err.text);
+        if (!ok(m && here, "a model opens in %zu bytes, at any address", size))
+            diag("  %s", err.text);
         ok(m && here && !compute(m, want) && !compute(here, got), "and computes");
         is_bits(got, want, sizeof got, "the same");
         gemma3_close(m);
@@ -1038,7 +1067,8 @@ static void memory_of_the_caller(void)
         ok(!gemma3_model_init(&from, &o, mem + 3, size / 2, &err), "half of that is refused");
         snprintf(sentence, sizeof sentence, "x.gguf needs more than the");
         ok(!strncmp(err.text, sentence, strlen(sentence)), "in a sentence");
-        for (size_t n = 0; n < size; n += size / 97) gemma3_close(gemma3_model_init(&from, &o, mem + 3, n, &err));
+        for (size_t n = 0; n < size; n += size / 97)
+            gemma3_close(gemma3_model_init(&from, &o, mem + 3, n, &err));
         free(mem);
         free(b.p);
         throw_away(&f);
@@ -1088,7 +1118,8 @@ static void weights_that_stay_outside(const char *name)
         p.n_ctx = 16;
         gemma3_state *s = gemma3_state_new(outside, &p, &err);
         d.left = 5;
-        is_int(gemma3_forward(s, x.ids, 3, NULL, 0, NULL), -1, "when reading fails, so does the call");
+        is_int(gemma3_forward(s, x.ids, 3, NULL, 0, NULL), -1,
+               "when reading fails, so does the call");
         ok(!strcmp(gemma3_state_error(s), "the model's weights cannot be read"), "with a sentence");
         is_int(gemma3_state_pos(s), 0, "and nothing is appended");
         d.left = INT32_MAX;
@@ -1099,10 +1130,13 @@ static void weights_that_stay_outside(const char *name)
         gemma3_state_free(s);
         gemma3_close(outside);
         from.n_data = 1000;
-        ok(!gemma3_open_source(&from, &o, &err) && strstr(err.text, ": its header is longer than the first 1000"
-           " bytes, which were given"), "a header that is not all there is refused");
+        ok(!gemma3_open_source(&from, &o, &err) &&
+               strstr(err.text, ": its header is longer than the first 1000"
+                                " bytes, which were given"),
+           "a header that is not all there is refused");
         d.left = 2, from.n_data = header;
-        ok(!gemma3_open_source(&from, &o, &err) && strstr(err.text, " cannot be read"), "a norm that cannot be read, too");
+        ok(!gemma3_open_source(&from, &o, &err) && strstr(err.text, " cannot be read"),
+           "a norm that cannot be read, too");
         gemma3_close(m);
         free(want);
         free(got);
@@ -1119,16 +1153,19 @@ static void names_of_tensors(void)
     for (; !gemma3_model_tensor(m, n, &t); n++) {
         n_norms += t.floats != NULL;
         found += !strcmp(t.name, "blk.7.ffn_down.weight") && t.rows == 64 && t.cols == 96;
-        if (t.rows < 1 || t.cols < 1 || !t.data || !t.bytes) ok(0, "%s has rows, columns and data", t.name);
+        if (t.rows < 1 || t.cols < 1 || !t.data || !t.bytes)
+            ok(0, "%s has rows, columns and data", t.name);
     }
     is_int(n, 8 * 13 + 2, "the model has as many tensors as the file");
     is_int(n_norms, 8 * 6 + 1, "so many of them are norms");
     is_int(found, 1, "blk.7.ffn_down.weight is among them");
-    ok(gemma3_model_tensor(m, -1, &t) == -1 && gemma3_model_tensor(m, n + 1, &t) == -1, "there are no others");
+    ok(gemma3_model_tensor(m, -1, &t) == -1 && gemma3_model_tensor(m, n + 1, &t) == -1,
+       "there are no others");
     gemma3_close(m);
 }
 
-/* The tokenizer of a file that somebody empties goes on working: nothing of it lies in the mapping. */
+/* The tokenizer of a file that somebody empties goes on working: nothing of it lies in the
+ * mapping. */
 static void a_file_that_is_emptied(void)
 {
     char path[] = "/tmp/gemma3-gguf-XXXXXX";
@@ -1168,9 +1205,14 @@ static void a_head_that_shares_bytes(void)
         gemma3_options o = { .no_repack = no_repack };
         gemma3_error err = { "" };
         gemma3_model *m = gemma3_open_memory(b.p, b.n, "x.gguf", &o, &err);
-        if (!ok(m && !compute(m, got[no_repack]), "a head at the embedding's place in the file opens")) diag("  %s", err.text);
-        ok(m && m->lm_head.format->type == Q4_0 && m->token_embd.format->type == Q8_0, "each has its own type");
-        if (m) is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34, "a token reads all but the embedding");
+        if (!ok(m && !compute(m, got[no_repack]),
+                "a head at the embedding's place in the file opens"))
+            diag("  %s", err.text);
+        ok(m && m->lm_head.format->type == Q4_0 && m->token_embd.format->type == Q8_0,
+           "each has its own type");
+        if (m)
+            is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34,
+                   "a token reads all but the embedding");
         gemma3_close(m);
         free(b.p);
         throw_away(&f);

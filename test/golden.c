@@ -1,6 +1,6 @@
 /* golden.c - trained models against what transformers computes in float32, and against the bits of
- * the contract: the small one that comes with the source, and the real Gemma 3 270M, which is fetched
- * by make weights/gemma-3-270m-q4_k_m.gguf
+ * the contract: the small one that comes with the source, and the real Gemma 3 270M, which is
+ * fetched by make weights/gemma-3-270m-q4_k_m.gguf
  *
  * data/golden-*.vec have, for each text:  ids;  nll of each next id;  lse, log of the sum of exp;
  * "top POS" sixteen ids and their logits;  "row POS STEP N" every STEP-th logit. Of each model at

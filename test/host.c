@@ -1,5 +1,5 @@
-/* host.c - what the program asks of the system it runs on: what a container leaves of the machine, and
- * threads that run every task once. */
+/* host.c - what the program asks of the system it runs on: what a container leaves of the machine,
+ * and threads that run every task once. */
 #define GEMMA3_NO_MAIN
 #include "../gemma3.c"
 
@@ -48,7 +48,8 @@ static void control_groups(void)
     double no_cpus = 1e9, no_bytes = 1e18; /* no limit */
     put("own", "0::/");
     put("deep", "0::/a/b");
-    put("old", "5:cpuset:/\n4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n1:name=systemd:/docker/x\n0::/docker/x");
+    put("old", "5:cpuset:/\n4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n1:name=systemd:/docker/"
+               "x\n0::/docker/x");
     put("damaged", "0:\n:\n\n0::");
 
     put("v2/cpu.max", "max 100000");
@@ -81,7 +82,8 @@ static void control_groups(void)
     allows("own", "v2", no_cpus, no_bytes, "nonsense is no limit");
 
     ok(gemma3_default_threads() >= 1, "one thread at least: %d", gemma3_default_threads());
-    ok(gemma3_memory_limit() > 1 << 20, "this machine has memory: %zu bytes", gemma3_memory_limit());
+    ok(gemma3_memory_limit() > 1 << 20, "this machine has memory: %zu bytes",
+       gemma3_memory_limit());
 }
 
 /* ---- Threads --------------------------------------------------------------------------------- */
@@ -96,7 +98,8 @@ struct count {
 static void count_task(void *arg, int i, int worker)
 {
     struct count *c = arg;
-    if (worker < 0 || worker >= c->n_threads || atomic_fetch_add(&c->in_use[worker], 1)) atomic_fetch_add(&c->wrong, 1);
+    if (worker < 0 || worker >= c->n_threads || atomic_fetch_add(&c->in_use[worker], 1))
+        atomic_fetch_add(&c->wrong, 1);
     atomic_fetch_add(&c->runs[i], 1);
     if (i % 7 == 0) sched_yield();
     atomic_fetch_sub(&c->in_use[worker], 1);
@@ -126,7 +129,8 @@ static void pools(void)
     const int sizes[] = {1, 2, 3, 7};
     for (int k = 0; k < 4; k++) {
         gemma3_pool *pool = gemma3_pool_new(sizes[k], NULL);
-        is_int(rounds(pool, sizes[k], 5000), 0, "%d threads: every task once, no worker twice at a time", sizes[k]);
+        is_int(rounds(pool, sizes[k], 5000), 0,
+               "%d threads: every task once, no worker twice at a time", sizes[k]);
         gemma3_pool_free(pool);
     }
     gemma3_pool *pool = gemma3_pool_new(3, NULL);

@@ -1,8 +1,9 @@
 /* kernels.c - arithmetic, number formats, and every kernel of this CPU against its definition.
  *
  * The definition itself is held against numbers made elsewhere: exact fractions and mpmath
- * (arithmetic.vec), the Python package gguf (formats.vec), sums in double written out here. A kernel
- * is held against the definition bit by bit, on inputs that lie flush against forbidden pages.
+ * (arithmetic.vec), the Python package gguf (formats.vec), sums in double written out here. A
+ * kernel is held against the definition bit by bit, on inputs that lie flush against forbidden
+ * pages.
  */
 #define GEMMA3_NO_MAIN
 #include "../gemma3.c"
@@ -11,7 +12,7 @@
 
 #include <sys/mman.h>
 
-/* ---- Helpers ---------------------------------------------------------------------------------- */
+/* ---- Helpers --------------------------------------------------------------------------------- */
 
 static uint64_t random_state = 1;
 
@@ -78,7 +79,8 @@ static double next_double(char **text)
     return x;
 }
 
-/* Rows of arithmetic.vec that begin with this word: moves past the word, or returns 0 at the end. */
+/* Rows of arithmetic.vec that begin with this word: moves past the word, or returns 0 at the
+ * end. */
 static int next_case(char **line, const char *word, char **p)
 {
     size_t n = strlen(word);
@@ -91,7 +93,7 @@ static int next_case(char **line, const char *word, char **p)
     return 0;
 }
 
-/* ---- Arithmetic ------------------------------------------------------------------------------- */
+/* ---- Arithmetic ------------------------------------------------------------------------------ */
 
 /* With the instruction, where there is one. */
 #if defined(HAVE_X86)
@@ -114,7 +116,8 @@ static void fma_is_rounded_once(fma_function *f, const char *name, char *line)
     for (char *p; next_case(&line, "fma", &p); n++) {
         float a = next_bits(&p), b = next_bits(&p), c = next_bits(&p);
         uint32_t want = (uint32_t)next_u64(&p), got = bits_of(f(a, b, c));
-        if (got != want && !wrong++) diag("  fma(%a, %a, %a) is %08x, want %08x", a, b, c, got, want);
+        if (got != want && !wrong++)
+            diag("  fma(%a, %a, %a) is %08x, want %08x", a, b, c, got, want);
     }
     ok(n > 3000 && wrong == 0, "%s: %d ties, cancellations, subnormals, overflows", name, n);
 
@@ -123,7 +126,9 @@ static void fma_is_rounded_once(fma_function *f, const char *name, char *line)
         float a = float_of(random_u32()), b = float_of(random_u32()), c = float_of(random_u32());
         if (i % 4 == 1) c = -(a * b);                     /* cancels but for the rounding */
         if (i % 4 == 2) c = float_of(bits_of(a * b) ^ (random_u32() & 0x8c000007));
-        if (i % 4 == 3) b = float_of((bits_of(b) & 0x80ffffff) | (uint32_t)(254 - (bits_of(a) >> 23 & 255)) << 23);
+        if (i % 4 == 3)
+            b = float_of((bits_of(b) & 0x80ffffff) | (uint32_t)(254 - (bits_of(a) >> 23 & 255))
+                                                         << 23);
         float got = f(a, b, c), want = fmaf(a, b, c);
         if (!same_floats(&got, &want, 1) && !wrong++)
             diag("  fma(%a, %a, %a) is %a, want %a", a, b, c, got, want);
@@ -131,7 +136,8 @@ static void fma_is_rounded_once(fma_function *f, const char *name, char *line)
     is_int(wrong, 0, "%s: two million random cases as the C library has them", name);
 
     float inf = float_of(0x7f800000), nan = float_of(0x7fc00000), zero = 0;
-    ok(f(inf, 1, 1) == inf && f(-2, inf, 1) == -inf && f(1, 1, -inf) == -inf, "%s: infinities", name);
+    ok(f(inf, 1, 1) == inf && f(-2, inf, 1) == -inf && f(1, 1, -inf) == -inf, "%s: infinities",
+       name);
     float none[5] = { f(inf, zero, 1), f(inf, 1, -inf), f(nan, 1, 1), f(1, nan, 1), f(1, 1, nan) };
     int nans = 0;
     for (int i = 0; i < 5; i++) nans += none[i] != none[i];
@@ -166,7 +172,9 @@ static void exp_is_the_contracts(exp_function *f, const char *name, char *line)
 
 static double ulps_off(double got, double want)
 {
-    return got == want ? 0 : fabs(got - want) / ldexp(1, ilogb(want) < -1022 ? -1074 : ilogb(want) - 52);
+    return got == want
+               ? 0
+               : fabs(got - want) / ldexp(1, ilogb(want) < -1022 ? -1074 : ilogb(want) - 52);
 }
 
 static void double_functions_are_within_ulps(char *text)
@@ -186,7 +194,8 @@ static void double_functions_are_within_ulps(char *text)
     ok(worst_log <= 2, "gemma3_log is %.2f ulp wrong at worst", worst_log);
     double inf = (double)float_of(0x7f800000), nan = (double)float_of(0x7fc00000);
     ok(gemma3_exp(-inf) == 0 && gemma3_exp(inf) == inf && gemma3_exp(nan) != gemma3_exp(nan) &&
-       gemma3_exp(-746) == 0 && gemma3_exp(710) == inf && gemma3_exp(0) == 1, "gemma3_exp at its ends");
+           gemma3_exp(-746) == 0 && gemma3_exp(710) == inf && gemma3_exp(0) == 1,
+       "gemma3_exp at its ends");
     ok(gemma3_log(0) == -inf && gemma3_log(inf) == inf && gemma3_log(-1) != gemma3_log(-1) &&
        gemma3_log(nan) != gemma3_log(nan) && gemma3_log(1) == 0, "gemma3_log at its ends");
 }
@@ -200,7 +209,8 @@ static void rotary_angles_are_correctly_rounded(char *text)
         uint32_t want_c = (uint32_t)next_u64(&p), want_s = (uint32_t)next_u64(&p);
         cos_sin(x, &c, &s);
         if ((bits_of(c) != want_c || bits_of(s) != want_s) && !wrong++)
-            diag("  at %a: cos %08x, want %08x, sin %08x, want %08x", x, bits_of(c), want_c, bits_of(s), want_s);
+            diag("  at %a: cos %08x, want %08x, sin %08x, want %08x", x, bits_of(c), want_c,
+                 bits_of(s), want_s);
     }
     ok(n > 700 && !wrong, "cos and sin of %d angles below 2^31 are correctly rounded", n);
     float outside[] = { 0x1p31f, 1e30f, float_of(0x7f800000), float_of(0x7fc00000), -1 }, c, s;
@@ -228,7 +238,7 @@ static void lanes_join_as_a_tree(void)
     is_int(wrong, 0, "16 lanes join as j + (j+8), then +4, +2, +1");
 }
 
-/* ---- Half precision --------------------------------------------------------------------------- */
+/* ---- Half precision -------------------------------------------------------------------------- */
 
 static float half_value(int h) /* finite, from the format's definition */
 {
@@ -251,7 +261,8 @@ static void half_precision_is_ieee(void)
     }
     is_int(wrong, 0, "all 65536 half precision numbers");
     is_int(back, 0, "and back");
-    for (int h = 0; h < 0x7c00; h++) { /* halfway to the next, and a float's last place to each side */
+    for (int h = 0; h < 0x7c00;
+         h++) { /* halfway to the next, and a float's last place to each side */
         float next = h == 0x7bff ? 65536 : half_value(h + 1), middle = (half_value(h) + next) / 2;
         int even = h & 1 ? h + 1 : h;
         for (int sign = 0; sign <= 0x8000; sign += 0x8000) {
@@ -266,7 +277,7 @@ static void half_precision_is_ieee(void)
        "and far outside zero or infinity");
 }
 
-/* ---- Number formats --------------------------------------------------------------------------- */
+/* ---- Number formats -------------------------------------------------------------------------- */
 
 /* A matrix over rows as they lie in a file, or over tiles made of them. */
 static struct matrix matrix_of(const struct format *f, const uint8_t *data, int rows, int cols)
@@ -281,7 +292,8 @@ static void repack_into(uint8_t *to, const struct matrix *w)
 {
     for (int r = 0; r < w->rows; r += TILE_ROWS)
         make_tile(to + r * w->row_bytes, w->data + r * w->row_bytes, w->row_bytes,
-                  w->rows - r < TILE_ROWS ? w->rows - r : TILE_ROWS, w->cols / w->format->elements, w->format);
+                  w->rows - r < TILE_ROWS ? w->rows - r : TILE_ROWS, w->cols / w->format->elements,
+                  w->format);
 }
 
 static const struct format *format_named(const char *name)
@@ -304,7 +316,8 @@ static void a_format_is_ggufs(const struct format *f, const uint8_t *blocks, flo
 {
     int size = f->elements;
     struct matrix w = matrix_of(f, blocks, n, size), tiled = w;
-    struct guarded tiles = guard(tiles_size(&w), 1), rows = guarded_copy(blocks, n * w.row_bytes, 1);
+    struct guarded tiles = guard(tiles_size(&w), 1),
+                   rows = guarded_copy(blocks, n * w.row_bytes, 1);
     repack_into(tiles.data, &w);
     w.data = rows.data;
     tiled.tiled = 1, tiled.data = tiles.data;
@@ -320,7 +333,8 @@ static void a_format_is_ggufs(const struct format *f, const uint8_t *blocks, flo
                     wrong += !same_floats(got.data, want + (size_t)r * size, (size_t)n_rows * size);
                     unguard(got);
                 }
-        ok(!wrong, "%s, %s: %d blocks have the values of gguf, also from tiles", f->name, all_kernels[k]->name, n);
+        ok(!wrong, "%s, %s: %d blocks have the values of gguf, also from tiles", f->name,
+           all_kernels[k]->name, n);
     }
     unguard(tiles);
     unguard(rows);
@@ -352,17 +366,19 @@ static void formats_are_ggufs(void)
         seen++;
     }
     int quantised = 0;
-    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) quantised += !is_float(&formats[i]);
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++)
+        quantised += !is_float(&formats[i]);
     is_int(seen, quantised, "every quantised format was compared");
     free(text);
 }
 
-/* ---- Activations ------------------------------------------------------------------------------ */
+/* ---- Activations ----------------------------------------------------------------------------- */
 
 static uint32_t largest_bits(const float *x, int n)
 {
     uint32_t most = 0;
-    for (int j = 0; j < n; j++) most = (bits_of(x[j]) & 0x7fffffff) > most ? bits_of(x[j]) & 0x7fffffff : most;
+    for (int j = 0; j < n; j++)
+        most = (bits_of(x[j]) & 0x7fffffff) > most ? bits_of(x[j]) & 0x7fffffff : most;
     return most;
 }
 
@@ -389,10 +405,15 @@ static void fill_block(float *x, int kind)
     case 1: memset(x, 0, 32 * sizeof *x); x[at] = -0.0f; break;
     case 2: for (int j = 0; j < 32; j++) x[j] = j % 3 ? size : -size; break;    /* all +-127 */
     case 3: for (int j = 0; j < 32; j++) x[j] = ldexpf(random_float(), -100); break;
-    case 4: for (int j = 0; j < 32; j++) x[j] = float_of(random_u32() & 0x807fffff); break; /* subnormal */
+    case 4:
+        for (int j = 0; j < 32; j++) x[j] = float_of(random_u32() & 0x807fffff);
+        break; /* subnormal */
     case 5: x[at] = float_of(0x7f800000 | (random_u32() & 0x80000000)); break;
     case 6: x[at] = float_of(0x7fc00000); break;
-    case 7: for (int j = 0; j < 32; j++) x[j] = (float)(random_below(255) - 127) / 2; x[at] = 127; break; /* ties */
+    case 7:
+        for (int j = 0; j < 32; j++) x[j] = (float)(random_below(255) - 127) / 2;
+        x[at] = 127;
+        break; /* ties */
     case 8: for (int j = 0; j < 32; j++) x[j] = j == at ? ldexpf(1, -100) : 0; break;
     case 9: x[at] = float_of(0x7f7fffff); break;
     default: break;
@@ -415,7 +436,8 @@ static void activations_follow_rule_1(const struct kernels *k)
             outside += b.code[j] == -128;
             sum[j / 16] += b.code[j];
         }
-        if (bad && !wrong++) diag("  kind %d: d %08x, want %08x", i % BLOCK_KINDS, bits_of(b.d), bits_of(d));
+        if (bad && !wrong++)
+            diag("  kind %d: d %08x, want %08x", i % BLOCK_KINDS, bits_of(b.d), bits_of(d));
         sums += b.sum[0] != sum[0] || b.sum[1] != sum[1];
     }
     is_int(wrong, 0, "%s: activation blocks follow rule 1", k->name);
@@ -430,7 +452,8 @@ static void long_activations_are_blocks(const struct kernels *k)
         for (int at_end = 0; at_end <= 1; at_end++) {
             struct guarded x = guard(n * sizeof(float), at_end);
             struct guarded got = guard(n / 32 * sizeof(struct q8_block), at_end);
-            for (int j = 0; j < n; j += 32) fill_block((float *)x.data + j, random_below(BLOCK_KINDS));
+            for (int j = 0; j < n; j += 32)
+                fill_block((float *)x.data + j, random_below(BLOCK_KINDS));
             k->quantize(got.data, x.data, n);
             for (int b = 0; b < n / 32; b++) {
                 struct q8_block *one = (struct q8_block *)got.data + b;
@@ -444,11 +467,11 @@ static void long_activations_are_blocks(const struct kernels *k)
     is_int(wrong, 0, "%s: vectors of up to 10 blocks, touching nothing around them", k->name);
 }
 
-/* ---- Matrix times vectors --------------------------------------------------------------------- */
+/* ---- Matrix times vectors -------------------------------------------------------------------- */
 
 /* y [n][rows] = W x, as a model whose kernels are k computes it, in memory of the exact size. */
-static void multiply(const struct kernels *k, int exact, const struct matrix *w, const float *x, int n,
-                     float *y, int at_end)
+static void multiply(const struct kernels *k, int exact, const struct matrix *w, const float *x,
+                     int n, float *y, int at_end)
 {
     gemma3_model *m = calloc(1, sizeof *m);
     struct unpacked *unpacked = calloc(1, sizeof *unpacked);
@@ -473,10 +496,11 @@ static void multiply(const struct kernels *k, int exact, const struct matrix *w,
 /* Where a block's half precision scales lie. Returns how many there are. */
 static int scales_of(const struct format *f, int at[2])
 {
-    static const struct { const char *name; int n, at[2]; } where[] = {
-        { "Q4_0", 1, { 0 } }, { "Q4_1", 2, { 0, 2 } }, { "Q5_0", 1, { 0 } }, { "Q5_1", 2, { 0, 2 } },
-        { "Q8_0", 1, { 0 } }, { "Q2_K", 2, { 80, 82 } }, { "Q3_K", 1, { 108 } }, { "Q4_K", 2, { 0, 2 } },
-        { "Q5_K", 2, { 0, 2 } }, { "Q6_K", 1, { 208 } }, { "IQ4_NL", 1, { 0 } }, { "IQ4_XS", 1, { 0 } } };
+    static const struct { const char *name; int n, at[2];
+    } where[] = {{"Q4_0", 1, {0}},    {"Q4_1", 2, {0, 2}}, {"Q5_0", 1, {0}},
+                 {"Q5_1", 2, {0, 2}}, {"Q8_0", 1, {0}},    {"Q2_K", 2, {80, 82}},
+                 {"Q3_K", 1, {108}},  {"Q4_K", 2, {0, 2}}, {"Q5_K", 2, {0, 2}},
+                 {"Q6_K", 1, {208}},  {"IQ4_NL", 1, {0}},  {"IQ4_XS", 1, {0}}};
     for (size_t i = 0; i < sizeof where / sizeof *where; i++)
         if (!strcmp(where[i].name, f->name)) {
             at[0] = where[i].at[0], at[1] = where[i].at[1];
@@ -505,7 +529,8 @@ static void fill_weights(const struct format *f, uint8_t *data, size_t n_blocks,
             else store_u16_le(data, f->type == F16 ? f32_to_f16(x) : (uint16_t)(bits_of(x) >> 16));
         }
         for (int i = 0; i < n_scales && kind != RANDOM; i++)
-            store_u16_le(data + at[i], kind == EXTREME ? extremes[random_below(7)] : f32_to_f16(random_float() / 30));
+            store_u16_le(data + at[i], kind == EXTREME ? extremes[random_below(7)]
+                                                       : f32_to_f16(random_float() / 30));
     }
 }
 
@@ -514,8 +539,9 @@ static void fill_activations(float *x, int n, int kind)
     for (int j = 0; j < n; j++) x[j] = random_float();
     for (int j = 0; kind != ORDINARY && j + 32 <= n; j += 32) {
         static const int finite[] = { 0, 1, 2, 3, 4, 7, 8, 9 };
-        fill_block(x + j, kind == EXTREME ? finite[random_below(8)]
-                                          : random_below(8) ? random_below(5) : random_below(BLOCK_KINDS));
+        fill_block(x + j, kind == EXTREME   ? finite[random_below(8)]
+                          : random_below(8) ? random_below(5)
+                                            : random_below(BLOCK_KINDS));
     }
 }
 
@@ -541,8 +567,8 @@ static void try_product(const struct format *f, int kind, int exact, int rows, i
         for (int t = 0; t <= (!is_float(f) && all_kernels[k]->tiles); t++) {
             multiply(all_kernels[k], exact, t ? &tiled : &w, x.data, n, y.data, at_end);
             if (!same_floats(y.data, want, y_size) && !wrong[k]++)
-                diag("  %s, %s weights%s: [%d][%d] times %d%s", all_kernels[k]->name, kind_names[kind],
-                     t ? " in tiles" : "", rows, cols, n, exact ? ", exact" : "");
+                diag("  %s, %s weights%s: [%d][%d] times %d%s", all_kernels[k]->name,
+                     kind_names[kind], t ? " in tiles" : "", rows, cols, n, exact ? ", exact" : "");
         }
     }
     free(want);
@@ -551,11 +577,11 @@ static void try_product(const struct format *f, int kind, int exact, int rows, i
 
 static void kernels_are_the_definition(const struct format *f, int exact)
 {
-    static const int tokens[] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
-                                  21, 23, 24, 25, 32, 33, 63, 64 };
+    static const int tokens[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14,
+                                 15, 16, 17, 18, 19, 20, 21, 23, 24, 25, 32, 33, 63, 64};
     static const int row_counts[] = { 1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 50 };
     static const int col_counts[] = { 1, 2, 3, 5, 8, 9, 10 }; /* blocks of 32, or of 256 */
-    static const int float_cols[] = { 1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 100, 129, 527, 528, 1100 };
+    static const int float_cols[] = {1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 100, 129, 527, 528, 1100};
     int wrong[N_KERNELS] = { 0 }, n_cases = 0, block = f->elements == 256 ? 256 : 32;
     for (int kind = 0; kind < WEIGHT_KINDS; kind++) {
         for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++, n_cases++)
@@ -565,13 +591,14 @@ static void kernels_are_the_definition(const struct format *f, int exact)
         for (size_t i = 0; i < sizeof col_counts / sizeof *col_counts; i++, n_cases++)
             if (block == 32 || col_counts[i] <= 3)
                 try_product(f, kind, exact, 18, block * col_counts[i], 1 + (int)i, i % 2, wrong);
-        for (size_t i = 0; is_float(f) && i < sizeof float_cols / sizeof *float_cols; i++, n_cases++)
+        for (size_t i = 0; is_float(f) && i < sizeof float_cols / sizeof *float_cols;
+             i++, n_cases++)
             try_product(f, kind, exact, 18, float_cols[i], 1 + random_below(9), i % 2, wrong);
     }
     for (int k = 0; k < N_KERNELS; k++)
         if (cpu_has(all_kernels[k]->name))
-            ok(!wrong[k], "%s, %s%s: %d products have the definition's bits", f->name, all_kernels[k]->name,
-               exact ? ", exact" : "", n_cases);
+            ok(!wrong[k], "%s, %s%s: %d products have the definition's bits", f->name,
+               all_kernels[k]->name, exact ? ", exact" : "", n_cases);
 }
 
 /* Exact mode: rule 4 over the dequantised row. */
@@ -616,18 +643,23 @@ static void the_definition_is_the_product(const struct format *f)
             scalar->dequantize(&w, r, 1, row);
             for (int i = 0; i < N; i++) {
                 double size, want = product_in_double(row, x + i * COLS, COLS, &size);
-                wrong += bits_of(y[i * ROWS + r]) != bits_of(product_by_rule_4(row, x + i * COLS, COLS));
+                wrong +=
+                    bits_of(y[i * ROWS + r]) != bits_of(product_by_rule_4(row, x + i * COLS, COLS));
                 double off = fabs(y[i * ROWS + r] - want) / size;
                 if (!(off <= worst)) worst = off;
             }
         }
-        if (by_rule_4) is_int(wrong, 0, "%s%s: rule 4 over the file's values", f->name, exact ? ", exact" : "");
-        else ok(worst < 1e-6, "%s: %.2g of the product's terms from its value in double", f->name, worst);
+        if (by_rule_4)
+            is_int(wrong, 0, "%s%s: rule 4 over the file's values", f->name,
+                   exact ? ", exact" : "");
+        else
+            ok(worst < 1e-6, "%s: %.2g of the product's terms from its value in double", f->name,
+               worst);
     }
     free(data);
 }
 
-/* ---- Attention's sums ------------------------------------------------------------------------- */
+/* ---- Attention's sums ------------------------------------------------------------------------ */
 
 /* out[i][j] = fma(e[i][p], v[p][j], out[i][j]) over p in order; v in F16 or F32. */
 static void mix_by_definition(const struct mix *m)
@@ -636,7 +668,8 @@ static void mix_by_definition(const struct mix *m)
         for (int j = 0; j < m->width; j++)
             for (int p = 0; p < m->n_pos; p++) {
                 float *out = m->out + i * m->out_stride + j;
-                *out = fmaf(m->e[i * m->e_stride + p], load_float(m->type, m->v + p * m->v_bytes, j), *out);
+                *out = fmaf(m->e[i * m->e_stride + p],
+                            load_float(m->type, m->v + p * m->v_bytes, j), *out);
             }
 }
 
@@ -647,19 +680,29 @@ static void values_are_mixed_in_order(const struct kernels *k)
     for (int type = F32; type <= F16; type++)
         for (size_t c = 0; c < sizeof widths / sizeof *widths; c++)
             for (int n = 1; n <= 17; n++, n_cases++) {
-                int width = widths[c], n_pos = 1 + random_below(n % 3 ? 40 : 300), element = type == F16 ? 2 : 4;
+                int width = widths[c], n_pos = 1 + random_below(n % 3 ? 40 : 300),
+                    element = type == F16 ? 2 : 4;
                 struct guarded v = guard((size_t)n_pos * width * element, n % 2);
                 struct guarded e = guard((size_t)n * n_pos * sizeof(float), n % 2);
                 struct guarded out = guard((size_t)n * width * sizeof(float), n % 2);
                 float *want = malloc((size_t)n * width * sizeof *want);
                 for (int j = 0; j < n_pos * width; j++)
-                    if (type == F16) store_u16_le((uint8_t *)v.data + 2 * j, f32_to_f16(random_float()));
+                    if (type == F16)
+                        store_u16_le((uint8_t *)v.data + 2 * j, f32_to_f16(random_float()));
                     else store_u32_le((uint8_t *)v.data + 4 * j, bits_of(random_float()));
                 for (int j = 0; j < n * n_pos; j++) ((float *)e.data)[j] = random_float();
-                for (int j = 0; j < n * width; j++) want[j] = ((float *)out.data)[j] = random_float();
-                struct mix m = { .type = type, .v = v.data, .v_bytes = (size_t)width * element, .n_pos = n_pos,
-                                 .e = e.data, .e_stride = n_pos, .out = want, .out_stride = width, .n = n,
-                                 .width = width };
+                for (int j = 0; j < n * width; j++)
+                    want[j] = ((float *)out.data)[j] = random_float();
+                struct mix m = {.type = type,
+                                .v = v.data,
+                                .v_bytes = (size_t)width * element,
+                                .n_pos = n_pos,
+                                .e = e.data,
+                                .e_stride = n_pos,
+                                .out = want,
+                                .out_stride = width,
+                                .n = n,
+                                .width = width};
                 mix_by_definition(&m);
                 m.out = out.data;
                 k->mix_values(&m);
@@ -670,7 +713,7 @@ static void values_are_mixed_in_order(const struct kernels *k)
     ok(!wrong, "%s: %d weighted sums of values, position by position", k->name, n_cases);
 }
 
-/* ---- Element by element ----------------------------------------------------------------------- */
+/* ---- Element by element ---------------------------------------------------------------------- */
 
 enum { LONGEST = 200 };
 
@@ -681,7 +724,8 @@ static void fill_vector(float *x, int n, int kind)
     if (kind == 1) x[random_below(n)] = float_of(random_below(2) ? 0x7f800000 : 0x7fc00000);
 }
 
-static double gelu_in_double(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x))); }
+static double gelu_in_double(double x)
+{ return 0.5 * x * (1 + tanh(sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x))); }
 
 static void norm_by_definition(float *y, const float *x, const float *w, int n, float eps)
 {
@@ -711,7 +755,8 @@ static void pieces_are_the_definition(const struct kernels *k)
             fill_vector(a, half < LONGEST ? half : LONGEST, kind);
             fill_vector(b, n, kind);
             fill_vector(w, n, 0);
-            struct guarded x = guarded_copy(a, n * sizeof(float), at_end), y = guarded_copy(b, n * sizeof(float), at_end);
+            struct guarded x = guarded_copy(a, n * sizeof(float), at_end),
+                           y = guarded_copy(b, n * sizeof(float), at_end);
             struct guarded g = guarded_copy(w, n * sizeof(float), at_end);
 
             norm_by_definition(want, a, w, n, 1e-6f);
@@ -730,15 +775,18 @@ static void pieces_are_the_definition(const struct kernels *k)
 
             if (kind < 2) { /* scores that are NaN have no maximum: the sum below is NaN too */
                 memcpy(x.data, a, n * sizeof(float)), memcpy(want, a, n * sizeof(float));
-                for (int j = 0; j < n && kind == 1; j++) ((float *)x.data)[j] = want[j] = 40 * random_float();
-                float sum = softmax_by_definition(want, n, first), got = k->exp_scores(x.data, n, first);
+                for (int j = 0; j < n && kind == 1; j++)
+                    ((float *)x.data)[j] = want[j] = 40 * random_float();
+                float sum = softmax_by_definition(want, n, first),
+                      got = k->exp_scores(x.data, n, first);
                 softmax += !same_floats(x.data, want, n) || bits_of(sum) != bits_of(got);
             }
             unguard(x), unguard(y), unguard(g);
 
             float c[LONGEST], s[LONGEST];
             if (half > LONGEST) continue;
-            for (int j = 0; j < half / 2; j++) cos_sin((float)random_below(100000) / 7, c + j, s + j);
+            for (int j = 0; j < half / 2; j++)
+                cos_sin((float)random_below(100000) / 7, c + j, s + j);
             for (int j = 0; j < half / 2; j++) {
                 want[j] = fmaf(a[j], c[j], -(a[j + half / 2] * s[j]));
                 want[j + half / 2] = fmaf(a[j + half / 2], c[j], a[j] * s[j]);
@@ -802,7 +850,8 @@ int main(void)
     gelu_is_the_tanh_formula();
     for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
         the_definition_is_the_product(&formats[i]);
-        for (int exact = 0; exact <= !is_float(&formats[i]); exact++) kernels_are_the_definition(&formats[i], exact);
+        for (int exact = 0; exact <= !is_float(&formats[i]); exact++)
+            kernels_are_the_definition(&formats[i], exact);
     }
     for (int k = 0; k < N_KERNELS; k++) {
         if (!cpu_has(all_kernels[k]->name)) continue;

@@ -159,8 +159,9 @@ def write_model(name, seed, shape, vocab, type_of, keys, branch=1.0):
     w.close()
 
 
-def load(path, dtype):
-    """A Gemma 3 GGUF as transformers' Gemma3ForCausalLM, its weights dequantised by gguf."""
+def load(path, dtype, prepare=None, nibbles=None):
+    """A Gemma 3 GGUF as transformers' Gemma3ForCausalLM, its weights dequantised by gguf. prepare may
+    change the configuration; nibbles, the bytes [blocks][16] of Q4_0."""
     import gguf
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -192,12 +193,18 @@ def load(path, dtype):
         tie_word_embeddings="output.weight" not in T,
         final_logit_softcapping=key("final_logit_softcapping"), attn_implementation="eager",
         bos_token_id=3, eos_token_id=0, pad_token_id=1)
+    if prepare:
+        prepare(config)
     torch.set_default_dtype(dtype)
     with torch.device("meta"):
         model = Gemma3ForCausalLM(config)
 
     def weight(name):
-        x = gguf.quants.dequantize(T[name].data, T[name].tensor_type).astype(np.float32)
+        raw = T[name].data
+        if nibbles and T[name].tensor_type == gguf.GGMLQuantizationType.Q4_0:
+            blocks = raw.reshape(-1, 18)
+            raw = np.hstack((blocks[:, :2], nibbles(blocks[:, 2:]))).reshape(raw.shape)
+        x = gguf.quants.dequantize(raw, T[name].tensor_type).astype(np.float32)
         return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
 
     # GGUF stores norm weights with the 1 added that transformers adds itself.

@@ -17,6 +17,9 @@
 #define LLVMFuzzerTestOneInput fuzz_tokenizer
 #include "fuzz/tokenizer.c"
 #undef LLVMFuzzerTestOneInput
+#define LLVMFuzzerTestOneInput fuzz_readers
+#include "fuzz/readers.c"
+#undef LLVMFuzzerTestOneInput
 
 /* Each input in exactly as much memory as it has bytes. A broken promise ends the program. */
 static void replay(const char *target, int (*run)(const uint8_t *, size_t))
@@ -48,5 +51,6 @@ int main(void)
     replay("gguf", fuzz_gguf);
     replay("state", fuzz_state);
     replay("tokenizer", fuzz_tokenizer);
+    replay("readers", fuzz_readers);
     return done_testing();
 }

@@ -39,7 +39,8 @@ static gemma3_model *open_model(const char *path, int exact)
     return m;
 }
 
-static gemma3_state *new_state(const gemma3_model *m, int n_ctx, int n_batch, gemma3_kv_type kv_type)
+static gemma3_state *new_state(const gemma3_model *m, int n_ctx, int n_batch,
+                               gemma3_kv_type kv_type)
 {
     gemma3_params p = gemma3_default_params(m);
     gemma3_error err = { "" };
@@ -63,10 +64,12 @@ static void same_afterwards(const fixture *x, int exact, gemma3_kv_type kv_type,
     int last = x->n - n - 1;
     float *want = malloc(x->n_vocab * sizeof *want), *got = malloc(x->n_vocab * sizeof *got);
     gemma3_forward(s, x->ids, n, NULL, 0, NULL);
-    if (!is_int(gemma3_state_save(s, append, &f, &err), 0, "%s: a state of %d tokens is saved", x->name, n))
+    if (!is_int(gemma3_state_save(s, append, &f, &err), 0, "%s: a state of %d tokens is saved",
+                x->name, n))
         diag("  %s", err.text);
     gemma3_forward(other, x->ids, 2, NULL, 0, NULL); /* what is in it is forgotten */
-    if (!is_int(gemma3_state_load(other, read_at_offset, &f, &err), 0, "and loaded into another shape"))
+    if (!is_int(gemma3_state_load(other, read_at_offset, &f, &err), 0,
+                "and loaded into another shape"))
         diag("  %s", err.text);
     is_int(gemma3_state_pos(other), n, "it has as many tokens");
     is_bits(gemma3_state_ids(other), x->ids, n * sizeof *x->ids, "and the same");
@@ -109,7 +112,8 @@ static void what_does_not_fit(const fixture *x)
     }
     is_int(wrong, 0, "a file cut anywhere is refused");
     file full = { malloc(f.n), 0, f.n - 1 };
-    ok(gemma3_state_save(s, append, &full, &err) && !strcmp(err.text, "the state cannot be written"),
+    ok(gemma3_state_save(s, append, &full, &err) &&
+           !strcmp(err.text, "the state cannot be written"),
        "a full disk is said");
     is_int(gemma3_state_pos(s), 20, "the state stays as it is");
     f.p[f.n / 2] ^= 1;
@@ -143,14 +147,16 @@ static void what_does_not_fit(const fixture *x)
 
 /* ---- Numbers of one's own -------------------------------------------------------------------- */
 
-static void computed_with(const fixture *x, const gemma3_model *m, const gemma3_config *c, float *logits)
+static void computed_with(const fixture *x, const gemma3_model *m, const gemma3_config *c,
+                          float *logits)
 {
     gemma3_params p = gemma3_default_params(m);
     gemma3_error err = { "" };
     int row = x->n - 1;
     p.n_ctx = x->n, p.config = c;
     gemma3_state *s = gemma3_state_new(m, &p, &err);
-    if (!ok(s && !gemma3_forward(s, x->ids, x->n, &row, 1, logits), "a state has a config of its own"))
+    if (!ok(s && !gemma3_forward(s, x->ids, x->n, &row, 1, logits),
+            "a state has a config of its own"))
         diag("  %s", err.text);
     gemma3_state_free(s);
 }
@@ -161,7 +167,8 @@ static void refused_config(const gemma3_model *m, gemma3_config c, const char *s
     gemma3_error err = { "" };
     p.config = &c;
     gemma3_state *s = gemma3_state_new(m, &p, &err);
-    if (!ok(!s && !strcmp(err.text, sentence), "%s", sentence)) diag("  got %s", s ? "a state" : err.text);
+    if (!ok(!s && !strcmp(err.text, sentence), "%s", sentence))
+        diag("  got %s", s ? "a state" : err.text);
     gemma3_state_free(s);
 }
 

@@ -1,5 +1,5 @@
-/* main.c - a whole program for a board without an operating system: the model lies in flash, tells the
- * beginning of a story, and prints the hash of its logits, which is the PC's:
+/* main.c - a whole program for a board without an operating system: the model lies in flash, tells
+ * the beginning of a story, and prints the hash of its logits, which is the PC's:
  *
  *     gemma3 -m weights/gemma3-folktales-q4_0.gguf -p "Once upon a time" --hash
  *     gemma3 -m weights/gemma3-folktales-q4_0.gguf -p "Once" --exact --hash
@@ -43,8 +43,8 @@ static void quit(const char *why)
 
 static int encode(const gemma3_model *m, const char *text)
 {
-    int n = gemma3_encode_in(gemma3_model_tokenizer(m), text, strlen(text), GEMMA3_BOS, ids, MAX_IDS, work,
-                             sizeof work);
+    int n = gemma3_encode_in(gemma3_model_tokenizer(m), text, strlen(text), GEMMA3_BOS, ids,
+                             MAX_IDS, work, sizeof work);
     if (n < 1) quit("the prompt cannot be encoded");
     return n;
 }

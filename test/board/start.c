@@ -1,5 +1,6 @@
-/* start.c - from reset to main, and the two things the board does for it: print and stop. Both go to the
- * emulator (or a debug probe) by semihosting: a breakpoint with a number and an argument in registers. */
+/* start.c - from reset to main, and the two things the board does for it: print and stop. Both go
+ * to the emulator (or a debug probe) by semihosting: a breakpoint with a number and an argument in
+ * registers. */
 #include <stddef.h>
 #include <stdint.h>
 
@@ -25,7 +26,10 @@ static void host(uintptr_t number, const void *argument)
     register uintptr_t a __asm__("a0") = number;
     register const void *b __asm__("a1") = argument;
     __asm__ volatile(".option push\n.option norvc\n.balign 16\n" /* all three must be in one page */
-                     "slli x0, x0, 0x1f\nebreak\nsrai x0, x0, 7\n.option pop" : "+r"(a) : "r"(b) : "memory");
+                     "slli x0, x0, 0x1f\nebreak\nsrai x0, x0, 7\n.option pop"
+                     : "+r"(a)
+                     : "r"(b)
+                     : "memory");
 #endif
 }
 

@@ -1,6 +1,6 @@
-/* scalar.h - put before gemma3.c (-include), it leaves the vector kernels out: the definition alone
- * runs. Sanitizers take minutes to compile those kernels, provers do not read them, and their bits are
- * compared with the definition's elsewhere (test/kernels.c).
+/* scalar.h - put before gemma3.c (-include), it leaves the vector kernels out: the definition
+ * alone runs. Sanitizers take minutes to compile those kernels, provers do not read them, and
+ * their bits are compared with the definition's elsewhere (test/kernels.c).
  *
  * The C library's headers must see the machine as it is, so they come first.
  */

@@ -1,9 +1,10 @@
-/* claims.c - what is proven of the parser's cursor and of the arithmetic of sizes, for every value of
- * the arguments: each claim_ function calls the code as the parser does and says what must hold then.
+/* claims.c - what is proven of the parser's cursor and of the arithmetic of sizes, for every value
+ * of the arguments: each claim_ function calls the code as the parser does and says what must hold
+ * then.
  *
- * test/prove/prove.py runs them symbolically. data is any address and size any number of bytes behind
- * it; the prover sees to it that nothing but those bytes is read through it, that no call of broken()
- * can be reached, and no trap of the compiler's for undefined behaviour (gcc
+ * test/prove/prove.py runs them symbolically. data is any address and size any number of bytes
+ * behind it; the prover sees to it that nothing but those bytes is read through it, that no call
+ * of broken() can be reached, and no trap of the compiler's for undefined behaviour (gcc
  * -fsanitize-undefined-trap-on-error: signed overflow, shifts, indices, null, pointers that wrap).
  */
 #define GEMMA3_NO_MAIN
