@@ -533,7 +533,7 @@ static int open_kld_base(struct reader *r, const struct expected *e)
     r->is_log = 1;
     if (read_exactly(&r->in, 0, start, sizeof start, r->error)) return -1;
     uint64_t n_ctx = unsigned_at(start + 8, 4, 0), width = unsigned_at(start + 12, 4, 0);
-    uint64_t n_pieces = unsigned_at(start + 16, 4, 0), n_rows = n_ctx - 1 - n_ctx / 2;
+    uint64_t n_pieces = unsigned_at(start + 16, 4, 0);
     if (n_ctx < 3 || n_ctx > 1 << 24 || n_pieces < 1 || n_pieces > INT32_MAX / n_ctx)
         return fault(r->error, "%s: a base file of %llu pieces of %llu tokens", r->in.name,
                      (unsigned long long)n_pieces, (unsigned long long)n_ctx);
@@ -541,7 +541,7 @@ static int open_kld_base(struct reader *r, const struct expected *e)
         width > (uint64_t)e->n_vocab + PADDING)
         return fault(r->error, "%s has a vocabulary of %llu tokens, the model has %d", r->in.name,
                      (unsigned long long)width, e->n_vocab);
-    uint64_t n_tokens = n_ctx * n_pieces;
+    uint64_t n_tokens = n_ctx * n_pieces, n_rows = n_ctx - 1 - n_ctx / 2;
     uint64_t size = BASE_HEADER + 4 * n_tokens + n_pieces * n_rows * base_row_bytes((int)width);
     if (r->in.size != size)
         return fault(r->error, "%s has %llu bytes, expected %llu for %llu pieces of %llu tokens",

@@ -14,7 +14,7 @@ for my $data (@ARGV) {
     open my $gcov, "-|", "gcov", "--json-format", "--branch-probabilities", "--stdout",
         $data or die;
     local $/;
-    my $json = <$gcov> or next;
+    my $json = <$gcov> // next;
     for my $file (@{ decode_json($json)->{files} }) {
         my ($source) = $file->{file} =~ m{(?:^|/)(gemma3\.c|tokenizer\.c)$} or next;
         for my $l (@{ $file->{lines} }) {
@@ -47,7 +47,7 @@ for my $source ("gemma3.c", "tokenizer.c") {
         push @missed, [$n, scalar @branches, $taken] if $is_missed;
     }
     my @sum = (0, 0, 0, 0);
-    for my $part (sort { ($a =~ /^(\d+)/ ? $1 : 0) <=> ($b =~ /^(\d+)/ ? $1 : 0) } keys %all) {
+    for my $part (sort { no warnings "numeric"; $a + 0 <=> $b + 0 } keys %all) {
         my ($l, $b) = map { $all{$part}[$_] // 0 } 0, 1;
         my ($rl, $rb) = map { $reached{$part}[$_] // 0 } 0, 1;
         $sum[$_] += ($rl, $l, $rb, $b)[$_] for 0 .. 3;

@@ -2,8 +2,7 @@
  * and read row by row.
  *
  * What is claimed of every input: no crash and no undefined behaviour; a refusal is one sentence;
- * an array that opens lies inside the file; a row that is read has no NaN but where nothing is
- * there.
+ * an array that opens lies inside the file; a row that is there can be read.
  */
 #include "../readers.h"
 

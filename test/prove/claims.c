@@ -65,38 +65,8 @@ void claim_take_string(const uint8_t *data, size_t size, size_t at, int failed)
     must(begin <= size && s.n <= size - begin);
 }
 
-/* Arrays of strings are a loop of take_string, of which two rounds are run: what holds before one
- * holds after it, so it holds after any number of them. */
-void claim_read_kv(const uint8_t *data, size_t size, size_t at);
-void claim_read_kv(const uint8_t *data, size_t size, size_t at)
-{
-    struct opening o = {.name = "x"};
-    struct cursor c = standing_at(data, size, at, 0);
-    struct kv kv;
-    int refused = read_kv(&o, &c, &kv);
-    is_inside(&c, data, size, at);
-    if (refused || c.failed) return;
-    must(kv.element < KV_TYPES && kv.element != KV_ARRAY);
-    is_inside(&kv.value, data, size, at);
-    if (kv.element != KV_STRING) { /* the whole of its value is there */
-        must(kv.count <= kv.value.left);
-        must(kv.count * kv_types[kv.element].bytes <= kv.value.left);
-    }
-}
-
-void claim_read_tensor(const uint8_t *data, size_t size, size_t at);
-void claim_read_tensor(const uint8_t *data, size_t size, size_t at)
-{
-    struct opening o = {.name = "x"};
-    struct cursor c = standing_at(data, size, at, 0);
-    struct tensor t;
-    int refused = read_tensor(&o, &c, &t);
-    is_inside(&c, data, size, at);
-    if (!refused && !c.failed) must(c.left < size - at); /* it was not empty */
-}
-
-/* Sizes do not wrap: what is too large stays too large. The product is checked against the division
- * that defines it, for numbers of 16 bits and for all that are a power of two times that. */
+/* Sizes do not wrap: what is too large stays too large. The product is checked for factors below
+ * 32 and any other number. */
 void claim_plus(size_t a, size_t b);
 void claim_plus(size_t a, size_t b)
 {
