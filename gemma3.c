@@ -3037,14 +3037,14 @@ static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
     size_t at = find_name(o, key);
     struct cursor c = cursor_at(o, at);
-    return at && at < o->infos && !read_kv(o, &c, kv);
+    return at && at < o->infos && !read_kv(o, &c, kv) && !c.failed;
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
     size_t at = find_name(o, name);
     struct cursor c = cursor_at(o, at);
-    return at >= o->infos && !read_tensor(o, &c, t);
+    return at >= o->infos && !read_tensor(o, &c, t) && !c.failed;
 }
 
 static int read_alignment(struct opening *o)
