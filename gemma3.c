@@ -4398,7 +4398,7 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 /* The first number in a file, or `other`; *second if there is another. */
 static double number_in(const char *folder, const char *name, double other, double *second)
 {
-    char path[4200];
+    char path[4300];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
     if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
