@@ -201,7 +201,7 @@ enum { BIG_ENDIAN_CPU = 1 };
 enum { BIG_ENDIAN_CPU = 0 };
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline, unused))
 #if defined(__GNUC__) && !defined(__clang__)
 #define UNROLL _Pragma("GCC unroll 16")
 #else
@@ -1529,6 +1529,7 @@ INLINE void interleave_words(uint8_t *to, const uint8_t *from, size_t row_bytes,
 }
 
 /* n_blocks blocks of n_rows rows as tiles; rows that are missing become zeros. */
+__attribute__((noinline)) /* gcc's -O3 sees writes past a tile's end where it is inlined */
 static void make_tile(uint8_t *tile, const uint8_t *rows, size_t row_bytes, int n_rows,
                       int n_blocks, const struct format *f)
 {
