@@ -1,7 +1,8 @@
 # make            builds ./gemma3
 # make run        completes PROMPT with MODEL: the small one in weights/, unless you say another
 # make test       all tests; those of the real model run when it is in weights/
-# make sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make builds     more tests, which take minutes: every compiler, emulated machines, boards
+# make sanitize   make test under AddressSanitizer and UndefinedBehaviorSanitizer
 # make conform    builds test/conform, which judges numbers: ours and other engines'
 # make vectors    writes test/vectors anew
 # make bench      measures the speed of MODEL
@@ -22,7 +23,8 @@ KIT      = $(patsubst %,test/%.o,conform compare diagnose export layers mistakes
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
 INCLUDED = test/attention test/gguf test/host test/kernels test/sampler test/tokenizer
-TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(wildcard test/*.t)
+BUILDS   = test/build.t test/ports.t
+TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(filter-out $(BUILDS),$(wildcard test/*.t))
 
 # The program's own objects between functions that fail: what the linker of Linux can do.
 ifeq ($(shell uname),Linux)
@@ -62,6 +64,9 @@ $(INCLUDED): %: %.c test/tap.h test/fixture.h gemma3.c gemma3.h tokenizer.o
 
 test/faults: test/faults.c test/tap.h test/tiny.h gemma3.h gemma3.o tokenizer.o
 	$(CC) $(RULES) $(CFLAGS) $(WRAPPED:%=-Wl,--wrap=%) -o $@ $< gemma3.o tokenizer.o $(LIBS)
+
+builds:
+	prove -j2 --timer --failures --comments $(BUILDS)
 
 sanitize:
 	$(MAKE) clean
@@ -103,5 +108,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 clean:
 	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
+.PHONY: run test builds sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
         bench board conform vectors clean
