@@ -1901,8 +1901,8 @@ static void NAME(mul_codes)(const struct product *p)
         }
 }
 
-/* Rows of floats (rule 4). They stay as they lie in the file: so vector kernels hold 16 columns of a
- * row in registers, not 16 rows, and that is why the contract's order has 16 lanes. */
+/* Rows of floats (rule 4). They stay as they lie in the file: so vector kernels hold 16 columns of
+ * a row in registers, not 16 rows, and that is why the contract's order has 16 lanes. */
 static void NAME(mul_floats)(const struct product *p)
 {
     for (int i = 0; i < p->n; i++)
