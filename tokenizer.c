@@ -311,7 +311,8 @@ static void add_pieces(gemma3_tokenizer *t, unsigned char *kind, uint32_t *slot)
         const char *text = v->text[id];
         uint32_t n = v->length[id];
         kind[id] = (unsigned char)kind_of(v, id);
-        if (kind[id] == BYTE) t->byte[byte_value(text, n)] = id;
+        int byte = byte_value(text, n);
+        if (kind[id] == BYTE && byte >= 0) t->byte[byte] = id;
         if (kind[id] == SPACES) t->spaces[run_of_spaces(text, n)] = id;
         if (kind[id] == NORMAL && n == 3 && is_space_mark(text, n)) t->spaces[1] = id;
         if ((kind[id] == ADDED || kind[id] == SPECIAL) &&

@@ -718,7 +718,7 @@ SKIP: {
     like($err, qr/^gemma3: .*final_logit_softcapping.*\n$/, "which is said");
     like(run("-m", $capped, "--info"), qr/^final_softcap +0 \(overridden\)$/m, "and marked by --info");
     isnt(run("-m", $capped, @job, "--obey-file"), $hash, "--obey-file obeys it");
-    is($err, "", "without a word");
+    like($err, qr/^gemma3: .*final_logit_softcapping is 30, .*: it is obeyed\n$/, "and says so");
     unlink $capped;
 }
 
