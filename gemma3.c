@@ -3292,8 +3292,9 @@ static int configure(struct opening *o)
     if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
     c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     if (c->final_softcap > 0)
-        sentence(o->m->note[o->m->n_notes++], sizeof *o->m->note, "key ", "gemma3.final_logit_"
-                 "softcapping is %g, which no published Gemma 3 has: it is obeyed", c->final_softcap);
+        sentence(o->m->note[o->m->n_notes++], sizeof *o->m->note, "key gemma3.", "final_logit_"
+                 "softcapping is %g, which no Gemma 3 of Google has: it is obeyed",
+                 c->final_softcap);
     if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
     int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
