@@ -213,5 +213,6 @@ int main(void)
         }
     what_does_not_fit(&tiny);
     configs(&tiny);
+    free(tiny.want), free(mixed.want);
     return done_testing();
 }
