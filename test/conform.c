@@ -266,14 +266,23 @@ static void score_row(void *job, int i, int worker)
                            c->ids[c->position[i] + 1]);
 }
 
+/* No figure is made of what is none. */
+static int refuse_score(int position)
+{
+    return complain("the logits at position %d are not numbers: no score (try --kv f32 or --exact)",
+                    position);
+}
+
 static int print_scores(void *user, const int *position, int n_rows, const float *rows)
 {
     struct scores *c = user;
     c->position = position, c->rows = rows;
     if (position[n_rows - 1] + 1 == c->s->n_ids) n_rows--; /* nothing comes after the last */
     share_out(c->s, n_rows, score_row, c);
-    for (int i = 0; i < n_rows; i++)
+    for (int i = 0; i < n_rows; i++) {
+        if (!isfinite(c->nll[i])) return flush_stdout(), refuse_score(position[i]);
         printf("%d %d %.9g\n", position[i] + 1, (int)c->ids[position[i] + 1], c->nll[i]);
+    }
     return flush_stdout();
 }
 
@@ -324,6 +333,8 @@ static int score_piece(struct session *s, const int32_t *ids, int n, struct tota
             return complain("%s", gemma3_state_error(s->state));
         struct scores c = {.s = s, .ids = ids, .position = position, .rows = s->logits};
         share_out(s, n_rows, score_row, &c);
+        for (int r = 0; r < n_rows; r++)
+            if (!isfinite(c.nll[r])) return flush_stdout(), refuse_score(position[r]);
         add_scores(sum, &c, n_rows);
     }
     return 0;
@@ -335,10 +346,6 @@ static int print_totals(const struct session *s, const struct totals *sum, int n
     double variance = sum->nll_squared / n_scored - mean * mean, ppl = gemma3_exp(mean);
     double error = variance > 0 && sum->n > 1 ? ppl * sqrt(variance / (n_scored - 1)) : 0;
     printf("\ntokens scored %zu of %d, chunks %d of %d\n", sum->n, s->n_ids, s->n_ids / n, n);
-    if (!isfinite(mean)) {
-        flush_stdout();
-        return complain("the logits are not numbers: no perplexity (try --kv f32 or --exact)");
-    }
     printf("mean nll %.9g\n", mean);
     if (sum->n_bytes)
         printf("bits per byte %.9g\n", sum->nll / gemma3_log(2) / (double)sum->n_bytes);
