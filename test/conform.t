@@ -602,4 +602,24 @@ SKIP: {
     like($err, qr/13 tokens do not go beyond the window of 512/, "a text too short for the window is noted");
 }
 
+# ---- Numbers that are none -----------------------------------------------------------------------
+
+{
+    my $bytes = slurp($tiny);
+    my $info  = sub { $_[0] + length(".weight") }; # behind a tensor's name: u32 n_dims | u64 ne[] | u32 type | u64 offset
+    my $norm  = $info->(index $bytes, "output_norm.weight") + length "output_norm";
+    my $last  = $info->(rindex $bytes, ".weight");
+    my $end   = $last + 4 + 8 * unpack("V", substr $bytes, $last, 4) + 12;
+    my $data  = ($end + 31) & ~31;
+    my $at    = $norm + 4 + 8 * unpack("V", substr $bytes, $norm, 4) + 4;
+    substr($bytes, $data + unpack("Q<", substr $bytes, $at, 8) + 4 * 7, 4) = pack "f<", "nan";
+    my $nan = spew("nan.gguf", $bytes);
+    for my $job (["nll"], ["perplexity", "-c", 8]) {
+        conform(@$job, "-m", $nan, "-f", spew("words.txt", "the dog and the cat " x 20));
+        isnt($code, 0, "@$job: logits that are not numbers end it");
+        like($err, qr/^conform: the logits at position \d+ are not numbers: no score /, "in one sentence");
+        unlike($out, qr/nan/, "and no figure is made of them");
+    }
+}
+
 done_testing();
