@@ -4,9 +4,10 @@
  *
  * Whatever fails, the program either does its job, to the byte, or says one sentence, exits with 1,
  * leaves what it wrote to standard output a beginning of what is right and no half file, and has
- * given back all memory. (A write that is refused once, with success afterwards, may leave a hole in
- * standard output: stdio has forgotten those bytes, and exit code 1 says so.) The linker puts the functions here before those of the C library (--wrap),
- * so that it is the program's own objects that are tested.
+ * given back all memory. (A write that is refused once, with success afterwards, may leave a hole
+ * in standard output: stdio has forgotten those bytes, and exit code 1 says so.) The linker puts the
+ * functions here before those of the C library (--wrap), so that it is the program's own objects
+ * that are tested.
  */
 #define _GNU_SOURCE 1
 #include <errno.h>
@@ -114,8 +115,8 @@ REAL(void, free, void *p)
     __real_free(p);
 }
 
-/* What stdio asks of the system, call by call: a stream over a stream, of few bytes at once, so that
- * there are many calls. (Only glibc lets standard streams be others.) */
+/* What stdio asks of the system, call by call: a stream over a stream, of few bytes at once, so
+ * that there are many calls. (Only glibc lets standard streams be others.) */
 enum { AT_ONCE = IS_SLOW ? 512 : 64 };
 FILE *__real_fopen(const char *path, const char *mode);
 int __real_fclose(FILE *f);
