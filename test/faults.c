@@ -5,9 +5,9 @@
  * Whatever fails, the program either does its job, to the byte, or says one sentence, exits with 1,
  * leaves what it wrote to standard output a beginning of what is right and no half file, and has
  * given back all memory. (A write that is refused once, with success afterwards, may leave a hole
- * in standard output: stdio has forgotten those bytes, and exit code 1 says so.) The linker puts the
- * functions here before those of the C library (--wrap), so that it is the program's own objects
- * that are tested.
+ * in standard output: stdio has forgotten those bytes, and exit code 1 says so.) The linker puts
+ * the functions here before those of the C library (--wrap), so that it is the own objects of the
+ * program that are tested.
  */
 #define _GNU_SOURCE 1
 #include <errno.h>
