@@ -289,7 +289,7 @@ struct gemma3_state {
     void *allocated;                  /* by _new, else NULL */
     int pos;                          /* tokens in the cache */
     int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
-    int q_block;                      /* tokens whose attention is computed together */
+    int n_abreast;                    /* tokens whose attention threads share at once */
     int ring;                         /* slots of a local layer's cache */
     int32_t *ids;                     /* [n_ctx] the tokens in the cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
@@ -301,9 +301,8 @@ struct gemma3_state {
     float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
     float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
     float *gate, *up;                 /* [n_ubatch][d_ff] */
-    float *block_q, *block_out;       /* [n_kv_heads][q_block][heads per kv head][head_dim] */
-    float *score_sum;                 /* [n_kv_heads][q_block][heads per kv head] */
-    float *score;                     /* [n_kv_heads][q_block][heads per kv head][n_score] */
+    float *score_sum;                 /* [n_abreast][n_heads] */
+    float *score;                     /* [n_abreast][n_heads][n_score] */
     size_t n_score;                   /* n_ctx, rounded up to 16 */
     struct q8_block *q8;              /* [n_ubatch][widest input / 32]   a matrix's input as int8 */
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
@@ -568,9 +567,9 @@ const char *gemma3_trace_label(int index, int *in_layers)
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
  *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
  *
- * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
- * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
- * queries. */
+ * The queries of a token that share a K and V meet each key and value once. Tried: the queries of
+ * four tokens together, which read each key once for all of them: 0 to 3 % of a prompt of 4,096
+ * tokens, for twice the text. */
 
 static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
@@ -579,15 +578,12 @@ static int slots_of(const gemma3_state *s, int l)
     return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* The attention of one query block in layer l. t counts the block's queries of kv head g: query t
- * is of token i0 + t / heads_per_kv and of query head g * heads_per_kv + t % heads_per_kv. */
+/* The attention of tokens i0 .. i0+n-1 of this call in layer l. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
-    int l, slots;
-    int i0, n;                        /* tokens i0 .. i0+n-1 of this call */
-    int first_pos;                    /* lowest position that any of them sees */
-    int heads_per_kv;
+    int l, slots, heads_per_kv;
+    int i0, n;
 };
 
 static float dot(int type, const uint8_t *row, const float *x, int n);
@@ -599,7 +595,7 @@ static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
 
 /* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
  * first .. p that the token at position p sees. q is scaled; score has room for those positions.
- * The definition: test/attention.c compares it with attend, which does it for many queries. */
+ * The definition: test/attention.c compares it with attend, which threads share. */
 __attribute__((unused))
 static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
                                     float *score, float *out)
@@ -643,8 +639,8 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     trace(s, "Qcur", l, s->q, q_width, n);
     trace(s, "Kcur", l, s->k, kv_width, n);
     for_each(s, n, store_heads, &a);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->q_block) {
-        a.n = min_int(n - a.i0, s->q_block);
+    for (; a.i0 < n; a.i0 += a.n) {
+        a.n = min_int(n - a.i0, s->n_abreast);
         attend(&a);
     }
     trace(s, "kqv_out", l, s->attended, q_width, n);
@@ -704,13 +700,15 @@ static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
     return a->s->v_cache[a->l] + before * kv_element(a->s);
 }
 
-/* K and V of token i go into the cache. */
+/* K and V of token i go into the cache; its queries are scaled. */
 static void store_heads(void *attention, int i, int worker)
 {
     const struct attention *a = attention;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, p = s->pos + i;
+    int D = s->c->head_dim, q_width = s->c->n_heads * D, p = s->pos + i;
+    float *q = s->q + (size_t)i * q_width;
     (void)worker;
+    for (int j = 0; j < q_width; j++) q[j] *= s->c->query_scale;
     for (int g = 0; g < s->c->n_kv_heads; g++) {
         const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
         const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
@@ -727,35 +725,26 @@ static int first_seen(const struct attention *a, int p)
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
-/* ---- softmax(q . k) v, for a query block ---- */
+/* ---- softmax(q . k) v ---- */
 
-static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
+/* The queries of one token that share a kv head: heads_per_kv rows of each array. */
+struct queries {
+    int p, first;                     /* its position, and the first that it sees */
+    const float *q;                   /* [][head_dim], scaled */
+    float *score;                     /* [][n_score], of first .. p */
+    float *sum;                       /* softmax's denominators */
+    float *out;                       /* [][head_dim] */
+};
 
-/* Number of a query among all of the block: where its row of block_q, score and block_out lies. */
-static size_t query_at(const struct attention *a, int g, int t)
+/* Those of number index among the block's tokens times kv heads. */
+static struct queries queries_of(const struct attention *a, int index)
 {
-    return (size_t)g * a->s->q_block * a->heads_per_kv + t;
-}
-
-/* Queries of one kv head side by side, and scaled. */
-static void gather_queries(const struct attention *a)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->c;
-    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
-    for (int i = 0; i < a->n; i++)
-        for (int g = 0; g < c->n_kv_heads; g++) {
-            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
-            float *to = s->block_q + ((size_t)g * s->q_block + i) * q_floats;
-            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
-        }
-}
-
-enum { SCORE_RUN = 64 };              /* positions that one task scores */
-
-static int n_score_runs(const struct attention *a)
-{
-    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
+    const gemma3_state *s = a->s;
+    int g = index % s->c->n_kv_heads, token = index / s->c->n_kv_heads, i = a->i0 + token;
+    size_t row = (size_t)token * s->c->n_heads + g * a->heads_per_kv;
+    size_t at = ((size_t)a->i0 * s->c->n_heads + row) * s->c->head_dim;
+    return (struct queries){s->pos + i, first_seen(a, s->pos + i), s->q + at,
+                            s->score + row * s->n_score, s->score_sum + row, s->attended + at};
 }
 
 /* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
@@ -764,104 +753,82 @@ static int run_of(const struct attention *a, int begin, int end)
     return min_int(end - begin, a->slots - begin % a->slots);
 }
 
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
- * Among them are positions that a query must not see, later ones and those before its window:
- * softmax and mix pass over them, which is the causal mask. */
+enum { SCORE_RUN = 64 };              /* positions that one task scores */
+
+/* Runs of the block's last token, which sees the most. */
+static int n_score_runs(const struct attention *a)
+{
+    int p = a->s->pos + a->i0 + a->n - 1;
+    return (p - first_seen(a, p)) / SCORE_RUN + 1;
+}
+
+/* Scores of a run of positions: the keys are the rows of a matrix. There are none of later
+ * positions, which is the causal mask. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, g = index / n_score_runs(a);
-    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
-    int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
+    int D = s->c->head_dim, n_runs = n_score_runs(a), g = index / n_runs % s->c->n_kv_heads;
+    struct queries t = queries_of(a, index / n_runs);
+    int p = t.first + index % n_runs * SCORE_RUN, end = min_int(t.p + 1, p + SCORE_RUN);
     struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
                            .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
     for (; p < end; p += keys.n_rows) {
         keys.rows = key_at(a, g, p);
         keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
-        for (int t = 0; t < n_queries(a); t += keys.n) {
-            keys.x = s->block_q + query_at(a, g, t) * D;
-            keys.n = min_int(n_queries(a) - t, s->n_acc);
+        for (int h = 0; h < a->heads_per_kv; h += keys.n) {
+            keys.x = t.q + h * D;
+            keys.n = min_int(a->heads_per_kv - h, s->n_acc);
             s->m->kernels->mul_floats(&keys);
             for (int k = 0; k < keys.n; k++)
-                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos),
-                            keys.acc[k], keys.n_rows);
+                copy_floats(t.score + (h + k) * s->n_score + (p - t.first), keys.acc[k],
+                            keys.n_rows);
         }
     }
 }
 
-/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
+/* One query: its scores become exp(score - max); one thread adds them up in fixed order. */
 static void softmax_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int g = index / n_queries(a), t = index % n_queries(a);
-    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
-    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
+    struct queries t = queries_of(a, index / a->heads_per_kv);
+    int h = index % a->heads_per_kv;
     (void)worker;
-    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
+    t.sum[h] = a->s->m->kernels->exp_scores(t.score + h * a->s->n_score, t.p + 1 - t.first,
+                                            t.first);
 }
 
-/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
-static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
-{
-    gemma3_state *s = a->s;
-    int D = s->c->head_dim;
-    for (int t = 0; t < n_queries(a); t++) {
-        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
-        float *to = head_at(s->attended, s->c->n_heads, D, i, h) + j0;
-        float sum = s->score_sum[query_at(a, g, t)];
-        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
-    }
-}
-
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
- * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
- * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
- * of a block:
- *
- *     position    5  6  7  8  9  10
- *     token 8     x  x  x  x              from = 0 until 8
- *     token 9        x  x  x  x           to = 2 from 6 on
- *     token 10          x  x  x  x        to = 3 from 7 on, from = 1 at 9, 2 at 10
- *
- * Positions are taken up to where either end of the run changes, or the ring wraps. */
+/* out = sum of e_p v_p over positions in order, divided by the sum of e_p: one slice of a head. */
 static void mix_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
-    int p0 = s->pos + a->i0, from = 0, to = 1;
-    float *out = s->block_out + query_at(a, g, 0) * D + j0;
-    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s),
-                    .e_stride = s->n_score, .out_stride = D, .width = slice_width(D, j0)};
+    int D = s->c->head_dim, j0 = index % n_slices(D) * MIX_WIDTH, width = slice_width(D, j0);
+    int g = index / n_slices(D) % s->c->n_kv_heads;
+    struct queries t = queries_of(a, index / n_slices(D));
+    struct mix m = {.type = cache_type(s), .v_bytes = width * kv_element(s), .width = width,
+                    .e_stride = s->n_score, .out = t.out + j0, .out_stride = D,
+                    .n = a->heads_per_kv};
     (void)worker;
-    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
-    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
-        while (p0 + from < p) from++;
-        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
-        end = p0 + from + 1;
-        if (to < a->n) end = min_int(end, first_seen(a, p0 + to));
-        end = p + run_of(a, p, end);
+    for (int h = 0; h < m.n; h++) memset(m.out + h * D, 0, width * sizeof(float));
+    for (int p = t.first; p <= t.p; p += m.n_pos) {
         m.v = value_at(a, g, j0, p);
-        m.n_pos = end - p;
-        m.n = (to - from) * a->heads_per_kv;
-        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
-        m.out = out + (size_t)from * a->heads_per_kv * D;
+        m.n_pos = run_of(a, p, t.p + 1);
+        m.e = t.score + (p - t.first);
         s->m->kernels->mix_values(&m);
     }
-    divide_and_place(a, g, j0, out);
+    for (int h = 0; h < m.n; h++)
+        for (int j = 0; j < width; j++) m.out[h * D + j] /= t.sum[h];
 }
 
-/* attended [i0 .. i0+n-1][n_heads][head_dim] for one query block: three phases, each shared out. */
+/* attended [i0 .. i0+n-1][n_heads][head_dim]: three steps, each shared out. */
 static void attend(struct attention *a)
 {
     const gemma3_state *s = a->s;
-    a->first_pos = first_seen(a, s->pos + a->i0);
-    gather_queries(a);
-    for_each(s, s->c->n_kv_heads * n_score_runs(a), score_task, a);
-    for_each(s, s->c->n_kv_heads * n_queries(a), softmax_task, a);
-    for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
+    int n = a->n * s->c->n_kv_heads;
+    for_each(s, n * n_score_runs(a), score_task, a);
+    for_each(s, n * a->heads_per_kv, softmax_task, a);
+    for_each(s, n * n_slices(s->c->head_dim), mix_task, a);
 }
 
 /* ==== 5. Feed-forward ========================================================================= */
@@ -3860,8 +3827,8 @@ static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_par
     s->c = c;
     s->p = *p;
     s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
-    s->q_block = min_int(s->n_ubatch, 4);
-    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a query block has that many to a kv head */
+    s->n_abreast = min_int(s->n_ubatch, 4);
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a kv head may have that many queries */
     s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
 
@@ -3887,7 +3854,7 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     struct arena arena = {base, 0, SIZE_MAX}, *a = &arena;
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
-    size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
+    size_t n_queries = (size_t)s->n_abreast * c->n_heads, n_threads = s->p.n_threads;
     size_t blocks = ((size_t)widest_input(c) + 31) / 32;
     int exact = m->exact;
     for (int l = 0; l < c->n_layers; l++) {
@@ -3905,8 +3872,7 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
         {&s->x, n * c->d_model}, {&s->y, n * c->d_model}, {&s->q, n * q}, {&s->attended, n * q},
         {&s->k, times(n, kv)}, {&s->v, times(n, kv)},
         {&s->gate, n * c->d_ff}, {&s->up, n * c->d_ff},
-        {&s->block_q, n_queries * D}, {&s->block_out, n_queries * D}, {&s->score_sum, n_queries},
-        {&s->score, times(n_queries, s->n_score)}};
+        {&s->score_sum, n_queries}, {&s->score, times(n_queries, s->n_score)}};
     for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
         *floats[k].to = piece(a, floats[k].n, sizeof(float));
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
