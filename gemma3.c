@@ -1111,27 +1111,24 @@ static void fp_leave(fp_state old) { (void)old; }
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
-static const double exp_taylor[14] = {
-    1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
-    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-
 /* exp in double: x = n ln2 + r, Taylor's polynomial of degree 13 in r, then n goes into the
- * exponent, a large n in parts. */
-static double exp_double(double x)
+ * exponent, in two parts, as 2^n may be too small or large for a number. Without branches, so that
+ * sums of many become vectors. n stands in the low bits of n + 1.5 * 2^52. */
+INLINE double exp_double(double x)
 {
-    if (x != x) return x;
-    if (x < -745.2) return 0;
-    if (x > 709.78) return (double)float_of(0x7f800000);
-    double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
-    double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    double e = 0;
-    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
-    for (; n > 1000; n -= 512) e *= 0x1p512;
-    for (; n < -1000; n += 512) e *= 0x1p-512;
-    uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
-    double scale;
-    memcpy(&scale, &u, 8);
-    return e * scale;
+    static const double taylor[14] = {
+        1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
+        1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    union { double d; uint64_t u; } shifted = {x * 0x1.71547652b82fep+0 + 0x1.8p52}, low, high;
+    double n = shifted.d - 0x1.8p52, r = (x - n * LN2_HIGH) - n * LN2_LOW, e = taylor[13];
+    UNROLL for (int k = 12; k >= 0; k--) e = taylor[k] + e * r;
+    low.u = ((shifted.u + 4096) >> 1) - 2048;
+    high.u = (shifted.u - low.u + 1023) << 52;
+    low.u = (low.u + 1023) << 52;
+    e = e * low.d * high.d;
+    e = x < -745.2 ? 0 : e;
+    e = x > 709.78 ? (double)float_of(0x7f800000) : e;
+    return x != x ? x : e;
 }
 
 static double log_double(double x)
@@ -1602,8 +1599,6 @@ static void mul_tile(const struct matmul *job, const struct matrix *w, int row, 
     else mul_tile_codes(job, w, row, n_rows, worker);
 }
 
-enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
-
 #endif /* !INSTANCE */
 
 #if defined(INSTANCE)
@@ -1741,40 +1736,14 @@ static float NAME(exp_scores)(float *s, int n, int first)
     return join_lanes(lane);
 }
 
-/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
- * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
-static void NAME(add_exp_run)(double *lane, const float *logits, double max)
-{
-    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
-    double e[EXP_RUN];
-    for (int j = 0; j < EXP_RUN; j++)
-        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
-    for (int j = 0; j < EXP_RUN; j++) {
-        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
-        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
-        e[j] = exp_taylor[13];
-        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
-    }
-    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
-    for (int i = 0; i < EXP_RUN; i += 16)
-        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
-}
-
-/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a
- * number or below -690, the definition itself runs. */
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. */
 static double NAME(sum_exp)(const float *logits, int n, float max)
 {
     double lane[16] = {0};
     int i = 0;
-    for (int run, n_near; i < n; i += run) {
-        run = min_int(n - i, EXP_RUN), n_near = 0;
-        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
-        if (n_near == EXP_RUN)
-            NAME(add_exp_run)(lane, logits + i, max);
-        else
-            for (int j = 0; j < run; j++)
-                lane[j % 16] += exp_double((double)logits[i + j] - max);
-    }
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += exp_double((double)logits[i + j] - max);
+    for (int j = 0; i + j < n; j++) lane[j] += exp_double((double)logits[i + j] - max);
     for (int step = 8; step > 0; step /= 2)
         for (int j = 0; j < step; j++) lane[j] += lane[j + step];
     return lane[0];
