@@ -1517,25 +1517,6 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                            int worker)
-{
-    const gemma3_state *s = job->s;
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
-                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
-                        .n = job->n, .x = job->x, .x_stride = w->cols, .acc = acc_of(s, worker)};
-    if (!is_float(w->format)) {
-        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
-        s->m->kernels->dequantize(w, row, n_rows, rows);
-        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
-        p.format = find_format(F32);
-        p.rows = (const uint8_t *)rows;
-        p.row_bytes = 4 * (size_t)w->cols;
-    }
-    s->m->kernels->mul_floats(&p);
-}
-
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
@@ -1564,30 +1545,29 @@ struct unpacked {
     uint8_t tile[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* of a matrix that was not repacked */
 };
 
-/* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
- * columns at a time. */
-static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                           int worker)
+/* Rows of an integer format as floats, for all tokens. */
+static void dequantize_rows(const gemma3_state *s, const struct matrix *w, int row, int worker,
+                            struct product *p)
 {
-    const gemma3_state *s = job->s;
-    struct unpacked *u = &s->unpacked[worker];
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
-                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
-                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
-                        .acc = acc_of(s, worker), .scratch = u->panel};
-    if (w->tiled || !s->m->kernels->tiles) {
-        s->m->kernels->mul_codes(&p);
-        return;
-    }
-    int n_blocks = w->cols / w->format->elements, at_once = 32 * PANELS / w->format->elements;
+    float *rows = s->row_floats + (size_t)worker * TILE_ROWS * w->cols;
+    s->m->kernels->dequantize(w, row, p->n_rows, rows);
+    to_file_order(rows, p->n_rows * w->cols); /* mul_floats reads floats as files have them */
+    p->format = find_format(F32);
+    p->rows = (const uint8_t *)rows;
+    p->row_bytes = 4 * (size_t)w->cols;
+}
+
+/* Rows that lie as in the file are made into tiles, PANELS blocks of 32 columns at a time. */
+static void mul_untiled(const gemma3_state *s, struct product p, uint8_t *tile)
+{
+    const struct format *f = p.format;
     const uint8_t *rows = p.rows;
-    p.rows = u->tile;
-    for (int b = 0; b < n_blocks; b += at_once) {
-        int take = min_int(n_blocks - b, at_once);
-        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take,
-                  w->format);
-        p.cols = take * w->format->elements;
-        p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
+    int n_blocks = p.cols / f->elements, at_once = 32 * PANELS / f->elements;
+    p.rows = tile;
+    for (int b = 0, take; b < n_blocks; b += take, p.q8 += take * (f->elements / 32)) {
+        take = min_int(n_blocks - b, at_once);
+        make_tile(tile, rows + (size_t)b * f->bytes, p.row_bytes, p.n_rows, take, f);
+        p.cols = take * f->elements;
         s->m->kernels->mul_codes(&p);
     }
 }
@@ -1595,8 +1575,19 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
 static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
                      int worker)
 {
-    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
-    else mul_tile_codes(job, w, row, n_rows, worker);
+    const gemma3_state *s = job->s;
+    const struct kernels *k = s->m->kernels;
+    int floats = is_float(w->format), codes = !floats && !s->m->exact;
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .q8 = s->q8, .x = job->x,
+                        .x_stride = codes ? job->blocks : (size_t)w->cols,
+                        .acc = acc_of(s, worker),
+                        .scratch = codes ? s->unpacked[worker].panel : NULL};
+    if (!floats && !codes) dequantize_rows(s, w, row, worker, &p);
+    if (!codes) k->mul_floats(&p);
+    else if (w->tiled || !k->tiles) k->mul_codes(&p);
+    else mul_untiled(s, p, s->unpacked[worker].tile);
 }
 
 #endif /* !INSTANCE */
