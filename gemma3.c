@@ -1520,7 +1520,7 @@ static void to_file_order(float *x, int n)
 /* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
 enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY };
+enum { PANEL = 100 };                 /* beside the types of tensors: a tile that is unpacked */
 
 /* A byte four times. */
 INLINE int32_t four_times(int byte) { return (int32_t)(0x01010101u * (uint32_t)byte); }
@@ -2144,41 +2144,41 @@ static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int 
 
 /* ---- A tile times vectors ----
  *
- * A part of the product is NT vectors from i0 on times NH registers of rows from r0 on. NT, NH and
- * kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
- * registers. The kind says where codes come from, and so how many products fit int16: a format's
- * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a
- * tile of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times
- * 2 0.96, 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied
- * 0.5. */
+ * The steps of rule 2, as in the definition: (1) the codes of a group of 32 columns, (2) their
+ * integer products with the activations' codes, (3) the sums scaled by d of both, (4) the minimum.
+ * Here for NT vectors from i0 on and NH registers of rows from r0 on at once. NT, NH and the kind
+ * are constants in each call, so that INLINE makes a copy of the code whose sums stay in registers.
+ * Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times 2 0.96, 8 times 2 on
+ * AVX-512 0.8 to 1; formats read at run time where one vector is multiplied 0.5. */
+#define kind NAME(kind)
 #define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
-#define mul_kind NAME(mul_kind)
+#define mul_vectors NAME(mul_vectors)
 
-/* isum = the scaled integer dot products of one group. */
-INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const struct place *at,
-                      floats isum[8][8])
+struct kind {
+    int type;                 /* of a tile that is read as it lies (for one vector: Q4_K 9 -> 17 */
+                              /* GB/s on AVX2 against a panel), or PANEL */
+    int quads;                /* products of 4 codes that a dot_sum holds */
+    int has_min, has_halves, is_wide; /* as in struct format */
+};
+
+/* Steps 1 and 2: isum = the integer products of one group, with halves' scales. */
+INLINE void dot_group(const struct product *p, struct kind kind, int NT, int NH,
+                      const struct place *at, floats isum[8][8])
 {
-    const int nibbles = kind == NIBBLES, panel = kind > NIBBLES;
-    const int halves = kind == Q6_K || kind == PANEL_HALVES || kind == PANEL_ANY;
-    const int wide = !FLIPS && (kind == Q8_0 || kind == PANEL_WIDE ||
-                                (kind == PANEL_ANY && p->format->is_wide));
-    const int small = !INT16_SUMS || kind == Q4_K || kind == PANEL_NIBBLES;
-    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
+    const int nibbles = kind.type == Q4_0, wide = kind.is_wide && !FLIPS, quads = kind.quads;
     const int bias = FLIPS && p->format->is_wide ? 128 : p->format->bias;
-    const uint8_t *from = at->from;
-    const struct panel *o = panel ? (const struct panel *)from : p->scratch;
-    const struct q8_block *x = at->x;
+    const struct panel *o = kind.type == PANEL ? (const struct panel *)at->from : p->scratch;
     ints total[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
     for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
         dot_sum part[8][8];
-        int32_t start[8];
+        int32_t start[8]; /* what takes the bias of the codes away */
         UNROLL for (int i = 0; i < NT; i++) {
-            const struct q8_block *xi = x + i * p->x_stride;
-            start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 :
-                       -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
+            const struct q8_block *x = at->x + i * p->x_stride;
+            start[i] = nibbles ? x->minus_8_sums : q0 % 4 ? 0 :
+                       -bias * (quads == 8 ? x->sum[0] + x->sum[1] : x->sum[q0 / 4]);
             UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
         }
         UNROLL for (int q = q0; q < q0 + quads; q++)
@@ -2187,68 +2187,68 @@ INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const s
                 UNROLL for (int h = 0; h < NH; h++) {
                     const int r = LANES * h, code = 4 * (TILE_ROWS * q + r);
                     if (nibbles)
-                        w[h] = load_ints(from + TILE_ROWS * 2 + code) >> 4 * high & four_times(15);
-                    else if (panel) w[h] = load_ints(o->code + code);
-                    else w[h] = codes_of(kind, find_codes(kind, at->g, q / 4), from, q, r);
+                        w[h] = load_ints(at->from + TILE_ROWS * 2 + code) >> 4 * high &
+                               four_times(15);
+                    else if (kind.type == PANEL) w[h] = load_ints(o->code + code);
+                    else
+                        w[h] = codes_of(kind.type, find_codes(kind.type, at->g, q / 4), at->from,
+                                        q, r);
                 }
                 UNROLL for (int i = 0; i < NT; i++) {
-                    ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                    ints c = repeat_4(at->x[i * p->x_stride].code + 4 * q + 16 * high);
                     UNROLL for (int h = 0; h < NH; h++)
                         if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
                         else part[i][h] = dot_add(part[i][h], w[h], c);
                 }
             }
         UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++)
+            UNROLL for (int h = 0; h < NH; h++) {
                 if (!wide) total[i][h] += dot_end(part[i][h], start[i]);
-        if (!halves || (q0 + quads) % 4) continue;
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) { /* below 2^24, so that float is exact */
+                if (!kind.has_halves || (q0 + quads) % 4) continue;
                 floats scale = load_floats(o->scale[q0 / 4] + LANES * h);
-                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
-                total[i][h] = (ints){0};
+                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]); /* below 2^24, */
+                total[i][h] = (ints){0};                            /* so that float is exact */
             }
     }
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++)
-            if (!halves) isum[i][h] = to_floats(total[i][h]);
+            if (!kind.has_halves) isum[i][h] = to_floats(total[i][h]);
 }
 
 /* All groups of the part's columns, in order. */
-INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, int r0)
+INLINE void mul_part(const struct product *p, struct kind kind, int NT, int NH, int i0, int r0)
 {
     const struct format *f = p->format;
-    const int halves = kind == PANEL_HALVES || kind == PANEL_ANY;
-    const int groups = kind <= NIBBLES ? f->elements / 32 : 1, n_groups = p->cols / 32;
-    const size_t bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int has_min = kind < PANEL ? kind == Q4_K || kind == Q5_K : f->m;
+    const int panels = kind.type == PANEL, groups = panels ? 1 : f->elements / 32;
+    const int n_groups = p->cols / 32;
+    const size_t bytes = panels ? sizeof(struct panel) : (size_t)TILE_ROWS * f->bytes;
     struct place at = {p->rows + 4 * r0, 0, p->q8 + i0 * p->x_stride};
     floats sum[8][8], isum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++)
             sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
     for (int b = 0; b < n_groups; b++, at.x++) {
-        const struct panel *o = kind <= NIBBLES ? p->scratch : (const struct panel *)at.from;
-        if (kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
+        const struct panel *o = panels ? (const struct panel *)at.from : p->scratch;
+        if (kind.type == Q4_0 && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
             prefetch(at.from + n_groups * bytes, bytes);
-        if (kind < NIBBLES) {
+        if (kind.type != Q4_0 && !panels) {
             prefetch(at.from + PREFETCH_AHEAD + at.g * (bytes / groups), bytes / groups);
             NAME(unpack_scales)(f, at.from, at.g, p->scratch);
         }
         dot_group(p, kind, NT, NH, &at, isum);
         UNROLL for (int h = 0; h < NH; h++) {
             const int r = LANES * h;
-            floats d = kind == NIBBLES ? widen_f16(at.from - 2 * r0 + 2 * r)
-                                       : load_floats(o->d + r);
+            floats d = kind.type == Q4_0 ? widen_f16(at.from - 2 * r0 + 2 * r)
+                                         : load_floats(o->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = at.x + i * p->x_stride;
-                sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (!has_min) continue;
-                floats msum = splat(xi->d_sum);
-                if (halves) {
-                    msum = splat((float)xi->sum[0]) * load_floats(o->min[0] + r);
-                    msum = mul_add(splat((float)xi->sum[1]), load_floats(o->min[1] + r), msum);
-                    msum *= splat(xi->d);
+                const struct q8_block *x = at.x + i * p->x_stride;
+                sum[i][h] = mul_add(isum[i][h], d * splat(x->d), sum[i][h]); /* step 3 */
+                if (!kind.has_min) continue;
+                floats msum = splat(x->d_sum);                               /* step 4 */
+                if (kind.has_halves) {
+                    msum = splat((float)x->sum[0]) * load_floats(o->min[0] + r);
+                    msum = mul_add(splat((float)x->sum[1]), load_floats(o->min[1] + r), msum);
+                    msum *= splat(x->d);
                 }
                 sum[i][h] = mul_add(load_floats(o->m + r), msum, sum[i][h]);
             }
@@ -2260,15 +2260,14 @@ INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, 
             store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
 }
 
-/* All rows times vectors: `many` for four at a time, `one` for those that are left. */
-INLINE void mul_kind(const struct product *p, int many, int one)
+/* All rows times vectors i, i+1 .., NT at a time; returns the first that is left. */
+INLINE int mul_vectors(const struct product *p, struct kind kind, int NT, int i)
 {
-    const int one_register = INT16_SUMS && (many == PANEL || many == PANEL_HALVES);
-    const int NT = 4, NH = one_register ? 1 : 2, ALL = TILE_ROWS / LANES;
-    int i = 0;
-    for (; many && i + NT <= p->n; i += NT)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, many, NT, NH, i, r);
-    for (; one && i < p->n; i++) mul_part(p, one, 1, ALL, i, 0);
+    const int one = INT16_SUMS && kind.quads < 8 && kind.type == PANEL && !kind.is_wide;
+    const int NH = NT == 1 ? TILE_ROWS / LANES : one ? 1 : 2;
+    for (; i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, NT, NH, i, r);
+    return i;
 }
 
 #if !HAS_PIECES
@@ -2308,40 +2307,37 @@ static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 
 static void NAME(mul_codes)(const struct product *p)
 {
+    enum { OF_4_BITS = 8, OF_5_BITS = INT16_SUMS ? 4 : 8, OF_6_BITS = INT16_SUMS ? 2 : 4,
+           OF_8_BITS = FLIPS ? 8 : 4 };
     const struct format *f = p->format;
-    const int wide = f->is_wide && !FLIPS;
-    int blocks = p->cols / 32, groups = f->elements / 32;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    const int has_min = f->m != 0, wide = f->is_wide && !FLIPS, blocks = p->cols / 32;
+    const int groups = f->elements / 32, bytes = TILE_ROWS * f->bytes, i = p->n / 4 * 4;
     struct product some = *p;
-    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : -1) {
-    case Q4_0: mul_kind(p, NIBBLES, NIBBLES); return;
-    case Q8_0: mul_kind(p, 0, Q8_0); return;
-    case Q4_K: mul_kind(p, 0, Q4_K); return;
-    case Q5_K: mul_kind(p, 0, Q5_K); return;
-    case Q6_K: mul_kind(p, 0, Q6_K); return;
-    case Q5_0: mul_kind(p, 0, Q5_0); return;
+    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : PANEL) {
+    case Q4_0: mul_vectors(p, (struct kind){Q4_0, 4, 0, 0, 0}, 1,
+                           mul_vectors(p, (struct kind){Q4_0, 4, 0, 0, 0}, 4, 0)); return;
+    case Q8_0: mul_vectors(p, (struct kind){Q8_0, OF_8_BITS, 0, 0, 1}, 1, 0); return;
+    case Q4_K: mul_vectors(p, (struct kind){Q4_K, OF_4_BITS, 1, 0, 0}, 1, 0); return;
+    case Q5_K: mul_vectors(p, (struct kind){Q5_K, OF_5_BITS, 1, 0, 0}, 1, 0); return;
+    case Q6_K: mul_vectors(p, (struct kind){Q6_K, OF_6_BITS, 0, 1, 0}, 1, 0); return;
+    case Q5_0: mul_vectors(p, (struct kind){Q5_0, OF_5_BITS, 0, 0, 0}, 1, 0); return;
     }
-    for (int b = 0; b < blocks; b += PANELS) {
+    some.rows = (const uint8_t *)p->scratch;
+    for (int b = 0; b < blocks; b += PANELS, some.q8 += PANELS) {
         some.cols = 32 * min_int(blocks - b, PANELS);
-        some.q8 = p->q8 + b;
-        some.rows = (const uint8_t *)p->scratch;
         for (int a = 0; a < some.cols / 32; a++) {
-            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-            prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups),
-                     block_bytes / groups);
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * bytes;
+            prefetch(block + PREFETCH_AHEAD + a % groups * (bytes / groups), bytes / groups);
             NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
         }
-        if (wide) mul_kind(&some, PANEL_WIDE, 0);
-        else if (f->has_halves) mul_kind(&some, PANEL_HALVES, 0);
-        else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1))
-            mul_kind(&some, PANEL_NIBBLES, 0);
-        else mul_kind(&some, PANEL, 0);
-        some.n = p->n % 4;
-        some.q8 += (p->n - some.n) * p->x_stride;
-        some.acc += p->n - some.n;
-        mul_kind(&some, 0, PANEL_ANY);
-        some.n = p->n;
-        some.acc = p->acc;
+        if (wide) mul_vectors(&some, (struct kind){PANEL, 4, has_min, 0, 1}, 4, 0);
+        else if (f->has_halves)
+            mul_vectors(&some, (struct kind){PANEL, OF_6_BITS, has_min, 1, 0}, 4, 0);
+        else if (!INT16_SUMS || f->type == Q4_K || f->type == Q4_1)
+            mul_vectors(&some, (struct kind){PANEL, OF_4_BITS, has_min, 0, 0}, 4, 0);
+        else mul_vectors(&some, (struct kind){PANEL, OF_5_BITS, has_min, 0, 0}, 4, 0);
+        /* those that are left: one copy of the code for all formats */
+        mul_vectors(&some, (struct kind){PANEL, OF_6_BITS, has_min, 1, f->is_wide}, 1, i);
     }
 }
 
@@ -2572,6 +2568,7 @@ END_TARGET
 
 /* Verbs that are other names below. */
 #undef floats
+#undef kind
 #undef widen
 #undef prefetch
 
