@@ -214,7 +214,12 @@ static void fp_leave(fp_state old);   /* as the caller had them */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-/* ==== 1. The model and the state ============================================================== */
+/* ==== 1. The model and the state =================================================================
+ *
+ * Two structs hold everything. The model is what a file says, and never changes once it is open, so
+ * that any number of threads and conversations can share it. A state is one conversation: its KV
+ * cache, and room for what is on its way through the layers. Both lie in one block of memory each,
+ * which a caller may give, so a board needs no malloc. */
 
 /* Tensor types by their number in GGUF. */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
@@ -403,7 +408,11 @@ static void trace(const gemma3_state *s, const char *name, int l, float *x, int 
     if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
 }
 
-/* ==== 3. The forward pass ===================================================================== */
+/* ==== 3. The forward pass =======================================================================
+ *
+ * The twenty lines of the preface as code. Up to n_ubatch tokens go through the layers side by
+ * side, because each weight is then fetched from memory once for all of them; what a token may see
+ * of the others is attention's business alone. The result does not depend on how a text is cut. */
 
 /* y [n][rows] = w x, one of several with the same input x [n][cols]. */
 struct linear {
@@ -831,7 +840,10 @@ static void attend(struct attention *a)
     for_each(s, n * n_slices(s->c->head_dim), mix_task, a);
 }
 
-/* ==== 5. Feed-forward ========================================================================= */
+/* ==== 5. Feed-forward ===========================================================================
+ *
+ * Each token for itself: two thirds of a layer's weights, and most of its time. It is gated: one
+ * product says how much of the other passes (GEGLU, arXiv 2002.05202). */
 
 static void gelu_task(void *state, int i, int worker)
 {
@@ -855,7 +867,9 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
 /* ==== 6. Matrix times vectors, and how threads share =============================================
  *
  * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
- * change a bit, because a sum is one thread's work (rule 7). */
+ * change a bit, because a sum is one thread's work (rule 7). Matrices with the same input are
+ * shared out as one: every call ends when its slowest thread does, so few long calls are better
+ * than many short ones. */
 
 /* Share number i of total things cut into n_tasks runs: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
