@@ -842,7 +842,7 @@ static void attend(struct attention *a)
 
 /* ==== 5. Feed-forward ===========================================================================
  *
- * Each token for itself: two thirds of a layer's weights, and most of its time. It is gated: one
+ * Each token for itself: most of a layer's weights, and of its time. It is gated: one
  * product says how much of the other passes (GEGLU, arXiv 2002.05202). */
 
 static void gelu_task(void *state, int i, int worker)
