@@ -5159,7 +5159,8 @@ static void open_out(struct session *s, const char *path)
     char magic[4] = "";
     long long size = file_size(path);
     FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
-    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+    check(!old || fread(magic, 1, 4, old) == 4 || !ferror(old), path);
+    if (memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
     real_path(path, s->path);

@@ -21,6 +21,8 @@ static int fault(char *error, const char *format, ...)
     va_start(list, format);
     vsnprintf(error, READER_ERROR, format, list);
     va_end(list);
+    for (char *c = error; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?'; /* names out of files hold anything */
     return -1;
 }
 
