@@ -468,6 +468,34 @@ npy("states/hidden_states.npy", "<f4", "9, 72, 64", $hidden);
 layers("$dir/states");
 like($out, qr/^l_out-6 is the first .* l_out-5 .*^between them stands: the whole of layer 6, which is local$/ms,
     "a layer that does nothing is found");
+# Heads before or after tokens, with and without a batch of one.
+mkdir "$dir/heads";
+my @q = unpack "f<*", slurp("$inside/Qcur-0.f32");    # [72][4][32]
+my $heads_first = pack "f<*", map { my $h = $_; map { @q[128 * $_ + 32 * $h .. 128 * $_ + 32 * $h + 31] } 0 .. 71 } 0 .. 3;
+for my $layout (["72, 128", 0], ["1, 72, 128", 0], ["72, 4, 32", 0], ["1, 72, 4, 32", 0], ["1, 4, 72, 32", 1], ["4, 72, 32", 1]) {
+    npy("heads/Qcur-0.npy", "<f4", $layout->[0], $layout->[1] ? $heads_first : pack "f<*", @q);
+    layers("$dir/heads");
+    is($code, 0, "queries as [$layout->[0]]") or diag($out . $err);
+    like($out, qr/^Qcur-0 +\[72\] NMSE 0\.00e\+00/m, "are read exactly");
+}
+npy("heads/Qcur-0.npy", "<f4", "1, 4, 72, 32", pack "f<*", @q);
+layers("$dir/heads");
+is($code, 1, "values in the other order differ");
+my $late_heads = pack "f<*", map { my $h = $_; map { @q[128 * $_ + 32 * $h .. 128 * $_ + 32 * $h + 31] } 60 .. 71 } 0 .. 3;
+npy("heads/Qcur-0.npy", "<f4", "1, 4, 12, 32", $late_heads);
+layers("$dir/heads");
+is($code, 0, "heads first, of the last tokens alone") or diag($out . $err);
+like($out, qr/^Qcur-0 +\[12\] NMSE 0\.00e\+00/m, "are read exactly");
+npy("heads/Qcur-0.npy", "<f4", "1, 4, 4, 32", substr $late_heads, 0, 4 * 4 * 4 * 32);
+layers("$dir/heads");
+is($code, 2, "as many heads as tokens are ambiguous");
+like($err, qr/^conform: \S+Qcur-0\.npy: Qcur-0 has the shape \[1\]\[4\]\[4\]\[32\]: as many heads as tokens/, "which is said");
+for my $shape ("36, 256", "1, 8, 36, 32", "4, 32, 72") {
+    npy("heads/Qcur-0.npy", "<f4", $shape, $heads_first);
+    layers("$dir/heads");
+    is($code, 2, "queries as [$shape] are not taken");
+    like($err, qr/has the shape \[.*\], expected \[72\]\[128\], or heads before or after tokens$/, "which is said");
+}
 refuses(qr/no tensor has one of our names/, "a folder of something else", "layers", "test/data", "-m", $tiny,
     "--ids", $ids);
 
