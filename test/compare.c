@@ -437,9 +437,19 @@ static void print_cause(const struct result *v)
     for (int i = 0; i < c->n; i++)
         printf("%-20s %s: %s\n", i ? "and" : "cause", c->mistake[i]->name, c->mistake[i]->sentence);
     if (c->n && c->is_hidden)
-        printf("%-20s it stands out of other noise, with %.2f of its own weight\n", "", c->weight);
+        printf("%-20s it stands out of other noise, with %.2f +- %.2f of its own weight\n", "",
+               c->weight, c->error);
     else if (c->n) printf("%-20s with %s, %.6g %% of the difference is gone\n", "",
                           c->n > 1 ? "both" : "it", 100 * c->explained);
+}
+
+static void print_suspects(const struct result *v)
+{
+    for (int i = 0; i < v->cause.n_suspects; i++) {
+        const struct suspect *p = &v->cause.suspect[i];
+        printf("%-20s %.2f +- %.2f of it is in the difference\n", p->mistake->name, p->weight,
+               p->error);
+    }
 }
 
 static void print_verdict(const struct result *v)
@@ -449,6 +459,7 @@ static void print_verdict(const struct result *v)
     for (int i = 0; i < c->n; i++) is_fault |= !c->mistake[i]->is_precision;
     print_total(&v->total);
     print_cause(v);
+    print_suspects(v);
     printf("verdict              %s: ", v->conforms ? "conforms" : "does not conform");
     if (is_fault) printf("a known mistake%s\n", c->n > 1 ? " or two" : "");
     else if (v->band == n_bands) puts("no arithmetic explains so much");
@@ -472,7 +483,15 @@ static void print_json(const struct result *v)
            v->band < n_bands ? bands[v->band].name : "none", v->conforms ? "true" : "false");
     for (int i = 0; i < v->cause.n; i++)
         printf("%s\"%s\"", i ? "," : "", v->cause.mistake[i]->name);
-    printf("],\"explained\":%.6g}\n", v->cause.n ? v->cause.explained : 0);
+    printf("],\"explained\":%.6g", v->cause.n ? v->cause.explained : 0);
+    for (int i = 0; i < v->cause.n_suspects; i++) {
+        const struct suspect *p = &v->cause.suspect[i];
+        printf("%s{\"name\":\"%s\",\"weight\":%.6g", i ? "," : ",\"suspects\":[",
+               p->mistake->name, p->weight);
+        if (isfinite(p->error)) printf(",\"error\":%.6g", p->error);
+        putchar('}');
+    }
+    puts(v->cause.n_suspects ? "]}" : "}");
 }
 
 static void print_notes(const struct session *s, const struct reader *r, const struct total *t)
@@ -546,12 +565,27 @@ int compare_with(struct session *s, const char *path, struct result *r)
     return code;
 }
 
+static int check_suspects(const struct args *a)
+{
+    int n_names = 0;
+    for (const char *p = a->suspect; p && *p; n_names++) {
+        size_t n = strcspn(p, ",");
+        if (find_mistake(p, n) < 0)
+            return complain("--suspect: there is no mistake \"%.*s\" (conform mistakes lists them)",
+                            (int)n, p);
+        p += n + (p[n] == ',');
+    }
+    return n_names <= MAX_SUSPECTS ? 0 : complain("--suspect: expected %d names at most",
+                                                  MAX_SUSPECTS);
+}
+
 int compare(struct session *s, const struct args *a)
 {
     struct theirs t = {.row_of = NULL};
     struct result r;
     if (widest_allowed(a) < 0) return complain("--band %s: no such band", a->band);
-    int code = open_for_compare(s, &t, a);
+    int code = check_suspects(a);
+    if (!code) code = open_for_compare(s, &t, a);
     if (!code && a->json) printf("{\"form\":\"%s\",\"positions\":[", t.reader.form_name);
     if (!code) code = compare_opened(s, &t, &r);
     if (!code) {

@@ -62,14 +62,23 @@ void close_theirs(struct theirs *t);
 /* Gives each position its row. piece: of a base file. */
 int align_rows(struct theirs *t, const struct session *s, int piece);
 
+/* How much of a mistake that --suspect names is in the difference: 1 when it is made, 0 when it is
+ * not, and how uncertain that is. */
+struct suspect {
+    const struct mistake *mistake;
+    double weight, error;
+};
+
 /* Which mistake explains the difference: runs the model with each of them. */
-enum { MAX_CAUSES = 2 };
+enum { MAX_CAUSES = 2, MAX_SUSPECTS = 8 };
 struct cause {
     int n;                   /* mistakes: 0 when none explains it */
     const struct mistake *mistake[MAX_CAUSES];
     double explained;        /* share of the difference that is gone with them: 1 is all */
-    double weight;           /* how much of the mistake is in the difference: 1 is just so */
+    double weight, error;    /* of one that is hidden, as a suspect's */
     int is_hidden;           /* it stands out of a difference that is mostly something else */
+    struct suspect suspect[MAX_SUSPECTS];
+    int n_suspects;
 };
 int find_cause(struct session *s, struct theirs *t, const float *kl, struct cause *cause);
 

@@ -621,6 +621,16 @@ static int trace(struct session *s, const struct args *a)
     return code;
 }
 
+/* ---- The known mistakes ---- */
+
+static int list_mistakes(struct session *s, const struct args *a)
+{
+    (void)s, (void)a;
+    for (int i = 0; i < n_mistakes; i++)
+        printf("%-24s %s\n", mistakes[i].name, mistakes[i].sentence);
+    return 0;
+}
+
 /* ---- The command line ---- */
 
 static const struct command {
@@ -646,6 +656,7 @@ static const struct command {
      ".npy or .safetensors, [T][V] or of the last position [V]; the base\n"
      "file of llama-perplexity (its ids come with it); JSON lines of a\n"
      "server with \"top_logprobs\""},
+    {"mistakes", "", 0, 0, list_mistakes, "names of the known mistakes, and what each is"},
     {"layers", "DIR", 1, 1, layers,
      "tensors inside another engine against ours, in order: the first that\n"
      "differs is named, and what stands before it. DIR: files by llama.cpp's\n"
@@ -705,6 +716,9 @@ static const struct option options[] = {
      "int8, of layers float32"},
     {"--no-diagnosis", NULL, FLAG, FIELD(no_diagnosis), 0, 0, "compare check",
      "do not look for the mistake that explains a difference"},
+    {"--suspect", "LIST", TEXT, FIELD(suspect), 0, 0, "compare",
+     "looks for these mistakes alone, and says how much of each is in the\n"
+     "difference: names of conform mistakes, parted by commas"},
     {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, NULL,
      "context in tokens; default: enough for the text"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,
@@ -824,12 +838,18 @@ static int parse_args(struct args *a, const struct command *c, int argc, char **
     return 0;
 }
 
+/* check and vectors know theirs. */
+static int needs_model(const struct command *c)
+{
+    return c->run != check && c->run != write_vectors && c->run != list_mistakes;
+}
+
 static int check_args(const struct args *a, const struct command *c)
 {
     if (a->n_values < c->least) return refuse("%s needs %s", c->name, c->values);
     if (!!a->prompt + !!a->file + !!a->ids_file > 1)
         return refuse("contradictory: one of -p, -f and --ids, not several");
-    int needs_text = c->run != compare && c->run != check && c->run != write_vectors;
+    int needs_text = needs_model(c) && c->run != compare;
     if (needs_text && !a->prompt && !a->file && !a->ids_file)
         return refuse("%s needs a text: -p TEXT, -f FILE (- is stdin) or --ids FILE", c->name);
     if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
@@ -877,7 +897,7 @@ int main(int argc, char **argv)
         code = check_args(&a, c);
         if (c->run == compare || c->run == export_logits || c->run == layers) a.exact = 1;
         if (!code && !a.model) a.model = find_model(argv[0], found, sizeof found);
-        if (!code && !a.model) code = refuse("no model: give -m MODEL.gguf");
+        if (!code && !a.model && needs_model(c)) code = refuse("no model: give -m MODEL.gguf");
         if (!code) {
             code = c->run(&s, &a);
             close_session(&s);

@@ -98,6 +98,15 @@ uint64_t array_values(const struct array *a)
     return n;
 }
 
+const char *array_shape(const struct array *a, char out[SHAPE_TEXT])
+{
+    int n = 0;
+    out[0] = 0;
+    for (int i = 0; i < a->n_dims; i++)
+        n += snprintf(out + n, SHAPE_TEXT - (size_t)n, "[%llu]", (unsigned long long)a->dim[i]);
+    return a->n_dims ? out : "that of a single number";
+}
+
 /* -1 when its values are more than can be counted or do not lie in the file. */
 static int check_array(const struct input *in, const struct array *a, char *error)
 {
@@ -448,23 +457,14 @@ static int shape_rows(struct reader *r, const struct array *a, const struct expe
     return 0;
 }
 
-static const char *shape_text(const struct array *a, char out[120])
-{
-    int n = 0;
-    out[0] = 0;
-    for (int i = 0; i < a->n_dims && n < 90; i++)
-        n += snprintf(out + n, 120 - (size_t)n, "[%llu]", (unsigned long long)a->dim[i]);
-    return a->n_dims ? out : "that of a single number";
-}
-
 static int open_npy(struct reader *r, const struct expected *e)
 {
-    char shape[120];
+    char shape[SHAPE_TEXT];
     r->form_name = "a NumPy array";
     if (read_npy(&r->in, &r->array, r->error)) return -1;
     if (!shape_rows(r, &r->array, e)) return 0;
     return fault(r->error, "%s: its shape is %s, expected [%d][%d], [1][%d][%d] or [%d]",
-                 r->in.name, shape_text(&r->array, shape), e->n_tokens, e->n_vocab, e->n_tokens,
+                 r->in.name, array_shape(&r->array, shape), e->n_tokens, e->n_vocab, e->n_tokens,
                  e->n_vocab, e->n_vocab);
 }
 
