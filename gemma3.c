@@ -3901,14 +3901,18 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    const struct { float **to; size_t n; } floats[] = {
-        {&s->x, n * c->d_model}, {&s->y, n * c->d_model}, {&s->q, n * q}, {&s->attended, n * q},
-        {&s->k, times(n, kv)}, {&s->v, times(n, kv)},
-        {&s->gate, n * c->d_ff}, {&s->up, n * c->d_ff},
-        {&s->block_q, n_queries * D}, {&s->block_out, n_queries * D}, {&s->score_sum, n_queries},
-        {&s->score, times(n_queries, s->n_score)}};
-    for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
-        *floats[k].to = piece(a, floats[k].n, sizeof(float));
+    s->x = piece(a, n * c->d_model, sizeof *s->x);
+    s->y = piece(a, n * c->d_model, sizeof *s->y);
+    s->q = piece(a, n * q, sizeof *s->q);
+    s->attended = piece(a, n * q, sizeof *s->attended);
+    s->k = piece(a, times(n, kv), sizeof *s->k);
+    s->v = piece(a, times(n, kv), sizeof *s->v);
+    s->gate = piece(a, n * c->d_ff, sizeof *s->gate);
+    s->up = piece(a, n * c->d_ff, sizeof *s->up);
+    s->block_q = piece(a, n_queries * D, sizeof *s->block_q);
+    s->block_out = piece(a, n_queries * D, sizeof *s->block_out);
+    s->score_sum = piece(a, n_queries, sizeof *s->score_sum);
+    s->score = piece(a, times(n_queries, s->n_score), sizeof *s->score);
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
