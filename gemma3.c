@@ -3839,13 +3839,16 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
     s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
-    const struct { float **to; size_t n; } floats[] = {
-        {&s->x, n * c->d_model}, {&s->y, n * c->d_model}, {&s->q, n * q}, {&s->attended, n * q},
-        {&s->k, times(n, kv)}, {&s->v, times(n, kv)},
-        {&s->gate, n * c->d_ff}, {&s->up, n * c->d_ff},
-        {&s->score_sum, n_queries}, {&s->score, times(n_queries, s->n_score)}};
-    for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
-        *floats[k].to = piece(a, floats[k].n, sizeof(float));
+    s->x = piece(a, n * c->d_model, sizeof *s->x);
+    s->y = piece(a, n * c->d_model, sizeof *s->y);
+    s->q = piece(a, n * q, sizeof *s->q);
+    s->attended = piece(a, n * q, sizeof *s->attended);
+    s->k = piece(a, times(n, kv), sizeof *s->k);
+    s->v = piece(a, times(n, kv), sizeof *s->v);
+    s->gate = piece(a, n * c->d_ff, sizeof *s->gate);
+    s->up = piece(a, n * c->d_ff, sizeof *s->up);
+    s->score_sum = piece(a, n_queries, sizeof *s->score_sum);
+    s->score = piece(a, times(n_queries, s->n_score), sizeof *s->score);
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
@@ -4739,6 +4742,8 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
 
 /* ---- Command line: what is asked of the system ---- */
 
+struct typed { char text[768]; int at, n; }; /* at a console, and not yet read: of one line */
+
 #if !defined(_WIN32)
 #include <unistd.h>
 
@@ -4772,6 +4777,7 @@ static FILE *open_file(const char *path, const char *mode) { return fopen(path, 
 static int replace_file(const char *from, const char *to) { return rename(from, to); }
 static void remove_file(const char *path) { remove(path); }
 static int is_terminal(FILE *f) { return isatty(fileno(f)); }
+static int next_byte(struct typed *t) { return (void)t, getchar(); }
 
 #else /* Windows: the same, in its UTF-16 */
 #define WIN32_LEAN_AND_MEAN
@@ -4841,6 +4847,21 @@ static int replace_file(const char *from, const char *to)
 static char *realpath(const char *path, char *real) { return real ? real : _strdup(path); }
 static void remove_file(const char *path) { DeleteFileW(widen(path).text); }
 static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+
+/* Of stdin. For bytes, the console of Windows 10 has 0 where a typed letter is not ASCII. */
+static int next_byte(struct typed *t)
+{
+    HANDLE console = GetStdHandle(STD_INPUT_HANDLE);
+    wchar_t wide[256];
+    DWORD n = 0, rest = 0;
+    if (!is_terminal(stdin)) return getchar();
+    if (t->at < t->n) return (unsigned char)t->text[t->at++];
+    if (!ReadConsoleW(console, wide, 255, &n, NULL) || n == 0 || *wide == 26) return EOF; /* ^Z */
+    if (wide[n - 1] >> 10 == 0xD800 >> 10) ReadConsoleW(console, wide + n, 1, &rest, NULL);
+    t->n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + rest), t->text, 768, NULL, NULL);
+    t->at = 1;
+    return t->n ? (unsigned char)*t->text : EOF;
+}
 #endif
 
 /* Where a path leads through links; itself when there is nothing. */
@@ -5423,9 +5444,10 @@ static char *read_line(void)
 {
     size_t n = 0, room = 256;
     char *line = allocate(NULL, room, "the line");
+    struct typed typed = {.n = 0};
     int c;
     if (is_terminal(stdin)) fputs("> ", stderr);
-    while ((c = getchar()) != EOF) {
+    while ((c = next_byte(&typed)) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
