@@ -4339,8 +4339,9 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 
 /* ==== 15. Threads and files of the host =========================================================
  *
- * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
- * There is one body for POSIX and one for Windows; below them nothing knows which. */
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads,
+ * and what a program needs beyond C11 (gemma3.h, "The host"). There is one body for POSIX and one
+ * for Windows, nowhere else; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
@@ -4355,15 +4356,19 @@ struct limits {
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
-/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file.
+ * Asked of the open file, not of its name, which may lead elsewhere by then; O_NONBLOCK, because
+ * opening a FIFO would wait for somebody who writes into it. */
 static const void *host_map(const char *path, long long *size)
 {
     struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     void *data = MAP_FAILED;
     *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
     if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
@@ -4385,12 +4390,14 @@ static void advise(const uint8_t *begin, size_t n, int advice)
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
-/* After repacking, the file's pages are not needed any more. */
+/* After repacking, the file's pages are not needed any more: without this a model would count
+ * twice against a container's limit. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
     if (m->source.is_mapped) advise(begin, n, MADV_DONTNEED);
 }
 
+/* A token reads all weights: small pages would cost it a look-up of an address every 4 KB. */
 static void host_use_large_pages(uint8_t *begin, size_t n)
 {
 #if defined(MADV_HUGEPAGE)
@@ -4424,7 +4431,8 @@ static void limit_by_group(const char *folder, struct limits *l)
 }
 
 /* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
- * list of controllers in a folder of that name below root. The groups above bind a group too. */
+ * list of controllers in a folder of that name below root. The groups above bind a group too, and
+ * inside a container they are all that can be seen. */
 static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
     char line[4096], folder[4200];
@@ -4473,35 +4481,73 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* A closed stream leaves its number to the next file that is opened: a model as standard error,
+ * say. What takes that number here can do nothing. SIGPIPE and SIGXFSZ would end the program
+ * without a word, and leave half a file: ignored, they are errors of writing like any other. */
+char **gemma3_host_start(char **argv)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    if (*argv && !strchr(*argv, '/')) *argv = "/proc/self/exe"; /* it was found in $PATH */
+    return argv;
+}
+
+int gemma3_real_path(const char *path, char *real, size_t size)
+{
+    char *found = realpath(path, NULL);
+    int n = snprintf(real, size, "%s", found ? found : path);
+    free(found);
+    return (size_t)n < size ? 0 : (errno = ENAMETOOLONG, -1);
+}
+
+long long gemma3_file_size(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) ? -1 : S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+FILE *gemma3_fopen(const char *path, const char *mode) { return fopen(path, mode); }
+int gemma3_rename(const char *from, const char *to) { return rename(from, to); }
+int gemma3_remove(const char *path) { return remove(path); }
+int gemma3_is_terminal(FILE *f) { return isatty(fileno(f)); }
+
+double gemma3_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <io.h>
+#include <shellapi.h>
 
-/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
-static wchar_t *wide_path(const char *path)
+/* A path as Windows wants it: in UTF-16 and, marked by \\?\, longer than 260 characters. "" when
+ * that cannot be, which names no file. */
+struct wide_path { wchar_t text[32768]; };
+
+static struct wide_path widen(const char *path)
 {
-    enum { MOST = 32768 };
-    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
-    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
-    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
-    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
-    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
-    return wide;
+    struct wide_path given, full = {L"\\\\?\\"};
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given.text, 32764)) given.text[0] = 0;
+    DWORD n = GetFullPathNameW(given.text, 32764, full.text + 4, NULL);
+    return !n || full.text[4] == '\\' ? given : full; /* a share or a device has a mark already */
 }
 
 static const void *host_map(const char *path, long long *size)
 {
     struct _stat64 st;
-    wchar_t *wide = wide_path(path);
-    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    int fd = _wopen(widen(path).text, _O_RDONLY | _O_BINARY);
     *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
     HANDLE file = *size <= 0 ? NULL :
                   CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
     const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (file) CloseHandle(file);
     if (fd >= 0) _close(fd);
-    free(wide);
     return data;
 }
 
@@ -4534,28 +4580,86 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* main's argv has '?' for what the system's code page lacks, and streams turn \n into \r\n. */
+char **gemma3_host_start(char **argv)
+{
+    struct wide_path self;
+    int n;
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    if (wide && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
+    size_t room = 3 * (wcslen(GetCommandLineW()) + 32768); /* bytes for each UTF-16 unit, at most */
+    char **utf8 = wide ? malloc((size_t)(n + 1) * sizeof *utf8 + room) : NULL;
+    if (!utf8) return argv;
+    char *to = (char *)(utf8 + n + 1);
+    for (int i = 0; i < n; i++) {
+        utf8[i] = to;
+        to += WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, to, (int)room, NULL, NULL);
+    }
+    utf8[n] = NULL;
+    return utf8;
+}
+
+int gemma3_real_path(const char *path, char *real, size_t size)
+{
+    return (size_t)snprintf(real, size, "%s", path) < size ? 0 : (errno = ENAMETOOLONG, -1);
+}
+
+long long gemma3_file_size(const char *path)
+{
+    struct _stat64 st;
+    if (_wstat64(widen(path).text, &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+FILE *gemma3_fopen(const char *path, const char *mode)
+{
+    wchar_t wide[8] = {0}; /* a mode is ASCII */
+    for (int i = 0; i < 7 && mode[i]; i++) wide[i] = (wchar_t)mode[i];
+    return _wfopen(widen(path).text, wide);
+}
+
+int gemma3_rename(const char *from, const char *to)
+{
+    return MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING)
+           ? 0 : (errno = EACCES, -1);
+}
+
+int gemma3_remove(const char *path) { return _wremove(widen(path).text); }
+int gemma3_is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+
+double gemma3_seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
 /* As much of POSIX threads as a pool needs. */
 typedef HANDLE pthread_t;
 typedef SRWLOCK pthread_mutex_t;
 typedef CONDITION_VARIABLE pthread_cond_t;
 #define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
 #define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
-static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
-static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
-static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
-static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
-{
-    SleepConditionVariableSRW(c, m, INFINITE, 0);
-}
-static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
-static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
-static void sched_yield(void) { SwitchToThread(); }
-static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
+#define pthread_mutex_lock AcquireSRWLockExclusive
+#define pthread_mutex_unlock ReleaseSRWLockExclusive
+#define pthread_mutex_destroy(mutex) ((void)(mutex))
+#define pthread_cond_wait(cond, mutex) SleepConditionVariableSRW(cond, mutex, INFINITE, 0)
+#define pthread_cond_broadcast WakeAllConditionVariable
+#define pthread_cond_destroy(cond) ((void)(cond))
+#define sched_yield SwitchToThread
+
+static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *pool)
 {
     (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
-    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
+    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, pool, 0, NULL);
     return *t == NULL;
 }
+
 static void pthread_join(HANDLE t, const void *unused)
 {
     (void)unused;
@@ -4599,15 +4703,10 @@ size_t gemma3_memory_limit(void)
 
 /* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
  * another; it ends when the caller has found none left, closed it, and all who were inside have
- * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
- * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
+ * gone. So task and job change only while nobody is inside, and nobody waits for a worker that is
+ * late. Between rounds a worker spins a while, a fifth of a millisecond (longer than what one
+ * thread does alone), then sleeps: a round is often shorter than it takes to wake a thread. */
 enum { OPEN = 1 << 16, SPINS = 20000 };
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-    pthread_t thread;
-};
 
 struct gemma3_pool {
     gemma3_task *task;                /* of this round, with the next two */
@@ -4617,11 +4716,12 @@ struct gemma3_pool {
     atomic_int inside;                /* workers inside; plus OPEN while more may enter */
     atomic_uint round;                /* how many there were */
     atomic_int stop;
+    atomic_int n_workers;             /* who have begun: their numbers; 0 is whoever calls */
     pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
     pthread_mutex_t mutex;            /* and the condition: of those who sleep */
     pthread_cond_t wake;
     int n_threads;
-    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
+    pthread_t thread[];               /* [n_threads], the first unused */
 };
 
 static void relax(int spin)
@@ -4629,7 +4729,7 @@ static void relax(int spin)
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) sched_yield(); /* where threads outnumber CPUs, let the others end */
 }
 
 static void take_part(gemma3_pool *pool, int worker)
@@ -4653,6 +4753,7 @@ static unsigned await_round(gemma3_pool *pool, unsigned seen)
     return atomic_load(&pool->round);
 }
 
+/* Under the mutex, or a worker that has just found no new round would sleep through it. */
 static void begin_round(gemma3_pool *pool)
 {
     pthread_mutex_lock(&pool->mutex);
@@ -4663,11 +4764,11 @@ static void begin_round(gemma3_pool *pool)
 
 static void *worker_main(void *arg)
 {
-    const struct worker *me = arg;
-    gemma3_pool *pool = me->pool;
-    fp_enter();
+    gemma3_pool *pool = arg;
+    int worker = 1 + atomic_fetch_add(&pool->n_workers, 1);
+    fp_enter(); /* each thread has a floating-point state of its own */
     for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
-        take_part(pool, me->id);
+        take_part(pool, worker);
     return NULL;
 }
 
@@ -4690,18 +4791,14 @@ void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
     size_t room = n_threads > 0 ? n_threads : 1;
-    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->thread);
     if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
     *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
                           .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = &pool->worker[pool->n_threads];
-        w->pool = pool;
-        w->id = pool->n_threads;
-        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        if (!pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, pool)) continue;
         fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-        gemma3_pool_free(pool);
-        return NULL;
+        return gemma3_pool_free(pool), NULL;
     }
     return pool;
 }
@@ -4711,7 +4808,7 @@ void gemma3_pool_free(gemma3_pool *pool)
     if (!pool) return;
     atomic_store(&pool->stop, 1);
     begin_round(pool);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
     pthread_mutex_destroy(&pool->turn);
@@ -4730,15 +4827,15 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 
 /* ==== 16. The command line ======================================================================
  *
- * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. Text and results go to stdout, the rest to
- * stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2 when the
- * command line was wrong. */
+ * From here on only gemma3.h and C11 are used: this is the worked example of the library, and
+ * whoever wants the library alone deletes from here to the end. Text and results go to stdout, the
+ * rest to stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2
+ * when the command line was wrong. So no function here returns an error, and what is allocated is
+ * given back only at the end of a job that was done. */
 
 #include "gemma3.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -4746,8 +4843,6 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <time.h>
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
@@ -4756,7 +4851,8 @@ enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP
 static volatile sig_atomic_t interrupted;
 static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
-/* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
+/* Text from anywhere, a file's names too: whole characters, and none that a terminal obeys
+ * (U+0000-1F, 7F-9F), or a model could clear the screen, or type. */
 static void print_safe(FILE *f, const char *text)
 {
     gemma3_utf8 whole = {.n = 0};
@@ -4785,7 +4881,8 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
-/* Of a file; errno may be of an earlier call. A reader that went away knows. */
+/* Of a file. Who reads from a pipe and goes away has what he wanted: nothing is said then. errno
+ * may be 0, as C11's streams need not set it. */
 static void check(int ok, const char *name)
 {
     if (ok) return;
@@ -4793,125 +4890,14 @@ static void check(int ok, const char *name)
     say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
 }
 
+/* Before the program may say that it has printed something: a full disk shows only now. */
+static void flush(FILE *f) { check(!fflush(f) && !ferror(f), "standard output"); }
+
 static void *allocate(void *old, size_t n_bytes, const char *what)
 {
     void *p = realloc(old, n_bytes);
     if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
     return p;
-}
-
-/* ---- Command line: what is asked of the system ---- */
-
-#if !defined(_WIN32)
-#include <unistd.h>
-
-/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
- * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
-static char **start_program(char **argv)
-{
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    return argv;
-}
-
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
-static long long file_size(const char *path)
-{
-    struct stat st;
-    if (stat(path, &st)) return -1;
-    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
-}
-
-static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
-static int replace_file(const char *from, const char *to) { return rename(from, to); }
-static void remove_file(const char *path) { remove(path); }
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-
-#else /* Windows: the same, in its UTF-16 */
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#include <io.h>
-#include <shellapi.h>
-
-struct wide { wchar_t text[32768]; };
-
-/* A path; marked by \\?\ it may have over 260 letters. */
-static struct wide widen(const char *path)
-{
-    struct wide w = {L"\\\\?\\"};
-    wchar_t given[MAX_PATH_BYTES];
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
-    if (!GetFullPathNameW(given, 32764, w.text + 4, NULL) || w.text[4] == '\\')
-        wcscpy(w.text, given);
-    return w;
-}
-
-static char **start_program(char **argv)
-{
-    struct wide self;
-    int n;
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
-    SetConsoleOutputCP(CP_UTF8);
-    SetConsoleCP(CP_UTF8);
-    _setmode(0, _O_BINARY);
-    _setmode(1, _O_BINARY);
-    if (!wide) return argv;
-    if (n && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
-    argv = allocate(NULL, ((size_t)n + 1) * sizeof *argv, "the command line");
-    argv[n] = NULL;
-    for (int i = 0; i < n; i++) {
-        size_t room = 3 * wcslen(wide[i]) + 1;
-        argv[i] = allocate(NULL, room, "an argument");
-        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], (int)room, NULL, NULL);
-    }
-    return argv;
-}
-
-static double seconds(void)
-{
-    LARGE_INTEGER now, per_second;
-    QueryPerformanceCounter(&now);
-    QueryPerformanceFrequency(&per_second);
-    return (double)now.QuadPart / (double)per_second.QuadPart;
-}
-
-static long long file_size(const char *path)
-{
-    struct _stat64 st;
-    if (_wstat64(widen(path).text, &st)) return -1;
-    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
-}
-
-static FILE *open_file(const char *path, const char *mode)
-{
-    return _wfopen(widen(path).text, *mode == 'w' ? L"wb" : mode[1] == '+' ? L"r+b" : L"rb");
-}
-
-static int replace_file(const char *from, const char *to)
-{
-    return !MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING);
-}
-
-static char *realpath(const char *path, char *real) { return real ? real : _strdup(path); }
-static void remove_file(const char *path) { DeleteFileW(widen(path).text); }
-static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
-#endif
-
-/* Where a path leads through links; itself when there is nothing. */
-static void real_path(const char *path, char real[MAX_PATH_BYTES])
-{
-    char *found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
-    free(found);
 }
 
 /* ---- Command line: the options ---- */
@@ -4961,10 +4947,12 @@ static const char *const help[] = {
 };
 
 struct session {
-    char **args;
+    /* Options: what was given, and what follows from it. */
+    const char *value[sizeof help / sizeof *help]; /* of the option in this line of help, or NULL */
     const char *mode, *kv, *stop[MAX_STOPS + 1];
     int n_predict;           /* tokens to generate; -1: until a stop token or a full context */
     int special, chats, prints_ids; /* GEMMA3_SPECIAL or 0; -i; --out-ids */
+    /* The library's objects, and what they work on. */
     gemma3_pool *pool;
     gemma3_model *model;
     const gemma3_config *config;
@@ -4980,49 +4968,57 @@ struct session {
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
     gemma3_sha256 sha256;
     gemma3_error err;        /* of the last call that failed */
-    FILE *out, *file;        /* of text; of --logits or --state, by another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    int n_read, n_written;   /* tokens, for the speed */
+    double read_seconds, write_seconds;
+    /* Output. A file is written under the name `part` until it is whole. */
+    FILE *out, *file;        /* of text; of --logits or --state */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8];
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
     int stopped;             /* a --stop text came */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
 };
 
-/* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
-static const char *next_option(char ***args, const char **value)
+/* The line of help that has this option; 0, which has none, when there is no such option. */
+static int find_option(const char *name, size_t n)
 {
-    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
-    const char *arg = *(*args)++, *next = **args, *form = NULL;
-    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
-    for (int i = 0; help[i] && !form; i++)
-        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
-    if (!form && n > 4 && strstr(moved, arg))
-        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
-            (int)strcspn(arg + 2, "-"), arg + 2);
-    if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    const char *what = form + n + 1; /* " " of a flag, "VALUE", "[VALUE]" */
-    *value = "";
-    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
-    if (arg[n] == '=') *value = arg + n + 1;
-    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
-    else if (*what != ' ' && *what != '[')
-        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
-    return form;
+    for (int i = 0; help[i] && *name == '-' && n > 1; i++)
+        if (strncmp(help[i] + 2, name, n) == 0 && help[i][n + 2] == ' ') return i;
+    return 0;
 }
 
 /* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
 static const char *option(const struct session *s, const char *name)
 {
-    const char *value, *last = NULL;
-    size_t n = strlen(name);
-    for (char **args = s->args; *args;) {
-        const char *form = next_option(&args, &value);
-        if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
+    return s->value[find_option(name, strlen(name))];
+}
+
+/* Takes all arguments: "--seed 7" or "--seed=7". */
+static void read_arguments(struct session *s, char **args)
+{
+    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
+    for (int n_stops = 0; *args;) {
+        const char *arg = *args++, *value = "";
+        size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
+        int i = find_option(arg, n);
+        if (!i && n > 4 && strstr(moved, arg))
+            say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+                (int)strcspn(arg + 2, "-"), arg + 2);
+        if (!i) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
+        const char *what = help[i] + n + 3; /* " " of a flag, "VALUE", "[VALUE]" */
+        if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
+        if (arg[n] == '=') value = arg + n + 1;
+        else if (*what != ' ' && *args && (*what != '[' || **args != '-')) value = *args++;
+        else if (*what != ' ' && *what != '[')
+            say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
+        s->value[i] = value;
+        if (i != find_option("--stop", 6)) continue; /* the one that may come several times */
+        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (!*value || strlen(value) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+        s->stop[n_stops++] = value;
     }
-    return last;
 }
 
 static double number(const struct session *s, const char *name, int is_whole, double least,
@@ -5039,31 +5035,18 @@ static double number(const struct session *s, const char *name, int is_whole, do
     return x;
 }
 
-/* Takes the next number of a list. 0: that was all; -1: there is something else. */
-static int next_number(const char **list, int *x)
-{
-    static const char between[] = ", \t\r\n\v\f";
-    char *end;
-    *list += strspn(*list, between);
-    if (**list == 0) return 0;
-    long long number = strtoll(*list, &end, 10);
-    if (end == *list || (*end && !strchr(between, *end)) || number != (int32_t)number) return -1;
-    *list = end;
-    *x = (int)number;
-    return 1;
-}
-
-/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
+/* What can be wrong before a model is opened, which may take seconds: one thing to do, and nothing
+ * without effect, because who gives an option expects one. */
 static void read_options(struct session *s)
 {
-    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize"), *stop;
+    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize");
     int numbers = option(s, "--logits") || option(s, "--hash"), file = option(s, "-f") != NULL;
     int prompts = file + !!option(s, "-p") + !!option(s, "--ids");
+    int exact = option(s, "--exact") != NULL, n_cores = gemma3_default_threads();
+    char *end = "";
     s->chats = option(s, "-i") != NULL;
     int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
                  !!option(s, "--detokenize") + !!option(s, "--info");
-    int n_cores = gemma3_default_threads(), n_stops = 0;
-    char *end;
     if (n_jobs != 1)
         say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
             "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
@@ -5074,9 +5057,8 @@ static void read_options(struct session *s)
     if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
     s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
     s->prints_ids = option(s, "--out-ids") != NULL;
-    s->mode = option(s, "--exact") ? "exact" : "default";
-    s->kv = option(s, "--kv");
-    if (!s->kv) s->kv = option(s, "--exact") ? "f32" : "f16";
+    s->mode = exact ? "exact" : "default";
+    s->kv = option(s, "--kv") ? option(s, "--kv") : exact ? "f32" : "f16";
     if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
         say(WRONG, "--kv %s: expected f16 or f32", s->kv);
     s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
@@ -5086,31 +5068,38 @@ static void read_options(struct session *s)
     s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
-    if (seed && (*seed < '0' || *seed > '9' || *end || errno))
+    if (*end || errno || (seed && (*seed < '0' || *seed > '9'))) /* strtoull takes " -1" too */
         say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
     s->sampler.temperature = (float)number(s, "--temp", 0, 0, 1e6, 1);
     s->sampler.top_k = (int)number(s, "--top-k", 1, 0, INT_MAX, 64);
     s->sampler.top_p = (float)number(s, "--top-p", 0, 0, 1, 0.95);
     s->sampler.min_p = (float)number(s, "--min-p", 0, 0, 1, 0);
     s->sampler.repeat_penalty = (float)number(s, "--repeat-penalty", 0, 1e-6, 1e6, 1);
-    for (char **args = s->args; *args;) {
-        if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
-        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
-        if (!*stop || strlen(stop) > MAX_STOP_BYTES)
-            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-        s->stop[n_stops++] = stop;
-    }
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    size_t n = gemma3_real_path(program, path, MAX_PATH_BYTES) ? 0 : strlen(path);
+    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (gemma3_file_size(path) < 0) strcpy(path, model);
+    if (gemma3_file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
 }
 
 static void open_model(struct session *s, const char *path, int computes)
 {
+    gemma3_params *p = &s->params;
     const char *note;
-    s->pool = gemma3_pool_new(s->params.n_threads, &s->err);
+    p->parallel_for = gemma3_pool_run;
+    p->pool = s->pool = gemma3_pool_new(p->n_threads, &s->err);
     if (!s->pool) say(FAILED, "%s", s->err.text);
     gemma3_options o = {
         .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
         .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
-        .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
+        .n_threads = p->n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
     };
     s->model = gemma3_open(path, &o, &s->err);
     if (!s->model) say(FAILED, "%s", s->err.text);
@@ -5118,11 +5107,9 @@ static void open_model(struct session *s, const char *path, int computes)
     s->config = gemma3_model_config(s->model);
     s->n_vocab = (size_t)s->config->n_vocab;
     s->tokenizer = gemma3_model_tokenizer(s->model);
-    if (!s->params.n_ctx) s->params.n_ctx = gemma3_default_params(s->model).n_ctx;
-    s->params.parallel_for = gemma3_pool_run;
-    s->params.pool = s->pool;
+    if (!p->n_ctx) p->n_ctx = gemma3_default_params(s->model).n_ctx;
     if (!computes) return;
-    const gemma3_params *p = &s->params;
+    /* Systems promise more memory than they have, and end whoever uses it: so it is asked first. */
     size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
     size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     if (limit && (need > limit || weights > limit - need))
@@ -5138,12 +5125,14 @@ static void open_model(struct session *s, const char *path, int computes)
     s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
 }
 
+/* ---- Command line: files and lists ---- */
+
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : gemma3_fopen(path, "rb");
     check(f != NULL, path);
-    long long size = f == stdin ? 0 : file_size(path);
+    long long size = f == stdin ? 0 : gemma3_file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
         if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
@@ -5155,6 +5144,20 @@ static char *read_file(const char *path, size_t *n)
     if (f != stdin) fclose(f);
     bytes[*n] = 0;
     return bytes;
+}
+
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
+static int next_number(const char **list, int *x)
+{
+    static const char between[] = ", \t\r\n\v\f";
+    char *end;
+    *list += strspn(*list, between);
+    if (**list == 0) return 0;
+    long long number = strtoll(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || number != (int32_t)number) return -1;
+    *list = end;
+    *x = (int)number;
+    return 1;
 }
 
 /* The ids spelled in n bytes of text. */
@@ -5188,11 +5191,12 @@ static void encode_text(struct session *s, const char *text, size_t n)
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
+    const char *text = option(s, "-p"), *list = option(s, "--detokenize");
     const char *ids = option(s, "--ids"), *path = ids ? ids : option(s, "-f");
-    const char *prompt = option(s, "-p"), *text = prompt ? prompt : option(s, "--tokenize");
+    if (!text) text = list ? list : option(s, "--tokenize");
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
-    if (ids) parse_ids(s, bytes, n, ids);
+    if (ids || list) parse_ids(s, ids ? bytes : list, n, ids ? ids : "--detokenize");
     else encode_text(s, bytes ? bytes : text, n);
     free(bytes);
 }
@@ -5216,18 +5220,20 @@ static void choose_rows(struct session *s)
         say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
 }
 
-/* Opens s->file under another name than path until it is whole, but for pipes and devices. */
+/* Opens s->file under another name than path until it is whole, so that a job that fails leaves
+ * what was there; a pipe or a device cannot be replaced, and is written to. The name is the real
+ * one, or a link would be replaced instead of what it leads to. */
 static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
-    long long size = file_size(path);
-    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    long long size = gemma3_file_size(path);
+    FILE *old = size >= 0 ? gemma3_fopen(path, "r+b") : NULL; /* what may not be written stays */
     if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, s->path);
+    check(!gemma3_real_path(path, s->path, sizeof s->path), path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    s->file = size < 0 || old ? gemma3_fopen(s->part, "wb") : NULL;
     check(s->file != NULL, path);
 }
 
@@ -5235,14 +5241,14 @@ static int write_out(void *session, const void *bytes, size_t n)
 {
     struct session *s = session;
     int ok = fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0;
-    if (!ok && strcmp(s->part, s->path) != 0) remove_file(s->part);
+    if (!ok && strcmp(s->part, s->path) != 0) gemma3_remove(s->part);
     check(ok, s->file == stdout ? "standard output" : s->path);
     return 0;
 }
 
 static void close_out(struct session *s)
 {
-    check(s->file == stdout || (!fclose(s->file) && !replace_file(s->part, s->path)), s->path);
+    if (s->file != stdout) check(!fclose(s->file) && !gemma3_rename(s->part, s->path), s->path);
 }
 
 /* ---- Command line: tokens in, tokens out ---- */
@@ -5267,7 +5273,8 @@ static int are_numbers(const float *x, size_t n)
     return all;
 }
 
-/* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
+/* Every token goes through here: into the cache, and into what the repeat penalty remembers. Logits
+ * that are not numbers are remembered, not told: a hash or a file of them is what was asked for. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
@@ -5281,7 +5288,7 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
 /* Takes tokens through the model; s->logits is then the last one's row. */
 static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
-    double start = seconds();
+    double start = gemma3_seconds();
     for (int i = 0, count; i < n; i += count) {
         int rows[GEMMA3_MAX_UBATCH], n_rows = 0; /* as many as s->logits has room for */
         for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
@@ -5293,12 +5300,14 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
         if (n_rows > 1) memcpy(s->logits, last, 4 * s->n_vocab);
     }
     s->n_read += n;
-    s->read_seconds += seconds() - start;
+    s->read_seconds += gemma3_seconds() - start;
 }
 
-static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+/* A state is read from front to end, so nothing is sought: pipes will do. */
+static int read_next(void *file, uint64_t offset, void *buffer, size_t n)
 {
-    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+    (void)offset;
+    return fread(buffer, 1, n, file) == n ? 0 : -1;
 }
 
 /* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
@@ -5307,8 +5316,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
     const char *path = n > 0 ? option(s, "--state") : NULL;
     if (!path) return 0;
-    FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+    FILE *f = gemma3_fopen(path, "rb");
+    if (f && gemma3_state_load(s->state, read_next, f, &s->err))
         say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
     const int32_t *kept = gemma3_state_ids(s->state);
@@ -5326,7 +5335,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     return n;
 }
 
-/* Whole characters, but for those at the end that may begin a stop text. */
+/* Whole characters, but for those at the end that may begin a stop text: they are held back until
+ * they do, or do not. Of stop texts that end together the longest counts. */
 static void print_text(struct session *s, const char *text, int n_bytes)
 {
     for (int i = 0; i < n_bytes && !s->stopped; i++) {
@@ -5354,14 +5364,14 @@ static int print_token(struct session *s, int32_t id, int is_first)
     for (int i = 0; i < n; i++)
         print_text(s, c, gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c));
     if (s->prints_ids && !s->stopped) fprintf(s->out, is_first ? "%d" : " %d", (int)id);
-    check(!fflush(s->out) && !ferror(s->out), "standard output");
+    flush(s->out);
     return 1;
 }
 
 /* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
-    double start = seconds();
+    double start = gemma3_seconds();
     char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
     s->n_held = 0, s->stopped = 0;
@@ -5373,11 +5383,11 @@ static void write_tokens(struct session *s)
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
-    s->write_seconds += seconds() - start;
+    s->write_seconds += gemma3_seconds() - start;
     print_text(s, c, gemma3_utf8_end(&s->utf8, c));
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
-    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    check(!fflush(s->out) && !ferror(s->out), "standard output");
+    if (s->prints_ids || s->chats || gemma3_is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out);
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -5390,7 +5400,6 @@ static void continue_prompt(struct session *s)
 {
     const char *logits = option(s, "--logits"), *hash = option(s, "--hash");
     char hex[65];
-    read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
@@ -5399,7 +5408,7 @@ static void continue_prompt(struct session *s)
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
     else if (logits) open_out(s, logits);
     gemma3_sha256_init(&s->sha256);
-    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1); /* the last one's logits are not kept */
     read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
     gemma3_sha256_end(&s->sha256, hex);
     if (logits) close_out(s);
@@ -5465,7 +5474,7 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return 0;
     }
-    /* --state keeps what does not depend on the text. */
+    /* --state keeps what does not depend on the text: the tokens that an empty one begins with. */
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
     while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
     int n_kept = keep_tokens(s, ids, n_same);
@@ -5486,7 +5495,7 @@ static char *read_line(void)
     size_t n = 0, room = 256;
     char *line = allocate(NULL, room, "the line");
     int c;
-    if (is_terminal(stdin)) fputs("> ", stderr);
+    if (gemma3_is_terminal(stdin)) fputs("> ", stderr);
     while ((c = getchar()) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
@@ -5501,14 +5510,13 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
- * somebody is there to type /clear. */
-static void chat(struct session *s)
+/* Turns are Gemma's whatever the file's template says: a template is a program, whose language we
+ * do not speak. What its words show is said. */
+static void note_template(const struct session *s)
 {
     const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
     size_t n = 0;
     const char *template = gemma3_model_chat_template(s->model, &n);
-    char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
     for (int i = 0; template && i < 4; i++) {
@@ -5518,10 +5526,17 @@ static void chat(struct session *s)
             say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
                 i == 0 ? "has no" : "asks for", words[i]);
     }
+}
+
+/* A full context ends the chat, unless somebody is there to type /clear. */
+static void chat(struct session *s)
+{
+    char *line;
+    note_template(s);
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || gemma3_is_terminal(stdin);
     }
 }
 
@@ -5534,7 +5549,7 @@ static void find_fault(void *user, const char *name, int layer, int pos, int n, 
     snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
-/* The same tokens again, tensor by tensor. */
+/* The same tokens again, tensor by tensor: watching them all the time would cost speed. */
 static void explain_fault(struct session *s)
 {
     char first[64] = "";
@@ -5547,19 +5562,6 @@ static void explain_fault(struct session *s)
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-/* The model that comes with the program lies in weights/ beside it, or where we are. */
-static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
-{
-    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
-    size_t n = strlen(path);
-    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
-    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
-    if (file_size(path) < 0) strcpy(path, model);
-    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
-    return path;
-}
-
 /* Everything that needs a model. */
 static void run_job(struct session *s, const char *program)
 {
@@ -5567,16 +5569,14 @@ static void run_job(struct session *s, const char *program)
     const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
     char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
     read_options(s);
-    if (!path) path = find_model(program, found);
-    open_model(s, path, !tokenize && !detokenize && !info);
-    if (tokenize) read_prompt(s);
-    if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
-    for (int i = 0, n; i < s->n_ids; i++) {
+    open_model(s, path ? path : find_model(program, found), !tokenize && !detokenize && !info);
+    if (!info && !s->chats) read_prompt(s);
+    for (int i = 0, n; i < s->n_ids && (tokenize || detokenize); i++) {
         n = gemma3_decode(s->tokenizer, s->ids[i], s->special, piece);
         if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
         else fwrite(piece, 1, (size_t)n, stdout);
     }
-    if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
+    if (tokenize || (detokenize && gemma3_is_terminal(stdout))) putchar('\n');
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
@@ -5593,8 +5593,9 @@ static void run_job(struct session *s, const char *program)
 
 int main(int argc, char **argv)
 {
-    char **args = start_program(argv);
-    struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
+    char **args = gemma3_host_start(argv);
+    struct session s = {.out = stdout, .fault = -1};
+    if (argc > 0) read_arguments(&s, args + 1);
     const char *isa = option(&s, "--isa");
     if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
@@ -5603,7 +5604,7 @@ int main(int argc, char **argv)
     else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     else run_job(&s, argc > 0 ? args[0] : "");
-    check(!fflush(stdout) && !ferror(stdout), "standard output");
+    flush(stdout);
     return 0;
 }
 
