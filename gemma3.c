@@ -4701,27 +4701,25 @@ size_t gemma3_memory_limit(void)
     return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
-/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
- * another; it ends when the caller has found none left, closed it, and all who were inside have
- * gone. So task and job change only while nobody is inside, and nobody waits for a worker that is
- * late. Between rounds a worker spins a while, a fifth of a millisecond (longer than what one
- * thread does alone), then sleeps: a round is often shorter than it takes to wake a thread. */
-enum { OPEN = 1 << 16, SPINS = 20000 };
+/* A call of gemma3_pool_run is a round: who takes part claims one task after another by counting
+ * `left` down, and the round ends when none is undone. Only who has claimed a task reads what it
+ * is: then the round cannot end, so nothing changes meanwhile; and nobody waits for a worker that
+ * comes late and finds none left. Between rounds workers spin a while, a fifth of a millisecond
+ * (longer than what one thread does alone), then sleep: a round is often shorter than it takes to
+ * wake a thread. */
+enum { SPINS = 20000 };
 
 struct gemma3_pool {
     gemma3_task *task;                /* of this round, with the next two */
     void *job;
     int n_tasks;
-    atomic_int next;                  /* the first task that nobody has claimed */
-    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
-    atomic_uint round;                /* how many there were */
-    atomic_int stop;
-    atomic_int n_workers;             /* who have begun: their numbers; 0 is whoever calls */
+    atomic_int left, undone;          /* tasks that nobody has claimed; that have not ended */
+    atomic_int stop, n_workers;       /* 1: all shall end; how many have a number */
     pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
     pthread_mutex_t mutex;            /* and the condition: of those who sleep */
     pthread_cond_t wake;
     int n_threads;
-    pthread_t thread[];               /* [n_threads], the first unused */
+    pthread_t thread[];               /* [n_threads], the first unused: it is whoever calls */
 };
 
 static void relax(int spin)
@@ -4734,32 +4732,24 @@ static void relax(int spin)
 
 static void take_part(gemma3_pool *pool, int worker)
 {
-    int inside = atomic_load(&pool->inside);
-    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
-    if (inside < OPEN) return;
-    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
-        pool->task(pool->job, i, worker);
-    atomic_fetch_sub(&pool->inside, 1);
+    int n = 0;
+    for (int left; (left = atomic_fetch_sub(&pool->left, 1)) > 0; n++)
+        pool->task(pool->job, pool->n_tasks - left, worker);
+    if (n > 0) atomic_fetch_sub(&pool->undone, n);
 }
 
-static unsigned await_round(gemma3_pool *pool, unsigned seen)
-{
-    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
-    if (atomic_load(&pool->round) == seen) {
-        pthread_mutex_lock(&pool->mutex);
-        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    return atomic_load(&pool->round);
-}
-
-/* Under the mutex, or a worker that has just found no new round would sleep through it. */
-static void begin_round(gemma3_pool *pool)
+/* Under the mutex, or a worker that has just found nothing to do would sleep through it. */
+static void offer(gemma3_pool *pool, int n_tasks)
 {
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add(&pool->round, 1);
+    atomic_store(&pool->left, n_tasks);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
+}
+
+static int is_idle(gemma3_pool *pool)
+{
+    return atomic_load(&pool->left) <= 0 && !atomic_load(&pool->stop);
 }
 
 static void *worker_main(void *arg)
@@ -4767,8 +4757,15 @@ static void *worker_main(void *arg)
     gemma3_pool *pool = arg;
     int worker = 1 + atomic_fetch_add(&pool->n_workers, 1);
     fp_enter(); /* each thread has a floating-point state of its own */
-    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
+    while (!atomic_load(&pool->stop)) {
+        for (int spin = 0; spin < SPINS && is_idle(pool); spin++) relax(spin);
+        if (is_idle(pool)) {
+            pthread_mutex_lock(&pool->mutex);
+            while (is_idle(pool)) pthread_cond_wait(&pool->wake, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
         take_part(pool, worker);
+    }
     return NULL;
 }
 
@@ -4779,12 +4776,10 @@ void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
     pool->task = task;
     pool->job = job;
     pool->n_tasks = n_tasks;
-    atomic_store(&pool->next, 0);
-    atomic_store(&pool->inside, OPEN);
-    begin_round(pool);
+    atomic_store(&pool->undone, n_tasks);
+    offer(pool, n_tasks);
     take_part(pool, 0);
-    atomic_fetch_sub(&pool->inside, OPEN);
-    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    for (int spin = 0; atomic_load(&pool->undone) > 0; spin++) relax(spin);
     pthread_mutex_unlock(&pool->turn);
 }
 
@@ -4807,7 +4802,7 @@ void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
     atomic_store(&pool->stop, 1);
-    begin_round(pool);
+    offer(pool, 0);
     for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);

@@ -168,6 +168,15 @@ static void pools(void)
                "%d threads: every task once, no worker twice at a time", sizes[k]);
         gemma3_pool_free(pool);
     }
+    int n_wrong_at_end = 0;
+    for (int k = 0; k < 1000; k++) {
+        struct count c = {.n_threads = 3};
+        gemma3_pool *short_lived = gemma3_pool_new(3, NULL);
+        for (int r = 0; r <= k % 3; r++) gemma3_pool_run(short_lived, 3, count_task, &c);
+        gemma3_pool_free(short_lived);
+        for (int i = 0; i < 3; i++) n_wrong_at_end += c.runs[i] != k % 3 + 1;
+    }
+    is_int(n_wrong_at_end, 0, "workers that are late when a pool ends run nothing again");
     gemma3_pool *pool = gemma3_pool_new(3, NULL);
     pthread_t other;
     void *n_wrong;
