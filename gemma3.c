@@ -4361,6 +4361,7 @@ struct limits {
 #include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
+#define THREAD void *
 
 /* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file.
  * Asked of the open file, not of its name, which may lead elsewhere by then; O_NONBLOCK, because
@@ -4494,14 +4495,6 @@ char **gemma3_host_start(char **argv)
     return argv;
 }
 
-int gemma3_real_path(const char *path, char *real, size_t size)
-{
-    char *found = realpath(path, NULL);
-    int n = snprintf(real, size, "%s", found ? found : path);
-    free(found);
-    return (size_t)n < size ? 0 : (errno = ENAMETOOLONG, -1);
-}
-
 long long gemma3_file_size(const char *path)
 {
     struct stat st;
@@ -4603,10 +4596,8 @@ char **gemma3_host_start(char **argv)
     return utf8;
 }
 
-int gemma3_real_path(const char *path, char *real, size_t size)
-{
-    return (size_t)snprintf(real, size, "%s", path) < size ? 0 : (errno = ENAMETOOLONG, -1);
-}
+/* Windows itself follows links, and where they lead is not asked. */
+#define realpath(path, unused) _strdup(path)
 
 long long gemma3_file_size(const char *path)
 {
@@ -4651,21 +4642,10 @@ typedef CONDITION_VARIABLE pthread_cond_t;
 #define pthread_cond_wait(cond, mutex) SleepConditionVariableSRW(cond, mutex, INFINITE, 0)
 #define pthread_cond_broadcast WakeAllConditionVariable
 #define pthread_cond_destroy(cond) ((void)(cond))
+#define pthread_create(t, unused, run, arg) (!(*(t) = CreateThread(NULL, 0, run, arg, 0, NULL)))
+#define pthread_join(t, unused) (WaitForSingleObject(t, INFINITE), CloseHandle(t))
 #define sched_yield SwitchToThread
-
-static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *pool)
-{
-    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
-    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, pool, 0, NULL);
-    return *t == NULL;
-}
-
-static void pthread_join(HANDLE t, const void *unused)
-{
-    (void)unused;
-    WaitForSingleObject(t, INFINITE);
-    CloseHandle(t);
-}
+#define THREAD DWORD WINAPI /* what a thread's function returns; nobody reads it */
 #endif
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
@@ -4686,6 +4666,14 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     gemma3_model *m = gemma3_open_source(&from, options, err);
     if (!m) host_unmap(&(gemma3_model){.source = from});
     return m;
+}
+
+int gemma3_real_path(const char *path, char *real, size_t size)
+{
+    char *found = realpath(path, NULL);
+    int n = snprintf(real, size, "%s", found ? found : path);
+    free(found);
+    return (size_t)n < size ? 0 : (errno = ENAMETOOLONG, -1);
 }
 
 int gemma3_default_threads(void)
@@ -4752,7 +4740,7 @@ static int is_idle(gemma3_pool *pool)
     return atomic_load(&pool->left) <= 0 && !atomic_load(&pool->stop);
 }
 
-static void *worker_main(void *arg)
+static THREAD worker_main(void *arg)
 {
     gemma3_pool *pool = arg;
     int worker = 1 + atomic_fetch_add(&pool->n_workers, 1);
@@ -4766,7 +4754,7 @@ static void *worker_main(void *arg)
         }
         take_part(pool, worker);
     }
-    return NULL;
+    return 0;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
@@ -4942,33 +4930,28 @@ static const char *const help[] = {
 };
 
 struct session {
-    /* Options: what was given, and what follows from it. */
-    const char *value[sizeof help / sizeof *help]; /* of the option in this line of help, or NULL */
-    const char *mode, *kv, *stop[MAX_STOPS + 1];
+    const char *value[sizeof help / sizeof *help]; /* of the option in that line of help, or NULL */
+    const char *stop[MAX_STOPS + 1], *mode, *kv;
     int n_predict;           /* tokens to generate; -1: until a stop token or a full context */
     int special, chats, prints_ids; /* GEMMA3_SPECIAL or 0; -i; --out-ids */
-    /* The library's objects, and what they work on. */
-    gemma3_pool *pool;
     gemma3_model *model;
     const gemma3_config *config;
-    size_t n_vocab;
     const gemma3_tokenizer *tokenizer;
     gemma3_params params;
     gemma3_state *state;
     gemma3_sampler sampler;
+    gemma3_error err;        /* of the last call that failed */
+    size_t n_vocab;
     gemma3_candidate *candidates; /* [n_vocab] */
     float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    gemma3_error err;        /* of the last call that failed */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    int n_read, n_written;   /* tokens, for the speed */
+    gemma3_sha256 sha256;    /* of those rows */
+    int n_ids, n_read, n_written; /* of the prompt; tokens so far, for the speed */
     double read_seconds, write_seconds;
-    /* Output. A file is written under the name `part` until it is whole. */
-    FILE *out, *file;        /* of text; of --logits or --state */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8];
+    int fault;               /* first position whose logits are not numbers, or -1 */
+    FILE *out, *file;        /* of text; of --logits or --state, by another name */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
@@ -5035,23 +5018,22 @@ static double number(const struct session *s, const char *name, int is_whole, do
 static void read_options(struct session *s)
 {
     const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize");
-    int numbers = option(s, "--logits") || option(s, "--hash"), file = option(s, "-f") != NULL;
-    int prompts = file + !!option(s, "-p") + !!option(s, "--ids");
-    int exact = option(s, "--exact") != NULL, n_cores = gemma3_default_threads();
-    char *end = "";
-    s->chats = option(s, "-i") != NULL;
-    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+    int numbers = option(s, "--logits") || option(s, "--hash"), file = !!option(s, "-f");
+    int prompts = file + !!option(s, "-p") + !!option(s, "--ids"), exact = !!option(s, "--exact");
+    int n_jobs = prompts + !!option(s, "-i") + (tokenize && (*tokenize || !file)) +
                  !!option(s, "--detokenize") + !!option(s, "--info");
+    char *end = "";
     if (n_jobs != 1)
         say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
             "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
             "-f FILE (- is stdin) or --ids FILE, or chat with -i");
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
     if (!numbers && option(s, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!s->chats && option(s, "--system")) say(WRONG, "--system needs -i");
+    if (!option(s, "-i") && option(s, "--system")) say(WRONG, "--system needs -i");
     if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
     s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
     s->prints_ids = option(s, "--out-ids") != NULL;
+    s->chats = option(s, "-i") != NULL;
     s->mode = exact ? "exact" : "default";
     s->kv = option(s, "--kv") ? option(s, "--kv") : exact ? "f32" : "f16";
     if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
@@ -5059,7 +5041,8 @@ static void read_options(struct session *s)
     s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
     s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS, n_cores);
+    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS,
+                                    gemma3_default_threads());
     s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
@@ -5089,12 +5072,12 @@ static void open_model(struct session *s, const char *path, int computes)
     gemma3_params *p = &s->params;
     const char *note;
     p->parallel_for = gemma3_pool_run;
-    p->pool = s->pool = gemma3_pool_new(p->n_threads, &s->err);
-    if (!s->pool) say(FAILED, "%s", s->err.text);
+    p->pool = gemma3_pool_new(p->n_threads, &s->err);
+    if (!p->pool) say(FAILED, "%s", s->err.text);
     gemma3_options o = {
         .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
         .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
-        .n_threads = p->n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
+        .n_threads = p->n_threads, .parallel_for = p->parallel_for, .pool = p->pool,
     };
     s->model = gemma3_open(path, &o, &s->err);
     if (!s->model) say(FAILED, "%s", s->err.text);
@@ -5119,8 +5102,6 @@ static void open_model(struct session *s, const char *path, int computes)
     s->logits = allocate(NULL, s->n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
     s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
 }
-
-/* ---- Command line: files and lists ---- */
 
 /* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
 static char *read_file(const char *path, size_t *n)
@@ -5171,28 +5152,28 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
             found ? left : "a zero byte");
 }
 
-static void encode_text(struct session *s, const char *text, size_t n)
-{
-    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
-    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
-        say(NOTE, "the text begins with <bos>: no other is put before it");
-        flags = GEMMA3_SPECIAL;
-    }
-    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
-    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
-}
-
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
     const char *text = option(s, "-p"), *list = option(s, "--detokenize");
     const char *ids = option(s, "--ids"), *path = ids ? ids : option(s, "-f");
+    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
     if (!text) text = list ? list : option(s, "--tokenize");
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
-    if (ids || list) parse_ids(s, ids ? bytes : list, n, ids ? ids : "--detokenize");
-    else encode_text(s, bytes ? bytes : text, n);
+    if (bytes) text = bytes;
+    if (ids || list) {
+        parse_ids(s, text, n, ids ? ids : "--detokenize");
+    } else {
+        if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
+            say(NOTE, "the text begins with <bos>: no other is put before it");
+            flags = GEMMA3_SPECIAL;
+        }
+        s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
+        s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+        if (s->n_ids < 0)
+            say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
+    }
     free(bytes);
 }
 
@@ -5248,7 +5229,14 @@ static void close_out(struct session *s)
 
 /* ---- Command line: tokens in, tokens out ---- */
 
-/* Float32 as little-endian bytes on any machine. */
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
+    return all;
+}
+
+/* A row for --logits and --hash: float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
@@ -5261,23 +5249,19 @@ static void write_row(struct session *s, const float *row)
     if (s->file) write_out(s, bytes, 4 * s->n_vocab);
 }
 
-static int are_numbers(const float *x, size_t n)
-{
-    int all = 1;
-    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
-    return all;
-}
-
 /* Every token goes through here: into the cache, and into what the repeat penalty remembers. Logits
  * that are not numbers are remembered, not told: a hash or a file of them is what was asked for. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
+    int pos = gemma3_state_pos(s->state);
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * s->n_vocab, s->n_vocab))
-            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    for (int r = 0; r < n_rows; r++) {
+        const float *row = s->logits + (size_t)r * s->n_vocab;
+        if (s->fault < 0 && !are_numbers(row, s->n_vocab)) s->fault = pos + rows[r];
+        if (s->wanted && pos < s->n_ids && s->wanted[pos + rows[r]]) write_row(s, row);
+    }
 }
 
 /* Takes tokens through the model; s->logits is then the last one's row. */
@@ -5289,8 +5273,6 @@ static void read_tokens(struct session *s, const int32_t *ids, int n)
         for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
             if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
         forward(s, ids + i, count, rows, n_rows);
-        for (int r = 0; s->wanted && r < n_rows; r++)
-            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * s->n_vocab);
         const float *last = s->logits + (size_t)(n_rows - 1) * s->n_vocab;
         if (n_rows > 1) memcpy(s->logits, last, 4 * s->n_vocab);
     }
@@ -5505,29 +5487,24 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* Turns are Gemma's whatever the file's template says: a template is a program, whose language we
- * do not speak. What its words show is said. */
-static void note_template(const struct session *s)
+/* Turns are Gemma's whatever the file's template says: that is a program in a language which is not
+ * spoken here. What its words show is said. A full context ends the chat, unless somebody is there
+ * to type /clear. */
+static void chat(struct session *s)
 {
     const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
-    size_t n = 0;
+    size_t n = 0, at;
     const char *template = gemma3_model_chat_template(s->model, &n);
+    char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
     for (int i = 0; template && i < 4; i++) {
-        size_t n_word = strlen(words[i]), at = 0;
-        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        size_t n_word = strlen(words[i]);
+        for (at = 0; at + n_word <= n && memcmp(template + at, words[i], n_word) != 0;) at++;
         if ((at + n_word <= n) != (i == 0)) /* it has no turns, or wants what they have not */
             say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
                 i == 0 ? "has no" : "asks for", words[i]);
     }
-}
-
-/* A full context ends the chat, unless somebody is there to type /clear. */
-static void chat(struct session *s)
-{
-    char *line;
-    note_template(s);
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
@@ -5582,7 +5559,7 @@ static void run_job(struct session *s, const char *program)
                 s->n_written / s->write_seconds);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
-    gemma3_pool_free(s->pool);
+    gemma3_pool_free(s->params.pool);
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
