@@ -4408,7 +4408,7 @@ static void host_use_large_pages(uint8_t *begin, size_t n)
 #endif
 }
 
-/* The first number in a file, or `other`; *second if there is another. */
+/* The first number in a file, or `other` ("max" is none); *second if there is another. */
 static double number_in(const char *folder, const char *name, double other, double *second)
 {
     char path[4300];
@@ -4648,6 +4648,8 @@ typedef CONDITION_VARIABLE pthread_cond_t;
 #define THREAD DWORD WINAPI /* what a thread's function returns; nobody reads it */
 #endif
 
+/* A mapped file costs no memory of its own and no time to read: what is used comes in, and several
+ * programs share it. */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     char shortened[SHORT_PATH];
@@ -4972,7 +4974,9 @@ static const char *option(const struct session *s, const char *name)
     return s->value[find_option(name, strlen(name))];
 }
 
-/* Takes all arguments: "--seed 7" or "--seed=7". */
+/* Takes all arguments, "--seed 7" or "--seed=7", before any is obeyed: a mistake at the end of a
+ * line is found before minutes of work. A value may begin with -, as in --positions -1; only where
+ * it may lack the next argument is an option instead. */
 static void read_arguments(struct session *s, char **args)
 {
     static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
@@ -5103,7 +5107,8 @@ static void open_model(struct session *s, const char *path, int computes)
     s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
 }
 
-/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
+/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. What is too long is
+ * refused before it is read, where that can be known: not of pipes. */
 static char *read_file(const char *path, size_t *n)
 {
     FILE *f = strcmp(path, "-") == 0 ? stdin : gemma3_fopen(path, "rb");
@@ -5136,10 +5141,11 @@ static int next_number(const char **list, int *x)
     return 1;
 }
 
-/* The ids spelled in n bytes of text. */
+/* The ids spelled in n bytes of text: two bytes each at least, as something parts them. Editors of
+ * Windows begin a file with a byte-order mark; a zero byte would end the text unseen. */
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
+    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3);
     int id, found, last = s->config->n_vocab - 1;
     s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
@@ -5177,7 +5183,8 @@ static void read_prompt(struct session *s)
     free(bytes);
 }
 
-/* --positions, or all. */
+/* --positions, or all. They must ascend: rows are written as they are computed, and in another
+ * order than was asked for they would be a trap. */
 static void choose_rows(struct session *s)
 {
     const char *list = option(s, "--positions"), *left = list;
@@ -5213,6 +5220,7 @@ static void open_out(struct session *s, const char *path)
     check(s->file != NULL, path);
 }
 
+/* Flushes at once, or an error would show only after minutes of work. Is a gemma3_write. */
 static int write_out(void *session, const void *bytes, size_t n)
 {
     struct session *s = session;
@@ -5264,12 +5272,14 @@ static void forward(struct session *s, const int32_t *ids, int n, const int *row
     }
 }
 
-/* Takes tokens through the model; s->logits is then the last one's row. */
+/* Takes tokens through the model, in pieces for which s->logits has room: rows are cheaper
+ * together, but 262,144 logits for every token of a long prompt would be gigabytes. s->logits is
+ * then the last one's row, from which write_tokens goes on. */
 static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
     double start = gemma3_seconds();
     for (int i = 0, count; i < n; i += count) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0; /* as many as s->logits has room for */
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0;
         for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
             if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
         forward(s, ids + i, count, rows, n_rows);
@@ -5288,7 +5298,8 @@ static int read_next(void *file, uint64_t offset, void *buffer, size_t n)
 }
 
 /* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
+ * there. Returns how many are in the state. A file of other tokens is no mistake: it is of another
+ * prompt, and overwritten. What the repeat penalty remembers is no part of a state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
     const char *path = n > 0 ? option(s, "--state") : NULL;
@@ -5330,7 +5341,8 @@ static void print_text(struct session *s, const char *text, int n_bytes)
     }
 }
 
-/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
+/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. Each is
+ * flushed, because somebody reads as it comes. */
 static int print_token(struct session *s, int32_t id, int is_first)
 {
     char piece[GEMMA3_PIECE_MAX], c[8];
@@ -5395,6 +5407,7 @@ static void continue_prompt(struct session *s)
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
 }
 
+/* Memory is said for the -c, -b, -t and --kv that are given: what would fit is tried here. */
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
@@ -5455,6 +5468,7 @@ static int answer(struct session *s, const char *text)
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
     while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
     int n_kept = keep_tokens(s, ids, n_same);
+    /* Elsewhere Ctrl-C ends the program, as it ends any other. */
     interrupted = 0;
     signal(SIGINT, note_interrupt);
     read_tokens(s, ids + n_kept, n - n_kept);
@@ -5466,7 +5480,8 @@ static int answer(struct session *s, const char *text)
     return 1;
 }
 
-/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
+/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. The
+ * prompt goes to stderr, so that stdout has the answers alone. */
 static char *read_line(void)
 {
     size_t n = 0, room = 256;
