@@ -4398,42 +4398,27 @@ static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n
     if (m->source.is_mapped) advise(begin, n, MADV_DONTNEED);
 }
 
-/* A token reads all weights: small pages would cost it a look-up of an address every 4 KB. */
-static void host_use_large_pages(uint8_t *begin, size_t n)
-{
-#if defined(MADV_HUGEPAGE)
-    advise(begin, n, MADV_HUGEPAGE);
-#else
-    (void)begin, (void)n;
+#if !defined(MADV_HUGEPAGE)
+#define MADV_HUGEPAGE MADV_NORMAL
 #endif
-}
+/* A token reads all weights: small pages would cost it a look-up of an address every 4 KB. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { advise(begin, n, MADV_HUGEPAGE); }
 
-/* The first number in a file, or `other` ("max" is none); *second if there is another. */
-static double number_in(const char *folder, const char *name, double other, double *second)
+/* The first or second number in a file, or `other`: "max" is none. */
+static double number_in(const char *folder, const char *name, int is_second, double other)
 {
     char path[4300];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
+    if (f && fscanf(f, is_second ? "%*s %lf" : "%lf", &other) < 1) clearerr(f);
     if (f) fclose(f);
     return other;
 }
 
-/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
-static void limit_by_group(const char *folder, struct limits *l)
-{
-    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
-    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
-    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
-    quota = number_in(folder, "cpu.max", quota, &period);
-    bytes = number_in(folder, "memory.max", bytes, &unused);
-    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
-    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
-}
-
-/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
- * list of controllers in a folder of that name below root. The groups above bind a group too, and
- * inside a container they are all that can be seen. */
+/* The file `self` lists this process's control groups as "number:controllers:/path"; version 1
+ * keeps each list of controllers in a folder of that name below root, and has a file for each
+ * number, where version 2 says "quota period". The groups above bind a group too, and inside a
+ * container they are all that can be seen. */
 static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
     char line[4096], folder[4200];
@@ -4446,7 +4431,14 @@ static void limit_by_groups(const char *self, const char *root, struct limits *l
         char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
         for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
             *cut = 0;
-            limit_by_group(folder, l);
+            double quota = number_in(folder, "cpu.cfs_quota_us", 0, -1);
+            double period = number_in(folder, "cpu.cfs_period_us", 0, 1e5);
+            double bytes = number_in(folder, "memory.limit_in_bytes", 0, -1);
+            quota = number_in(folder, "cpu.max", 0, quota);
+            period = number_in(folder, "cpu.max", 1, period);
+            bytes = number_in(folder, "memory.max", 0, bytes);
+            if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+            if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
         }
     }
     if (f) fclose(f);
@@ -4470,10 +4462,9 @@ static struct limits host_limits(void)
     if (n) l.cpus = 0;
     for (int cpu = 0; cpu < n; cpu++) {
         char folder[96];
-        double unused;
         if (!CPU_ISSET(cpu, &may_use)) continue;
         snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
-        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        int first = (int)number_in(folder, "thread_siblings_list", 0, cpu) % n;
         l.cpus += !seen[first];
         seen[first] = 1;
     }
@@ -4608,8 +4599,8 @@ long long gemma3_file_size(const char *path)
 
 FILE *gemma3_fopen(const char *path, const char *mode)
 {
-    wchar_t wide[8] = {0}; /* a mode is ASCII */
-    for (int i = 0; i < 7 && mode[i]; i++) wide[i] = (wchar_t)mode[i];
+    wchar_t wide[32] = {0};
+    mbstowcs(wide, mode, 31); /* a mode is ASCII */
     return _wfopen(widen(path).text, wide);
 }
 
@@ -4979,14 +4970,15 @@ static const char *option(const struct session *s, const char *name)
  * it may lack the next argument is an option instead. */
 static void read_arguments(struct session *s, char **args)
 {
-    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
+    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
     for (int n_stops = 0; *args;) {
         const char *arg = *args++, *value = "";
         size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
         int i = find_option(arg, n);
-        if (!i && n > 4 && strstr(moved, arg))
-            say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
-                (int)strcspn(arg + 2, "-"), arg + 2);
+        for (int k = 0; !i && k < 5; k++)
+            if (strcmp(arg, moved[k]) == 0)
+                say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+                    (int)strcspn(arg + 2, "-"), arg + 2);
         if (!i) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
         const char *what = help[i] + n + 3; /* " " of a flag, "VALUE", "[VALUE]" */
         if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
