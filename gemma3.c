@@ -4279,8 +4279,9 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 
 /* ==== 15. Threads and files of the host =========================================================
  *
- * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
- * There is one body for POSIX and one for Windows; below them nothing knows which. */
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads,
+ * and what a program needs beyond C11 (gemma3.h, "The host"). There is one body for POSIX and one
+ * for Windows, nowhere else; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
@@ -4295,15 +4296,20 @@ struct limits {
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
+#define THREAD void *
 
-/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file.
+ * Asked of the open file, not of its name, which may lead elsewhere by then; O_NONBLOCK, because
+ * opening a FIFO would wait for somebody who writes into it. */
 static const void *host_map(const char *path, long long *size)
 {
     struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     void *data = MAP_FAILED;
     *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
     if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
@@ -4325,46 +4331,34 @@ static void advise(const uint8_t *begin, size_t n, int advice)
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
-/* After repacking, the file's pages are not needed any more. */
+/* After repacking, the file's pages are not needed any more: without this a model would count
+ * twice against a container's limit. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
     if (m->source.is_mapped) advise(begin, n, MADV_DONTNEED);
 }
 
-static void host_use_large_pages(uint8_t *begin, size_t n)
-{
-#if defined(MADV_HUGEPAGE)
-    advise(begin, n, MADV_HUGEPAGE);
-#else
-    (void)begin, (void)n;
+#if !defined(MADV_HUGEPAGE)
+#define MADV_HUGEPAGE MADV_NORMAL
 #endif
-}
+/* A token reads all weights: small pages would cost it a look-up of an address every 4 KB. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { advise(begin, n, MADV_HUGEPAGE); }
 
-/* The first number in a file, or `other`; *second if there is another. */
-static double number_in(const char *folder, const char *name, double other, double *second)
+/* The first or second number in a file, or `other`: "max" is none. */
+static double number_in(const char *folder, const char *name, int is_second, double other)
 {
     char path[4300];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
+    if (f && fscanf(f, is_second ? "%*s %lf" : "%lf", &other) < 1) clearerr(f);
     if (f) fclose(f);
     return other;
 }
 
-/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
-static void limit_by_group(const char *folder, struct limits *l)
-{
-    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
-    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
-    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
-    quota = number_in(folder, "cpu.max", quota, &period);
-    bytes = number_in(folder, "memory.max", bytes, &unused);
-    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
-    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
-}
-
-/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
- * list of controllers in a folder of that name below root. The groups above bind a group too. */
+/* The file `self` lists this process's control groups as "number:controllers:/path"; version 1
+ * keeps each list of controllers in a folder of that name below root, and has a file for each
+ * number, where version 2 says "quota period". The groups above bind a group too, and inside a
+ * container they are all that can be seen. */
 static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
     char line[4096], folder[4200];
@@ -4377,7 +4371,14 @@ static void limit_by_groups(const char *self, const char *root, struct limits *l
         char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
         for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
             *cut = 0;
-            limit_by_group(folder, l);
+            double quota = number_in(folder, "cpu.cfs_quota_us", 0, -1);
+            double period = number_in(folder, "cpu.cfs_period_us", 0, 1e5);
+            double bytes = number_in(folder, "memory.limit_in_bytes", 0, -1);
+            quota = number_in(folder, "cpu.max", 0, quota);
+            period = number_in(folder, "cpu.max", 1, period);
+            bytes = number_in(folder, "memory.max", 0, bytes);
+            if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+            if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
         }
     }
     if (f) fclose(f);
@@ -4401,10 +4402,9 @@ static struct limits host_limits(void)
     if (n) l.cpus = 0;
     for (int cpu = 0; cpu < n; cpu++) {
         char folder[96];
-        double unused;
         if (!CPU_ISSET(cpu, &may_use)) continue;
         snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
-        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        int first = (int)number_in(folder, "thread_siblings_list", 0, cpu) % n;
         l.cpus += !seen[first];
         seen[first] = 1;
     }
@@ -4413,35 +4413,66 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* A closed stream leaves its number to the next file that is opened: a model as standard error,
+ * say. What takes that number here can do nothing. SIGPIPE and SIGXFSZ would end the program
+ * without a word, and leave half a file: ignored, they are errors of writing like any other. */
+char **gemma3_host_start(char **argv)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    if (*argv && !strchr(*argv, '/')) *argv = "/proc/self/exe"; /* it was found in $PATH */
+    return argv;
+}
+
+long long gemma3_file_size(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) ? -1 : S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+FILE *gemma3_fopen(const char *path, const char *mode) { return fopen(path, mode); }
+int gemma3_rename(const char *from, const char *to) { return rename(from, to); }
+int gemma3_remove(const char *path) { return remove(path); }
+int gemma3_is_terminal(FILE *f) { return isatty(fileno(f)); }
+int gemma3_typed_byte(gemma3_typed *t) { return (void)t, getchar(); }
+
+double gemma3_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <io.h>
+#include <shellapi.h>
 
-/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
-static wchar_t *wide_path(const char *path)
+/* A path as Windows wants it: in UTF-16 and, marked by \\?\, longer than 260 characters. "" when
+ * that cannot be, which names no file. */
+struct wide_path { wchar_t text[32768]; };
+
+static struct wide_path widen(const char *path)
 {
-    enum { MOST = 32768 };
-    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
-    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
-    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
-    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
-    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
-    return wide;
+    struct wide_path given, full = {L"\\\\?\\"};
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given.text, 32764)) given.text[0] = 0;
+    DWORD n = GetFullPathNameW(given.text, 32764, full.text + 4, NULL);
+    return !n || full.text[4] == '\\' ? given : full; /* a share or a device has a mark already */
 }
 
 static const void *host_map(const char *path, long long *size)
 {
     struct _stat64 st;
-    wchar_t *wide = wide_path(path);
-    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    int fd = _wopen(widen(path).text, _O_RDONLY | _O_BINARY);
     *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
     HANDLE file = *size <= 0 ? NULL :
                   CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
     const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (file) CloseHandle(file);
     if (fd >= 0) _close(fd);
-    free(wide);
     return data;
 }
 
@@ -4474,36 +4505,98 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* main's argv has '?' for what the system's code page lacks, and streams turn \n into \r\n. */
+char **gemma3_host_start(char **argv)
+{
+    struct wide_path self;
+    int n;
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    if (wide && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
+    size_t room = 3 * (wcslen(GetCommandLineW()) + 32768); /* bytes for each UTF-16 unit, at most */
+    char **utf8 = wide ? malloc((size_t)(n + 1) * sizeof *utf8 + room) : NULL;
+    if (!utf8) return argv;
+    char *to = (char *)(utf8 + n + 1);
+    for (int i = 0; i < n; i++) {
+        utf8[i] = to;
+        to += WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, to, (int)room, NULL, NULL);
+    }
+    utf8[n] = NULL;
+    return utf8;
+}
+
+/* Windows itself follows links, and where they lead is not asked. */
+#define realpath(path, unused) _strdup(path)
+
+long long gemma3_file_size(const char *path)
+{
+    struct _stat64 st;
+    if (_wstat64(widen(path).text, &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+FILE *gemma3_fopen(const char *path, const char *mode)
+{
+    wchar_t wide[32] = {0};
+    mbstowcs(wide, mode, 31); /* a mode is ASCII */
+    return _wfopen(widen(path).text, wide);
+}
+
+int gemma3_rename(const char *from, const char *to)
+{
+    return MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING)
+           ? 0 : (errno = EACCES, -1);
+}
+
+int gemma3_remove(const char *path) { return _wremove(widen(path).text); }
+int gemma3_is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+
+/* For bytes, the console of Windows 10 has 0 where a typed letter is not ASCII. */
+int gemma3_typed_byte(gemma3_typed *t)
+{
+    wchar_t wide[256];
+    DWORD n = 0, rest = 0;
+    HANDLE console = GetStdHandle(STD_INPUT_HANDLE);
+    if (!gemma3_is_terminal(stdin)) return getchar();
+    if (t->at < t->n) return (unsigned char)t->text[t->at++];
+    if (!ReadConsoleW(console, wide, 255, &n, NULL) || n == 0 || *wide == 26) return EOF; /* ^Z */
+    if (wide[n - 1] >> 10 == 0xD800 >> 10) ReadConsoleW(console, wide + n, 1, &rest, NULL);
+    t->n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + rest), t->text, 768, NULL, NULL);
+    t->at = 1;
+    return t->n ? (unsigned char)*t->text : EOF;
+}
+
+double gemma3_seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
 /* As much of POSIX threads as a pool needs. */
 typedef HANDLE pthread_t;
 typedef SRWLOCK pthread_mutex_t;
 typedef CONDITION_VARIABLE pthread_cond_t;
 #define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
 #define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
-static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
-static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
-static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
-static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
-{
-    SleepConditionVariableSRW(c, m, INFINITE, 0);
-}
-static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
-static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
-static void sched_yield(void) { SwitchToThread(); }
-static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
-{
-    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
-    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
-    return *t == NULL;
-}
-static void pthread_join(HANDLE t, const void *unused)
-{
-    (void)unused;
-    WaitForSingleObject(t, INFINITE);
-    CloseHandle(t);
-}
+#define pthread_mutex_lock AcquireSRWLockExclusive
+#define pthread_mutex_unlock ReleaseSRWLockExclusive
+#define pthread_mutex_destroy(mutex) ((void)(mutex))
+#define pthread_cond_wait(cond, mutex) SleepConditionVariableSRW(cond, mutex, INFINITE, 0)
+#define pthread_cond_broadcast WakeAllConditionVariable
+#define pthread_cond_destroy(cond) ((void)(cond))
+#define pthread_create(t, unused, run, arg) (!(*(t) = CreateThread(NULL, 0, run, arg, 0, NULL)))
+#define pthread_join(t, unused) (WaitForSingleObject(t, INFINITE), CloseHandle(t))
+#define sched_yield SwitchToThread
+#define THREAD DWORD WINAPI /* what a thread's function returns; nobody reads it */
 #endif
 
+/* A mapped file costs no memory of its own and no time to read: what is used comes in, and several
+ * programs share it. */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
     char shortened[SHORT_PATH];
@@ -4524,6 +4617,14 @@ gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma
     return m;
 }
 
+int gemma3_real_path(const char *path, char *real, size_t size)
+{
+    char *found = realpath(path, NULL);
+    int n = snprintf(real, size, "%s", found ? found : path);
+    free(found);
+    return (size_t)n < size ? 0 : (errno = ENAMETOOLONG, -1);
+}
+
 int gemma3_default_threads(void)
 {
     double cpus = host_limits().cpus;
@@ -4537,31 +4638,25 @@ size_t gemma3_memory_limit(void)
     return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
-/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
- * another; it ends when the caller has found none left, closed it, and all who were inside have
- * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
- * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
-enum { OPEN = 1 << 16, SPINS = 20000 };
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-    pthread_t thread;
-};
+/* A call of gemma3_pool_run is a round: who takes part claims one task after another by counting
+ * `left` down, and the round ends when none is undone. Only who has claimed a task reads what it
+ * is: then the round cannot end, so nothing changes meanwhile; and nobody waits for a worker that
+ * comes late and finds none left. Between rounds workers spin a while, a fifth of a millisecond
+ * (longer than what one thread does alone), then sleep: a round is often shorter than it takes to
+ * wake a thread. */
+enum { SPINS = 20000 };
 
 struct gemma3_pool {
     gemma3_task *task;                /* of this round, with the next two */
     void *job;
     int n_tasks;
-    atomic_int next;                  /* the first task that nobody has claimed */
-    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
-    atomic_uint round;                /* how many there were */
-    atomic_int stop;
+    atomic_int left, undone;          /* tasks that nobody has claimed; that have not ended */
+    atomic_int stop, n_workers;       /* 1: all shall end; how many have a number */
     pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
     pthread_mutex_t mutex;            /* and the condition: of those who sleep */
     pthread_cond_t wake;
     int n_threads;
-    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
+    pthread_t thread[];               /* [n_threads], the first unused: it is whoever calls */
 };
 
 static void relax(int spin)
@@ -4569,46 +4664,46 @@ static void relax(int spin)
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) sched_yield(); /* where threads outnumber CPUs, let the others end */
 }
 
 static void take_part(gemma3_pool *pool, int worker)
 {
-    int inside = atomic_load(&pool->inside);
-    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
-    if (inside < OPEN) return;
-    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
-        pool->task(pool->job, i, worker);
-    atomic_fetch_sub(&pool->inside, 1);
+    int n = 0;
+    for (int left; (left = atomic_fetch_sub(&pool->left, 1)) > 0; n++)
+        pool->task(pool->job, pool->n_tasks - left, worker);
+    if (n > 0) atomic_fetch_sub(&pool->undone, n);
 }
 
-static unsigned await_round(gemma3_pool *pool, unsigned seen)
-{
-    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
-    if (atomic_load(&pool->round) == seen) {
-        pthread_mutex_lock(&pool->mutex);
-        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    return atomic_load(&pool->round);
-}
-
-static void begin_round(gemma3_pool *pool)
+/* Under the mutex, or a worker that has just found nothing to do would sleep through it. */
+static void offer(gemma3_pool *pool, int n_tasks)
 {
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add(&pool->round, 1);
+    atomic_store(&pool->left, n_tasks);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
 }
 
-static void *worker_main(void *arg)
+static int is_idle(gemma3_pool *pool)
 {
-    const struct worker *me = arg;
-    gemma3_pool *pool = me->pool;
-    fp_enter();
-    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
-        take_part(pool, me->id);
-    return NULL;
+    return atomic_load(&pool->left) <= 0 && !atomic_load(&pool->stop);
+}
+
+static THREAD worker_main(void *arg)
+{
+    gemma3_pool *pool = arg;
+    int worker = 1 + atomic_fetch_add(&pool->n_workers, 1);
+    fp_enter(); /* each thread has a floating-point state of its own */
+    while (!atomic_load(&pool->stop)) {
+        for (int spin = 0; spin < SPINS && is_idle(pool); spin++) relax(spin);
+        if (is_idle(pool)) {
+            pthread_mutex_lock(&pool->mutex);
+            while (is_idle(pool)) pthread_cond_wait(&pool->wake, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        take_part(pool, worker);
+    }
+    return 0;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
@@ -4618,30 +4713,24 @@ void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
     pool->task = task;
     pool->job = job;
     pool->n_tasks = n_tasks;
-    atomic_store(&pool->next, 0);
-    atomic_store(&pool->inside, OPEN);
-    begin_round(pool);
+    atomic_store(&pool->undone, n_tasks);
+    offer(pool, n_tasks);
     take_part(pool, 0);
-    atomic_fetch_sub(&pool->inside, OPEN);
-    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    for (int spin = 0; atomic_load(&pool->undone) > 0; spin++) relax(spin);
     pthread_mutex_unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
     size_t room = n_threads > 0 ? n_threads : 1;
-    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->thread);
     if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
     *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
                           .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = &pool->worker[pool->n_threads];
-        w->pool = pool;
-        w->id = pool->n_threads;
-        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        if (!pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, pool)) continue;
         fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-        gemma3_pool_free(pool);
-        return NULL;
+        return gemma3_pool_free(pool), NULL;
     }
     return pool;
 }
@@ -4650,8 +4739,8 @@ void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
     atomic_store(&pool->stop, 1);
-    begin_round(pool);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
+    offer(pool, 0);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
     pthread_mutex_destroy(&pool->turn);
@@ -4670,15 +4759,15 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 
 /* ==== 16. The command line ======================================================================
  *
- * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. Text and results go to stdout, the rest to
- * stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2 when the
- * command line was wrong. */
+ * From here on only gemma3.h and C11 are used: this is the worked example of the library, and
+ * whoever wants the library alone deletes from here to the end. Text and results go to stdout, the
+ * rest to stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2
+ * when the command line was wrong. So no function here returns an error, and what is allocated is
+ * given back only at the end of a job that was done. */
 
 #include "gemma3.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -4686,8 +4775,6 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <time.h>
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
@@ -4696,7 +4783,8 @@ enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP
 static volatile sig_atomic_t interrupted;
 static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
-/* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
+/* Text from anywhere, a file's names too: whole characters, and none that a terminal obeys
+ * (U+0000-1F, 7F-9F), or a model could clear the screen, or type. */
 static void print_safe(FILE *f, const char *text)
 {
     gemma3_utf8 whole = {.n = 0};
@@ -4725,7 +4813,8 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
-/* Of a file; errno may be of an earlier call. A reader that went away knows. */
+/* Of a file. Who reads from a pipe and goes away has what he wanted: nothing is said then. errno
+ * may be 0, as C11's streams need not set it. */
 static void check(int ok, const char *name)
 {
     if (ok) return;
@@ -4733,143 +4822,14 @@ static void check(int ok, const char *name)
     say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
 }
 
+/* Before the program may say that it has printed something: a full disk shows only now. */
+static void flush(FILE *f) { check(!fflush(f) && !ferror(f), "standard output"); }
+
 static void *allocate(void *old, size_t n_bytes, const char *what)
 {
     void *p = realloc(old, n_bytes);
     if (!p) say(FAILED, "out of memory: %s needs %zu bytes", what, n_bytes);
     return p;
-}
-
-/* ---- Command line: what is asked of the system ---- */
-
-struct typed { char text[768]; int at, n; }; /* at a console, and not yet read: of one line */
-
-#if !defined(_WIN32)
-#include <unistd.h>
-
-/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
- * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
-static char **start_program(char **argv)
-{
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    return argv;
-}
-
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
-static long long file_size(const char *path)
-{
-    struct stat st;
-    if (stat(path, &st)) return -1;
-    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
-}
-
-static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
-static int replace_file(const char *from, const char *to) { return rename(from, to); }
-static void remove_file(const char *path) { remove(path); }
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-static int next_byte(struct typed *t) { return (void)t, getchar(); }
-
-#else /* Windows: the same, in its UTF-16 */
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#include <io.h>
-#include <shellapi.h>
-
-struct wide { wchar_t text[32768]; };
-
-/* A path; marked by \\?\ it may have over 260 letters. */
-static struct wide widen(const char *path)
-{
-    struct wide w = {L"\\\\?\\"};
-    wchar_t given[MAX_PATH_BYTES];
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
-    if (!GetFullPathNameW(given, 32764, w.text + 4, NULL) || w.text[4] == '\\')
-        wcscpy(w.text, given);
-    return w;
-}
-
-static char **start_program(char **argv)
-{
-    struct wide self;
-    int n;
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
-    SetConsoleOutputCP(CP_UTF8);
-    SetConsoleCP(CP_UTF8);
-    _setmode(0, _O_BINARY);
-    _setmode(1, _O_BINARY);
-    if (!wide) return argv;
-    if (n && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
-    argv = allocate(NULL, ((size_t)n + 1) * sizeof *argv, "the command line");
-    argv[n] = NULL;
-    for (int i = 0; i < n; i++) {
-        size_t room = 3 * wcslen(wide[i]) + 1;
-        argv[i] = allocate(NULL, room, "an argument");
-        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], (int)room, NULL, NULL);
-    }
-    return argv;
-}
-
-static double seconds(void)
-{
-    LARGE_INTEGER now, per_second;
-    QueryPerformanceCounter(&now);
-    QueryPerformanceFrequency(&per_second);
-    return (double)now.QuadPart / (double)per_second.QuadPart;
-}
-
-static long long file_size(const char *path)
-{
-    struct _stat64 st;
-    if (_wstat64(widen(path).text, &st)) return -1;
-    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
-}
-
-static FILE *open_file(const char *path, const char *mode)
-{
-    return _wfopen(widen(path).text, *mode == 'w' ? L"wb" : mode[1] == '+' ? L"r+b" : L"rb");
-}
-
-static int replace_file(const char *from, const char *to)
-{
-    return !MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING);
-}
-
-static char *realpath(const char *path, char *real) { return real ? real : _strdup(path); }
-static void remove_file(const char *path) { DeleteFileW(widen(path).text); }
-static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
-
-/* Of stdin. For bytes, the console of Windows 10 has 0 where a typed letter is not ASCII. */
-static int next_byte(struct typed *t)
-{
-    HANDLE console = GetStdHandle(STD_INPUT_HANDLE);
-    wchar_t wide[256];
-    DWORD n = 0, rest = 0;
-    if (!is_terminal(stdin)) return getchar();
-    if (t->at < t->n) return (unsigned char)t->text[t->at++];
-    if (!ReadConsoleW(console, wide, 255, &n, NULL) || n == 0 || *wide == 26) return EOF; /* ^Z */
-    if (wide[n - 1] >> 10 == 0xD800 >> 10) ReadConsoleW(console, wide + n, 1, &rest, NULL);
-    t->n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + rest), t->text, 768, NULL, NULL);
-    t->at = 1;
-    return t->n ? (unsigned char)*t->text : EOF;
-}
-#endif
-
-/* Where a path leads through links; itself when there is nothing. */
-static void real_path(const char *path, char real[MAX_PATH_BYTES])
-{
-    char *found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
-    free(found);
 }
 
 /* ---- Command line: the options ---- */
@@ -4919,68 +4879,76 @@ static const char *const help[] = {
 };
 
 struct session {
-    char **args;
-    const char *mode, *kv, *stop[MAX_STOPS + 1];
+    const char *value[sizeof help / sizeof *help]; /* of the option in that line of help, or NULL */
+    const char *stop[MAX_STOPS + 1], *mode, *kv;
     int n_predict;           /* tokens to generate; -1: until a stop token or a full context */
     int special, chats, prints_ids; /* GEMMA3_SPECIAL or 0; -i; --out-ids */
-    gemma3_pool *pool;
     gemma3_model *model;
     const gemma3_config *config;
-    size_t n_vocab;
     const gemma3_tokenizer *tokenizer;
     gemma3_params params;
     gemma3_state *state;
     gemma3_sampler sampler;
+    gemma3_error err;        /* of the last call that failed */
+    size_t n_vocab;
     gemma3_candidate *candidates; /* [n_vocab] */
     float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    gemma3_error err;        /* of the last call that failed */
+    gemma3_sha256 sha256;    /* of those rows */
+    int n_ids, n_read, n_written; /* of the prompt; tokens so far, for the speed */
+    double read_seconds, write_seconds;
+    int fault;               /* first position whose logits are not numbers, or -1 */
     FILE *out, *file;        /* of text; of --logits or --state, by another name */
     char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
     int stopped;             /* a --stop text came */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
 };
 
-/* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
-static const char *next_option(char ***args, const char **value)
+/* The line of help that has this option; 0, which has none, when there is no such option. */
+static int find_option(const char *name, size_t n)
 {
-    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
-    const char *arg = *(*args)++, *next = **args, *form = NULL;
-    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
-    for (int i = 0; help[i] && !form; i++)
-        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
-    if (!form && n > 4 && strstr(moved, arg))
-        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
-            (int)strcspn(arg + 2, "-"), arg + 2);
-    if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    const char *what = form + n + 1; /* " " of a flag, "VALUE", "[VALUE]" */
-    *value = "";
-    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
-    if (arg[n] == '=') *value = arg + n + 1;
-    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
-    else if (*what != ' ' && *what != '[')
-        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
-    return form;
+    for (int i = 0; help[i] && *name == '-' && n > 1; i++)
+        if (strncmp(help[i] + 2, name, n) == 0 && help[i][n + 2] == ' ') return i;
+    return 0;
 }
 
 /* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
 static const char *option(const struct session *s, const char *name)
 {
-    const char *value, *last = NULL;
-    size_t n = strlen(name);
-    for (char **args = s->args; *args;) {
-        const char *form = next_option(&args, &value);
-        if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
+    return s->value[find_option(name, strlen(name))];
+}
+
+/* Takes all arguments, "--seed 7" or "--seed=7", before any is obeyed: a mistake at the end of a
+ * line is found before minutes of work. A value may begin with -, as in --positions -1; only where
+ * it may lack the next argument is an option instead. */
+static void read_arguments(struct session *s, char **args)
+{
+    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    for (int n_stops = 0; *args;) {
+        const char *arg = *args++, *value = "";
+        size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
+        int i = find_option(arg, n);
+        for (int k = 0; !i && k < 5; k++)
+            if (strcmp(arg, moved[k]) == 0)
+                say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+                    (int)strcspn(arg + 2, "-"), arg + 2);
+        if (!i) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
+        const char *what = help[i] + n + 3; /* " " of a flag, "VALUE", "[VALUE]" */
+        if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
+        if (arg[n] == '=') value = arg + n + 1;
+        else if (*what != ' ' && *args && (*what != '[' || **args != '-')) value = *args++;
+        else if (*what != ' ' && *what != '[')
+            say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
+        s->value[i] = value;
+        if (i != find_option("--stop", 6)) continue; /* the one that may come several times */
+        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (!*value || strlen(value) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+        s->stop[n_stops++] = value;
     }
-    return last;
 }
 
 static double number(const struct session *s, const char *name, int is_whole, double least,
@@ -4997,78 +4965,71 @@ static double number(const struct session *s, const char *name, int is_whole, do
     return x;
 }
 
-/* Takes the next number of a list. 0: that was all; -1: there is something else. */
-static int next_number(const char **list, int *x)
-{
-    static const char between[] = ", \t\r\n\v\f";
-    char *end;
-    *list += strspn(*list, between);
-    if (**list == 0) return 0;
-    long long number = strtoll(*list, &end, 10);
-    if (end == *list || (*end && !strchr(between, *end)) || number != (int32_t)number) return -1;
-    *list = end;
-    *x = (int)number;
-    return 1;
-}
-
-/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
+/* What can be wrong before a model is opened, which may take seconds: one thing to do, and nothing
+ * without effect, because who gives an option expects one. */
 static void read_options(struct session *s)
 {
-    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize"), *stop;
-    int numbers = option(s, "--logits") || option(s, "--hash"), file = option(s, "-f") != NULL;
-    int prompts = file + !!option(s, "-p") + !!option(s, "--ids");
-    s->chats = option(s, "-i") != NULL;
-    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
+    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize");
+    int numbers = option(s, "--logits") || option(s, "--hash"), file = !!option(s, "-f");
+    int prompts = file + !!option(s, "-p") + !!option(s, "--ids"), exact = !!option(s, "--exact");
+    int n_jobs = prompts + !!option(s, "-i") + (tokenize && (*tokenize || !file)) +
                  !!option(s, "--detokenize") + !!option(s, "--info");
-    int n_cores = gemma3_default_threads(), n_stops = 0;
-    char *end;
+    char *end = "";
     if (n_jobs != 1)
         say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
             "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
             "-f FILE (- is stdin) or --ids FILE, or chat with -i");
     if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
     if (!numbers && option(s, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!s->chats && option(s, "--system")) say(WRONG, "--system needs -i");
+    if (!option(s, "-i") && option(s, "--system")) say(WRONG, "--system needs -i");
     if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
     s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
     s->prints_ids = option(s, "--out-ids") != NULL;
-    s->mode = option(s, "--exact") ? "exact" : "default";
-    s->kv = option(s, "--kv");
-    if (!s->kv) s->kv = option(s, "--exact") ? "f32" : "f16";
+    s->chats = option(s, "-i") != NULL;
+    s->mode = exact ? "exact" : "default";
+    s->kv = option(s, "--kv") ? option(s, "--kv") : exact ? "f32" : "f16";
     if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
         say(WRONG, "--kv %s: expected f16 or f32", s->kv);
     s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
     s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS, n_cores);
+    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS,
+                                    gemma3_default_threads());
     s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
     errno = 0;
     s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
-    if (seed && (*seed < '0' || *seed > '9' || *end || errno))
+    if (*end || errno || (seed && (*seed < '0' || *seed > '9'))) /* strtoull takes " -1" too */
         say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
     s->sampler.temperature = (float)number(s, "--temp", 0, 0, 1e6, 1);
     s->sampler.top_k = (int)number(s, "--top-k", 1, 0, INT_MAX, 64);
     s->sampler.top_p = (float)number(s, "--top-p", 0, 0, 1, 0.95);
     s->sampler.min_p = (float)number(s, "--min-p", 0, 0, 1, 0);
     s->sampler.repeat_penalty = (float)number(s, "--repeat-penalty", 0, 1e-6, 1e6, 1);
-    for (char **args = s->args; *args;) {
-        if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
-        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
-        if (!*stop || strlen(stop) > MAX_STOP_BYTES)
-            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-        s->stop[n_stops++] = stop;
-    }
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    size_t n = gemma3_real_path(program, path, MAX_PATH_BYTES) ? 0 : strlen(path);
+    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (gemma3_file_size(path) < 0) strcpy(path, model);
+    if (gemma3_file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
 }
 
 static void open_model(struct session *s, const char *path, int computes)
 {
+    gemma3_params *p = &s->params;
     const char *note;
-    s->pool = gemma3_pool_new(s->params.n_threads, &s->err);
-    if (!s->pool) say(FAILED, "%s", s->err.text);
+    p->parallel_for = gemma3_pool_run;
+    p->pool = gemma3_pool_new(p->n_threads, &s->err);
+    if (!p->pool) say(FAILED, "%s", s->err.text);
     gemma3_options o = {
         .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
         .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
-        .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
+        .n_threads = p->n_threads, .parallel_for = p->parallel_for, .pool = p->pool,
     };
     s->model = gemma3_open(path, &o, &s->err);
     if (!s->model) say(FAILED, "%s", s->err.text);
@@ -5076,11 +5037,9 @@ static void open_model(struct session *s, const char *path, int computes)
     s->config = gemma3_model_config(s->model);
     s->n_vocab = (size_t)s->config->n_vocab;
     s->tokenizer = gemma3_model_tokenizer(s->model);
-    if (!s->params.n_ctx) s->params.n_ctx = gemma3_default_params(s->model).n_ctx;
-    s->params.parallel_for = gemma3_pool_run;
-    s->params.pool = s->pool;
+    if (!p->n_ctx) p->n_ctx = gemma3_default_params(s->model).n_ctx;
     if (!computes) return;
-    const gemma3_params *p = &s->params;
+    /* Systems promise more memory than they have, and end whoever uses it: so it is asked first. */
     size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
     size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
     if (limit && (need > limit || weights > limit - need))
@@ -5096,12 +5055,13 @@ static void open_model(struct session *s, const char *path, int computes)
     s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
 }
 
-/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
+/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. What is too long is
+ * refused before it is read, where that can be known: not of pipes. */
 static char *read_file(const char *path, size_t *n)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
+    FILE *f = strcmp(path, "-") == 0 ? stdin : gemma3_fopen(path, "rb");
     check(f != NULL, path);
-    long long size = f == stdin ? 0 : file_size(path);
+    long long size = f == stdin ? 0 : gemma3_file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
         if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
@@ -5115,10 +5075,25 @@ static char *read_file(const char *path, size_t *n)
     return bytes;
 }
 
-/* The ids spelled in n bytes of text. */
+/* Takes the next number of a list. 0: that was all; -1: there is something else. */
+static int next_number(const char **list, int *x)
+{
+    static const char between[] = ", \t\r\n\v\f";
+    char *end;
+    *list += strspn(*list, between);
+    if (**list == 0) return 0;
+    long long number = strtoll(*list, &end, 10);
+    if (end == *list || (*end && !strchr(between, *end)) || number != (int32_t)number) return -1;
+    *list = end;
+    *x = (int)number;
+    return 1;
+}
+
+/* The ids spelled in n bytes of text: two bytes each at least, as something parts them. Editors of
+ * Windows begin a file with a byte-order mark; a zero byte would end the text unseen. */
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
+    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3);
     int id, found, last = s->config->n_vocab - 1;
     s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
@@ -5131,31 +5106,33 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
             found ? left : "a zero byte");
 }
 
-static void encode_text(struct session *s, const char *text, size_t n)
-{
-    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
-    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
-        say(NOTE, "the text begins with <bos>: no other is put before it");
-        flags = GEMMA3_SPECIAL;
-    }
-    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
-    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
-}
-
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
+    const char *text = option(s, "-p"), *list = option(s, "--detokenize");
     const char *ids = option(s, "--ids"), *path = ids ? ids : option(s, "-f");
-    const char *prompt = option(s, "-p"), *text = prompt ? prompt : option(s, "--tokenize");
+    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
+    if (!text) text = list ? list : option(s, "--tokenize");
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
-    if (ids) parse_ids(s, bytes, n, ids);
-    else encode_text(s, bytes ? bytes : text, n);
+    if (bytes) text = bytes;
+    if (ids || list) {
+        parse_ids(s, text, n, ids ? ids : "--detokenize");
+    } else {
+        if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
+            say(NOTE, "the text begins with <bos>: no other is put before it");
+            flags = GEMMA3_SPECIAL;
+        }
+        s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
+        s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+        if (s->n_ids < 0)
+            say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
+    }
     free(bytes);
 }
 
-/* --positions, or all. */
+/* --positions, or all. They must ascend: rows are written as they are computed, and in another
+ * order than was asked for they would be a trap. */
 static void choose_rows(struct session *s)
 {
     const char *list = option(s, "--positions"), *left = list;
@@ -5174,39 +5151,49 @@ static void choose_rows(struct session *s)
         say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
 }
 
-/* Opens s->file under another name than path until it is whole, but for pipes and devices. */
+/* Opens s->file under another name than path until it is whole, so that a job that fails leaves
+ * what was there; a pipe or a device cannot be replaced, and is written to. The name is the real
+ * one, or a link would be replaced instead of what it leads to. */
 static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
-    long long size = file_size(path);
-    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
+    long long size = gemma3_file_size(path);
+    FILE *old = size >= 0 ? gemma3_fopen(path, "r+b") : NULL; /* what may not be written stays */
     check(!old || fread(magic, 1, 4, old) == 4 || !ferror(old), path);
     if (memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, s->path);
+    check(!gemma3_real_path(path, s->path, sizeof s->path), path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    s->file = size < 0 || old ? gemma3_fopen(s->part, "wb") : NULL;
     check(s->file != NULL, path);
 }
 
+/* Flushes at once, or an error would show only after minutes of work. Is a gemma3_write. */
 static int write_out(void *session, const void *bytes, size_t n)
 {
     struct session *s = session;
     int ok = fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0;
-    if (!ok && strcmp(s->part, s->path) != 0) remove_file(s->part);
+    if (!ok && strcmp(s->part, s->path) != 0) gemma3_remove(s->part);
     check(ok, s->file == stdout ? "standard output" : s->path);
     return 0;
 }
 
 static void close_out(struct session *s)
 {
-    check(s->file == stdout || (!fclose(s->file) && !replace_file(s->part, s->path)), s->path);
+    if (s->file != stdout) check(!fclose(s->file) && !gemma3_rename(s->part, s->path), s->path);
 }
 
 /* ---- Command line: tokens in, tokens out ---- */
 
-/* Float32 as little-endian bytes on any machine. */
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
+    return all;
+}
+
+/* A row for --logits and --hash: float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
@@ -5219,55 +5206,55 @@ static void write_row(struct session *s, const float *row)
     if (s->file) write_out(s, bytes, 4 * s->n_vocab);
 }
 
-static int are_numbers(const float *x, size_t n)
-{
-    int all = 1;
-    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
-    return all;
-}
-
-/* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
+/* Every token goes through here: into the cache, and into what the repeat penalty remembers. Logits
+ * that are not numbers are remembered, not told: a hash or a file of them is what was asked for. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
+    int pos = gemma3_state_pos(s->state);
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * s->n_vocab, s->n_vocab))
-            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    for (int r = 0; r < n_rows; r++) {
+        const float *row = s->logits + (size_t)r * s->n_vocab;
+        if (s->fault < 0 && !are_numbers(row, s->n_vocab)) s->fault = pos + rows[r];
+        if (s->wanted && pos < s->n_ids && s->wanted[pos + rows[r]]) write_row(s, row);
+    }
 }
 
-/* Takes tokens through the model; s->logits is then the last one's row. */
+/* Takes tokens through the model, in pieces for which s->logits has room: rows are cheaper
+ * together, but 262,144 logits for every token of a long prompt would be gigabytes. s->logits is
+ * then the last one's row, from which write_tokens goes on. */
 static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
-    double start = seconds();
+    double start = gemma3_seconds();
     for (int i = 0, count; i < n; i += count) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0; /* as many as s->logits has room for */
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0;
         for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
             if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
         forward(s, ids + i, count, rows, n_rows);
-        for (int r = 0; s->wanted && r < n_rows; r++)
-            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * s->n_vocab);
         const float *last = s->logits + (size_t)(n_rows - 1) * s->n_vocab;
         if (n_rows > 1) memcpy(s->logits, last, 4 * s->n_vocab);
     }
     s->n_read += n;
-    s->read_seconds += seconds() - start;
+    s->read_seconds += gemma3_seconds() - start;
 }
 
-static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+/* A state is read from front to end, so nothing is sought: pipes will do. */
+static int read_next(void *file, uint64_t offset, void *buffer, size_t n)
 {
-    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+    (void)offset;
+    return fread(buffer, 1, n, file) == n ? 0 : -1;
 }
 
 /* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
+ * there. Returns how many are in the state. A file of other tokens is no mistake: it is of another
+ * prompt, and overwritten. What the repeat penalty remembers is no part of a state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
     const char *path = n > 0 ? option(s, "--state") : NULL;
     if (!path) return 0;
-    FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+    FILE *f = gemma3_fopen(path, "rb");
+    if (f && gemma3_state_load(s->state, read_next, f, &s->err))
         say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
     const int32_t *kept = gemma3_state_ids(s->state);
@@ -5285,7 +5272,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     return n;
 }
 
-/* Whole characters, but for those at the end that may begin a stop text. */
+/* Whole characters, but for those at the end that may begin a stop text: they are held back until
+ * they do, or do not. Of stop texts that end together the longest counts. */
 static void print_text(struct session *s, const char *text, int n_bytes)
 {
     for (int i = 0; i < n_bytes && !s->stopped; i++) {
@@ -5302,7 +5290,8 @@ static void print_text(struct session *s, const char *text, int n_bytes)
     }
 }
 
-/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
+/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. Each is
+ * flushed, because somebody reads as it comes. */
 static int print_token(struct session *s, int32_t id, int is_first)
 {
     char piece[GEMMA3_PIECE_MAX], c[8];
@@ -5313,14 +5302,14 @@ static int print_token(struct session *s, int32_t id, int is_first)
     for (int i = 0; i < n; i++)
         print_text(s, c, gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c));
     if (s->prints_ids && !s->stopped) fprintf(s->out, is_first ? "%d" : " %d", (int)id);
-    check(!fflush(s->out) && !ferror(s->out), "standard output");
+    flush(s->out);
     return 1;
 }
 
 /* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
-    double start = seconds();
+    double start = gemma3_seconds();
     char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
     s->n_held = 0, s->stopped = 0;
@@ -5332,11 +5321,11 @@ static void write_tokens(struct session *s)
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
-    s->write_seconds += seconds() - start;
+    s->write_seconds += gemma3_seconds() - start;
     print_text(s, c, gemma3_utf8_end(&s->utf8, c));
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
-    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    check(!fflush(s->out) && !ferror(s->out), "standard output");
+    if (s->prints_ids || s->chats || gemma3_is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out);
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -5349,7 +5338,6 @@ static void continue_prompt(struct session *s)
 {
     const char *logits = option(s, "--logits"), *hash = option(s, "--hash");
     char hex[65];
-    read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
@@ -5358,7 +5346,7 @@ static void continue_prompt(struct session *s)
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
     else if (logits) open_out(s, logits);
     gemma3_sha256_init(&s->sha256);
-    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1); /* the last one's logits are not kept */
     read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
     gemma3_sha256_end(&s->sha256, hex);
     if (logits) close_out(s);
@@ -5368,6 +5356,7 @@ static void continue_prompt(struct session *s)
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
 }
 
+/* Memory is said for the -c, -b, -t and --kv that are given: what would fit is tried here. */
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
@@ -5424,10 +5413,11 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return 0;
     }
-    /* --state keeps what does not depend on the text. */
+    /* --state keeps what does not depend on the text: the tokens that an empty one begins with. */
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
     while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
     int n_kept = keep_tokens(s, ids, n_same);
+    /* Elsewhere Ctrl-C ends the program, as it ends any other. */
     interrupted = 0;
     signal(SIGINT, note_interrupt);
     read_tokens(s, ids + n_kept, n - n_kept);
@@ -5439,15 +5429,16 @@ static int answer(struct session *s, const char *text)
     return 1;
 }
 
-/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
+/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. The
+ * prompt goes to stderr, so that stdout has the answers alone. */
 static char *read_line(void)
 {
     size_t n = 0, room = 256;
     char *line = allocate(NULL, room, "the line");
-    struct typed typed = {.n = 0};
+    gemma3_typed typed = {.n = 0};
     int c;
-    if (is_terminal(stdin)) fputs("> ", stderr);
-    while ((c = next_byte(&typed)) != EOF) {
+    if (gemma3_is_terminal(stdin)) fputs("> ", stderr);
+    while ((c = gemma3_typed_byte(&typed)) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
@@ -5461,19 +5452,20 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
- * somebody is there to type /clear. */
+/* Turns are Gemma's whatever the file's template says: that is a program in a language which is not
+ * spoken here. What its words show is said. A full context ends the chat, unless somebody is there
+ * to type /clear. */
 static void chat(struct session *s)
 {
     const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
-    size_t n = 0;
+    size_t n = 0, at;
     const char *template = gemma3_model_chat_template(s->model, &n);
     char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
     for (int i = 0; template && i < 4; i++) {
-        size_t n_word = strlen(words[i]), at = 0;
-        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        size_t n_word = strlen(words[i]);
+        for (at = 0; at + n_word <= n && memcmp(template + at, words[i], n_word) != 0;) at++;
         if ((at + n_word <= n) != (i == 0)) /* it has no turns, or wants what they have not */
             say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
                 i == 0 ? "has no" : "asks for", words[i]);
@@ -5481,7 +5473,7 @@ static void chat(struct session *s)
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || gemma3_is_terminal(stdin);
     }
 }
 
@@ -5494,7 +5486,7 @@ static void find_fault(void *user, const char *name, int layer, int pos, int n, 
     snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
-/* The same tokens again, tensor by tensor. */
+/* The same tokens again, tensor by tensor: watching them all the time would cost speed. */
 static void explain_fault(struct session *s)
 {
     char first[64] = "";
@@ -5507,19 +5499,6 @@ static void explain_fault(struct session *s)
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 
-/* The model that comes with the program lies in weights/ beside it, or where we are. */
-static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
-{
-    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
-    size_t n = strlen(path);
-    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
-    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
-    if (file_size(path) < 0) strcpy(path, model);
-    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
-    return path;
-}
-
 /* Everything that needs a model. */
 static void run_job(struct session *s, const char *program)
 {
@@ -5527,16 +5506,14 @@ static void run_job(struct session *s, const char *program)
     const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
     char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
     read_options(s);
-    if (!path) path = find_model(program, found);
-    open_model(s, path, !tokenize && !detokenize && !info);
-    if (tokenize) read_prompt(s);
-    if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
-    for (int i = 0, n; i < s->n_ids; i++) {
+    open_model(s, path ? path : find_model(program, found), !tokenize && !detokenize && !info);
+    if (!info && !s->chats) read_prompt(s);
+    for (int i = 0, n; i < s->n_ids && (tokenize || detokenize); i++) {
         n = gemma3_decode(s->tokenizer, s->ids[i], s->special, piece);
         if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
         else fwrite(piece, 1, (size_t)n, stdout);
     }
-    if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
+    if (tokenize || (detokenize && gemma3_is_terminal(stdout))) putchar('\n');
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
@@ -5547,14 +5524,15 @@ static void run_job(struct session *s, const char *program)
                 s->n_written / s->write_seconds);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
-    gemma3_pool_free(s->pool);
+    gemma3_pool_free(s->params.pool);
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
 int main(int argc, char **argv)
 {
-    char **args = start_program(argv);
-    struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
+    char **args = gemma3_host_start(argv);
+    struct session s = {.out = stdout, .fault = -1};
+    if (argc > 0) read_arguments(&s, args + 1);
     const char *isa = option(&s, "--isa");
     if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
@@ -5563,7 +5541,7 @@ int main(int argc, char **argv)
     else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     else run_job(&s, argc > 0 ? args[0] : "");
-    check(!fflush(stdout) && !ferror(stdout), "standard output");
+    flush(stdout);
     return 0;
 }
 

@@ -2,7 +2,7 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, the pool,
- *                              gemma3_default_threads, gemma3_memory_limit
+ *                              gemma3_default_threads, gemma3_memory_limit, and "The host" below
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors about models and states
  *
  * A whole program:
@@ -45,6 +45,9 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#ifndef GEMMA3_NO_FILE
+#include <stdio.h>
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -254,8 +257,8 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
 
 /* Keeps a conversation: what save writes, load puts into a state of the same model and config,
  * mode and KV type, whatever its n_ctx, batch, threads and kernels, if it holds the tokens. What
- * is computed afterwards is the same to the bit. 0, or -1 and err; after a failed load the state
- * is empty. */
+ * is computed afterwards is the same to the bit. Both go from front to end: load leaves no gaps
+ * between offsets. 0, or -1 and err; after a failed load the state is empty. */
 int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
 int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
 
@@ -404,6 +407,33 @@ typedef struct gemma3_utf8 {
 int gemma3_utf8_push(gemma3_utf8 *u, unsigned char byte, char out[8]);
 /* What is left at the end: 0 to 3 bytes as U+FFFD. */
 int gemma3_utf8_end(gemma3_utf8 *u, char out[8]);
+
+/* ---- The host -------------------------------------------------------------------------------- */
+
+#ifndef GEMMA3_NO_FILE
+/* What the command line needs beyond C11, for other programs too: the same on POSIX and Windows,
+ * where paths are UTF-8 as well and may be longer than 260 characters. What fails sets errno. */
+
+/* To be called first. Returns the arguments in UTF-8, of which the first leads to the program's
+ * file, also when it was found in $PATH. From then on closed standard streams cannot become other
+ * files, writing to a pipe without reader or beyond a limit fails instead of ending the program,
+ * and the three streams are binary and UTF-8. */
+char **gemma3_host_start(char **argv);
+
+FILE *gemma3_fopen(const char *path, const char *mode);
+int gemma3_rename(const char *from, const char *to); /* replaces to. 0, or -1 */
+int gemma3_remove(const char *path);                 /* 0, or -1 */
+/* Bytes of a regular file; -1: there is none, -2: it is a device, a pipe or a folder. */
+long long gemma3_file_size(const char *path);
+/* Where a path leads through links, or path itself when there is nothing. 0, or -1 when that takes
+ * more than size bytes. */
+int gemma3_real_path(const char *path, char *real, size_t size);
+int gemma3_is_terminal(FILE *f);
+/* The next byte of stdin in UTF-8, also when it is typed at Windows' console; EOF: no more. */
+typedef struct gemma3_typed { char text[768]; int at, n; } gemma3_typed; /* begin with zeros */
+int gemma3_typed_byte(gemma3_typed *t);
+double gemma3_seconds(void);                         /* of a clock that only goes forward */
+#endif
 
 #ifdef __cplusplus
 }

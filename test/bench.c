@@ -13,16 +13,12 @@
  * drifts. The prompt is bound by arithmetic: two operations for each weight and token, against the
  * multiply-add peak of the instruction set in use (int8; float in exact mode). Everything is the
  * median of the repeats, with the least and the most beside it. Uses gemma3.h only. */
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L
-#endif
 #include "../gemma3.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -34,13 +30,6 @@ struct args {
     int n_threads, n_repeats, n_decode, n_prompt, n_depths, depth[MAX_DEPTHS];
     gemma3_options options;
 };
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void die(const char *what)
 {
@@ -107,9 +96,9 @@ static double read_bandwidth(gemma3_pool *pool, void *buffer, vector *sink)
     struct reading job = {buffer, BUFFER_BYTES / sizeof(vector) / TASKS, sink};
     double best = 0;
     for (int r = 0; r < 3; r++) {
-        double start = now();
+        double start = gemma3_seconds();
         gemma3_pool_run(pool, TASKS, read_share, &job);
-        double rate = BUFFER_BYTES / (now() - start) / 1e9;
+        double rate = BUFFER_BYTES / (gemma3_seconds() - start) / 1e9;
         best = rate > best ? rate : best;
     }
     return best;
@@ -180,9 +169,9 @@ static double multiply_peak(const char *isa, int exact, int n_threads, gemma3_po
     char sink;
     for (const struct peak *p = peaks; p->isa; p++) {
         if (strcmp(p->isa, isa) || p->exact != exact) continue;
-        double start = now();
+        double start = gemma3_seconds();
         gemma3_pool_run(pool, n_threads, p->task, &sink);
-        return n_threads * p->ops / (now() - start) / 1e9;
+        return n_threads * p->ops / (gemma3_seconds() - start) / 1e9;
     }
     return 0;
 }
@@ -208,12 +197,12 @@ static double layer_weights(const gemma3_config *c)
 
 static double seconds_of(gemma3_state *s, const int32_t *ids, int n, int at_once, float *logits)
 {
-    double start = now();
+    double start = gemma3_seconds();
     for (int i = 0, take; i < n; i += take) {
         int row = (take = n - i < at_once ? n - i : at_once) - 1;
         if (gemma3_forward(s, ids + i, take, &row, 1, logits)) die(gemma3_state_error(s));
     }
-    return now() - start;
+    return gemma3_seconds() - start;
 }
 
 struct bench {
@@ -232,10 +221,10 @@ struct bench {
 static gemma3_model *open_timed(struct bench *b)
 {
     gemma3_error err;
-    double start = now();
+    double start = gemma3_seconds();
     gemma3_model *m = gemma3_open(b->a.model, &b->a.options, &err);
     if (!m) die(err.text);
-    record(&b->load, now() - start);
+    record(&b->load, gemma3_seconds() - start);
     return m;
 }
 

@@ -154,7 +154,9 @@ unlike($out, qr/[\x00-\x09\x0b-\x1f\x7f]/, "all of it");
 
 refuses(2, qr/nothing to do/, "no prompt", "-m", $tiny);
 refuses(2, qr/unknown option --frobnicate/, "an unknown option", "-m", $tiny, "--frobnicate");
+refuses(2, qr/unknown option --per/, "a part of an option that has moved", "-m", $tiny, "--per");
 refuses(2, qr/unexpected argument "hello"/, "a stray word", "-m", $tiny, "hello");
+refuses(2, qr/unexpected argument "ores"/, "a word of the help", "-m", $tiny, "ores");
 refuses(2, qr/-p needs a value/, "-p without text", "-m", $tiny, "-p");
 refuses(2, qr/contradictory/, "two prompts", "-m", $tiny, "-p", "a", "-f", "b");
 refuses(2, qr/contradictory/, "two jobs", "-m", $tiny, "-p", "a", "--info");

@@ -77,4 +77,10 @@ my %contents = map { m{^ \* {4,}(\d+)  (\S.*)$} ? ($1 => $2) : () } @text[0 .. 1
 my %sections = map { m{^/\* ==== (\d+)\. (.*?) =+( \*/)?$} ? ($1 => $2) : () } @text;
 is_deeply(\%sections, \%contents, "gemma3.c: its sections are those of its contents");
 
+# What hosts differ in stands in section 15: the command line is for all of them as it is.
+my ($below) = join("\n", @text) =~ /^#ifndef GEMMA3_NO_MAIN\n(.*?)^#endif/ms;
+my @host = grep { /^\s*#\s*(if|include\s+<(?!errno|limits|math|signal|std\w+|string))/ } split /\n/, $below // "#if";
+none(\@host, "gemma3.c: the command line includes C11 and gemma3.h alone, and has no #if");
+cmp_ok(($below // "") =~ tr/\n//, "<=", 800, "gemma3.c: the command line has at most 800 lines");
+
 done_testing();
