@@ -3860,7 +3860,8 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
 
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
+    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096),
+                           .n_batch = GEMMA3_MAX_UBATCH,
                            .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
 }
 
@@ -4865,7 +4866,7 @@ static const char *const help[] = {
     "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
     "  -c N                 context in tokens; default: the model's, at most 4096",
     "  -t N                 threads; default: physical cores",
-    "  -b N                 tokens of the prompt taken at once; default 512",
+    "  -b N                 tokens of the prompt taken at once; default 64, no more are",
     "  --exact              weights and activations in float32",
     "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
     "  --isa NAME           force kernels; list: those that this CPU can run",
@@ -4992,7 +4993,7 @@ static void read_options(struct session *s)
         say(WRONG, "--kv %s: expected f16 or f32", s->kv);
     s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, 512);
+    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, GEMMA3_MAX_UBATCH);
     s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS,
                                     gemma3_default_threads());
     s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);

@@ -226,7 +226,8 @@ typedef struct gemma3_params {
                                     same shapes, which must outlive the state */
 } gemma3_params;
 
-/* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
+/* min(n_ctx_train, 4096) tokens, GEMMA3_MAX_UBATCH at once, F16 cache (F32 in exact mode), one
+ * thread. */
 gemma3_params gemma3_default_params(const gemma3_model *m);
 
 /* Bytes of a state's cache, and of all of it, before anything is allocated. SIZE_MAX when they are
