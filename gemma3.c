@@ -269,7 +269,7 @@ struct gemma3_model {
     int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
     struct string chat_template;
     char name[128];
-    const struct published *published; /* the size, when it is one of Google's */
+    const struct release *release;    /* Google's, or none: section 12 */
     struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
@@ -2757,28 +2757,19 @@ const char *gemma3_isa_name(int index)
  *
  * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
  * that knows what is left, and every tensor's type, shape and end are checked once, when it is
- * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked:
+ * that takes 8 bytes for each, so that a board has room for it, and no file of n bytes costs more
+ * than n log n steps to refuse. */
 
-/* A path for an error message, whose reason comes after it: the end of a long one. */
-enum { SHORT_PATH = 240 };
-static const char *short_path(const char *path, char out[SHORT_PATH])
-{
-    size_t n = strlen(path);
-    if (n < SHORT_PATH) return path;
-    path += n - (SHORT_PATH - 4);
-    while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    return strcat(strcpy(out, "..."), path);
-}
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 /* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
 struct arena {
     uint8_t *base;
     size_t used, size;
 };
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 static void *piece(struct arena *a, size_t count, size_t bytes)
 {
@@ -2787,30 +2778,31 @@ static void *piece(struct arena *a, size_t count, size_t bytes)
     return a->base && a->used <= a->size ? a->base + at : NULL;
 }
 
-/* What a model is opened with. */
+/* What a model is opened with, and what is known of its file on the way. */
 struct opening {
     gemma3_source from;
     gemma3_options options;
     gemma3_error *err;
-    const char *name;                /* of the file, shortened if it must be */
-    char short_name[SHORT_PATH];
-    const uint8_t *header;           /* its first bytes, or a copy of them */
+    const uint8_t *header;           /* the file's first bytes, or a copy of them */
     size_t n_header;
+    uint64_t n_kv, n_tensors;
     size_t *names, n_names;          /* where each pair and info begins, sorted by name */
     size_t infos;                    /* where infos begin */
-    uint64_t n_kv, n_tensors;
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
-    struct arena arena;              /* the model's memory */
-    gemma3_model *m;                 /* NULL: only count its pieces */
+    uint64_t n_tokens;               /* of the vocabulary */
+    uint64_t tensor_bytes;           /* of all that could be weights */
+    struct arena arena, weights;     /* the model's memory; what its norms and tiles will need */
+    gemma3_model *m;
+    void *tokenizer_room;
     const struct kernels *kernels;
-    const struct published *size;    /* of that many layers, or NULL */
+    int repacks;
+    int obeys;                       /* keys are obeyed that contradict Google's model */
     int failed;                      /* a number was refused */
     int has_merges;                  /* instead of scores */
-    int repacks;
-    uint64_t counted;                /* bytes of tensors */
 };
 
-/* Leaves a sentence that begins with name in text [n], or nowhere when it is NULL. Returns -1. */
+/* Leaves a sentence that begins with name, of a long path the end, in text [n], or nowhere when it
+ * is NULL. Returns -1. */
 #if defined(GEMMA3_NO_ERROR_TEXT)
 INLINE int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
@@ -2822,22 +2814,27 @@ static int sentence(char *text, size_t n, const char *name, const char *format, 
 {
     va_list args;
     if (!text) return -1;
-    size_t used = strlen(strcpy(text, name));
+    size_t length = strlen(name), cut = length < 240 ? 0 : length - 236;
+    while (cut && (name[cut] & 0xc0) == 0x80) cut++; /* not in the middle of a character */
+    int used = snprintf(text, n, "%s%s", cut ? "..." : "", name + cut);
     va_start(args, format);
-    vsnprintf(text + used, n - used, format, args);
+    vsnprintf(text + used, n - (size_t)used, format, args);
     va_end(args);
     return -1;
 }
 #endif
-/* An error; one about a model's file. */
-#define fail(err, ...) sentence((err) ? (err)->text : NULL, sizeof (err)->text, "", __VA_ARGS__)
-#define reject(o, ...) \
-    sentence((o)->err ? (o)->err->text : NULL, sizeof (o)->err->text, (o)->name, __VA_ARGS__)
+/* An error; one about a file of that name; one about the model's. */
+#define fail(err, ...) fail_about(err, "", __VA_ARGS__)
+#define fail_about(err, name, ...) \
+    sentence((err) ? (err)->text : NULL, sizeof (err)->text, name, __VA_ARGS__)
+#define reject(o, ...) fail_about((o)->err, (o)->from.name, __VA_ARGS__)
+
+/* ---- The cursor ---- */
 
 struct cursor {
     const uint8_t *p;
     size_t left;
-    int failed;
+    int failed;                      /* it was asked for more than is left; it gives no more */
 };
 
 static const uint8_t *take(struct cursor *c, uint64_t n)
@@ -2850,7 +2847,7 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
     return p;
 }
 
-/* A little-endian number of n bytes. */
+/* A little-endian number of n bytes; 0 when they are not there. */
 static uint64_t take_int(struct cursor *c, int n)
 {
     const uint8_t *p = take(c, n);
@@ -2889,6 +2886,8 @@ static struct shown shown(struct string s)
         out.text[j] = s.text[j] >= 32 && s.text[j] < 127 ? s.text[j] : '?';
     return out;
 }
+
+/* ---- Pairs and infos ---- */
 
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
        KV_I64, KV_F64, KV_TYPES };
@@ -2944,6 +2943,40 @@ static int read_tensor(const struct opening *o, struct cursor *c, struct tensor 
     return 0;
 }
 
+/* Why a file is none of ours, by how it begins. */
+static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
+    {"version https://git-lfs", 23, 0, "is a Git LFS pointer: get the file itself (git lfs pull)"},
+    {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
+    {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
+    {"{\"", 2, 8, "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
+    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
+    {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
+    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
+    {"", 0, 0, "does not begin with \"GGUF\""}};
+
+static int read_start(struct opening *o, struct cursor *c)
+{
+    const uint8_t *magic = take(c, 4);
+    size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
+    if (!magic || memcmp(magic, "GGUF", 4)) {
+        while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
+        return reject(o, " is not a GGUF file: it %s", other_files[k].what);
+    }
+    uint32_t version = take_u32(c);
+    if (!c->failed && version != 2 && version != 3)
+        return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
+                      version && !(version & 0xffff) ? " (a big-endian file)" : "");
+    o->n_tensors = take_u64(c);
+    o->n_kv = take_u64(c);
+    /* A pair has 13 bytes or more, an info 32. */
+    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
+        return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
+                      (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
+    return 0;
+}
+
+/* ---- Looking up ---- */
+
 static struct cursor cursor_at(const struct opening *o, size_t at)
 {
     return (struct cursor){o->header + at, o->n_header - at, 0};
@@ -2960,46 +2993,8 @@ static int compare_at(const struct opening *o, size_t a, size_t b)
     return compare_strings(name_at(o, a), name_at(o, b));
 }
 
-/* Why a file is none of ours, by how it begins. */
-static const struct { const char *begin; uint8_t n, at; const char *what; } other_files[] = {
-    {"version https://git-lfs", 23, 0, "is a Git LFS pointer: get the file itself (git lfs pull)"},
-    {"<!", 2, 0, "is a web page: the download failed, or asked for a login"},
-    {"<html", 5, 0, "is a web page: the download failed, or asked for a login"},
-    {"{\"", 2, 8, "is a safetensors file: convert it to GGUF (llama.cpp's convert_hf_to_gguf.py)"},
-    {"PK\3\4", 4, 0, "is a zip archive or a PyTorch file: unpack it, or convert it to GGUF"},
-    {"\x80\2", 2, 0, "is a PyTorch file: convert it to GGUF"},
-    {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
-    {"", 0, 0, "does not begin with \"GGUF\""}};
-
-static int refuse_end(const struct opening *o)
-{
-    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
-    return reject(o, ": its header is longer than the first %llu bytes, which were given",
-                  (unsigned long long)o->n_header);
-}
-
-static int read_start(struct opening *o, struct cursor *c)
-{
-    const uint8_t *magic = take(c, 4);
-    size_t k = o->n_header < 24 ? sizeof other_files / sizeof *other_files - 1 : 0;
-    if (!magic || memcmp(magic, "GGUF", 4)) {
-        while (memcmp(o->header + other_files[k].at, other_files[k].begin, other_files[k].n)) k++;
-        return reject(o, " is not a GGUF file: it %s", other_files[k].what);
-    }
-    uint32_t version = take_u32(c);
-    if (!c->failed && version != 2 && version != 3)
-        return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
-                      version && !(version & 0xffff) ? " (a big-endian file)" : "");
-    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
-    /* A pair has 13 bytes or more, an info 32. */
-    if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
-        return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
-                      (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
-    return o->n_kv > c->left / 13 || o->n_tensors > c->left / 32 ? refuse_end(o) : 0;
-}
-
 /* Heap sort by name: n log n steps whatever the file, and no memory. */
-static int sort_directory(const struct opening *o)
+static int sort_names(const struct opening *o)
 {
     size_t *at = o->names, n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
@@ -3038,25 +3033,22 @@ static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
     size_t at = find_name(o, key);
     struct cursor c = cursor_at(o, at);
-    return at && at < o->infos && !read_kv(o, &c, kv) && !c.failed;
+    return at && at < o->infos && !read_kv(o, &c, kv);
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
     size_t at = find_name(o, name);
     struct cursor c = cursor_at(o, at);
-    return at >= o->infos && !read_tensor(o, &c, t) && !c.failed;
+    return at >= o->infos && !read_tensor(o, &c, t);
 }
 
-static int read_alignment(struct opening *o)
+/* 1 and the array of that key, if it has at least n such elements. */
+static int find_array(const struct opening *o, const char *key, uint32_t element, int n,
+                      struct kv *kv)
 {
-    struct kv kv;
-    uint64_t a = 32;
-    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
-    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
-    o->alignment = a;
-    o->data = (o->data + a - 1) & ~(a - 1);
-    return 0;
+    return find_kv(o, key, kv) && kv->type == KV_ARRAY && kv->element == element &&
+           kv->count >= (uint64_t)n;
 }
 
 /* The next number of a pair or array as double (exact for every value we accept). */
@@ -3084,7 +3076,7 @@ static int find_number(const struct opening *o, const char *key, double *out)
 }
 
 /* A string; empty when there is none. */
-static struct string get_string(const struct opening *o, const char *key)
+static struct string find_string(const struct opening *o, const char *key)
 {
     struct kv kv;
     int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
@@ -3105,34 +3097,37 @@ static int check_string(const struct opening *o, const char *key, const char *us
     return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s).text, usual);
 }
 
-/* ==== 12. Opening a model ===================================================================== */
+/* ==== 12. Opening a model =======================================================================
+ *
+ * From a file's header to a model that can compute. The header is walked through twice: first to
+ * add up the memory that everything will need, so that one block is asked for at the beginning and
+ * none afterwards, then to note its names. What follows asks for keys and tensors by name. All
+ * that can be refused is refused before the one step that takes long, making tiles. After this
+ * section nothing is checked again: the forward pass trusts the numbers in the config, the
+ * matrices' shapes, and that their bytes are in the file. */
 
-/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
- * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
-static const struct published {
+/* What Google released, as config.json and the technical report have it: the only place that knows
+ * these numbers. The last row is any other model. */
+static const struct release {
     const char *name;
     int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
     float rope_factor;               /* of global layers */
     int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
-} published[] = {
+} releases[] = {
     /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
     {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
     {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
     {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
     {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
     {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+    {"",        0,       0,     0,     0,  0,        0,      0,    1,     0},
 };
+enum { N_RELEASES = sizeof releases / sizeof *releases - 1 };
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
-
-static int no_room(const struct opening *o)
-{
-    return reject(o, " needs more than the %llu bytes of memory that were given",
-                  (unsigned long long)o->arena.size);
-}
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
 static int refuse_others(const struct opening *o)
@@ -3167,9 +3162,10 @@ static int refuse_others(const struct opening *o)
  * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
  * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
  * took it out later); obeying it halves the probability of the right word. Others have lost or
- * changed RoPE's factor or local base. So for a published size its definition (technical report,
- * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
- * engine makes of it, and for models whose context was extended. */
+ * changed RoPE's factor or local base. So for a model of a release's layers and d_model its
+ * definition wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. What a file leaves out is taken
+ * from the release of as many layers. */
 
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
@@ -3196,7 +3192,7 @@ static double get_number(struct opening *o, const char *key, double low, double 
     return low;
 }
 
-/* The same for what the definition says; older: another spelling of the key, or NULL. */
+/* The same for what a release defines; older: another spelling of the key, or NULL. */
 static double get_defined(struct opening *o, const char *key, const char *older, double low,
                           double high, double definition)
 {
@@ -3204,28 +3200,35 @@ static double get_defined(struct opening *o, const char *key, const char *older,
     struct kv kv;
     if (older && !find_kv(o, key, &kv) && find_kv(o, older, &kv)) key = older;
     double x = get_number(o, key, low, high, definition), off = x - definition;
-    if (o->failed || !m->published || o->options.obey_file) return x;
+    if (o->failed || o->obeys) return x;
     if ((off > 0 ? off : -off) > 1e-6 * definition) {
         sentence(m->note[m->n_notes++], sizeof *m->note, "key ", "%s is %g, but Gemma 3 %s has %g, "
-                 "which is used", key, x, m->published->name, definition);
+                 "which is used", key, x, m->release->name, definition);
         m->origin[m->n_origins++] = (struct origin){key, "overridden"};
     }
     return definition;
 }
 
-/* Heads: some converters leave the keys out, the tensors' shapes always tell. */
-static int configure_heads(struct opening *o)
+/* Rows of a tensor, for what some converters leave out; 0 when it has none that could be meant. */
+static int rows_of(const struct opening *o, const char *name)
+{
+    struct tensor t;
+    return find_tensor(o, name, &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+}
+
+static int read_shapes(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    struct tensor t;
-    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
-    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
     c->n_heads = get_number(o, "gemma3.attention.head_count", 1, 1024, REQUIRED);
-    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024, q / c->n_heads);
-    if (o->failed) return -1;
-    if (c->head_dim < 2 || c->head_dim % 2)
+    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024,
+                             rows_of(o, "blk.0.attn_q.weight") / c->n_heads);
+    if (!o->failed && (c->head_dim < 2 || c->head_dim % 2))
         return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
-    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024, k / c->head_dim);
+    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024,
+                               rows_of(o, "blk.0.attn_k.weight") / c->head_dim);
     int value_length = get_number(o, "gemma3.attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
@@ -3239,16 +3242,15 @@ static int configure_heads(struct opening *o)
 
 /* Which layers are local: gemma3.attention.sliding_window_pattern is absent (6), a number n (every
  * n-th layer is global), or an array with one bool for each layer (true: local). */
-static int configure_layers(struct opening *o)
+static int read_layers(struct opening *o, int window)
 {
     const char *key = "gemma3.attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
     struct kv kv;
     int is_array = find_kv(o, key, &kv) && kv.type == KV_ARRAY;
     int n = is_array ? 0 : get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
-    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24,
-                            o->size ? o->size->window : 0);
-    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
+    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24, window);
+    if (is_array && !find_array(o, key, KV_BOOL, c->n_layers, &kv))
         return reject(o, ": %s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
@@ -3257,7 +3259,7 @@ static int configure_layers(struct opening *o)
     return o->failed;
 }
 
-static int configure_rope(struct opening *o)
+static int read_rope(struct opening *o, float factor)
 {
     gemma3_config *c = &o->m->config;
     int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
@@ -3267,9 +3269,8 @@ static int configure_rope(struct opening *o)
     c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
                                      1, ANY, 1e4);
     c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
-                                 0, ANY, o->size ? o->size->rope_factor : 1);
-    if ((!o->m->published || o->options.obey_file) && (none || c->rope_factor == 0))
-        c->rope_factor = 1;
+                                 0, ANY, factor);
+    if (o->obeys && (none || c->rope_factor == 0)) c->rope_factor = 1;
     /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
     if (!o->failed && c->rope_factor < 0x1p-7f)
         return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
@@ -3277,71 +3278,58 @@ static int configure_rope(struct opening *o)
     return o->failed;
 }
 
-static int configure(struct opening *o)
+static int read_config(struct opening *o)
 {
-    gemma3_config *c = &o->m->config;
-    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
-    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
-    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
+    gemma3_model *m = o->m;
+    gemma3_config *c = &m->config;
+    const struct release *like = releases;
+    if (read_shapes(o)) return -1;
+    while (like->n_layers && like->n_layers != c->n_layers) like++;
+    m->release = like->d_model == c->d_model ? like : &releases[N_RELEASES];
+    o->obeys = o->options.obey_file || !m->release->n_layers;
     c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
     c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
     if (!o->failed && c->rms_eps == 0)
         return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
-    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
-        if (published[k].n_layers == c->n_layers) o->size = &published[k];
-    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
     c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     if (c->final_softcap > 0)
-        sentence(o->m->note[o->m->n_notes++], sizeof *o->m->note, "key gemma3.", "final_logit_"
-                 "softcapping is %g, which no Gemma 3 of Google has: it is obeyed",
-                 c->final_softcap);
-    if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
+        sentence(m->note[m->n_notes++], sizeof *m->note, "key gemma3.", "final_logit_softcapping "
+                 "is %g, which no Gemma 3 of Google has: it is obeyed", c->final_softcap);
+    if (read_layers(o, like->window) || read_rope(o, like->rope_factor)) return -1;
     /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
-    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
+    int is_27b = like->query_divisor != like->head_dim;
     float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
     c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY, scale);
     c->embedding_scale = sqrt_of((float)c->d_model);
     return o->failed;
 }
 
-/* ---- The tokenizer ---- */
+/* ---- The tokenizer ----
+ *
+ * Its arrays stand in one piece of the model's memory with the tokenizer behind them; the texts
+ * stay in the header. tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and
+ * merges that make them (rank_merges). */
 
-/* Room for the arrays that the tokenizer works on, and, behind them, for itself; texts stay in the
- * header. */
 enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static void *tokenizer_room(struct arena *a, int n)
-{
-    size_t own = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    return piece(a, 1, plus(times(n, TOKEN_BYTES), own));
-}
-
-static int is_array_of(const struct kv *kv, uint32_t element, int n)
-{
-    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
-}
-
-/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
- * (rank_merges). */
 static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
-    int can_be = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    int n = o->m->token_embd.rows;
+    int can_be = find_array(o, "tokenizer.ggml.merges", KV_STRING, 1, &merges);
     int gpt2 = check_string(o, "tokenizer.ggml.model", "llama", can_be ? "gpt2" : "llama");
     if (gpt2 < 0) return -1;
     o->has_merges = gpt2;
-    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+    if (!find_array(o, "tokenizer.ggml.tokens", KV_STRING, 1, &tokens))
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
-    int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    if (!gpt2 &&
-        (!find_kv(o, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
+    if (!gpt2 && !find_array(o, "tokenizer.ggml.scores", KV_F32, n, &scores))
         return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
-    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+    if (has_types && !find_array(o, "tokenizer.ggml.token_type", KV_I32, n, &types) &&
+        !find_array(o, "tokenizer.ggml.token_type", KV_U32, n, &types))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    const char **text = tokenizer_room(&o->arena, n);
-    if (!text) return no_room(o);
+    const char **text = o->tokenizer_room;
     uint32_t *length = (uint32_t *)(void *)(text + n);
     float *score = (float *)(void *)(length + n);
     int32_t *type = (int32_t *)(void *)(score + n);
@@ -3387,7 +3375,7 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
 }
 
 /* The ids that a key gives, one or an array: how many, or -1. When there are none, *ids is that of
- * the token with this text, or -1. */
+ * the first token with this text, or -1. */
 static int read_ids(const struct opening *o, const char *key, const char *text, int32_t *ids,
                     int max)
 {
@@ -3402,13 +3390,14 @@ static int read_ids(const struct opening *o, const char *key, const char *text, 
         if (take_number(o, &kv, &x)) return -1;
         if (!(x >= 0 && x < v->n_vocab))
             return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, v->n_vocab);
+        if (x != (int)x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
         ids[k] = (int32_t)x;
-        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
     }
-    if (text && kv.count == 0) *ids = -1;
-    for (int32_t k = v->n_vocab; text && kv.count == 0 && k-- > 0;)
-        if (string_is((struct string){v->text[k], v->length[k]}, text)) *ids = k;
-    return (int)kv.count;
+    if (kv.count > 0 || !text) return (int)kv.count;
+    int32_t id = 0;
+    while (id < v->n_vocab && !string_is((struct string){v->text[id], v->length[id]}, text)) id++;
+    *ids = id < v->n_vocab ? id : -1;
+    return 0;
 }
 
 static int open_tokenizer(struct opening *o)
@@ -3437,23 +3426,15 @@ static int open_tokenizer(struct opening *o)
 
 /* ---- Weights ---- */
 
-enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
-
-static int dim_of(const gemma3_model *m, enum dim d)
-{
-    const gemma3_config *c = &m->config;
-    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
-                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
-    return n[d];
-}
-
 /* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
  * the first and the last two are the model's, those between each layer's. A norm has one row. */
-static const struct tensor_place {
+enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
+
+static const struct role {
     const char *name;
     size_t at;                       /* in the model or the layer: its matrix or norm */
     enum dim rows, cols;
-} places[] = {
+} roles[] = {
     {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
     {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
     {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
@@ -3471,35 +3452,38 @@ static const struct tensor_place {
     {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
     {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
 };
-enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
+enum { N_ROLES = sizeof roles / sizeof *roles, PER_LAYER = N_ROLES - 3 };
 
-/* One tensor that the model needs. rows 0: as many as the file has. */
-struct slot {
+/* One tensor that the model needs. */
+struct weight {
     char name[48];
-    int rows, cols;
+    int rows, cols;                  /* rows 0: as many as the file has, before it is bound */
     struct matrix *w;                /* NULL of a norm */
     const float **norm;
 };
 
 /* Number index of them; -1 after the last. */
-static int find_slot(gemma3_model *m, int index, struct slot *t)
+static int find_weight(const gemma3_model *m, int index, struct weight *t)
 {
-    int n = m->config.n_layers * PER_LAYER, l = -1, place = index;
-    if (index > n) place = index - n + PER_LAYER;
-    else if (index > 0) l = (index - 1) / PER_LAYER, place = 1 + (index - 1) % PER_LAYER;
-    if (index < 0 || place > N_PLACES - 1 - m->tied) return -1;
-    const struct tensor_place *p = &places[place];
-    *t = (struct slot){.rows = dim_of(m, p->rows), .cols = dim_of(m, p->cols)};
-    char *to = t->name, *owner = l < 0 ? (char *)m : (char *)&m->layer[l];
+    const gemma3_config *c = &m->config;
+    const int size[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
+                        c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    int in_layers = c->n_layers * PER_LAYER, l = -1, k = index;
+    if (index > in_layers) k = index - in_layers + PER_LAYER;
+    else if (index > 0) l = (index - 1) / PER_LAYER, k = 1 + (index - 1) % PER_LAYER;
+    if (index < 0 || k >= N_ROLES - m->tied) return -1;
+    *t = (struct weight){.rows = size[roles[k].rows], .cols = size[roles[k].cols]};
+    uintptr_t at = (l < 0 ? (uintptr_t)m : (uintptr_t)&m->layer[l]) + roles[k].at;
+    if (roles[k].rows == ONE) t->norm = (const float **)at;
+    else t->w = (struct matrix *)at;
+    char *to = t->name;
     if (l >= 0) {
         to += strlen(strcpy(to, "blk."));
         for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
             *to++ = (char)('0' + l / unit % 10);
         *to++ = '.';
     }
-    strcat(strcpy(to, p->name), ".weight");
-    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
-    else t->w = (struct matrix *)(void *)(owner + p->at);
+    strcat(strcpy(to, roles[k].name), ".weight");
     return 0;
 }
 
@@ -3512,15 +3496,15 @@ static const char *const type_names[] = {
     "Q1_0"};
 enum { N_TYPES = sizeof type_names / sizeof *type_names };
 
-static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
+static int check_tensor(const struct opening *o, const struct weight *s, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
     char shape[96], *to = shape, want[24] = "any number of tokens";
     if (!f) {
-        if (t->type < N_TYPES) sentence(want, sizeof want, "", "%s", type_names[t->type]);
-        else sentence(want, sizeof want, "", "%u", (unsigned)t->type);
+        sentence(want, sizeof want, "", "%u", (unsigned)t->type);
         return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
-                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name,
+                      t->type < N_TYPES ? type_names[t->type] : want);
     }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
     if (s->rows) sentence(want, sizeof want, "", "%d", s->rows);
@@ -3537,21 +3521,20 @@ static int check_tensor(const struct opening *o, const struct slot *s, const str
 }
 
 /* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
-static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
+static int bind_norm(struct opening *o, const struct weight *s, struct matrix *w)
 {
     float *out = piece(&o->arena, w->cols, sizeof *out);
-    if (!out) return no_room(o);
     uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
     if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
         return reject(o, ": tensor %s cannot be read", s->name);
     if (!w->data) w->data = bytes;
-    o->m->kernels->dequantize(w, 0, 1, out);
+    o->kernels->dequantize(w, 0, 1, out);
     *s->norm = out;
     return 0;
 }
 
 /* Finds a tensor and checks its type, shape and end. */
-static int bind(struct opening *o, const struct slot *s)
+static int bind(struct opening *o, const struct weight *s)
 {
     struct tensor t;
     struct matrix norm, *w = s->w ? s->w : &norm;
@@ -3578,15 +3561,11 @@ static int bind(struct opening *o, const struct slot *s)
 
 static int bind_weights(struct opening *o)
 {
-    gemma3_model *m = o->m;
-    struct slot s;
+    struct weight s;
     struct tensor t;
-    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
-    if (!m->layer) return no_room(o);
-    m->tied = !find_tensor(o, "output.weight", &t);
-    for (int k = 0; !find_slot(m, k, &s); k++)
+    o->m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_weight(o->m, k, &s); k++)
         if (bind(o, &s)) return -1;
-    if (m->tied) m->lm_head = m->token_embd;
     return 0;
 }
 
@@ -3594,7 +3573,7 @@ static int bind_weights(struct opening *o)
 
 struct repack {
     const gemma3_model *m;
-    struct matrix *w;
+    const struct matrix *w;
     uint8_t *to;
     int n_tasks;
 };
@@ -3620,23 +3599,22 @@ static void repack_task(void *arg, int index, int worker)
     host_give_back(job->m, from, (size_t)(w->data + last * w->row_bytes - from));
 }
 
+/* Bytes of a matrix as tiles; 0 when it stays as it is. */
 static size_t tiled_bytes(const struct matrix *w)
 {
     return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
-static int repack(struct opening *o)
+static void repack(struct opening *o)
 {
-    gemma3_model *m = o->m;
     const gemma3_options *p = &o->options;
-    struct slot s;
-    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
+    struct weight s;
+    for (int k = 0, n = 1 + o->m->config.n_layers * PER_LAYER; !find_weight(o->m, k, &s); k++) {
         if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
         size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
-        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
-                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-        if (!job.to) return no_room(o);
         if (!bytes) continue;
+        struct repack job = {o->m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
         if (p->parallel_for && p->n_threads > 1)
             p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
         else
@@ -3644,8 +3622,6 @@ static int repack(struct opening *o)
         s.w->data = job.to;
         s.w->tiled = 1;
     }
-    if (m->tied) m->lm_head = m->token_embd;
-    return 0;
 }
 
 /* ---- Opening ---- */
@@ -3661,30 +3637,25 @@ static int choose_kernels(struct opening *o)
     return 0;
 }
 
-/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
-static void count_kv(struct opening *o, struct kv *kv)
-{
-    double n = 0;
-    if (string_is(kv->key, "gemma3.block_count") && kv->type != KV_ARRAY &&
-        !take_number(o, kv, &n) && n >= 1)
-        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
-        tokenizer_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
-}
-
-static void count_tensor(struct opening *o, const struct tensor *t)
+/* Adds up the memory for a tensor's floats or tiles, of one that is not asked for too. What cannot
+ * be bound, because it is not in the file, needs none. */
+static int count_tensor(struct opening *o, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
-    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return 0;
     struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
                        .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
-    o->counted += (uint64_t)w.row_bytes * t->ne[1];
-    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
-    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
-    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+    uint64_t bytes = (uint64_t)w.row_bytes * t->ne[1];
+    if (bytes > o->from.size) return 0;
+    if (w.rows == 1) piece(&o->weights, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->weights, 1, tiled_bytes(&w));
+    o->tensor_bytes += bytes;
+    if (o->tensor_bytes / 16 > o->from.size)
+        return reject(o, ": its tensors share their bytes more than 16 times");
+    return 0;
 }
 
-/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
+/* Walks through the header: the first time it adds up sizes, later it notes where names begin. */
 static int walk(struct opening *o)
 {
     struct cursor c = cursor_at(o, 0);
@@ -3693,85 +3664,112 @@ static int walk(struct opening *o)
     if (read_start(o, &c)) return -1;
     o->infos = SIZE_MAX;
     o->n_names = (size_t)(o->n_kv + o->n_tensors);
-    o->names = piece(&o->arena, o->n_names, sizeof *o->names);
-    if (o->m && !o->names) return no_room(o);
     for (size_t k = 0; k < o->n_names && !c.failed; k++) {
         size_t at = o->n_header - c.left;
-        if (o->m) o->names[k] = at;
         if (k == o->n_kv) o->infos = at;
         if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
-        if (o->m || c.failed) continue;
-        if (k < o->n_kv) count_kv(o, &kv);
-        else count_tensor(o, &t);
+        if (o->names) o->names[k] = at;
+        else if (k >= o->n_kv && !c.failed && count_tensor(o, &t)) return -1;
+        else if (k < o->n_kv && string_is(kv.key, "tokenizer.ggml.tokens")) o->n_tokens = kv.count;
     }
-    if (c.failed) return refuse_end(o);
+    if (c.failed && o->n_header == o->from.size)
+        return reject(o, " is truncated: it ends inside its header");
+    if (c.failed)
+        return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                      (unsigned long long)o->n_header);
     o->data = o->n_header -= c.left;
+    return 0;
+}
+
+/* Where everything of a model lies; norms and tiles come behind it. A layer has PER_LAYER tensors
+ * in the file, so that the first one that is missing belongs to one of these layers. */
+static int lay_out_model(struct opening *o)
+{
+    struct arena *a = &o->arena;
+    int n = o->n_tokens < 1 << 24 ? (int)o->n_tokens : 1 << 24;
+    gemma3_model *m = o->m = piece(a, 1, sizeof *m);
+    o->names = piece(a, o->n_names, sizeof *o->names);
+    struct layer *layer = piece(a, (size_t)o->n_tensors / PER_LAYER + 1, sizeof *layer);
+    o->tokenizer_room = piece(a, 1, plus(times(n, TOKEN_BYTES),
+                                         gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n})));
+    /* The tokenizer goes on using the header, of which a mapped file is no safe place. */
+    uint8_t *copy = piece(a, o->from.is_mapped ? o->n_header : 0, 1);
+    if (plus(a->used, o->weights.used) > a->size)
+        return reject(o, " needs more than the %llu bytes of memory that were given",
+                      (unsigned long long)a->size);
+    if (!m) return 0;
+    memset(m, 0, sizeof *m);
+    m->layer = layer;
+    m->kernels = o->kernels;
+    m->exact = o->options.exact;
+    m->source = o->from;
     if (!o->from.is_mapped) return 0;
-    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
-    if (!o->m) return 0;
-    if (!copy) return no_room(o);
     o->header = memcpy(copy, o->header, o->n_header);
-    host_give_back(o->m, o->from.data, o->n_header);
+    host_give_back(m, o->from.data, o->n_header);
+    return 0;
+}
+
+static int read_alignment(struct opening *o)
+{
+    struct kv kv;
+    uint64_t a = 32;
+    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
     return 0;
 }
 
 static int open_steps(struct opening *o)
 {
-    if (choose_kernels(o)) return -1;
-    gemma3_model *m = o->m = piece(&o->arena, 1, sizeof *m);
-    if (!m) return no_room(o);
-    memset(m, 0, sizeof *m);
-    m->kernels = o->kernels;
-    m->source = o->from;
-    m->exact = o->options.exact;
     const char *fault = arithmetic_fault();
-    if (!fault) fault = kernel_fault(m->kernels);
+    if (choose_kernels(o)) return -1;
+    if (!fault) fault = kernel_fault(o->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
-    if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
+    if (walk(o) || lay_out_model(o) || walk(o) || sort_names(o) || read_alignment(o) ||
+        refuse_others(o) || read_config(o) || bind_weights(o) || open_tokenizer(o))
         return -1;
-    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
-    struct string name = get_string(o, "general.name");
+    gemma3_model *m = o->m;
+    struct string name = find_string(o, "general.name");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->chat_template = get_string(o, "tokenizer.chat_template");
-    return o->repacks ? repack(o) : 0;
+    m->chat_template = find_string(o, "tokenizer.chat_template");
+    m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
+    if (o->repacks) repack(o);
+    if (m->tied) m->lm_head = m->token_embd;
+    return 0;
 }
 
-static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
-                  gemma3_error *err)
+static struct opening start(const gemma3_source *from, const gemma3_options *options,
+                            gemma3_error *err)
 {
-    memset(o, 0, sizeof *o);
-    o->from = *from;
-    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
-    if (!from->read && !from->data) o->from.size = 0;
-    o->header = from->data ? from->data : (const uint8_t *)"";
-    o->n_header = o->from.n_data;
-    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
-    o->err = err;
-    if (options) o->options = *options;
+    struct opening o = {.from = *from, .err = err};
+    if (!from->read) o.from.size = o.from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->name) o.from.name = "a model in memory";
+    if (options) o.options = *options;
+    o.header = from->data ? from->data : (const uint8_t *)"";
+    o.n_header = o.from.n_data;
+    return o;
 }
 
 size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
                          gemma3_error *err)
 {
-    struct opening o;
-    start(&o, from, options, err);
-    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
-    if (choose_kernels(&o) || walk(&o)) return 0;
-    if (o.arena.used < SIZE_MAX) return o.arena.used;
-    reject(&o, " needs more memory than this machine can address");
-    return 0;
+    struct opening o = start(from, options, err);
+    o.arena = (struct arena){NULL, 64, SIZE_MAX}; /* to align any memory to 64 */
+    if (choose_kernels(&o) || walk(&o) || lay_out_model(&o)) return 0;
+    size_t size = plus(o.arena.used, o.weights.used);
+    if (size < SIZE_MAX) return size;
+    return reject(&o, " needs more memory than this machine can address"), 0;
 }
 
 gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    struct opening o;
+    struct opening o = start(from, options, err);
     size_t to_align = (64 - (uintptr_t)mem % 64) % 64;
+    if (size >= to_align)
+        o.arena = (struct arena){(uint8_t *)mem + to_align, 0, size - to_align};
     fp_state fp = fp_enter();
-    start(&o, from, options, err);
-    o.arena.base = (uint8_t *)mem + to_align;
-    o.arena.size = size > to_align ? size - to_align : 0;
     int failed = open_steps(&o);
     fp_leave(fp);
     return failed ? NULL : o.m;
@@ -3809,6 +3807,7 @@ const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->con
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
 const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
 const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
+const char *gemma3_model_size_name(const gemma3_model *m) { return m->release->name; }
 int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
 int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
 size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
@@ -3822,11 +3821,6 @@ const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
 {
     *n = m->chat_template.n;
     return *n ? m->chat_template.text : NULL;
-}
-
-const char *gemma3_model_size_name(const gemma3_model *m)
-{
-    return m->published ? m->published->name : "";
 }
 
 const char *gemma3_model_note(const gemma3_model *m, int index)
@@ -3844,8 +3838,8 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 
 int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
 {
-    struct slot s;
-    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    struct weight s;
+    if (find_weight(m, index, &s)) return -1;
     *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
     strcpy(t->name, s.name);
     if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
@@ -4063,12 +4057,12 @@ static void hash_model(gemma3_state *s, char hex[65])
     const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
                             c->rope_factor, c->query_scale, c->embedding_scale};
     gemma3_sha256 sum;
-    struct slot t;
+    struct weight t;
     fp_state fp = fp_enter();
     gemma3_sha256_init(&sum);
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
-    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+    for (int k = 0; !find_weight(s->m, k, &t); k++) {
         float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->y : s->q;
         if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
@@ -4566,17 +4560,16 @@ static void pthread_join(HANDLE t, const void *unused)
 
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
-    char shortened[SHORT_PATH];
     long long size;
     if (!path) return fail(err, "no path of a model was given"), NULL;
-    const char *name = short_path(path, shortened);
     const void *data = host_map(path, &size);
-    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
-    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
-    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
+    if (size == -1) return fail_about(err, path, " cannot be opened: %s", strerror(errno)), NULL;
+    if (size == -2) return fail_about(err, path, " is not a regular file"), NULL;
+    if (size == 0) return fail_about(err, path, " has 0 bytes: it is empty"), NULL;
     if ((unsigned long long)size > SIZE_MAX)
-        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
-    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
+        return fail_about(err, path, " has %lld bytes: more than this machine can address", size),
+               NULL;
+    if (!data) return fail_about(err, path, " cannot be mapped: %s", strerror(errno)), NULL;
     gemma3_source from = {.data = data, .n_data = (size_t)size, .size = (uint64_t)size,
                           .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
