@@ -267,7 +267,7 @@ struct gemma3_model {
     gemma3_tokenizer *tokenizer;
     gemma3_vocab vocab;
     int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
-    struct string chat_template;
+    gemma3_info info;
     char name[128];
     const struct release *release;    /* Google's, or none: section 12 */
     struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
@@ -275,7 +275,6 @@ struct gemma3_model {
     int n_origins, n_notes;
 
     gemma3_source source;             /* the file */
-    size_t weight_bytes;
     size_t streamed_row;              /* bytes of the longest row that is not in memory */
     void *allocated;                  /* by gemma3_open, else NULL */
 };
@@ -2786,11 +2785,13 @@ struct opening {
     const uint8_t *header;           /* the file's first bytes, or a copy of them */
     size_t n_header;
     uint64_t n_kv, n_tensors;
-    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
-    size_t infos;                    /* where infos begin */
+    struct string *names;            /* of all pairs and infos, in the header; sorted */
+    size_t n_names;
+    const uint8_t *infos;            /* where infos begin */
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
     uint64_t n_tokens;               /* of the vocabulary */
     uint64_t tensor_bytes;           /* of all that could be weights */
+    size_t weight_bytes;             /* of those that are */
     struct arena arena, weights;     /* the model's memory; what its norms and tiles will need */
     gemma3_model *m;
     void *tokenizer_room;
@@ -2857,11 +2858,10 @@ static uint64_t take_int(struct cursor *c, int n)
 }
 
 static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
-static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
-    uint64_t n = take_u64(c);
+    uint64_t n = take_int(c, 8);
     struct string s = {(const char *)take(c, n), (size_t)n};
     return s.text ? s : (struct string){"", 0};
 }
@@ -2914,7 +2914,7 @@ static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
     kv->key = take_string(c);
     kv->element = kv->type = take_u32(c);
     kv->count = 1;
-    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_int(c, 8);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
@@ -2937,9 +2937,9 @@ static int read_tensor(const struct opening *o, struct cursor *c, struct tensor 
     if (!c->failed && (n_dims < 1 || n_dims > 4))
         return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name).text,
                       (unsigned)n_dims);
-    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
+    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_int(c, 8) : 1;
     t->type = take_u32(c);
-    t->offset = take_u64(c);
+    t->offset = take_int(c, 8);
     return 0;
 }
 
@@ -2966,8 +2966,8 @@ static int read_start(struct opening *o, struct cursor *c)
     if (!c->failed && version != 2 && version != 3)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
-    o->n_tensors = take_u64(c);
-    o->n_kv = take_u64(c);
+    o->n_tensors = take_int(c, 8);
+    o->n_kv = take_int(c, 8);
     /* A pair has 13 bytes or more, an info 32. */
     if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
@@ -2977,70 +2977,61 @@ static int read_start(struct opening *o, struct cursor *c)
 
 /* ---- Looking up ---- */
 
-static struct cursor cursor_at(const struct opening *o, size_t at)
+static int is_tensor(const struct opening *o, struct string name)
 {
-    return (struct cursor){o->header + at, o->n_header - at, 0};
+    return (const uint8_t *)name.text >= o->infos;
 }
 
-static struct string name_at(const struct opening *o, size_t at)
-{
-    struct cursor c = cursor_at(o, at);
-    return take_string(&c);
-}
-
-static int compare_at(const struct opening *o, size_t a, size_t b)
-{
-    return compare_strings(name_at(o, a), name_at(o, b));
-}
-
-/* Heap sort by name: n log n steps whatever the file, and no memory. */
+/* Heap sort: n log n steps whatever the file, and no memory. */
 static int sort_names(const struct opening *o)
 {
-    size_t *at = o->names, n = o->n_names;
+    struct string *name = o->names;
+    size_t n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
-        size_t moved = at[start > 0 ? --start : --left];
-        if (left < n) at[left] = at[0];
+        struct string moved = name[start > 0 ? --start : --left];
+        if (left < n) name[left] = name[0];
         for (i = start; (child = 2 * i + 1) < left; i = child) {
-            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
-            if (compare_at(o, moved, at[child]) >= 0) break;
-            at[i] = at[child];
+            child += child + 1 < left && compare_strings(name[child + 1], name[child]) > 0;
+            if (compare_strings(moved, name[child]) >= 0) break;
+            name[i] = name[child];
         }
-        at[i] = moved;
+        name[i] = moved;
     }
     for (size_t k = 1; k < n; k++)
-        if (!compare_at(o, at[k - 1], at[k]))
-            return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
-                          shown(name_at(o, at[k])).text);
+        if (!compare_strings(name[k - 1], name[k]))
+            return reject(o, ": %s %s occurs twice", is_tensor(o, name[k]) ? "tensor" : "key",
+                          shown(name[k]).text);
     return 0;
 }
 
-/* Where the pair or info of that name begins; 0: nowhere. */
-static size_t find_name(const struct opening *o, const char *name)
+/* 1 and a cursor where the pair or info of that name begins, or 0. */
+static int find_name(const struct opening *o, const char *text, int of_tensor, struct cursor *c)
 {
-    const struct string wanted = {name, strlen(name)};
-    const size_t *at = o->names;
+    const struct string wanted = {text, strlen(text)}, *name = o->names;
     for (size_t n = o->n_names; n;) {
-        int c = compare_strings(name_at(o, at[n / 2]), wanted);
-        if (c == 0) return at[n / 2];
-        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        int order = compare_strings(name[n / 2], wanted);
+        if (order == 0) {
+            const uint8_t *begin = (const uint8_t *)name[n / 2].text - 8;
+            *c = (struct cursor){begin, o->n_header - (size_t)(begin - o->header), 0};
+            return is_tensor(o, name[n / 2]) == of_tensor;
+        }
+        if (order < 0) name += n / 2 + 1, n -= n / 2 + 1;
         else n /= 2;
     }
     return 0;
 }
 
-/* 1 and the pair of that key, or 0. */
+/* 1 and the pair of that key, or 0. It was read before: nothing can be wrong with it. */
 static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    size_t at = find_name(o, key);
-    struct cursor c = cursor_at(o, at);
-    return at && at < o->infos && !read_kv(o, &c, kv);
+    struct cursor c;
+    return find_name(o, key, 0, &c) && !read_kv(o, &c, kv);
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
-    size_t at = find_name(o, name);
-    struct cursor c = cursor_at(o, at);
-    return at >= o->infos && !read_tensor(o, &c, t);
+    struct cursor c;
+    return find_name(o, name, 1, &c) && !read_tensor(o, &c, t);
 }
 
 /* 1 and the array of that key, if it has at least n such elements. */
@@ -3145,8 +3136,8 @@ static int refuse_others(const struct opening *o)
     if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
     for (size_t k = 0; k < o->n_names; k++) {
-        struct string name = name_at(o, o->names[k]);
-        if (o->names[k] < o->infos) continue;
+        struct string name = o->names[k];
+        if (!is_tensor(o, name)) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
             return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
                           "Gemma 3 text model", shown(name).text);
@@ -3426,56 +3417,46 @@ static int open_tokenizer(struct opening *o)
 
 /* ---- Weights ---- */
 
-/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
- * the first and the last two are the model's, those between each layer's. A norm has one row. */
-enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
-
-static const struct role {
-    const char *name;
-    size_t at;                       /* in the model or the layer: its matrix or norm */
-    enum dim rows, cols;
-} roles[] = {
-    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
-    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
-    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
-    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
-    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
-    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
-    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
-    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
-    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
-    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
-    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
-    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
-    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
-    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
-    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
-    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
-};
-enum { N_ROLES = sizeof roles / sizeof *roles, PER_LAYER = N_ROLES - 3 };
-
-/* One tensor that the model needs. */
+/* One tensor that the model needs, [rows][cols]. */
 struct weight {
-    char name[48];
-    int rows, cols;                  /* rows 0: as many as the file has, before it is bound */
-    struct matrix *w;                /* NULL of a norm */
+    const char *role;                /* "attn_q" */
+    int rows, cols;                  /* rows 0, before it is bound: as many as the file has */
+    struct matrix *w;                /* NULL of a norm, which has one row */
     const float **norm;
+    char name[48];                   /* "blk.7.attn_q.weight" */
 };
 
-/* Number index of them; -1 after the last. */
-static int find_weight(const gemma3_model *m, int index, struct weight *t)
+enum { PER_LAYER = 13 };
+
+/* Number index of them, in the order of the forward pass; -1 after the last. */
+static int find_weight(const gemma3_model *of, int index, struct weight *t)
 {
+    gemma3_model *m = (gemma3_model *)(uintptr_t)of;
     const gemma3_config *c = &m->config;
-    const int size[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
-                        c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
+    int D = c->d_model, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     int in_layers = c->n_layers * PER_LAYER, l = -1, k = index;
     if (index > in_layers) k = index - in_layers + PER_LAYER;
     else if (index > 0) l = (index - 1) / PER_LAYER, k = 1 + (index - 1) % PER_LAYER;
-    if (index < 0 || k >= N_ROLES - m->tied) return -1;
-    *t = (struct weight){.rows = size[roles[k].rows], .cols = size[roles[k].cols]};
-    uintptr_t at = (l < 0 ? (uintptr_t)m : (uintptr_t)&m->layer[l]) + roles[k].at;
-    if (roles[k].rows == ONE) t->norm = (const float **)at;
-    else t->w = (struct matrix *)at;
+    struct layer *w = &m->layer[l < 0 ? 0 : l];
+    const struct weight all[PER_LAYER + 3] = {
+        {"token_embd", m->token_embd.rows, D, &m->token_embd, NULL, ""},
+        {"attn_norm", 1, D, NULL, &w->attn_norm, ""},
+        {"attn_q", q, D, &w->attn_q, NULL, ""},
+        {"attn_k", kv, D, &w->attn_k, NULL, ""},
+        {"attn_v", kv, D, &w->attn_v, NULL, ""},
+        {"attn_q_norm", 1, c->head_dim, NULL, &w->attn_q_norm, ""},
+        {"attn_k_norm", 1, c->head_dim, NULL, &w->attn_k_norm, ""},
+        {"attn_output", D, q, &w->attn_output, NULL, ""},
+        {"post_attention_norm", 1, D, NULL, &w->post_attention_norm, ""},
+        {"ffn_norm", 1, D, NULL, &w->ffn_norm, ""},
+        {"ffn_gate", c->d_ff, D, &w->ffn_gate, NULL, ""},
+        {"ffn_up", c->d_ff, D, &w->ffn_up, NULL, ""},
+        {"ffn_down", D, c->d_ff, &w->ffn_down, NULL, ""},
+        {"post_ffw_norm", 1, D, NULL, &w->post_ffw_norm, ""},
+        {"output_norm", 1, D, NULL, &m->output_norm, ""},
+        {"output", m->token_embd.rows, D, &m->lm_head, NULL, ""}};
+    if (index < 0 || k > PER_LAYER + 2 - m->tied) return -1;
+    *t = all[k];
     char *to = t->name;
     if (l >= 0) {
         to += strlen(strcpy(to, "blk."));
@@ -3483,7 +3464,7 @@ static int find_weight(const gemma3_model *m, int index, struct weight *t)
             *to++ = (char)('0' + l / unit % 10);
         *to++ = '.';
     }
-    strcat(strcpy(to, roles[k].name), ".weight");
+    strcat(strcpy(to, t->role), ".weight");
     return 0;
 }
 
@@ -3555,7 +3536,7 @@ static int bind(struct opening *o, const struct weight *s)
                          .offset = o->data + t.offset};
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
     else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
-    o->m->weight_bytes += (size_t)bytes;
+    o->weight_bytes += (size_t)bytes;
     return s->norm ? bind_norm(o, s, w) : 0;
 }
 
@@ -3658,17 +3639,16 @@ static int count_tensor(struct opening *o, const struct tensor *t)
 /* Walks through the header: the first time it adds up sizes, later it notes where names begin. */
 static int walk(struct opening *o)
 {
-    struct cursor c = cursor_at(o, 0);
+    struct cursor c = {o->header, o->n_header, 0};
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
-    o->infos = SIZE_MAX;
+    o->infos = o->header + o->n_header;
     o->n_names = (size_t)(o->n_kv + o->n_tensors);
     for (size_t k = 0; k < o->n_names && !c.failed; k++) {
-        size_t at = o->n_header - c.left;
-        if (k == o->n_kv) o->infos = at;
+        if (k == o->n_kv) o->infos = c.p;
         if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
-        if (o->names) o->names[k] = at;
+        if (o->names) o->names[k] = k < o->n_kv ? kv.key : t.name;
         else if (k >= o->n_kv && !c.failed && count_tensor(o, &t)) return -1;
         else if (k < o->n_kv && string_is(kv.key, "tokenizer.ggml.tokens")) o->n_tokens = kv.count;
     }
@@ -3730,12 +3710,17 @@ static int open_steps(struct opening *o)
         refuse_others(o) || read_config(o) || bind_weights(o) || open_tokenizer(o))
         return -1;
     gemma3_model *m = o->m;
-    struct string name = find_string(o, "general.name");
-    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->chat_template = find_string(o, "tokenizer.chat_template");
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
     if (o->repacks) repack(o);
     if (m->tied) m->lm_head = m->token_embd;
+    size_t not_of_a_token = m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows;
+    struct string name = find_string(o, "general.name");
+    struct string chat = find_string(o, "tokenizer.chat_template");
+    memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
+    m->info = (gemma3_info){.name = m->name, .release = m->release->name, .isa = o->kernels->name,
+                            .exact = m->exact, .weight_bytes = o->weight_bytes,
+                            .token_bytes = o->weight_bytes - not_of_a_token,
+                            .chat_template = chat.n ? chat.text : NULL, .n_chat_template = chat.n};
     return 0;
 }
 
@@ -3805,23 +3790,7 @@ void gemma3_close(gemma3_model *m)
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
-const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
-const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
-const char *gemma3_model_size_name(const gemma3_model *m) { return m->release->name; }
-int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
-size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
-
-size_t gemma3_model_token_bytes(const gemma3_model *m)
-{
-    return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
-}
-
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
-{
-    *n = m->chat_template.n;
-    return *n ? m->chat_template.text : NULL;
-}
+const gemma3_info *gemma3_model_info(const gemma3_model *m) { return &m->info; }
 
 const char *gemma3_model_note(const gemma3_model *m, int index)
 {
@@ -3847,7 +3816,13 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
     return 0;
 }
 
-/* ==== 13. Sizes and states ==================================================================== */
+/* ==== 13. Sizes and states =======================================================================
+ *
+ * A state is one block of memory, of which one function says what lies where, so that its size can
+ * be told before anything is allocated and a caller may bring the memory. What it costs is seen
+ * there: cache and scores grow with the context, the rest with the batch. The config that it
+ * computes with may be the caller's own, which is how a test makes a mistake on purpose. At the
+ * end: what of a state is worth keeping in a file, and how it is told that it fits. */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
@@ -3924,16 +3899,14 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
     return plus(lay_out(&s, m, p, NULL), sizeof s + 128); /* to align any memory to 64 */
 }
 
-/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+/* A caller's config: the model's shapes, and numbers with which no angle and no index leaves its
+ * bounds. The others may be any: what comes out is then no number, and does no harm. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
     const struct { const char *name; float x, low, high; } number[] = {
-        {"rms_eps", c->rms_eps, 0, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
         {"rope_base_global", c->rope_base_global, 1, 1e30f},
         {"rope_base_local", c->rope_base_local, 1, 1e30f},
         {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f},
-        {"embedding_scale", c->embedding_scale, 0, 1e30f},
-        {"final_softcap", c->final_softcap, 0, 1e30f},
         {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (memcmp(c, m, offsetof(gemma3_config, n_ctx_train))) /* the fields before it are shapes */
         return fail(err, "a config with other shapes than the model's");
@@ -3947,31 +3920,32 @@ static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_e
     return 0;
 }
 
-/* -1 and a sentence when no state can be made of these. */
-static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
+/* Bytes of a state; 0 and a sentence when none can be made of these params. */
+static size_t checked_size(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), 0;
+    if (p->n_batch < 1)
+        return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), 0;
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), 0;
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
-    if (p->config && check_config(p->config, &m->config, err)) return -1;
-    if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address",
-                    p->n_ctx);
-    return 0;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), 0;
+    if (p->config && check_config(p->config, &m->config, err)) return 0;
+    size_t size = gemma3_state_size(m, p);
+    if (size < SIZE_MAX) return size;
+    return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                p->n_ctx), 0;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    size_t need = check_params(m, p, err) ? 0 : gemma3_state_size(m, p);
+    size_t need = checked_size(m, p, err);
+    if (!need) return NULL;
     if (size < need)
-        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-             (unsigned long long)size);
-    if (!need || size < need) return NULL;
+        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+                    (unsigned long long)size), NULL;
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
     memset(s, 0, sizeof *s);
@@ -3990,10 +3964,9 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
 
 gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (check_params(m, p, err)) return NULL;
-    size_t size = gemma3_state_size(m, p);
-    void *mem = malloc(size);
-    if (!mem)
+    size_t size = checked_size(m, p, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem)
         fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
              (unsigned long long)size);
     gemma3_state *s = mem ? gemma3_state_init(m, p, mem, size, err) : NULL;
@@ -4004,7 +3977,6 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
 void gemma3_state_free(gemma3_state *s) { free(s ? s->allocated : NULL); }
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
-int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
 const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
@@ -4014,7 +3986,8 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
  *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
  *     SHA-256 of all before as hex
  *
- * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. So what is
+ * loaded is compared with what would be saved. */
 
 struct stream {
     gemma3_write *write;             /* or: */
@@ -4033,25 +4006,9 @@ static void pass(struct stream *f, void *bytes, size_t n)
     gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
 }
 
-static uint32_t pass_u32(struct stream *f, uint32_t u)
-{
-    uint8_t bytes[4];
-    store_u32_le(bytes, u);
-    pass(f, bytes, 4);
-    return f->failed ? u : load_u32_le(bytes);
-}
-
-/* Passes n bytes that must be these: 0 when others came. */
-static int pass_same(struct stream *f, const char *want, size_t n)
-{
-    char bytes[64];
-    pass(f, memcpy(bytes, want, n), n);
-    return f->failed || !memcmp(bytes, want, n);
-}
-
 /* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
  * two trained models share. All the weights would take seconds. */
-static void hash_model(gemma3_state *s, char hex[65])
+static int hash_model(gemma3_state *s, char hex[65])
 {
     const gemma3_config *c = s->c;
     const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
@@ -4069,8 +4026,36 @@ static void hash_model(gemma3_state *s, char hex[65])
     }
     gemma3_sha256_end(&sum, hex);
     fp_leave(fp);
+    int failed = s->unread[0];
+    s->unread[0] = 0;
+    return failed;
 }
 
+/* The beginning: *n comes out as the number of tokens. */
+static int pass_start(struct stream *f, gemma3_state *s, uint32_t *n, gemma3_error *err)
+{
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    const uint32_t ours[] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type, s->pos};
+    uint8_t want[16 + 16 + 65] = "gemma3 state 1\n", got[sizeof want];
+    for (int k = 0; k < 4; k++) store_u32_le(want + 16 + 4 * k, ours[k]);
+    if (hash_model(s, (char *)want + 32)) return fail(err, "the model's weights cannot be read");
+    pass(f, memcpy(got, want, 96), 96);
+    if (f->failed) return 0;
+    if (memcmp(got, want, 16)) return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++)
+        if (load_u32_le(got + 16 + 4 * k) != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k],
+                        (unsigned)load_u32_le(got + 16 + 4 * k), (unsigned)ours[k]);
+    if (memcmp(got + 32, want + 32, 64))
+        return fail(err, "the state was saved with another model or config");
+    *n = load_u32_le(got + 28);
+    if (*n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)*n,
+                    s->p.n_ctx);
+    return 0;
+}
+
+/* Of each layer what the next token can see. */
 static void pass_cache(struct stream *f, gemma3_state *s, int n)
 {
     const gemma3_config *c = s->c;
@@ -4088,39 +4073,26 @@ static void pass_cache(struct stream *f, gemma3_state *s, int n)
 
 static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 {
-    static const char *const field[] = {"contract", "exact mode", "KV type"};
-    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
-    char hex[65];
+    uint8_t id[4];
+    uint32_t n = 0;
+    char hex[65], theirs[64];
     gemma3_sha256_init(&f->sum);
-    if (!pass_same(f, "gemma3 state 1\n", 16)) return fail(err, "this is no saved state of gemma3");
-    for (int k = 0; k < 3; k++) {
-        uint32_t u = pass_u32(f, ours[k]);
-        if (u != ours[k])
-            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
-                        (unsigned)ours[k]);
-    }
-    uint32_t n = pass_u32(f, s->pos);
-    hash_model(s, hex);
-    if (s->unread[0]) {
-        s->unread[0] = 0;
-        return fail(err, "the model's weights cannot be read");
-    }
-    if (!pass_same(f, hex, 64))
-        return fail(err, "the state was saved with another model or config");
-    if (n > (uint32_t)s->p.n_ctx)
-        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
-    for (uint32_t i = 0; i < n && !f->failed; i++) {
-        s->ids[i] = (int32_t)pass_u32(f, s->ids[i]);
+    if (pass_start(f, s, &n, err)) return -1;
+    for (uint32_t i = 0; i < n; i++) {
+        store_u32_le(id, (uint32_t)s->ids[i]);
+        pass(f, id, 4);
+        s->ids[i] = (int32_t)load_u32_le(id);
         if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
             return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
                         (int)s->ids[i], s->c->n_vocab);
     }
-    if (!f->failed) pass_cache(f, s, (int)n);
+    pass_cache(f, s, (int)n);
     gemma3_sha256_end(&f->sum, hex);
-    int same = pass_same(f, hex, 64);
+    pass(f, memcpy(theirs, hex, 64), 64);
     if (f->failed && f->write) return fail(err, "the state cannot be written");
     if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
-    if (!same) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    if (memcmp(theirs, hex, 64))
+        return fail(err, "the saved state is damaged: its SHA-256 differs");
     s->pos = (int)n;
     return 0;
 }
@@ -4136,7 +4108,13 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
     return pass_state(&(struct stream){.read = read, .user = user}, s, err);
 }
 
-/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
+/* ==== 14. Scores, sampling, SHA-256 ==============================================================
+ *
+ * What is done with logits. None of it allocates, fails or keeps anything but what the caller
+ * holds, so that it also serves logits of other programs. It is part of the contract: the same
+ * logits give the same score, and the same seed the same choices, everywhere. Therefore each sum
+ * has an order (rules 8 and 9), and every comparison says what becomes of equal numbers and NaN:
+ * the lower id wins, NaN never. */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -5117,7 +5095,7 @@ static void open_model(struct session *s, const char *path, int computes)
     if (!computes) return;
     const gemma3_params *p = &s->params;
     size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
-    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t weights = o.no_repack ? 0 : gemma3_model_info(s->model)->weight_bytes;
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
             "may use %zu MB", p->n_ctx, need >> 20, weights >> 20, limit >> 20);
@@ -5405,6 +5383,7 @@ static void continue_prompt(struct session *s)
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
+    const gemma3_info *info = gemma3_model_info(s->model);
     const gemma3_params *p = &s->params;
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
@@ -5422,10 +5401,10 @@ static void print_info(const struct session *s)
         {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
-    print_safe(stdout, gemma3_model_name(s->model));
+    print_safe(stdout, info->name);
     printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
-           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
-           GEMMA3_CONTRACT, s->mode, gemma3_model_isa(s->model));
+           "isa                    %s\n", info->chat_template ? "yes" : "no", GEMMA3_CONTRACT,
+           s->mode, info->isa);
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
         printf("%-22s %.9g", fields[i].name, fields[i].value);
@@ -5437,8 +5416,8 @@ static void print_info(const struct session *s)
     printf("\nweights                %zu bytes, %zu read for each token generated\n"
            "KV cache               %zu bytes for -c %d in %s\n"
            "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
-           s->kv, n_scratch, p->n_ctx, p->n_batch, p->n_threads);
+           info->weight_bytes, info->token_bytes, n_kv, p->n_ctx, s->kv, n_scratch, p->n_ctx,
+           p->n_batch, p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5499,8 +5478,8 @@ static char *read_line(void)
 static void chat(struct session *s)
 {
     const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
-    size_t n = 0;
-    const char *template = gemma3_model_chat_template(s->model, &n);
+    const char *template = gemma3_model_info(s->model)->chat_template;
+    size_t n = gemma3_model_info(s->model)->n_chat_template;
     char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
@@ -5536,7 +5515,7 @@ static void explain_fault(struct session *s)
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        gemma3_model_is_exact(s->model) && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
+        gemma3_model_info(s->model)->exact && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 

@@ -699,7 +699,7 @@ static void many_keys(void)
             free(b.p);
         }
     for (int twice = 0; twice < 2; twice++)
-        ok(seconds[twice][1] < 40 * seconds[twice][0] + 0.5,
+        ok(seconds[twice][1] < 40 * seconds[twice][0] + 2, /* of 10^10 comparisons: minutes */
            "100,000 keys%s take %.3f s, 10,000 %.3f s", twice ? ", one of them twice," : "",
            seconds[twice][1], seconds[twice][0]);
 }
