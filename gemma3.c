@@ -270,7 +270,7 @@ struct gemma3_model {
     gemma3_info info;
     char name[128];
     const struct release *release;    /* Google's, or none: section 12 */
-    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
+    struct origin { const char *key, *text; } origin[MAX_ORIGINS]; /* of what no key says */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
@@ -1207,7 +1207,7 @@ static double power(double base, double exponent) /* base > 0 */
 /* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then
  * Taylor's series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits
  * and the rest, so that all products with the first two parts are exact. A model is refused whose
- * angles could reach 2^31 (configure_rope); NaN for them here, because casts of such numbers
+ * angles could reach 2^31 (read_config); NaN for them here, because casts of such numbers
  * differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
@@ -2799,7 +2799,6 @@ struct opening {
     int repacks;
     int obeys;                       /* keys are obeyed that contradict Google's model */
     int failed;                      /* a number was refused */
-    int has_merges;                  /* instead of scores */
 };
 
 /* Leaves a sentence that begins with name, of a long path the end, in text [n], or nowhere when it
@@ -2830,14 +2829,18 @@ static int sentence(char *text, size_t n, const char *name, const char *format, 
     sentence((err) ? (err)->text : NULL, sizeof (err)->text, name, __VA_ARGS__)
 #define reject(o, ...) fail_about((o)->err, (o)->from.name, __VA_ARGS__)
 
-/* ---- The cursor ---- */
+/* ---- The cursor ----
+ *
+ * Whoever asks for more than is left gets zeros and empty texts, then and ever after. So a pair is
+ * read as it is written above, and what failed is asked once, at its end. */
 
 struct cursor {
     const uint8_t *p;
     size_t left;
-    int failed;                      /* it was asked for more than is left; it gives no more */
+    int failed;
 };
 
+/* Where the next n bytes are; NULL when they are not there. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->p;
@@ -2848,7 +2851,7 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
     return p;
 }
 
-/* A little-endian number of n bytes; 0 when they are not there. */
+/* A little-endian number of n bytes. */
 static uint64_t take_int(struct cursor *c, int n)
 {
     const uint8_t *p = take(c, n);
@@ -2866,6 +2869,7 @@ static struct string take_string(struct cursor *c)
     return s.text ? s : (struct string){"", 0};
 }
 
+/* As memcmp, a beginning before what goes on. Texts may have NULs: no function of C's for them. */
 static int compare_strings(struct string a, struct string b)
 {
     int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
@@ -2889,6 +2893,7 @@ static struct shown shown(struct string s)
 
 /* ---- Pairs and infos ---- */
 
+/* Types of values by their number in GGUF. */
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
        KV_I64, KV_F64, KV_TYPES };
 static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
@@ -2909,6 +2914,7 @@ struct tensor {
     uint64_t ne[4], offset;
 };
 
+/* Reads a pair, but its value, which it steps over. */
 static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
     kv->key = take_string(c);
@@ -2975,7 +2981,10 @@ static int read_start(struct opening *o, struct cursor *c)
     return 0;
 }
 
-/* ---- Looking up ---- */
+/* ---- Looking up ----
+ *
+ * Sorted once, names are found in log n steps, and one that occurs twice stands beside itself.
+ * A key and a tensor must not share one either; in no model's file they do. */
 
 static int is_tensor(const struct opening *o, struct string name)
 {
@@ -3097,21 +3106,20 @@ static int check_string(const struct opening *o, const char *key, const char *us
  * section nothing is checked again: the forward pass trusts the numbers in the config, the
  * matrices' shapes, and that their bytes are in the file. */
 
-/* What Google released, as config.json and the technical report have it: the only place that knows
- * these numbers. The last row is any other model. */
+/* Of Google's models what a file may leave out or have wrong, as config.json and the technical
+ * report have it: the only place that knows them. The last is any other model. */
 static const struct release {
     const char *name;
-    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    int n_layers, d_model, window;
     float rope_factor;               /* of global layers */
-    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
+    int is_scaled_by_width;          /* queries times 1/sqrt(d_model / n_heads), not of head_dim */
 } releases[] = {
-    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
-    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
-    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
-    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
-    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
-    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
-    {"",        0,       0,     0,     0,  0,        0,      0,    1,     0},
+    {"270M", 18,  640,  512, 1, 0},
+    {"1B",   26, 1152,  512, 1, 0},
+    {"4B",   34, 2560, 1024, 8, 0},
+    {"12B",  48, 3840, 1024, 8, 0},
+    {"27B",  62, 5376, 1024, 8, 1},
+    {"",      0,    0,    0, 1, 0},
 };
 enum { N_RELEASES = sizeof releases / sizeof *releases - 1 };
 
@@ -3207,6 +3215,7 @@ static int rows_of(const struct opening *o, const char *name)
     return find_tensor(o, name, &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
 }
 
+/* What decides the tensors' shapes. */
 static int read_shapes(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
@@ -3250,25 +3259,6 @@ static int read_layers(struct opening *o, int window)
     return o->failed;
 }
 
-static int read_rope(struct opening *o, float factor)
-{
-    gemma3_config *c = &o->m->config;
-    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
-    if (none < 0) return -1;
-    c->rope_base_global = get_defined(o, "gemma3.rope.freq_base", "gemma3.rope.global.freq_base",
-                                      1, ANY, 1e6);
-    c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
-                                     1, ANY, 1e4);
-    c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
-                                 0, ANY, factor);
-    if (o->obeys && (none || c->rope_factor == 0)) c->rope_factor = 1;
-    /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
-    if (!o->failed && c->rope_factor < 0x1p-7f)
-        return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
-                      "stay below 2^31)", (double)c->rope_factor);
-    return o->failed;
-}
-
 static int read_config(struct opening *o)
 {
     gemma3_model *m = o->m;
@@ -3280,19 +3270,30 @@ static int read_config(struct opening *o)
     o->obeys = o->options.obey_file || !m->release->n_layers;
     c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
     c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
-    if (!o->failed && c->rms_eps == 0)
-        return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
+    c->rope_base_global = get_defined(o, "gemma3.rope.freq_base", "gemma3.rope.global.freq_base",
+                                      1, ANY, 1e6);
+    c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
+                                     1, ANY, 1e4);
+    c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
+                                 0, ANY, like->rope_factor);
+    int divisor = like->is_scaled_by_width ? c->d_model / c->n_heads : c->head_dim;
+    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY,
+                                 1.0f / sqrt_of((float)divisor));
+    c->embedding_scale = sqrt_of((float)c->d_model);
+    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
+    if (o->failed || none < 0) return -1;
+    if (o->obeys && (none || c->rope_factor == 0)) c->rope_factor = 1;
+    /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
+    if (c->rope_factor < 0x1p-7f)
+        return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
+                      "stay below 2^31)", (double)c->rope_factor);
+    if (c->rms_eps == 0)
+        return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
     if (c->final_softcap > 0)
         sentence(m->note[m->n_notes++], sizeof *m->note, "key gemma3.", "final_logit_softcapping "
                  "is %g, which no Gemma 3 of Google has: it is obeyed", c->final_softcap);
-    if (read_layers(o, like->window) || read_rope(o, like->rope_factor)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
-    int is_27b = like->query_divisor != like->head_dim;
-    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
-    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY, scale);
-    c->embedding_scale = sqrt_of((float)c->d_model);
-    return o->failed;
+    return read_layers(o, like->window);
 }
 
 /* ---- The tokenizer ----
@@ -3303,6 +3304,7 @@ static int read_config(struct opening *o)
 
 enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
+/* 1 when it has merges instead of scores, 0 or -1. */
 static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
@@ -3310,7 +3312,6 @@ static int read_vocab(struct opening *o)
     int can_be = find_array(o, "tokenizer.ggml.merges", KV_STRING, 1, &merges);
     int gpt2 = check_string(o, "tokenizer.ggml.model", "llama", can_be ? "gpt2" : "llama");
     if (gpt2 < 0) return -1;
-    o->has_merges = gpt2;
     if (!find_array(o, "tokenizer.ggml.tokens", KV_STRING, 1, &tokens))
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
@@ -3337,7 +3338,7 @@ static int read_vocab(struct opening *o)
     o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
                                  .type = type, .stop = o->m->stop};
     o->m->config.n_vocab = n;
-    return 0;
+    return gpt2;
 }
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
@@ -3391,6 +3392,7 @@ static int read_ids(const struct opening *o, const char *key, const char *text, 
     return 0;
 }
 
+/* An answer ends with any of the ids that four keys may name; eos is the first of the first. */
 static int open_tokenizer(struct opening *o)
 {
     static const char *const stop[] = {
@@ -3399,7 +3401,9 @@ static int open_tokenizer(struct opening *o)
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     double add_bos = 1;
-    if (read_vocab(o) || read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
+    int has_merges = read_vocab(o);
+    if (has_merges < 0 ||
+        read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
         read_ids(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown, 1) < 0)
         return -1;
     for (int k = 0, n; k < 4; k++, v->n_stop += n) {
@@ -3412,10 +3416,14 @@ static int open_tokenizer(struct opening *o)
     void *behind = (int32_t *)(uintptr_t)v->type + v->n_vocab;
     m->tokenizer = gemma3_tokenizer_init(v, behind, gemma3_tokenizer_size(v), o->err);
     if (!m->tokenizer) return -1;
-    return o->has_merges ? rank_merges(o) : 0;
+    return has_merges ? rank_merges(o) : 0;
 }
 
-/* ---- Weights ---- */
+/* ---- Weights ----
+ *
+ * The list below is all that a model is made of; whoever wants to see every weight goes through it
+ * by number. A matrix is used where it lies in the file; a norm, of which a layer has six and all
+ * are small, is copied as float32, so that the forward pass knows one type of them. */
 
 /* One tensor that the model needs, [rows][cols]. */
 struct weight {
@@ -3477,6 +3485,7 @@ static const char *const type_names[] = {
     "Q1_0"};
 enum { N_TYPES = sizeof type_names / sizeof *type_names };
 
+/* Type and shape. Of more than two dimensions the others are 1. */
 static int check_tensor(const struct opening *o, const struct weight *s, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
@@ -3501,20 +3510,8 @@ static int check_tensor(const struct opening *o, const struct weight *s, const s
     return 0;
 }
 
-/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
-static int bind_norm(struct opening *o, const struct weight *s, struct matrix *w)
-{
-    float *out = piece(&o->arena, w->cols, sizeof *out);
-    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
-    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
-        return reject(o, ": tensor %s cannot be read", s->name);
-    if (!w->data) w->data = bytes;
-    o->kernels->dequantize(w, 0, 1, out);
-    *s->norm = out;
-    return 0;
-}
-
-/* Finds a tensor and checks its type, shape and end. */
+/* Finds a tensor and checks its type, shape and end. A matrix stays where it is; a norm is copied,
+ * as float32: one that is read comes to the end of the room that its numbers will fill. */
 static int bind(struct opening *o, const struct weight *s)
 {
     struct tensor t;
@@ -3537,20 +3534,21 @@ static int bind(struct opening *o, const struct weight *s)
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
     else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
     o->weight_bytes += (size_t)bytes;
-    return s->norm ? bind_norm(o, s, w) : 0;
-}
-
-static int bind_weights(struct opening *o)
-{
-    struct weight s;
-    struct tensor t;
-    o->m->tied = !find_tensor(o, "output.weight", &t);
-    for (int k = 0; !find_weight(o->m, k, &s); k++)
-        if (bind(o, &s)) return -1;
+    if (s->w) return 0;
+    float *floats = piece(&o->arena, w->cols, sizeof *floats);
+    uint8_t *read = (uint8_t *)(floats + w->cols) - row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, read, row_bytes))
+        return reject(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = read;
+    o->kernels->dequantize(w, 0, 1, floats);
+    *s->norm = floats;
     return 0;
 }
 
-/* ---- Integer formats into tiles ---- */
+/* ---- Integer formats into tiles ----
+ *
+ * 32 rows interleaved, as the vector kernels read them (section 8). It takes seconds, so that it
+ * comes last, is shared out to threads and tells how far it is. */
 
 struct repack {
     const gemma3_model *m;
@@ -3571,13 +3569,13 @@ static void repack_task(void *arg, int index, int worker)
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
     int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
-    const uint8_t *from = w->data + row * w->row_bytes;
+    const uint8_t *begin = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
         n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
-    host_give_back(job->m, from, (size_t)(w->data + last * w->row_bytes - from));
+    host_give_back(job->m, begin, (size_t)(w->data + last * w->row_bytes - begin));
 }
 
 /* Bytes of a matrix as tiles; 0 when it stays as it is. */
@@ -3586,6 +3584,7 @@ static size_t tiled_bytes(const struct matrix *w)
     return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
+/* All matrices that are in memory; the others are interleaved whenever they are read. */
 static void repack(struct opening *o)
 {
     const gemma3_options *p = &o->options;
@@ -3607,6 +3606,7 @@ static void repack(struct opening *o)
 
 /* ---- Opening ---- */
 
+/* The kernels asked for, or the best that this CPU has. */
 static int choose_kernels(struct opening *o)
 {
     const char *isa = o->options.isa ? o->options.isa : gemma3_isa_name(0);
@@ -3674,7 +3674,9 @@ static int lay_out_model(struct opening *o)
                                          gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n})));
     /* The tokenizer goes on using the header, of which a mapped file is no safe place. */
     uint8_t *copy = piece(a, o->from.is_mapped ? o->n_header : 0, 1);
-    if (plus(a->used, o->weights.used) > a->size)
+    size_t needed = plus(a->used, o->weights.used);
+    if (needed == SIZE_MAX) return reject(o, " needs more memory than this machine can address");
+    if (needed > a->size)
         return reject(o, " needs more than the %llu bytes of memory that were given",
                       (unsigned long long)a->size);
     if (!m) return 0;
@@ -3689,6 +3691,7 @@ static int lay_out_model(struct opening *o)
     return 0;
 }
 
+/* Data begins at the next multiple of the alignment. */
 static int read_alignment(struct opening *o)
 {
     struct kv kv;
@@ -3707,9 +3710,15 @@ static int open_steps(struct opening *o)
     if (!fault) fault = kernel_fault(o->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
     if (walk(o) || lay_out_model(o) || walk(o) || sort_names(o) || read_alignment(o) ||
-        refuse_others(o) || read_config(o) || bind_weights(o) || open_tokenizer(o))
+        refuse_others(o) || read_config(o))
         return -1;
     gemma3_model *m = o->m;
+    struct tensor t;
+    struct weight w;
+    m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_weight(m, k, &w); k++)
+        if (bind(o, &w)) return -1;
+    if (open_tokenizer(o)) return -1;
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
     if (o->repacks) repack(o);
     if (m->tied) m->lm_head = m->token_embd;
@@ -3724,6 +3733,7 @@ static int open_steps(struct opening *o)
     return 0;
 }
 
+/* Without a read function all of the file is in memory. */
 static struct opening start(const gemma3_source *from, const gemma3_options *options,
                             gemma3_error *err)
 {
@@ -3742,9 +3752,7 @@ size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *option
     struct opening o = start(from, options, err);
     o.arena = (struct arena){NULL, 64, SIZE_MAX}; /* to align any memory to 64 */
     if (choose_kernels(&o) || walk(&o) || lay_out_model(&o)) return 0;
-    size_t size = plus(o.arena.used, o.weights.used);
-    if (size < SIZE_MAX) return size;
-    return reject(&o, " needs more memory than this machine can address"), 0;
+    return o.arena.used + o.weights.used;
 }
 
 gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
@@ -3801,7 +3809,7 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
     key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
-        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].from;
+        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].text;
     return "";
 }
 
@@ -3843,6 +3851,7 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
     return times(times(slots, times(c->n_kv_heads, c->head_dim)), 2 * kv_element(&s));
 }
 
+/* Elements of the widest vector that a matrix is multiplied with. */
 static int widest_input(const gemma3_config *c)
 {
     int widest = c->d_model > c->d_ff ? c->d_model : c->d_ff;
@@ -3887,6 +3896,7 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     return a->used;
 }
 
+/* 4,096 tokens: the cache for all that a model was trained for may take gigabytes. */
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
     return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
@@ -3998,6 +4008,7 @@ struct stream {
     gemma3_sha256 sum;
 };
 
+/* Writes n bytes, or reads them in their place. */
 static void pass(struct stream *f, void *bytes, size_t n)
 {
     if (f->failed) return;
@@ -4031,7 +4042,8 @@ static int hash_model(gemma3_state *s, char hex[65])
     return failed;
 }
 
-/* The beginning: *n comes out as the number of tokens. */
+/* The beginning, of 96 bytes, as this state's would be. What comes instead must be the same but for
+ * the number of tokens, *n; a sentence says what is not. */
 static int pass_start(struct stream *f, gemma3_state *s, uint32_t *n, gemma3_error *err)
 {
     static const char *const field[] = {"contract", "exact mode", "KV type"};
@@ -4141,6 +4153,7 @@ int32_t gemma3_argmax(const float *logits, int n_vocab)
     return id;
 }
 
+/* Without a model, so with the best kernels there are: all give the same sum (rule 9). */
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
@@ -4155,10 +4168,11 @@ double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 
 /* ---- Sampling: rule 8 ---- */
 
+/* A seed goes through splitmix64, so that seeds that are alike begin with states that are not. */
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
     gemma3_sampler s = {.temperature = 1, .top_k = 64, .top_p = 0.95f, .repeat_penalty = 1};
-    uint64_t z = seed + 0x9E3779B97F4A7C15; /* splitmix64 */
+    uint64_t z = seed + 0x9E3779B97F4A7C15;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
     z = (z ^ z >> 27) * 0x94D049BB133111EB;
     z ^= z >> 31;
@@ -4166,6 +4180,7 @@ gemma3_sampler gemma3_sampler_new(uint64_t seed)
     return s;
 }
 
+/* n_last goes round in the ring's second half, where it also says that the ring is full. */
 void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
 {
     s->last[s->n_last++ % GEMMA3_PENALTY_WINDOW] = id;
@@ -4201,7 +4216,9 @@ static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int 
     return min_int(n, k);
 }
 
-/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
+/* Penalty, top-k, temperature, top-p, min-p, choice. The sum that top-p is a part of is added in
+ * the order of ids, as softmax's is, what is kept from the likeliest on: so c is sorted twice.
+ * Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
 int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
@@ -4282,6 +4299,7 @@ void gemma3_sha256_init(gemma3_sha256 *c)
                           0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
 }
 
+/* A byte is shifted into its word: words are numbers, so that it is the same on any machine. */
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -4297,6 +4315,7 @@ void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
         gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
+/* A one bit, zeros, and the message's length in bits fill the last block. */
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 {
     uint64_t n_bits = c->n_bytes * 8;
