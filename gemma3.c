@@ -2785,7 +2785,7 @@ struct opening {
     const uint8_t *header;           /* the file's first bytes, or a copy of them */
     size_t n_header;
     uint64_t n_kv, n_tensors;
-    struct string *names;            /* of all pairs and infos, in the header; sorted */
+    const uint8_t **names;           /* where each pair and info begins, sorted by name */
     size_t n_names;
     const uint8_t *infos;            /* where infos begin */
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
@@ -2986,45 +2986,46 @@ static int read_start(struct opening *o, struct cursor *c)
  * Sorted once, names are found in log n steps, and one that occurs twice stands beside itself.
  * A key and a tensor must not share one either; in no model's file they do. */
 
-static int is_tensor(const struct opening *o, struct string name)
+static struct string name_at(const uint8_t *begin)
 {
-    return (const uint8_t *)name.text >= o->infos;
+    struct cursor c = {begin, SIZE_MAX, 0};
+    return take_string(&c);
 }
 
 /* Heap sort: n log n steps whatever the file, and no memory. */
 static int sort_names(const struct opening *o)
 {
-    struct string *name = o->names;
+    const uint8_t **at = o->names;
     size_t n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
-        struct string moved = name[start > 0 ? --start : --left];
-        if (left < n) name[left] = name[0];
+        const uint8_t *moved = at[start > 0 ? --start : --left];
+        if (left < n) at[left] = at[0];
         for (i = start; (child = 2 * i + 1) < left; i = child) {
-            child += child + 1 < left && compare_strings(name[child + 1], name[child]) > 0;
-            if (compare_strings(moved, name[child]) >= 0) break;
-            name[i] = name[child];
+            child += child + 1 < left &&
+                     compare_strings(name_at(at[child + 1]), name_at(at[child])) > 0;
+            if (compare_strings(name_at(moved), name_at(at[child])) >= 0) break;
+            at[i] = at[child];
         }
-        name[i] = moved;
+        at[i] = moved;
     }
     for (size_t k = 1; k < n; k++)
-        if (!compare_strings(name[k - 1], name[k]))
-            return reject(o, ": %s %s occurs twice", is_tensor(o, name[k]) ? "tensor" : "key",
-                          shown(name[k]).text);
+        if (!compare_strings(name_at(at[k - 1]), name_at(at[k])))
+            return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
+                          shown(name_at(at[k])).text);
     return 0;
 }
 
 /* 1 and a cursor where the pair or info of that name begins, or 0. */
-static int find_name(const struct opening *o, const char *text, int of_tensor, struct cursor *c)
+static int find_name(const struct opening *o, const char *name, int of_tensor, struct cursor *c)
 {
-    const struct string wanted = {text, strlen(text)}, *name = o->names;
+    const uint8_t *const *at = o->names;
     for (size_t n = o->n_names; n;) {
-        int order = compare_strings(name[n / 2], wanted);
+        int order = compare_strings(name_at(at[n / 2]), (struct string){name, strlen(name)});
         if (order == 0) {
-            const uint8_t *begin = (const uint8_t *)name[n / 2].text - 8;
-            *c = (struct cursor){begin, o->n_header - (size_t)(begin - o->header), 0};
-            return is_tensor(o, name[n / 2]) == of_tensor;
+            *c = (struct cursor){at[n / 2], o->n_header - (size_t)(at[n / 2] - o->header), 0};
+            return (at[n / 2] >= o->infos) == of_tensor;
         }
-        if (order < 0) name += n / 2 + 1, n -= n / 2 + 1;
+        if (order < 0) at += n / 2 + 1, n -= n / 2 + 1;
         else n /= 2;
     }
     return 0;
@@ -3144,8 +3145,8 @@ static int refuse_others(const struct opening *o)
     if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
     for (size_t k = 0; k < o->n_names; k++) {
-        struct string name = o->names[k];
-        if (!is_tensor(o, name)) continue;
+        struct string name = name_at(o->names[k]);
+        if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
             return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
                           "Gemma 3 text model", shown(name).text);
@@ -3536,10 +3537,10 @@ static int bind(struct opening *o, const struct weight *s)
     o->weight_bytes += (size_t)bytes;
     if (s->w) return 0;
     float *floats = piece(&o->arena, w->cols, sizeof *floats);
-    uint8_t *read = (uint8_t *)(floats + w->cols) - row_bytes;
-    if (!w->data && o->from.read(o->from.user, w->offset, read, row_bytes))
+    uint8_t *stored = (uint8_t *)(floats + w->cols) - row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, stored, row_bytes))
         return reject(o, ": tensor %s cannot be read", s->name);
-    if (!w->data) w->data = read;
+    if (!w->data) w->data = stored;
     o->kernels->dequantize(w, 0, 1, floats);
     *s->norm = floats;
     return 0;
@@ -3646,9 +3647,10 @@ static int walk(struct opening *o)
     o->infos = o->header + o->n_header;
     o->n_names = (size_t)(o->n_kv + o->n_tensors);
     for (size_t k = 0; k < o->n_names && !c.failed; k++) {
-        if (k == o->n_kv) o->infos = c.p;
+        const uint8_t *begin = c.p;
+        if (k == o->n_kv) o->infos = begin;
         if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
-        if (o->names) o->names[k] = k < o->n_kv ? kv.key : t.name;
+        if (o->names) o->names[k] = begin;
         else if (k >= o->n_kv && !c.failed && count_tensor(o, &t)) return -1;
         else if (k < o->n_kv && string_is(kv.key, "tokenizer.ggml.tokens")) o->n_tokens = kv.count;
     }
@@ -3692,11 +3694,11 @@ static int lay_out_model(struct opening *o)
 }
 
 /* Data begins at the next multiple of the alignment. */
-static int read_alignment(struct opening *o)
+static int align_data(struct opening *o)
 {
     struct kv kv;
-    uint64_t a = 32;
-    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    int found = find_kv(o, "general.alignment", &kv);
+    uint64_t a = !found ? 32 : kv.type == KV_U32 ? take_u32(&kv.value) : 0;
     if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
     o->alignment = a;
     o->data = (o->data + a - 1) & ~(a - 1);
@@ -3709,7 +3711,7 @@ static int open_steps(struct opening *o)
     if (choose_kernels(o)) return -1;
     if (!fault) fault = kernel_fault(o->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
-    if (walk(o) || lay_out_model(o) || walk(o) || sort_names(o) || read_alignment(o) ||
+    if (walk(o) || lay_out_model(o) || walk(o) || sort_names(o) || align_data(o) ||
         refuse_others(o) || read_config(o))
         return -1;
     gemma3_model *m = o->m;
