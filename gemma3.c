@@ -3100,9 +3100,9 @@ static int check_string(const struct opening *o, const char *key, const char *us
 
 /* ==== 12. Opening a model =======================================================================
  *
- * From a file's header to a model that can compute. The header is walked through twice: first to
- * add up the memory that everything will need, so that one block is asked for at the beginning and
- * none afterwards, then to note its names. What follows asks for keys and tensors by name. All
+ * From a file's header to a model that can compute. The header is walked through to add up the
+ * memory that everything will need, so that one block is asked for at the beginning and none
+ * afterwards, and again to note its names. What follows asks for keys and tensors by name. All
  * that can be refused is refused before the one step that takes long, making tiles. After this
  * section nothing is checked again: the forward pass trusts the numbers in the config, the
  * matrices' shapes, and that their bytes are in the file. */
@@ -3637,13 +3637,14 @@ static int count_tensor(struct opening *o, const struct tensor *t)
     return 0;
 }
 
-/* Walks through the header: the first time it adds up sizes, later it notes where names begin. */
+/* Walks through the header and adds up sizes or, once there is room, notes where names begin. */
 static int walk(struct opening *o)
 {
     struct cursor c = {o->header, o->n_header, 0};
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
+    o->weights.used = o->tensor_bytes = o->n_tokens = 0;
     o->infos = o->header + o->n_header;
     o->n_names = (size_t)(o->n_kv + o->n_tensors);
     for (size_t k = 0; k < o->n_names && !c.failed; k++) {
@@ -3663,6 +3664,16 @@ static int walk(struct opening *o)
     return 0;
 }
 
+/* A mapped file is no safe place for the header, which the tokenizer goes on using: somebody may
+ * change it, even between two steps of opening. So what counts is what stands in the copy. */
+static int copy_header(struct opening *o)
+{
+    uint8_t *copy = o->from.is_mapped ? piece(&o->arena, o->n_header, 1) : NULL;
+    if (!copy) return 0; /* if there was no room for it, there is none for the rest */
+    o->header = memcpy(copy, o->header, o->n_header);
+    return walk(o);
+}
+
 /* Where everything of a model lies; norms and tiles come behind it. A layer has PER_LAYER tensors
  * in the file, so that the first one that is missing belongs to one of these layers. */
 static int lay_out_model(struct opening *o)
@@ -3674,8 +3685,6 @@ static int lay_out_model(struct opening *o)
     struct layer *layer = piece(a, (size_t)o->n_tensors / PER_LAYER + 1, sizeof *layer);
     o->tokenizer_room = piece(a, 1, plus(times(n, TOKEN_BYTES),
                                          gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n})));
-    /* The tokenizer goes on using the header, of which a mapped file is no safe place. */
-    uint8_t *copy = piece(a, o->from.is_mapped ? o->n_header : 0, 1);
     size_t needed = plus(a->used, o->weights.used);
     if (needed == SIZE_MAX) return reject(o, " needs more memory than this machine can address");
     if (needed > a->size)
@@ -3687,9 +3696,7 @@ static int lay_out_model(struct opening *o)
     m->kernels = o->kernels;
     m->exact = o->options.exact;
     m->source = o->from;
-    if (!o->from.is_mapped) return 0;
-    o->header = memcpy(copy, o->header, o->n_header);
-    host_give_back(m, o->from.data, o->n_header);
+    if (o->from.is_mapped) host_give_back(m, o->from.data, o->n_header);
     return 0;
 }
 
@@ -3711,8 +3718,8 @@ static int open_steps(struct opening *o)
     if (choose_kernels(o)) return -1;
     if (!fault) fault = kernel_fault(o->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
-    if (walk(o) || lay_out_model(o) || walk(o) || sort_names(o) || align_data(o) ||
-        refuse_others(o) || read_config(o))
+    if (walk(o) || copy_header(o) || lay_out_model(o) || walk(o) || sort_names(o) ||
+        align_data(o) || refuse_others(o) || read_config(o))
         return -1;
     gemma3_model *m = o->m;
     struct tensor t;
@@ -3753,7 +3760,7 @@ size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *option
 {
     struct opening o = start(from, options, err);
     o.arena = (struct arena){NULL, 64, SIZE_MAX}; /* to align any memory to 64 */
-    if (choose_kernels(&o) || walk(&o) || lay_out_model(&o)) return 0;
+    if (choose_kernels(&o) || walk(&o) || copy_header(&o) || lay_out_model(&o)) return 0;
     return o.arena.used + o.weights.used;
 }
 
