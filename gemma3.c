@@ -272,15 +272,14 @@ struct gemma3_model {
     gemma3_tokenizer *tokenizer;
     gemma3_vocab vocab;
     int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
-    struct string chat_template;
+    gemma3_info info;
     char name[128];
-    const struct published *published; /* the size, when it is one of Google's */
-    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
+    const struct release *release;    /* Google's, or none: section 12 */
+    struct origin { const char *key, *text; } origin[MAX_ORIGINS]; /* of what no key says */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
     gemma3_source source;             /* the file */
-    size_t weight_bytes;
     size_t streamed_row;              /* bytes of the longest row that is not in memory */
     void *allocated;                  /* by gemma3_open, else NULL */
 };
@@ -1186,7 +1185,7 @@ static double power(double base, double exponent) /* base > 0 */
 /* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then
  * Taylor's series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits
  * and the rest, so that all products with the first two parts are exact. A model is refused whose
- * angles could reach 2^31 (configure_rope); NaN for them here, because casts of such numbers
+ * angles could reach 2^31 (read_config); NaN for them here, because casts of such numbers
  * differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
@@ -2695,28 +2694,19 @@ const char *gemma3_isa_name(int index)
  *
  * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
  * that knows what is left, and every tensor's type, shape and end are checked once, when it is
- * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked:
+ * that takes 8 bytes for each, so that a board has room for it, and no file of n bytes costs more
+ * than n log n steps to refuse. */
 
-/* A path for an error message, whose reason comes after it: the end of a long one. */
-enum { SHORT_PATH = 240 };
-static const char *short_path(const char *path, char out[SHORT_PATH])
-{
-    size_t n = strlen(path);
-    if (n < SHORT_PATH) return path;
-    path += n - (SHORT_PATH - 4);
-    while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    return strcat(strcpy(out, "..."), path);
-}
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 /* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
 struct arena {
     uint8_t *base;
     size_t used, size;
 };
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 static void *piece(struct arena *a, size_t count, size_t bytes)
 {
@@ -2725,30 +2715,32 @@ static void *piece(struct arena *a, size_t count, size_t bytes)
     return a->base && a->used <= a->size ? a->base + at : NULL;
 }
 
-/* What a model is opened with. */
+/* What a model is opened with, and what is known of its file on the way. */
 struct opening {
     gemma3_source from;
     gemma3_options options;
     gemma3_error *err;
-    const char *name;                /* of the file, shortened if it must be */
-    char short_name[SHORT_PATH];
-    const uint8_t *header;           /* its first bytes, or a copy of them */
+    const uint8_t *header;           /* the file's first bytes, or a copy of them */
     size_t n_header;
-    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
-    size_t infos;                    /* where infos begin */
     uint64_t n_kv, n_tensors;
+    const uint8_t **names;           /* where each pair and info begins, sorted by name */
+    size_t n_names;
+    const uint8_t *infos;            /* where infos begin */
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
-    struct arena arena;              /* the model's memory */
-    gemma3_model *m;                 /* NULL: only count its pieces */
+    uint64_t n_tokens;               /* of the vocabulary */
+    uint64_t tensor_bytes;           /* of all that could be weights */
+    size_t weight_bytes;             /* of those that are */
+    struct arena arena, weights;     /* the model's memory; what its norms and tiles will need */
+    gemma3_model *m;
+    void *tokenizer_room;
     const struct kernels *kernels;
-    const struct published *size;    /* of that many layers, or NULL */
-    int failed;                      /* a number was refused */
-    int has_merges;                  /* instead of scores */
     int repacks;
-    uint64_t counted;                /* bytes of tensors */
+    int obeys;                       /* keys are obeyed that contradict Google's model */
+    int failed;                      /* a number was refused */
 };
 
-/* Leaves a sentence that begins with name in text [n], or nowhere when it is NULL. Returns -1. */
+/* Leaves a sentence that begins with name, of a long path the end, in text [n], or nowhere when it
+ * is NULL. Returns -1. */
 #if defined(GEMMA3_NO_ERROR_TEXT)
 INLINE int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
@@ -2760,17 +2752,25 @@ static int sentence(char *text, size_t n, const char *name, const char *format, 
 {
     va_list args;
     if (!text) return -1;
-    size_t used = strlen(strcpy(text, name));
+    size_t length = strlen(name), cut = length < 240 ? 0 : length - 236;
+    while (cut && (name[cut] & 0xc0) == 0x80) cut++; /* not in the middle of a character */
+    int used = snprintf(text, n, "%s%s", cut ? "..." : "", name + cut);
     va_start(args, format);
-    vsnprintf(text + used, n - used, format, args);
+    vsnprintf(text + used, n - (size_t)used, format, args);
     va_end(args);
     return -1;
 }
 #endif
-/* An error; one about a model's file. */
-#define fail(err, ...) sentence((err) ? (err)->text : NULL, sizeof (err)->text, "", __VA_ARGS__)
-#define reject(o, ...) \
-    sentence((o)->err ? (o)->err->text : NULL, sizeof (o)->err->text, (o)->name, __VA_ARGS__)
+/* An error; one about a file of that name; one about the model's. */
+#define fail(err, ...) fail_about(err, "", __VA_ARGS__)
+#define fail_about(err, name, ...) \
+    sentence((err) ? (err)->text : NULL, sizeof (err)->text, name, __VA_ARGS__)
+#define reject(o, ...) fail_about((o)->err, (o)->from.name, __VA_ARGS__)
+
+/* ---- The cursor ----
+ *
+ * Whoever asks for more than is left gets zeros and empty texts, then and ever after. So a pair is
+ * read as it is written above, and what failed is asked once, at its end. */
 
 struct cursor {
     const uint8_t *p;
@@ -2778,6 +2778,7 @@ struct cursor {
     int failed;
 };
 
+/* Where the next n bytes are; NULL when they are not there. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->p;
@@ -2798,15 +2799,15 @@ static uint64_t take_int(struct cursor *c, int n)
 }
 
 static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
-static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
-    uint64_t n = take_u64(c);
+    uint64_t n = take_int(c, 8);
     struct string s = {(const char *)take(c, n), (size_t)n};
     return s.text ? s : (struct string){"", 0};
 }
 
+/* As memcmp, a beginning before what goes on. Texts may have NULs: no function of C's for them. */
 static int compare_strings(struct string a, struct string b)
 {
     int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
@@ -2828,6 +2829,9 @@ static struct shown shown(struct string s)
     return out;
 }
 
+/* ---- Pairs and infos ---- */
+
+/* Types of values by their number in GGUF. */
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
        KV_I64, KV_F64, KV_TYPES };
 static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
@@ -2848,12 +2852,13 @@ struct tensor {
     uint64_t ne[4], offset;
 };
 
+/* Reads a pair, but its value, which it steps over. */
 static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
     kv->key = take_string(c);
     kv->element = kv->type = take_u32(c);
     kv->count = 1;
-    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_int(c, 8);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
@@ -2876,26 +2881,10 @@ static int read_tensor(const struct opening *o, struct cursor *c, struct tensor 
     if (!c->failed && (n_dims < 1 || n_dims > 4))
         return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name).text,
                       (unsigned)n_dims);
-    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
+    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_int(c, 8) : 1;
     t->type = take_u32(c);
-    t->offset = take_u64(c);
+    t->offset = take_int(c, 8);
     return 0;
-}
-
-static struct cursor cursor_at(const struct opening *o, size_t at)
-{
-    return (struct cursor){o->header + at, o->n_header - at, 0};
-}
-
-static struct string name_at(const struct opening *o, size_t at)
-{
-    struct cursor c = cursor_at(o, at);
-    return take_string(&c);
-}
-
-static int compare_at(const struct opening *o, size_t a, size_t b)
-{
-    return compare_strings(name_at(o, a), name_at(o, b));
 }
 
 /* Why a file is none of ours, by how it begins. */
@@ -2909,13 +2898,6 @@ static const struct { const char *begin; uint8_t n, at; const char *what; } othe
     {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
     {"", 0, 0, "does not begin with \"GGUF\""}};
 
-static int refuse_end(const struct opening *o)
-{
-    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
-    return reject(o, ": its header is longer than the first %llu bytes, which were given",
-                  (unsigned long long)o->n_header);
-}
-
 static int read_start(struct opening *o, struct cursor *c)
 {
     const uint8_t *magic = take(c, 4);
@@ -2928,73 +2910,84 @@ static int read_start(struct opening *o, struct cursor *c)
     if (!c->failed && version != 2 && version != 3)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
-    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
+    o->n_tensors = take_int(c, 8);
+    o->n_kv = take_int(c, 8);
     /* A pair has 13 bytes or more, an info 32. */
     if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
-    return o->n_kv > c->left / 13 || o->n_tensors > c->left / 32 ? refuse_end(o) : 0;
+    return 0;
 }
 
-/* Heap sort by name: n log n steps whatever the file, and no memory. */
-static int sort_directory(const struct opening *o)
+/* ---- Looking up ----
+ *
+ * Sorted once, names are found in log n steps, and one that occurs twice stands beside itself.
+ * A key and a tensor must not share one either; in no model's file they do. */
+
+static struct string name_at(const uint8_t *begin)
 {
-    size_t *at = o->names, n = o->n_names;
+    struct cursor c = {begin, SIZE_MAX, 0};
+    return take_string(&c);
+}
+
+/* Heap sort: n log n steps whatever the file, and no memory. */
+static int sort_names(const struct opening *o)
+{
+    const uint8_t **at = o->names;
+    size_t n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
-        size_t moved = at[start > 0 ? --start : --left];
+        const uint8_t *moved = at[start > 0 ? --start : --left];
         if (left < n) at[left] = at[0];
         for (i = start; (child = 2 * i + 1) < left; i = child) {
-            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
-            if (compare_at(o, moved, at[child]) >= 0) break;
+            child += child + 1 < left &&
+                     compare_strings(name_at(at[child + 1]), name_at(at[child])) > 0;
+            if (compare_strings(name_at(moved), name_at(at[child])) >= 0) break;
             at[i] = at[child];
         }
         at[i] = moved;
     }
     for (size_t k = 1; k < n; k++)
-        if (!compare_at(o, at[k - 1], at[k]))
+        if (!compare_strings(name_at(at[k - 1]), name_at(at[k])))
             return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
-                          shown(name_at(o, at[k])).text);
+                          shown(name_at(at[k])).text);
     return 0;
 }
 
-/* Where the pair or info of that name begins; 0: nowhere. */
-static size_t find_name(const struct opening *o, const char *name)
+/* 1 and a cursor where the pair or info of that name begins, or 0. */
+static int find_name(const struct opening *o, const char *name, int of_tensor, struct cursor *c)
 {
-    const struct string wanted = {name, strlen(name)};
-    const size_t *at = o->names;
+    const uint8_t *const *at = o->names;
     for (size_t n = o->n_names; n;) {
-        int c = compare_strings(name_at(o, at[n / 2]), wanted);
-        if (c == 0) return at[n / 2];
-        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        int order = compare_strings(name_at(at[n / 2]), (struct string){name, strlen(name)});
+        if (order == 0) {
+            *c = (struct cursor){at[n / 2], o->n_header - (size_t)(at[n / 2] - o->header), 0};
+            return (at[n / 2] >= o->infos) == of_tensor;
+        }
+        if (order < 0) at += n / 2 + 1, n -= n / 2 + 1;
         else n /= 2;
     }
     return 0;
 }
 
-/* 1 and the pair of that key, or 0. */
+/* 1 and the pair of that key, or 0. It was read before: nothing can be wrong with it. */
 static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    size_t at = find_name(o, key);
-    struct cursor c = cursor_at(o, at);
-    return at && at < o->infos && !read_kv(o, &c, kv) && !c.failed;
+    struct cursor c;
+    return find_name(o, key, 0, &c) && !read_kv(o, &c, kv);
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
-    size_t at = find_name(o, name);
-    struct cursor c = cursor_at(o, at);
-    return at >= o->infos && !read_tensor(o, &c, t) && !c.failed;
+    struct cursor c;
+    return find_name(o, name, 1, &c) && !read_tensor(o, &c, t);
 }
 
-static int read_alignment(struct opening *o)
+/* 1 and the array of that key, if it has at least n such elements. */
+static int find_array(const struct opening *o, const char *key, uint32_t element, int n,
+                      struct kv *kv)
 {
-    struct kv kv;
-    uint64_t a = 32;
-    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
-    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
-    o->alignment = a;
-    o->data = (o->data + a - 1) & ~(a - 1);
-    return 0;
+    return find_kv(o, key, kv) && kv->type == KV_ARRAY && kv->element == element &&
+           kv->count >= (uint64_t)n;
 }
 
 /* The next number of a pair or array as double (exact for every value we accept). */
@@ -3022,7 +3015,7 @@ static int find_number(const struct opening *o, const char *key, double *out)
 }
 
 /* A string; empty when there is none. */
-static struct string get_string(const struct opening *o, const char *key)
+static struct string find_string(const struct opening *o, const char *key)
 {
     struct kv kv;
     int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
@@ -3043,34 +3036,36 @@ static int check_string(const struct opening *o, const char *key, const char *us
     return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s).text, usual);
 }
 
-/* ==== 12. Opening a model ===================================================================== */
+/* ==== 12. Opening a model =======================================================================
+ *
+ * From a file's header to a model that can compute. The header is walked through to add up the
+ * memory that everything will need, so that one block is asked for at the beginning and none
+ * afterwards, and again to note its names. What follows asks for keys and tensors by name. All
+ * that can be refused is refused before the one step that takes long, making tiles. After this
+ * section nothing is checked again: the forward pass trusts the numbers in the config, the
+ * matrices' shapes, and that their bytes are in the file. */
 
-/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
- * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
-static const struct published {
+/* Of Google's models what a file may leave out or have wrong, as config.json and the technical
+ * report have it: the only place that knows them. The last is any other model. */
+static const struct release {
     const char *name;
-    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    int n_layers, d_model, window;
     float rope_factor;               /* of global layers */
-    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
-} published[] = {
-    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
-    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
-    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
-    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
-    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
-    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+    int is_scaled_by_width;          /* queries times 1/sqrt(d_model / n_heads), not of head_dim */
+} releases[] = {
+    {"270M", 18,  640,  512, 1, 0},
+    {"1B",   26, 1152,  512, 1, 0},
+    {"4B",   34, 2560, 1024, 8, 0},
+    {"12B",  48, 3840, 1024, 8, 0},
+    {"27B",  62, 5376, 1024, 8, 1},
+    {"",      0,    0,    0, 1, 0},
 };
+enum { N_RELEASES = sizeof releases / sizeof *releases - 1 };
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
-
-static int no_room(const struct opening *o)
-{
-    return reject(o, " needs more than the %llu bytes of memory that were given",
-                  (unsigned long long)o->arena.size);
-}
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
 static int refuse_others(const struct opening *o)
@@ -3088,7 +3083,7 @@ static int refuse_others(const struct opening *o)
     if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
     for (size_t k = 0; k < o->n_names; k++) {
-        struct string name = name_at(o, o->names[k]);
+        struct string name = name_at(o->names[k]);
         if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
             return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
@@ -3105,9 +3100,10 @@ static int refuse_others(const struct opening *o)
  * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
  * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
  * took it out later); obeying it halves the probability of the right word. Others have lost or
- * changed RoPE's factor or local base. So for a published size its definition (technical report,
- * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
- * engine makes of it, and for models whose context was extended. */
+ * changed RoPE's factor or local base. So for a model of a release's layers and d_model its
+ * definition wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. What a file leaves out is taken
+ * from the release of as many layers. */
 
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
@@ -3134,7 +3130,7 @@ static double get_number(struct opening *o, const char *key, double low, double 
     return low;
 }
 
-/* The same for what the definition says; older: another spelling of the key, or NULL. */
+/* The same for what a release defines; older: another spelling of the key, or NULL. */
 static double get_defined(struct opening *o, const char *key, const char *older, double low,
                           double high, double definition)
 {
@@ -3142,28 +3138,36 @@ static double get_defined(struct opening *o, const char *key, const char *older,
     struct kv kv;
     if (older && !find_kv(o, key, &kv) && find_kv(o, older, &kv)) key = older;
     double x = get_number(o, key, low, high, definition), off = x - definition;
-    if (o->failed || !m->published || o->options.obey_file) return x;
+    if (o->failed || o->obeys) return x;
     if ((off > 0 ? off : -off) > 1e-6 * definition) {
         sentence(m->note[m->n_notes++], sizeof *m->note, "key ", "%s is %g, but Gemma 3 %s has %g, "
-                 "which is used", key, x, m->published->name, definition);
+                 "which is used", key, x, m->release->name, definition);
         m->origin[m->n_origins++] = (struct origin){key, "overridden"};
     }
     return definition;
 }
 
-/* Heads: some converters leave the keys out, the tensors' shapes always tell. */
-static int configure_heads(struct opening *o)
+/* Rows of a tensor, for what some converters leave out; 0 when it has none that could be meant. */
+static int rows_of(const struct opening *o, const char *name)
+{
+    struct tensor t;
+    return find_tensor(o, name, &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+}
+
+/* What decides the tensors' shapes. */
+static int read_shapes(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    struct tensor t;
-    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
-    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
     c->n_heads = get_number(o, "gemma3.attention.head_count", 1, 1024, REQUIRED);
-    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024, q / c->n_heads);
-    if (o->failed) return -1;
-    if (c->head_dim < 2 || c->head_dim % 2)
+    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024,
+                             rows_of(o, "blk.0.attn_q.weight") / c->n_heads);
+    if (!o->failed && (c->head_dim < 2 || c->head_dim % 2))
         return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
-    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024, k / c->head_dim);
+    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024,
+                               rows_of(o, "blk.0.attn_k.weight") / c->head_dim);
     int value_length = get_number(o, "gemma3.attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
@@ -3177,16 +3181,15 @@ static int configure_heads(struct opening *o)
 
 /* Which layers are local: gemma3.attention.sliding_window_pattern is absent (6), a number n (every
  * n-th layer is global), or an array with one bool for each layer (true: local). */
-static int configure_layers(struct opening *o)
+static int read_layers(struct opening *o, int window)
 {
     const char *key = "gemma3.attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
     struct kv kv;
     int is_array = find_kv(o, key, &kv) && kv.type == KV_ARRAY;
     int n = is_array ? 0 : get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
-    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24,
-                            o->size ? o->size->window : 0);
-    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
+    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24, window);
+    if (is_array && !find_array(o, key, KV_BOOL, c->n_layers, &kv))
         return reject(o, ": %s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
@@ -3195,91 +3198,69 @@ static int configure_layers(struct opening *o)
     return o->failed;
 }
 
-static int configure_rope(struct opening *o)
+static int read_config(struct opening *o)
 {
-    gemma3_config *c = &o->m->config;
-    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
-    if (none < 0) return -1;
+    gemma3_model *m = o->m;
+    gemma3_config *c = &m->config;
+    const struct release *like = releases;
+    if (read_shapes(o)) return -1;
+    while (like->n_layers && like->n_layers != c->n_layers) like++;
+    m->release = like->d_model == c->d_model ? like : &releases[N_RELEASES];
+    o->obeys = o->options.obey_file || !m->release->n_layers;
+    c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
+    c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     c->rope_base_global = get_defined(o, "gemma3.rope.freq_base", "gemma3.rope.global.freq_base",
                                       1, ANY, 1e6);
     c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
                                      1, ANY, 1e4);
     c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
-                                 0, ANY, o->size ? o->size->rope_factor : 1);
-    if ((!o->m->published || o->options.obey_file) && (none || c->rope_factor == 0))
-        c->rope_factor = 1;
+                                 0, ANY, like->rope_factor);
+    int divisor = like->is_scaled_by_width ? c->d_model / c->n_heads : c->head_dim;
+    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY,
+                                 1.0f / sqrt_of((float)divisor));
+    c->embedding_scale = sqrt_of((float)c->d_model);
+    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
+    if (o->failed || none < 0) return -1;
+    if (o->obeys && (none || c->rope_factor == 0)) c->rope_factor = 1;
     /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
-    if (!o->failed && c->rope_factor < 0x1p-7f)
+    if (c->rope_factor < 0x1p-7f)
         return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
                       "stay below 2^31)", (double)c->rope_factor);
-    return o->failed;
-}
-
-static int configure(struct opening *o)
-{
-    gemma3_config *c = &o->m->config;
-    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
-    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
-    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
-    c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
-    c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
-    if (!o->failed && c->rms_eps == 0)
+    if (c->rms_eps == 0)
         return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
-    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
-        if (published[k].n_layers == c->n_layers) o->size = &published[k];
-    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
-    c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     if (c->final_softcap > 0)
-        sentence(o->m->note[o->m->n_notes++], sizeof *o->m->note, "key gemma3.", "final_logit_"
-                 "softcapping is %g, which no Gemma 3 of Google has: it is obeyed",
-                 c->final_softcap);
-    if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
-    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
-    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
-    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY, scale);
-    c->embedding_scale = sqrt_of((float)c->d_model);
-    return o->failed;
+        sentence(m->note[m->n_notes++], sizeof *m->note, "key gemma3.", "final_logit_softcapping "
+                 "is %g, which no Gemma 3 of Google has: it is obeyed", c->final_softcap);
+    return read_layers(o, like->window);
 }
 
-/* ---- The tokenizer ---- */
+/* ---- The tokenizer ----
+ *
+ * Its arrays stand in one piece of the model's memory with the tokenizer behind them; the texts
+ * stay in the header. tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and
+ * merges that make them (rank_merges). */
 
-/* Room for the arrays that the tokenizer works on, and, behind them, for itself; texts stay in the
- * header. */
 enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static void *tokenizer_room(struct arena *a, int n)
-{
-    size_t own = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    return piece(a, 1, plus(times(n, TOKEN_BYTES), own));
-}
-
-static int is_array_of(const struct kv *kv, uint32_t element, int n)
-{
-    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
-}
-
-/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
- * (rank_merges). */
+/* 1 when it has merges instead of scores, 0 or -1. */
 static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
-    int can_be = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    int n = o->m->token_embd.rows;
+    int can_be = find_array(o, "tokenizer.ggml.merges", KV_STRING, 1, &merges);
     int gpt2 = check_string(o, "tokenizer.ggml.model", "llama", can_be ? "gpt2" : "llama");
     if (gpt2 < 0) return -1;
-    o->has_merges = gpt2;
-    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+    if (!find_array(o, "tokenizer.ggml.tokens", KV_STRING, 1, &tokens))
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
-    int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    if (!gpt2 &&
-        (!find_kv(o, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
+    if (!gpt2 && !find_array(o, "tokenizer.ggml.scores", KV_F32, n, &scores))
         return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
-    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+    if (has_types && !find_array(o, "tokenizer.ggml.token_type", KV_I32, n, &types) &&
+        !find_array(o, "tokenizer.ggml.token_type", KV_U32, n, &types))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    const char **text = tokenizer_room(&o->arena, n);
-    if (!text) return no_room(o);
+    const char **text = o->tokenizer_room;
     uint32_t *length = (uint32_t *)(void *)(text + n);
     float *score = (float *)(void *)(length + n);
     int32_t *type = (int32_t *)(void *)(score + n);
@@ -3296,7 +3277,7 @@ static int read_vocab(struct opening *o)
     o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
                                  .type = type, .stop = o->m->stop};
     o->m->config.n_vocab = n;
-    return 0;
+    return gpt2;
 }
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
@@ -3325,7 +3306,7 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
 }
 
 /* The ids that a key gives, one or an array: how many, or -1. When there are none, *ids is that of
- * the token with this text, or -1. */
+ * the first token with this text, or -1. */
 static int read_ids(const struct opening *o, const char *key, const char *text, int32_t *ids,
                     int max)
 {
@@ -3340,15 +3321,17 @@ static int read_ids(const struct opening *o, const char *key, const char *text, 
         if (take_number(o, &kv, &x)) return -1;
         if (!(x >= 0 && x < v->n_vocab))
             return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, v->n_vocab);
+        if (x != (int)x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
         ids[k] = (int32_t)x;
-        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
     }
-    if (text && kv.count == 0) *ids = -1;
-    for (int32_t k = v->n_vocab; text && kv.count == 0 && k-- > 0;)
-        if (string_is((struct string){v->text[k], v->length[k]}, text)) *ids = k;
-    return (int)kv.count;
+    if (kv.count > 0 || !text) return (int)kv.count;
+    int32_t id = 0;
+    while (id < v->n_vocab && !string_is((struct string){v->text[id], v->length[id]}, text)) id++;
+    *ids = id < v->n_vocab ? id : -1;
+    return 0;
 }
 
+/* An answer ends with any of the ids that four keys may name; eos is the first of the first. */
 static int open_tokenizer(struct opening *o)
 {
     static const char *const stop[] = {
@@ -3357,7 +3340,9 @@ static int open_tokenizer(struct opening *o)
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     double add_bos = 1;
-    if (read_vocab(o) || read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
+    int has_merges = read_vocab(o);
+    if (has_merges < 0 ||
+        read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
         read_ids(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown, 1) < 0)
         return -1;
     for (int k = 0, n; k < 4; k++, v->n_stop += n) {
@@ -3370,74 +3355,63 @@ static int open_tokenizer(struct opening *o)
     void *behind = (int32_t *)(uintptr_t)v->type + v->n_vocab;
     m->tokenizer = gemma3_tokenizer_init(v, behind, gemma3_tokenizer_size(v), o->err);
     if (!m->tokenizer) return -1;
-    return o->has_merges ? rank_merges(o) : 0;
+    return has_merges ? rank_merges(o) : 0;
 }
 
-/* ---- Weights ---- */
+/* ---- Weights ----
+ *
+ * The list below is all that a model is made of; whoever wants to see every weight goes through it
+ * by number. A matrix is used where it lies in the file; a norm, of which a layer has six and all
+ * are small, is copied as float32, so that the forward pass knows one type of them. */
 
-enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
-
-static int dim_of(const gemma3_model *m, enum dim d)
-{
-    const gemma3_config *c = &m->config;
-    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
-                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
-    return n[d];
-}
-
-/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
- * the first and the last two are the model's, those between each layer's. A norm has one row. */
-static const struct tensor_place {
-    const char *name;
-    size_t at;                       /* in the model or the layer: its matrix or norm */
-    enum dim rows, cols;
-} places[] = {
-    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
-    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
-    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
-    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
-    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
-    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
-    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
-    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
-    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
-    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
-    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
-    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
-    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
-    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
-    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
-    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
-};
-enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
-
-/* One tensor that the model needs. rows 0: as many as the file has. */
-struct slot {
-    char name[48];
-    int rows, cols;
-    struct matrix *w;                /* NULL of a norm */
+/* One tensor that the model needs, [rows][cols]. */
+struct weight {
+    const char *role;                /* "attn_q" */
+    int rows, cols;                  /* rows 0, before it is bound: as many as the file has */
+    struct matrix *w;                /* NULL of a norm, which has one row */
     const float **norm;
+    char name[48];                   /* "blk.7.attn_q.weight" */
 };
 
-/* Number index of them; -1 after the last. */
-static int find_slot(gemma3_model *m, int index, struct slot *t)
+enum { PER_LAYER = 13 };
+
+/* Number index of them, in the order of the forward pass; -1 after the last. */
+static int find_weight(const gemma3_model *of, int index, struct weight *t)
 {
-    int n = m->config.n_layers * PER_LAYER, l = -1, place = index;
-    if (index > n) place = index - n + PER_LAYER;
-    else if (index > 0) l = (index - 1) / PER_LAYER, place = 1 + (index - 1) % PER_LAYER;
-    if (index < 0 || place > N_PLACES - 1 - m->tied) return -1;
-    const struct tensor_place *p = &places[place];
-    *t = (struct slot){.rows = dim_of(m, p->rows), .cols = dim_of(m, p->cols)};
-    char *to = t->name, *owner = l < 0 ? (char *)m : (char *)&m->layer[l];
+    gemma3_model *m = (gemma3_model *)(uintptr_t)of;
+    const gemma3_config *c = &m->config;
+    int D = c->d_model, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    int in_layers = c->n_layers * PER_LAYER, l = -1, k = index;
+    if (index > in_layers) k = index - in_layers + PER_LAYER;
+    else if (index > 0) l = (index - 1) / PER_LAYER, k = 1 + (index - 1) % PER_LAYER;
+    struct layer *w = &m->layer[l < 0 ? 0 : l];
+    const struct weight all[PER_LAYER + 3] = {
+        {"token_embd", m->token_embd.rows, D, &m->token_embd, NULL, ""},
+        {"attn_norm", 1, D, NULL, &w->attn_norm, ""},
+        {"attn_q", q, D, &w->attn_q, NULL, ""},
+        {"attn_k", kv, D, &w->attn_k, NULL, ""},
+        {"attn_v", kv, D, &w->attn_v, NULL, ""},
+        {"attn_q_norm", 1, c->head_dim, NULL, &w->attn_q_norm, ""},
+        {"attn_k_norm", 1, c->head_dim, NULL, &w->attn_k_norm, ""},
+        {"attn_output", D, q, &w->attn_output, NULL, ""},
+        {"post_attention_norm", 1, D, NULL, &w->post_attention_norm, ""},
+        {"ffn_norm", 1, D, NULL, &w->ffn_norm, ""},
+        {"ffn_gate", c->d_ff, D, &w->ffn_gate, NULL, ""},
+        {"ffn_up", c->d_ff, D, &w->ffn_up, NULL, ""},
+        {"ffn_down", D, c->d_ff, &w->ffn_down, NULL, ""},
+        {"post_ffw_norm", 1, D, NULL, &w->post_ffw_norm, ""},
+        {"output_norm", 1, D, NULL, &m->output_norm, ""},
+        {"output", m->token_embd.rows, D, &m->lm_head, NULL, ""}};
+    if (index < 0 || k > PER_LAYER + 2 - m->tied) return -1;
+    *t = all[k];
+    char *to = t->name;
     if (l >= 0) {
         to += strlen(strcpy(to, "blk."));
         for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
             *to++ = (char)('0' + l / unit % 10);
         *to++ = '.';
     }
-    strcat(strcpy(to, p->name), ".weight");
-    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
-    else t->w = (struct matrix *)(void *)(owner + p->at);
+    strcat(strcpy(to, t->role), ".weight");
     return 0;
 }
 
@@ -3450,15 +3424,16 @@ static const char *const type_names[] = {
     "Q1_0"};
 enum { N_TYPES = sizeof type_names / sizeof *type_names };
 
-static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
+/* Type and shape. Of more than two dimensions the others are 1. */
+static int check_tensor(const struct opening *o, const struct weight *s, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
     char shape[96], *to = shape, want[24] = "any number of tokens";
     if (!f) {
-        if (t->type < N_TYPES) sentence(want, sizeof want, "", "%s", type_names[t->type]);
-        else sentence(want, sizeof want, "", "%u", (unsigned)t->type);
+        sentence(want, sizeof want, "", "%u", (unsigned)t->type);
         return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
-                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name,
+                      t->type < N_TYPES ? type_names[t->type] : want);
     }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
     if (s->rows) sentence(want, sizeof want, "", "%d", s->rows);
@@ -3474,22 +3449,9 @@ static int check_tensor(const struct opening *o, const struct slot *s, const str
     return 0;
 }
 
-/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
-static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
-{
-    float *out = piece(&o->arena, w->cols, sizeof *out);
-    if (!out) return no_room(o);
-    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
-    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
-        return reject(o, ": tensor %s cannot be read", s->name);
-    if (!w->data) w->data = bytes;
-    o->m->kernels->dequantize(w, 0, 1, out);
-    *s->norm = out;
-    return 0;
-}
-
-/* Finds a tensor and checks its type, shape and end. */
-static int bind(struct opening *o, const struct slot *s)
+/* Finds a tensor and checks its type, shape and end. A matrix stays where it is; a norm is copied,
+ * as float32: one that is read comes to the end of the room that its numbers will fill. */
+static int bind(struct opening *o, const struct weight *s)
 {
     struct tensor t;
     struct matrix norm, *w = s->w ? s->w : &norm;
@@ -3510,29 +3472,26 @@ static int bind(struct opening *o, const struct slot *s)
                          .offset = o->data + t.offset};
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
     else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
-    o->m->weight_bytes += (size_t)bytes;
-    return s->norm ? bind_norm(o, s, w) : 0;
-}
-
-static int bind_weights(struct opening *o)
-{
-    gemma3_model *m = o->m;
-    struct slot s;
-    struct tensor t;
-    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
-    if (!m->layer) return no_room(o);
-    m->tied = !find_tensor(o, "output.weight", &t);
-    for (int k = 0; !find_slot(m, k, &s); k++)
-        if (bind(o, &s)) return -1;
-    if (m->tied) m->lm_head = m->token_embd;
+    o->weight_bytes += (size_t)bytes;
+    if (s->w) return 0;
+    float *floats = piece(&o->arena, w->cols, sizeof *floats);
+    uint8_t *stored = (uint8_t *)(floats + w->cols) - row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, stored, row_bytes))
+        return reject(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = stored;
+    o->kernels->dequantize(w, 0, 1, floats);
+    *s->norm = floats;
     return 0;
 }
 
-/* ---- Integer formats into tiles ---- */
+/* ---- Integer formats into tiles ----
+ *
+ * 32 rows interleaved, as the vector kernels read them (section 8). It takes seconds, so that it
+ * comes last, is shared out to threads and tells how far it is. */
 
 struct repack {
     const gemma3_model *m;
-    struct matrix *w;
+    const struct matrix *w;
     uint8_t *to;
     int n_tasks;
 };
@@ -3549,32 +3508,32 @@ static void repack_task(void *arg, int index, int worker)
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
     int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
-    const uint8_t *from = w->data + row * w->row_bytes;
+    const uint8_t *begin = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
         n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
-    host_give_back(job->m, from, (size_t)(w->data + last * w->row_bytes - from));
+    host_give_back(job->m, begin, (size_t)(w->data + last * w->row_bytes - begin));
 }
 
+/* Bytes of a matrix as tiles; 0 when it stays as it is. */
 static size_t tiled_bytes(const struct matrix *w)
 {
     return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
-static int repack(struct opening *o)
+/* All matrices that are in memory; the others are interleaved whenever they are read. */
+static void repack(struct opening *o)
 {
-    gemma3_model *m = o->m;
     const gemma3_options *p = &o->options;
-    struct slot s;
-    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
+    struct weight s;
+    for (int k = 0, n = 1 + o->m->config.n_layers * PER_LAYER; !find_weight(o->m, k, &s); k++) {
         if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
         size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
-        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
-                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-        if (!job.to) return no_room(o);
         if (!bytes) continue;
+        struct repack job = {o->m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
         if (p->parallel_for && p->n_threads > 1)
             p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
         else
@@ -3582,12 +3541,11 @@ static int repack(struct opening *o)
         s.w->data = job.to;
         s.w->tiled = 1;
     }
-    if (m->tied) m->lm_head = m->token_embd;
-    return 0;
 }
 
 /* ---- Opening ---- */
 
+/* The kernels asked for, or the best that this CPU has. */
 static int choose_kernels(struct opening *o)
 {
     const char *isa = o->options.isa ? o->options.isa : gemma3_isa_name(0);
@@ -3599,117 +3557,159 @@ static int choose_kernels(struct opening *o)
     return 0;
 }
 
-/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
-static void count_kv(struct opening *o, struct kv *kv)
-{
-    double n = 0;
-    if (string_is(kv->key, "gemma3.block_count") && kv->type != KV_ARRAY &&
-        !take_number(o, kv, &n) && n >= 1)
-        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
-        tokenizer_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
-}
-
-static void count_tensor(struct opening *o, const struct tensor *t)
+/* Adds up the memory for a tensor's floats or tiles, of one that is not asked for too. What cannot
+ * be bound, because it is not in the file, needs none. */
+static int count_tensor(struct opening *o, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
-    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return 0;
     struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
                        .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
-    o->counted += (uint64_t)w.row_bytes * t->ne[1];
-    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
-    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
-    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+    uint64_t bytes = (uint64_t)w.row_bytes * t->ne[1];
+    if (bytes > o->from.size) return 0;
+    if (w.rows == 1) piece(&o->weights, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->weights, 1, tiled_bytes(&w));
+    o->tensor_bytes += bytes;
+    if (o->tensor_bytes / 16 > o->from.size)
+        return reject(o, ": its tensors share their bytes more than 16 times");
+    return 0;
 }
 
-/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
+/* Walks through the header and adds up sizes or, once there is room, notes where names begin. */
 static int walk(struct opening *o)
 {
-    struct cursor c = cursor_at(o, 0);
+    struct cursor c = {o->header, o->n_header, 0};
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
-    o->infos = SIZE_MAX;
+    o->weights.used = o->tensor_bytes = o->n_tokens = 0;
+    o->infos = o->header + o->n_header;
     o->n_names = (size_t)(o->n_kv + o->n_tensors);
-    o->names = piece(&o->arena, o->n_names, sizeof *o->names);
-    if (o->m && !o->names) return no_room(o);
     for (size_t k = 0; k < o->n_names && !c.failed; k++) {
-        size_t at = o->n_header - c.left;
-        if (o->m) o->names[k] = at;
-        if (k == o->n_kv) o->infos = at;
+        const uint8_t *begin = c.p;
+        if (k == o->n_kv) o->infos = begin;
         if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
-        if (o->m || c.failed) continue;
-        if (k < o->n_kv) count_kv(o, &kv);
-        else count_tensor(o, &t);
+        if (o->names) o->names[k] = begin;
+        else if (k >= o->n_kv && !c.failed && count_tensor(o, &t)) return -1;
+        else if (k < o->n_kv && string_is(kv.key, "tokenizer.ggml.tokens")) o->n_tokens = kv.count;
     }
-    if (c.failed) return refuse_end(o);
+    if (c.failed && o->n_header == o->from.size)
+        return reject(o, " is truncated: it ends inside its header");
+    if (c.failed)
+        return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                      (unsigned long long)o->n_header);
     o->data = o->n_header -= c.left;
-    if (!o->from.is_mapped) return 0;
-    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
-    if (!o->m) return 0;
-    if (!copy) return no_room(o);
+    return 0;
+}
+
+/* A mapped file is no safe place for the header, which the tokenizer goes on using: somebody may
+ * change it, even between two steps of opening. So what counts is what stands in the copy. */
+static int copy_header(struct opening *o)
+{
+    uint8_t *copy = o->from.is_mapped ? piece(&o->arena, o->n_header, 1) : NULL;
+    if (!copy) return 0; /* if there was no room for it, there is none for the rest */
     o->header = memcpy(copy, o->header, o->n_header);
-    host_give_back(o->m, o->from.data, o->n_header);
+    return walk(o);
+}
+
+/* Where everything of a model lies; norms and tiles come behind it. A layer has PER_LAYER tensors
+ * in the file, so that the first one that is missing belongs to one of these layers. */
+static int lay_out_model(struct opening *o)
+{
+    struct arena *a = &o->arena;
+    int n = o->n_tokens < 1 << 24 ? (int)o->n_tokens : 1 << 24;
+    gemma3_model *m = o->m = piece(a, 1, sizeof *m);
+    o->names = piece(a, o->n_names, sizeof *o->names);
+    struct layer *layer = piece(a, (size_t)o->n_tensors / PER_LAYER + 1, sizeof *layer);
+    o->tokenizer_room = piece(a, 1, plus(times(n, TOKEN_BYTES),
+                                         gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n})));
+    size_t needed = plus(a->used, o->weights.used);
+    if (needed == SIZE_MAX) return reject(o, " needs more memory than this machine can address");
+    if (needed > a->size)
+        return reject(o, " needs more than the %llu bytes of memory that were given",
+                      (unsigned long long)a->size);
+    if (!m) return 0;
+    memset(m, 0, sizeof *m);
+    m->layer = layer;
+    m->kernels = o->kernels;
+    m->exact = o->options.exact;
+    m->source = o->from;
+    if (o->from.is_mapped) host_give_back(m, o->from.data, o->n_header);
+    return 0;
+}
+
+/* Data begins at the next multiple of the alignment. */
+static int align_data(struct opening *o)
+{
+    struct kv kv;
+    int found = find_kv(o, "general.alignment", &kv);
+    uint64_t a = !found ? 32 : kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
     return 0;
 }
 
 static int open_steps(struct opening *o)
 {
-    if (choose_kernels(o)) return -1;
-    gemma3_model *m = o->m = piece(&o->arena, 1, sizeof *m);
-    if (!m) return no_room(o);
-    memset(m, 0, sizeof *m);
-    m->kernels = o->kernels;
-    m->source = o->from;
-    m->exact = o->options.exact;
     const char *fault = arithmetic_fault();
-    if (!fault) fault = kernel_fault(m->kernels);
+    if (choose_kernels(o)) return -1;
+    if (!fault) fault = kernel_fault(o->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
-    if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
+    if (walk(o) || copy_header(o) || lay_out_model(o) || walk(o) || sort_names(o) ||
+        align_data(o) || refuse_others(o) || read_config(o))
         return -1;
+    gemma3_model *m = o->m;
+    struct tensor t;
+    struct weight w;
+    m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_weight(m, k, &w); k++)
+        if (bind(o, &w)) return -1;
+    if (open_tokenizer(o)) return -1;
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
-    struct string name = get_string(o, "general.name");
+    if (o->repacks) repack(o);
+    if (m->tied) m->lm_head = m->token_embd;
+    size_t not_of_a_token = m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows;
+    struct string name = find_string(o, "general.name");
+    struct string chat = find_string(o, "tokenizer.chat_template");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->chat_template = get_string(o, "tokenizer.chat_template");
-    return o->repacks ? repack(o) : 0;
+    m->info = (gemma3_info){.name = m->name, .release = m->release->name, .isa = o->kernels->name,
+                            .exact = m->exact, .weight_bytes = o->weight_bytes,
+                            .token_bytes = o->weight_bytes - not_of_a_token,
+                            .chat_template = chat.n ? chat.text : NULL, .n_chat_template = chat.n};
+    return 0;
 }
 
-static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
-                  gemma3_error *err)
+/* Without a read function all of the file is in memory. */
+static struct opening start(const gemma3_source *from, const gemma3_options *options,
+                            gemma3_error *err)
 {
-    memset(o, 0, sizeof *o);
-    o->from = *from;
-    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
-    if (!from->read && !from->data) o->from.size = 0;
-    o->header = from->data ? from->data : (const uint8_t *)"";
-    o->n_header = o->from.n_data;
-    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
-    o->err = err;
-    if (options) o->options = *options;
+    struct opening o = {.from = *from, .err = err};
+    if (!from->read) o.from.size = o.from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->name) o.from.name = "a model in memory";
+    if (options) o.options = *options;
+    o.header = from->data ? from->data : (const uint8_t *)"";
+    o.n_header = o.from.n_data;
+    return o;
 }
 
 size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
                          gemma3_error *err)
 {
-    struct opening o;
-    start(&o, from, options, err);
-    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
-    if (choose_kernels(&o) || walk(&o)) return 0;
-    if (o.arena.used < SIZE_MAX) return o.arena.used;
-    reject(&o, " needs more memory than this machine can address");
-    return 0;
+    struct opening o = start(from, options, err);
+    o.arena = (struct arena){NULL, 64, SIZE_MAX}; /* to align any memory to 64 */
+    if (choose_kernels(&o) || walk(&o) || copy_header(&o) || lay_out_model(&o)) return 0;
+    return o.arena.used + o.weights.used;
 }
 
 gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    struct opening o;
+    struct opening o = start(from, options, err);
     size_t to_align = (64 - (uintptr_t)mem % 64) % 64;
+    if (size >= to_align)
+        o.arena = (struct arena){(uint8_t *)mem + to_align, 0, size - to_align};
     fp_state fp = fp_enter();
-    start(&o, from, options, err);
-    o.arena.base = (uint8_t *)mem + to_align;
-    o.arena.size = size > to_align ? size - to_align : 0;
     int failed = open_steps(&o);
     fp_leave(fp);
     return failed ? NULL : o.m;
@@ -3745,27 +3745,7 @@ void gemma3_close(gemma3_model *m)
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
-const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
-const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
-int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
-size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
-
-size_t gemma3_model_token_bytes(const gemma3_model *m)
-{
-    return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
-}
-
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
-{
-    *n = m->chat_template.n;
-    return *n ? m->chat_template.text : NULL;
-}
-
-const char *gemma3_model_size_name(const gemma3_model *m)
-{
-    return m->published ? m->published->name : "";
-}
+const gemma3_info *gemma3_model_info(const gemma3_model *m) { return &m->info; }
 
 const char *gemma3_model_note(const gemma3_model *m, int index)
 {
@@ -3776,14 +3756,14 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
     key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
-        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].from;
+        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].text;
     return "";
 }
 
 int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
 {
-    struct slot s;
-    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    struct weight s;
+    if (find_weight(m, index, &s)) return -1;
     *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
     strcpy(t->name, s.name);
     if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
@@ -3791,7 +3771,13 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
     return 0;
 }
 
-/* ==== 13. Sizes and states ==================================================================== */
+/* ==== 13. Sizes and states =======================================================================
+ *
+ * A state is one block of memory, of which one function says what lies where, so that its size can
+ * be told before anything is allocated and a caller may bring the memory. What it costs is seen
+ * there: cache and scores grow with the context, the rest with the batch. The config that it
+ * computes with may be the caller's own, which is how a test makes a mistake on purpose. At the
+ * end: what of a state is worth keeping in a file, and how it is told that it fits. */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
@@ -3812,6 +3798,7 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
     return times(times(slots, times(c->n_kv_heads, c->head_dim)), 2 * kv_element(&s));
 }
 
+/* Elements of the widest vector that a matrix is multiplied with. */
 static int widest_input(const gemma3_config *c)
 {
     int widest = c->d_model > c->d_ff ? c->d_model : c->d_ff;
@@ -3858,6 +3845,7 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     return a->used;
 }
 
+/* 4,096 tokens: the cache for all that a model was trained for may take gigabytes. */
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
     return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096),
@@ -3871,16 +3859,14 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
     return plus(lay_out(&s, m, p, NULL), sizeof s + 128); /* to align any memory to 64 */
 }
 
-/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+/* A caller's config: the model's shapes, and numbers with which no angle and no index leaves its
+ * bounds. The others may be any: what comes out is then no number, and does no harm. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
     const struct { const char *name; float x, low, high; } number[] = {
-        {"rms_eps", c->rms_eps, 0, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
         {"rope_base_global", c->rope_base_global, 1, 1e30f},
         {"rope_base_local", c->rope_base_local, 1, 1e30f},
         {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f},
-        {"embedding_scale", c->embedding_scale, 0, 1e30f},
-        {"final_softcap", c->final_softcap, 0, 1e30f},
         {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (memcmp(c, m, offsetof(gemma3_config, n_ctx_train))) /* the fields before it are shapes */
         return fail(err, "a config with other shapes than the model's");
@@ -3894,31 +3880,32 @@ static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_e
     return 0;
 }
 
-/* -1 and a sentence when no state can be made of these. */
-static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
+/* Bytes of a state; 0 and a sentence when none can be made of these params. */
+static size_t checked_size(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), 0;
+    if (p->n_batch < 1)
+        return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), 0;
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), 0;
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
-    if (p->config && check_config(p->config, &m->config, err)) return -1;
-    if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address",
-                    p->n_ctx);
-    return 0;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), 0;
+    if (p->config && check_config(p->config, &m->config, err)) return 0;
+    size_t size = gemma3_state_size(m, p);
+    if (size < SIZE_MAX) return size;
+    return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                p->n_ctx), 0;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    size_t need = check_params(m, p, err) ? 0 : gemma3_state_size(m, p);
+    size_t need = checked_size(m, p, err);
+    if (!need) return NULL;
     if (size < need)
-        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-             (unsigned long long)size);
-    if (!need || size < need) return NULL;
+        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+                    (unsigned long long)size), NULL;
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
     memset(s, 0, sizeof *s);
@@ -3937,10 +3924,9 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
 
 gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (check_params(m, p, err)) return NULL;
-    size_t size = gemma3_state_size(m, p);
-    void *mem = malloc(size);
-    if (!mem)
+    size_t size = checked_size(m, p, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem)
         fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
              (unsigned long long)size);
     gemma3_state *s = mem ? gemma3_state_init(m, p, mem, size, err) : NULL;
@@ -3951,7 +3937,6 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
 void gemma3_state_free(gemma3_state *s) { free(s ? s->allocated : NULL); }
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
-int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
 const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
@@ -3961,7 +3946,8 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
  *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
  *     SHA-256 of all before as hex
  *
- * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. So what is
+ * loaded is compared with what would be saved. */
 
 struct stream {
     gemma3_write *write;             /* or: */
@@ -3972,6 +3958,7 @@ struct stream {
     gemma3_sha256 sum;
 };
 
+/* Writes n bytes, or reads them in their place. */
 static void pass(struct stream *f, void *bytes, size_t n)
 {
     if (f->failed) return;
@@ -3980,44 +3967,57 @@ static void pass(struct stream *f, void *bytes, size_t n)
     gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
 }
 
-static uint32_t pass_u32(struct stream *f, uint32_t u)
-{
-    uint8_t bytes[4];
-    store_u32_le(bytes, u);
-    pass(f, bytes, 4);
-    return f->failed ? u : load_u32_le(bytes);
-}
-
-/* Passes n bytes that must be these: 0 when others came. */
-static int pass_same(struct stream *f, const char *want, size_t n)
-{
-    char bytes[64];
-    pass(f, memcpy(bytes, want, n), n);
-    return f->failed || !memcmp(bytes, want, n);
-}
-
 /* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
  * two trained models share. All the weights would take seconds. */
-static void hash_model(gemma3_state *s, char hex[65])
+static int hash_model(gemma3_state *s, char hex[65])
 {
     const gemma3_config *c = s->c;
     const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
                             c->rope_factor, c->query_scale, c->embedding_scale};
     gemma3_sha256 sum;
-    struct slot t;
+    struct weight t;
     fp_state fp = fp_enter();
     gemma3_sha256_init(&sum);
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
-    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+    for (int k = 0; !find_weight(s->m, k, &t); k++) {
         float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->y : s->q;
         if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
     }
     gemma3_sha256_end(&sum, hex);
     fp_leave(fp);
+    int failed = s->unread[0];
+    s->unread[0] = 0;
+    return failed;
 }
 
+/* The beginning, of 96 bytes, as this state's would be. What comes instead must be the same but for
+ * the number of tokens, *n; a sentence says what is not. */
+static int pass_start(struct stream *f, gemma3_state *s, uint32_t *n, gemma3_error *err)
+{
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    const uint32_t ours[] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type, s->pos};
+    uint8_t want[16 + 16 + 65] = "gemma3 state 1\n", got[sizeof want];
+    for (int k = 0; k < 4; k++) store_u32_le(want + 16 + 4 * k, ours[k]);
+    if (hash_model(s, (char *)want + 32)) return fail(err, "the model's weights cannot be read");
+    pass(f, memcpy(got, want, 96), 96);
+    if (f->failed) return 0;
+    if (memcmp(got, want, 16)) return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++)
+        if (load_u32_le(got + 16 + 4 * k) != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k],
+                        (unsigned)load_u32_le(got + 16 + 4 * k), (unsigned)ours[k]);
+    if (memcmp(got + 32, want + 32, 64))
+        return fail(err, "the state was saved with another model or config");
+    *n = load_u32_le(got + 28);
+    if (*n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)*n,
+                    s->p.n_ctx);
+    return 0;
+}
+
+/* Of each layer what the next token can see. */
 static void pass_cache(struct stream *f, gemma3_state *s, int n)
 {
     const gemma3_config *c = s->c;
@@ -4035,39 +4035,26 @@ static void pass_cache(struct stream *f, gemma3_state *s, int n)
 
 static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 {
-    static const char *const field[] = {"contract", "exact mode", "KV type"};
-    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
-    char hex[65];
+    uint8_t id[4];
+    uint32_t n = 0;
+    char hex[65], theirs[64];
     gemma3_sha256_init(&f->sum);
-    if (!pass_same(f, "gemma3 state 1\n", 16)) return fail(err, "this is no saved state of gemma3");
-    for (int k = 0; k < 3; k++) {
-        uint32_t u = pass_u32(f, ours[k]);
-        if (u != ours[k])
-            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
-                        (unsigned)ours[k]);
-    }
-    uint32_t n = pass_u32(f, s->pos);
-    hash_model(s, hex);
-    if (s->unread[0]) {
-        s->unread[0] = 0;
-        return fail(err, "the model's weights cannot be read");
-    }
-    if (!pass_same(f, hex, 64))
-        return fail(err, "the state was saved with another model or config");
-    if (n > (uint32_t)s->p.n_ctx)
-        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
-    for (uint32_t i = 0; i < n && !f->failed; i++) {
-        s->ids[i] = (int32_t)pass_u32(f, s->ids[i]);
+    if (pass_start(f, s, &n, err)) return -1;
+    for (uint32_t i = 0; i < n; i++) {
+        store_u32_le(id, (uint32_t)s->ids[i]);
+        pass(f, id, 4);
+        s->ids[i] = (int32_t)load_u32_le(id);
         if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
             return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
                         (int)s->ids[i], s->c->n_vocab);
     }
-    if (!f->failed) pass_cache(f, s, (int)n);
+    pass_cache(f, s, (int)n);
     gemma3_sha256_end(&f->sum, hex);
-    int same = pass_same(f, hex, 64);
+    pass(f, memcpy(theirs, hex, 64), 64);
     if (f->failed && f->write) return fail(err, "the state cannot be written");
     if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
-    if (!same) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    if (memcmp(theirs, hex, 64))
+        return fail(err, "the saved state is damaged: its SHA-256 differs");
     s->pos = (int)n;
     return 0;
 }
@@ -4083,7 +4070,13 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
     return pass_state(&(struct stream){.read = read, .user = user}, s, err);
 }
 
-/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
+/* ==== 14. Scores, sampling, SHA-256 ==============================================================
+ *
+ * What is done with logits. None of it allocates, fails or keeps anything but what the caller
+ * holds, so that it also serves logits of other programs. It is part of the contract: the same
+ * logits give the same score, and the same seed the same choices, everywhere. Therefore each sum
+ * has an order (rules 8 and 9), and every comparison says what becomes of equal numbers and NaN:
+ * the lower id wins, NaN never. */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -4110,6 +4103,7 @@ int32_t gemma3_argmax(const float *logits, int n_vocab)
     return id;
 }
 
+/* Without a model, so with the best kernels there are: all give the same sum (rule 9). */
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
@@ -4124,10 +4118,11 @@ double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 
 /* ---- Sampling: rule 8 ---- */
 
+/* A seed goes through splitmix64, so that seeds that are alike begin with states that are not. */
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
     gemma3_sampler s = {.temperature = 1, .top_k = 64, .top_p = 0.95f, .repeat_penalty = 1};
-    uint64_t z = seed + 0x9E3779B97F4A7C15; /* splitmix64 */
+    uint64_t z = seed + 0x9E3779B97F4A7C15;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
     z = (z ^ z >> 27) * 0x94D049BB133111EB;
     z ^= z >> 31;
@@ -4135,6 +4130,7 @@ gemma3_sampler gemma3_sampler_new(uint64_t seed)
     return s;
 }
 
+/* n_last goes round in the ring's second half, where it also says that the ring is full. */
 void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
 {
     s->last[s->n_last++ % GEMMA3_PENALTY_WINDOW] = id;
@@ -4170,7 +4166,9 @@ static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int 
     return min_int(n, k);
 }
 
-/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
+/* Penalty, top-k, temperature, top-p, min-p, choice. The sum that top-p is a part of is added in
+ * the order of ids, as softmax's is, what is kept from the likeliest on: so c is sorted twice.
+ * Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
 int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
@@ -4251,6 +4249,7 @@ void gemma3_sha256_init(gemma3_sha256 *c)
                           0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
 }
 
+/* A byte is shifted into its word: words are numbers, so that it is the same on any machine. */
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -4266,6 +4265,7 @@ void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
         gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
+/* A one bit, zeros, and the message's length in bits fill the last block. */
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 {
     uint64_t n_bits = c->n_bytes * 8;
@@ -4600,17 +4600,16 @@ typedef CONDITION_VARIABLE pthread_cond_t;
  * programs share it. */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
-    char shortened[SHORT_PATH];
     long long size;
     if (!path) return fail(err, "no path of a model was given"), NULL;
-    const char *name = short_path(path, shortened);
     const void *data = host_map(path, &size);
-    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
-    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
-    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
+    if (size == -1) return fail_about(err, path, " cannot be opened: %s", strerror(errno)), NULL;
+    if (size == -2) return fail_about(err, path, " is not a regular file"), NULL;
+    if (size == 0) return fail_about(err, path, " has 0 bytes: it is empty"), NULL;
     if ((unsigned long long)size > SIZE_MAX)
-        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
-    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
+        return fail_about(err, path, " has %lld bytes: more than this machine can address", size),
+               NULL;
+    if (!data) return fail_about(err, path, " cannot be mapped: %s", strerror(errno)), NULL;
     gemma3_source from = {.data = data, .n_data = (size_t)size, .size = (uint64_t)size,
                           .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
@@ -5042,7 +5041,7 @@ static void open_model(struct session *s, const char *path, int computes)
     if (!computes) return;
     /* Systems promise more memory than they have, and end whoever uses it: so it is asked first. */
     size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
-    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
+    size_t weights = o.no_repack ? 0 : gemma3_model_info(s->model)->weight_bytes;
     if (limit && (need > limit || weights > limit - need))
         say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
             "may use %zu MB", p->n_ctx, need >> 20, weights >> 20, limit >> 20);
@@ -5361,6 +5360,7 @@ static void continue_prompt(struct session *s)
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
+    const gemma3_info *info = gemma3_model_info(s->model);
     const gemma3_params *p = &s->params;
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
     const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
@@ -5378,10 +5378,10 @@ static void print_info(const struct session *s)
         {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
-    print_safe(stdout, gemma3_model_name(s->model));
+    print_safe(stdout, info->name);
     printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
-           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
-           GEMMA3_CONTRACT, s->mode, gemma3_model_isa(s->model));
+           "isa                    %s\n", info->chat_template ? "yes" : "no", GEMMA3_CONTRACT,
+           s->mode, info->isa);
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
         printf("%-22s %.9g", fields[i].name, fields[i].value);
@@ -5393,8 +5393,8 @@ static void print_info(const struct session *s)
     printf("\nweights                %zu bytes, %zu read for each token generated\n"
            "KV cache               %zu bytes for -c %d in %s\n"
            "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
-           s->kv, n_scratch, p->n_ctx, p->n_batch, p->n_threads);
+           info->weight_bytes, info->token_bytes, n_kv, p->n_ctx, s->kv, n_scratch, p->n_ctx,
+           p->n_batch, p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5459,8 +5459,8 @@ static char *read_line(void)
 static void chat(struct session *s)
 {
     const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
-    size_t n = 0, at;
-    const char *template = gemma3_model_chat_template(s->model, &n);
+    const char *template = gemma3_model_info(s->model)->chat_template;
+    size_t n = gemma3_model_info(s->model)->n_chat_template, at;
     char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
@@ -5496,7 +5496,7 @@ static void explain_fault(struct session *s)
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        gemma3_model_is_exact(s->model) && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
+        gemma3_model_info(s->model)->exact && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
         *first ? "; the first tensor to hold what is none was " : "", first);
 }
 

@@ -110,7 +110,7 @@ typedef struct gemma3_options {
     void *pool;
     void (*progress)(void *user, double fraction); /* may be NULL */
     void *user;
-    int obey_file;           /* 1: keys that contradict a published size's definition are obeyed */
+    int obey_file;           /* 1: keys that contradict a release's definition are obeyed */
 } gemma3_options;
 
 /* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. The file must not be cut or
@@ -131,7 +131,7 @@ typedef int gemma3_write(void *user, const void *bytes, size_t n);
 /* Where a model file is. For machines whose memory is smaller than the file, only its beginning
  * need be in memory, if that has the whole header: weights behind it are read, 32 rows at a time
  * and with the same bits, whenever they are multiplied, so that a token costs the time of reading
- * gemma3_model_token_bytes. */
+ * gemma3_info.token_bytes. */
 typedef struct gemma3_source {
     const void *data;        /* the file's first bytes, which must outlive the model */
     size_t n_data;           /* how many; without read it is the whole file */
@@ -157,23 +157,27 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m);
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m);
-const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels chosen */
-const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
-int gemma3_model_is_exact(const gemma3_model *m);
-int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
-/* That template, n bytes without a NUL; NULL when there is none. */
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n);
-/* "270M" "1B" "4B" "12B" "27B" when the layers and d_model are those of that size, else "". */
-const char *gemma3_model_size_name(const gemma3_model *m);
-/* Sentences about keys that were not obeyed, because they contradict that size's definition; NULL
- * after the last. */
+/* What else is known of a model. */
+typedef struct gemma3_info {
+    const char *name;        /* general.name, "" when absent */
+    const char *release;     /* "270M" "1B" "4B" "12B" "27B" when it has the layers and d_model of
+                                that model of Google's, else "" */
+    const char *isa;         /* name of the kernels chosen */
+    int exact;
+    size_t weight_bytes;     /* of weights read from the file */
+    size_t token_bytes;      /* of weights that a new token reads */
+    const char *chat_template; /* n_chat_template bytes without a NUL; NULL when there is none */
+    size_t n_chat_template;
+} gemma3_info;
+const gemma3_info *gemma3_model_info(const gemma3_model *m);
+
+/* Sentences about keys that were not obeyed, because they contradict that release's definition;
+ * NULL after the last. */
 const char *gemma3_model_note(const gemma3_model *m, int index);
 /* Where a field of gemma3_config comes from: "" the file, "default": it has no such key,
  * "overridden": a note says why. key is the one that stands beside the field, query_scale's
  * "attention.scale". */
 const char *gemma3_model_origin(const gemma3_model *m, const char *key);
-size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
-size_t gemma3_model_token_bytes(const gemma3_model *m);  /* of weights that a new token reads */
 
 /* A weight. data is as in the file where it lies there: with no_repack or exact, or floats. */
 typedef struct gemma3_tensor {
@@ -243,7 +247,6 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
 void gemma3_state_free(gemma3_state *s);   /* only for states from _new */
 void gemma3_state_reset(gemma3_state *s);  /* forget all tokens */
 int gemma3_state_pos(const gemma3_state *s);     /* tokens in the cache */
-int gemma3_state_n_ctx(const gemma3_state *s);
 const int32_t *gemma3_state_ids(const gemma3_state *s); /* [gemma3_state_pos] those tokens */
 const char *gemma3_state_error(const gemma3_state *s);
 

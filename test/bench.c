@@ -272,7 +272,7 @@ static void measure_once(struct bench *b)
     const struct args *a = &b->a;
     record(&b->bandwidth, read_bandwidth(b->pool, b->buffer, b->sink));
     record(&b->peak,
-           multiply_peak(gemma3_model_isa(b->m), a->options.exact, a->n_threads, b->pool));
+           multiply_peak(gemma3_model_info(b->m)->isa, a->options.exact, a->n_threads, b->pool));
     gemma3_state_reset(b->s);
     record(&b->prompt,
            a->n_prompt / seconds_of(b->s, b->ids, a->n_prompt, b->p.n_batch, b->logits));
@@ -291,7 +291,7 @@ static void print_decode(struct bench *b, int k)
 {
     const struct args *a = &b->a;
     const gemma3_config *c = gemma3_model_config(b->m);
-    size_t weights = gemma3_model_token_bytes(b->m);
+    size_t weights = gemma3_model_info(b->m)->token_bytes;
     int depth = k ? a->depth[k - 1] : 0, half = a->n_decode / 2;
     double bytes = (double)(weights + kv_bytes_at(c, depth + half, b->p.kv_type));
     double bytes0 = (double)(weights + kv_bytes_at(c, half, b->p.kv_type));
@@ -310,11 +310,12 @@ static void print_table(struct bench *b, long rss)
 {
     const struct args *a = &b->a;
     const gemma3_config *c = gemma3_model_config(b->m);
-    size_t token_bytes = gemma3_model_token_bytes(b->m), weights = gemma3_model_weight_bytes(b->m);
+    const gemma3_info *info = gemma3_model_info(b->m);
+    size_t token_bytes = info->token_bytes, weights = info->weight_bytes;
     double products = 2 * layer_weights(c), peak = median(&b->peak);
     char note[128];
     printf("%s: %d layers, d_model %d, mode %s, isa %s, %d threads, %d repeats\n", a->model,
-           c->n_layers, c->d_model, a->options.exact ? "exact" : "default", gemma3_model_isa(b->m),
+           c->n_layers, c->d_model, a->options.exact ? "exact" : "default", info->isa,
            a->n_threads, a->n_repeats);
     printf("weights %.1f MB, read for each token %.1f MB; peak RSS %ld MiB for the model and a "
            "context of %d\n\n",
