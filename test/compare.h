@@ -16,6 +16,7 @@ struct measure {
     int rank;                /* of their first choice among ours, from 0 */
     int first_agrees, in_5, in_10; /* how many of the first 1, 5, 10 are among theirs */
     int n_known;             /* values that were there to compare */
+    int n_masked;            /* theirs that are -infinity */
     int is_log;              /* theirs are log probabilities */
 };
 
@@ -38,6 +39,8 @@ int find_band(const char *name); /* -1 when there is none of that name */
 
 struct total {
     int n, n_next, first_agrees, in_5, in_10, n_log, worst; /* worst: position of the largest KL */
+    long long n_masked;
+    int masked_at;           /* the first position that has some */
     double max_diff, max_relative, sum_diff, sum_ours, sum_kl, max_kl, sum_delta;
     int worst_rank;
 };

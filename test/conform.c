@@ -674,6 +674,9 @@ static const struct command {
 
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
+/* Those that take a model and a text. */
+#define TEXTS "nll perplexity top trace compare layers export"
+
 enum option_kind { FLAG, NUMBER, TEXT };
 
 struct option {
@@ -688,14 +691,14 @@ struct option {
 #define FIELD(name) offsetof(struct args, name)
 
 static const struct option options[] = {
-    {"-m", "MODEL", TEXT, FIELD(model), 0, 0, NULL,
+    {"-m", "MODEL", TEXT, FIELD(model), 0, 0, TEXTS,
      "a Gemma 3 GGUF; default: the small one in weights/"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, NULL, "the text, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 0, NULL, "the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0, NULL,
+    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, TEXTS, "the text, after <bos>"},
+    {"-f", "FILE", TEXT, FIELD(file), 0, 0, TEXTS, "the text in FILE; - is stdin"},
+    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0, TEXTS,
      "the ids in FILE, parted by spaces or line ends; no <bos> is added"},
-    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, NULL, "no <bos> before the text"},
-    {"--special", NULL, FLAG, FIELD(special), 0, 0, NULL,
+    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, TEXTS, "no <bos> before the text"},
+    {"--special", NULL, FLAG, FIELD(special), 0, 0, TEXTS,
      "control tokens spelled in the text are those tokens"},
     {"--dir", "DIR", TEXT, FIELD(dir), 0, 0, "trace check",
      "trace: whole tensors, float32, little-endian; DIR is made when absent"},
@@ -719,14 +722,14 @@ static const struct option options[] = {
     {"--suspect", "LIST", TEXT, FIELD(suspect), 0, 0, "compare",
      "looks for these mistakes alone, and says how much of each is in the\n"
      "difference: names of conform mistakes, parted by commas"},
-    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, NULL,
+    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, "nll perplexity top trace export",
      "context in tokens; default: enough for the text"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,
      "threads; default: physical cores"},
     {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 64"},
     {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "nll perplexity top trace",
      "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, NULL,
+    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, TEXTS,
      "numbers in the cache; default f16, with --exact f32"},
     {"--isa", "NAME", TEXT, FIELD(isa), 0, 0, NULL, "force the kernels of an instruction set"},
     {"--help", NULL, FLAG, FIELD(help), 0, 0, NULL, "this text, or, after a command, its own"},
@@ -854,6 +857,7 @@ static int check_args(const struct args *a, const struct command *c)
         return refuse("%s needs a text: -p TEXT, -f FILE (- is stdin) or --ids FILE", c->name);
     if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
         return refuse("--kv %s: expected f16 or f32", a->kv);
+    if (a->band && find_band(a->band) < 0) return refuse("--band %s: no such band", a->band);
     if (c->run == perplexity && a->n_ctx && a->n_ctx < 3)
         return refuse("-c %d: perplexity needs pieces of 3 tokens or more", a->n_ctx);
     if (!a->isa) return 0;

@@ -370,6 +370,17 @@ wrong(qr/no such band/, "an unknown band", $base, "--band", "f17");
 wrong(qr/two tensors have the shape of logits, a and b/, "two candidates", safetensors("two.safetensors",
     '{"a":{"dtype":"F32","shape":[443],"data_offsets":[0,1772]},"b":{"dtype":"F32","shape":[1,443],' .
     '"data_offsets":[0,1772]}}', substr $exact, 0, $row));
+wrong(qr/--positions: expected each after the one before/, "a position twice", spew("twice.f32", substr $exact, 0, 2 * $row),
+    "--positions", "1,1");
+wrong(qr/NumPy type <c16, expected f2, f4, f8, or V2/, "complex numbers", npy("c.npy", "<c16", "72, 443", $exact x 4));
+wrong(qr/zeros\.f32: row 3, all its 443 values are 0, expected logits/, "a row that was never written",
+    spew("zeros.f32", substr($exact, 0, 3 * $row) . "\0" x (69 * $row)));
+wrong(qr/id 90000 is outside the vocabulary of 443/, "a server with other ids", spew("ids.jsonl",
+    '{"top_logprobs":[{"id":90000,"logprob":-1}]}'));
+wrong(qr/90 positions and the text 72 tokens/, "a server with more positions", spew("more.jsonl",
+    qq({"top_logprobs":[{"id":5,"logprob":-1}]}\n) x 90));
+wrong(qr/its token for position \d+ is 7, the text's is \d+: these are other ids/, "a server with another text",
+    spew("text.jsonl", join "", map { qq({"id":7,"logprob":-1,"top_logprobs":[{"id":5,"logprob":-1}]}\n) } 40 .. 70));
 my @other = @{ $pieces[0] };
 $other[7]++;
 wrong(qr/its token 7 is \d+, the text's is \d+: these are other ids/, "other ids",
@@ -385,6 +396,13 @@ like($out, qr/"conforms":true,"causes":\[\]/, "--json");
 is(() = $out =~ /"position":/g, 72, "has every position");
 against($base, "--each");
 is(() = $out =~ /^position \d+: max diff 0 /mg, 72, "--each too");
+my $masked = $exact;
+substr $masked, 5 * $row + 4 * $_, 4, pack "f<", "-inf" for 100 .. 102;
+against(spew("masked.f32", $masked), "--json", "--no-diagnosis");
+is($code, 1, "logits of -infinity do not conform");
+like($err, qr/note: .*masked\.f32: 3 logits are -infinity, the first at position 5: a probability of 0 /, "which is explained");
+like($out, qr/"position":5,"max_diff":null,.*"kl":null/, "JSON has no infinity: null stands for it");
+unlike($out, qr/\b(inf|nan)\b/, "anywhere");
 my $int8 = spew("int8.f32", $all);
 against($int8);
 is($code, 0, "our own 8-bit activations conform");
@@ -534,6 +552,14 @@ conform("check", @small);
 is($code, 0, "check: this build conforms") or diag($out . $err);
 like($out, qr/^conforms: contract 1, \w+, 4 models, \d+ prompts, \d+ rows in exact and default mode, every bit$/,
     "in one line");
+refuses(qr/there are no vectors "nosuch", but tiny, tiny-62, tiny-mixed, folktales, 270m/, "unknown vectors", "check", "tiny", "nosuch");
+refuses(qr/there are no vectors "nosuch"/, "unknown vectors for an engine", "check", "nosuch", "--other", "true");
+refuses(qr/there are no vectors "nosuch"/, "unknown vectors to write", "vectors", $dir, "nosuch");
+refuses(qr/--band f17: no such band/, "an unknown band for an engine", "check", "tiny", "--other", "true", "--band", "f17");
+refuses(qr/\Q$_->[0]\E does not belong to $_->[1]/, "$_->[1] $_->[0]", $_->[1], @$_[2 .. $#$_], $_->[0], "8")
+    for ["--kv", "check"], ["-p", "check"], ["-m", "vectors", "d"], ["--ids", "mistakes"], ["-c", "compare", "x"];
+refuses(qr{/no/tiny\.vec: No such file or directory \(check runs in the source's folder}, "no vectors here", "check", "tiny",
+    "--dir", "$dir/no");
 mkdir "$dir/v";
 my $vectors = slurp("test/vectors/tiny.vec");
 for my $change (["row 5 [0-9a-f]{64}", "row 5 " . "0" x 64, "position 5: exact mode's logits differs"],
@@ -663,7 +689,7 @@ SKIP: {
     my $real = "weights/gemma-3-270m-q4_k_m.gguf";
     skip "no $real: make $real fetches it", 4 if !-f $real;
     my ($words) = slurp("test/vectors/270m.vec") =~ /^prompt length-1024.*?\nids ((?:\d+ ){672})/ms;
-    my ($real_ids, $last) = (spew("real.ids", $words), join ",", 512 .. 767);
+    my ($real_ids, $last) = (spew("real.ids", $words), join ",", 512 .. 671);
     for my $window (512, 513) {
         my $other = spew("other.gguf", with_key(slurp($real), "gemma3.attention.sliding_window", "V", $window));
         run($gemma3, "-m", $other, "--obey-file", "--ids", $real_ids, "--positions", $last, "--logits", "$dir/real.f32");

@@ -534,10 +534,7 @@ int layers(struct session *s, const struct args *a)
 {
     struct layers y = {.s = s, .path = a->value[0]};
     struct stat st;
-    int code = find_band(a->band ? a->band : "float32") < 0
-                   ? complain("--band %s: no such band", a->band)
-                   : 0;
-    if (!code) code = open_model(s, a);
+    int code = open_model(s, a);
     if (!code) code = read_ids(s);
     if (!code && stat(y.path, &st)) code = complain("%s: %s", y.path, strerror(errno));
     if (!code && S_ISDIR(st.st_mode)) code = add_folder(&y, y.path);

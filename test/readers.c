@@ -199,8 +199,8 @@ int read_npy(const struct input *in, struct array *a, char *error)
         failed =
             fault(error, "%s: a NumPy header without descr, fortran_order and shape", in->name);
     if (!failed && npy_type(a, type))
-        failed = fault(error, "%s: NumPy type %.8s, expected f2, f4, f8, or V2 for bfloat16",
-                       in->name, strcspn(type, "'\",}") < 8 ? type : "?");
+        failed = fault(error, "%s: NumPy type %.*s, expected f2, f4, f8, or V2 for bfloat16",
+                       in->name, (int)strcspn(type, "'\",}"), type);
     if (!failed && strncmp(order, "False", 5))
         failed = fault(error, "%s is in Fortran order, expected C order (numpy.ascontiguousarray)",
                        in->name);
@@ -768,6 +768,13 @@ static int open_json(struct reader *r, const struct expected *e)
             fault(r->error, "%s: byte %zu is not JSON", r->in.name, (size_t)(j.at - text));
     }
     free(text);
+    for (size_t i = 0; i < r->n_known && !failed; i++)
+        if (r->known[i].id >= e->n_vocab + PADDING)
+            failed = fault(r->error, "%s: id %d is outside the vocabulary of %d", r->in.name,
+                           (int)r->known[i].id, e->n_vocab);
+    if (!failed && r->n_rows > e->n_tokens + 1)
+        failed = fault(r->error, "%s has %d positions and the text %d tokens", r->in.name,
+                       r->n_rows, e->n_tokens);
     if (!failed && r->n_known == 0)
         return fault(r->error, "%s has no \"top_logprobs\" with tokens of the model", r->in.name);
     return failed ? -1 : 0;
@@ -815,7 +822,11 @@ static int array_row(struct reader *r, int index, float *row, int n)
         if (isnan(row[i]) || row[i] == INFINITY)
             return fault(r->error, "%s: row %d, value %d is %s, expected a number", r->in.name,
                          index, i, isnan(row[i]) ? "NaN" : "infinite");
-    return 0;
+    int n_same = 1;
+    while (n_same < n && row[n_same] == row[0]) n_same++;
+    if (n_same < n || n == 1) return 0;
+    return fault(r->error, "%s: row %d, all its %d values are %g, expected logits", r->in.name,
+                 index, n, row[0]);
 }
 
 int reader_row(struct reader *r, int index, float *row, int n_vocab)
