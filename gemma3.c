@@ -184,7 +184,10 @@
 
 #if defined(__x86_64__) || (defined(__i386__) && defined(__SSE2__))
 #include <cpuid.h>
+#pragma push_macro("_MSC_VER")
+#undef _MSC_VER /* clang-cl: with it vectors are left out that the command line does not name */
 #include <immintrin.h>
+#pragma pop_macro("_MSC_VER")
 #define HAVE_X86 1
 #elif defined(__aarch64__) && !defined(__AARCH64EB__)
 #include <arm_neon.h>

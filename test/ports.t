@@ -310,6 +310,24 @@ END
     is(() = slurp("$dir/typed") =~ /\n/g, 2, "Windows: once for each answer");
 }
 
+# clang-cl's language and conventions, with headers like MSVC's: those of Wine for msvcrt.dll,
+# which lack sig_atomic_t.
+SKIP: {
+    my ($name, $headers) = ("x86_64 Windows, clang-cl", "/usr/include/wine/wine");
+    $table{$name} = "skipped: no clang, mingw-w64, wine or libwine-dev";
+    skip "$name: no clang, mingw-w64, wine or libwine-dev", 3
+        if !tool("clang") || !tool("x86_64-w64-mingw32-gcc") || !tool("wine") || !-d "$headers/msvcrt";
+    my @clang = (qw(clang --target=x86_64-pc-windows-msvc -D_MSVCR_VER=0 -Dsig_atomic_t=int -std=c11 -O1), @rules, "-isystem",
+        "$headers/msvcrt", "-isystem", "$headers/windows");
+    my %objects = run_all(map { [$_, @clang, "-c", "-o", "$dir/$_.obj", "$_.c"] } qw(gemma3 tokenizer));
+    is($objects{gemma3}[0] . $objects{tokenizer}[0], "", "$name: builds without a word");
+    my $names = spew("msvc.s", ".globl __chkstk, _fltused\n__chkstk: jmp ___chkstk_ms\n_fltused: .long 0\n");
+    is((run("x86_64-w64-mingw32-gcc", "-static", "-o", "$dir/clang-cl.exe", "$dir/gemma3.obj", "$dir/tokenizer.obj",
+        $names))[0], "", "$name: links");
+    my $same = computes_the_contract($name, ["wine", "$dir/clang-cl.exe"]);
+    $table{$name} = $same ? "computes the bits" : "WRONG BITS";
+}
+
 # ---- Boards without an operating system ----------------------------------------------------------
 
 my @folktales = ("-m", "weights/gemma3-folktales-q4_0.gguf", "--hash", "-p");
