@@ -4954,15 +4954,14 @@ static void read_arguments(struct session *s, char **args)
     }
 }
 
+/* An option's number; x when it is not given. */
 static double number(const struct session *s, const char *name, int is_whole, double least,
-                     double most, double otherwise)
+                     double most, double x)
 {
     const char *text = option(s, name);
-    double x = otherwise;
     char rest;
-    if (!text) return otherwise;
-    if (sscanf(text, "%lf%c", &x, &rest) != 1 || (is_whole && text[strspn(text, "0123456789")]) ||
-        !(x >= least && x <= most))
+    if (text && (sscanf(text, "%lf%c", &x, &rest) != 1 || !(x >= least && x <= most) ||
+                 (is_whole && text[strspn(text, "0123456789")])))
         say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
             is_whole ? "whole number" : "number", least, most);
     return x;
@@ -5406,8 +5405,8 @@ static int answer(struct session *s, const char *text)
     const char *system = option(s, "--system");
     int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_same = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = allocate(s->ids, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
-    s->ids = ids;
+    int32_t *ids = s->ids = allocate(s->ids, 2 * room * sizeof *ids, "the turn");
+    int32_t *bare = ids + room;
     int n = room > MAX_TEXT_BYTES ? -2 :
             gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));

@@ -421,7 +421,7 @@ int gemma3_utf8_end(gemma3_utf8 *u, char out[8]);
 /* To be called first. Returns the arguments in UTF-8, of which the first leads to the program's
  * file, also when it was found in $PATH. From then on closed standard streams cannot become other
  * files, writing to a pipe without reader or beyond a limit fails instead of ending the program,
- * and the three streams are binary and UTF-8. */
+ * standard input and output are binary, and a console shows UTF-8. */
 char **gemma3_host_start(char **argv);
 
 FILE *gemma3_fopen(const char *path, const char *mode);
