@@ -9,8 +9,10 @@
  * Every token becomes a vector x of d_model numbers, the residual stream, to which each layer adds
  * twice. Attention lets a token look at those before it: it asks with a query q, they answer with a
  * key k and a value v, and the better q and k fit (their score, a dot product), the more of v it
- * takes. The feed-forward part works on each token alone. At the end each token of the vocabulary
- * gets a number, its logit: the larger, the likelier it comes next.
+ * takes. This happens in n_heads heads at once, each with a q of its own, so that each can look for
+ * something else; several share one k and v. The feed-forward part works on each token alone. At
+ * the end each token of the vocabulary gets a number, its logit: the larger, the likelier it comes
+ * next. W.., *_norm and embedding are the weights, learned in training and read from the file.
  *
  *     x = embedding[id] * sqrt(d_model)
  *     for each layer:
@@ -19,10 +21,11 @@
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
  *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
  *                                                 at position p by p / base^(2j/head_dim) / factor;
- *                                                 base and factor are the layer's
+ *                                                 base and factor are the layer's. So q . k
+ *                                                 depends on how far apart two tokens are
  *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees;
  *                                                 query head h: kv head h / (n_heads / n_kv_heads)
- *         x = x + rms(Wo a) * post_attention_norm
+ *         x = x + rms(Wo a) * post_attention_norm     the a of all heads, end to end
  *         y = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate y) * Wup y)
  *         x = x + rms(f) * post_ffw_norm
@@ -30,11 +33,12 @@
  *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
  * where rms(x) = x / sqrt(mean(x^2) + eps), softmax(s)_p = exp(s_p) / sum of all exp(s), gelu(x) is
- * about x for large x and 0 for small, W y is a matrix times a vector, and * between vectors is
- * element by element. A program repeats: ids -> logits after the last token -> choose an id ->
- * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
- * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
- * exact mode agrees to float32 rounding.
+ * about x for x far above 0 and about 0 far below, W y is a matrix times a vector, and * between
+ * vectors is element by element. A program repeats: ids -> logits after the last token -> choose an
+ * id -> append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources:
+ * the Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py. By default
+ * a matrix's input is rounded to int8, 32 numbers to a scale, and weights are what the file has;
+ * exact mode keeps everything in float32, and agrees with transformers to float32's rounding.
  *
  * One layer, with the shapes of 1B:
  *
@@ -108,9 +112,11 @@
  *     output_norm     model.norm                     output_norm.weight
  *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
- * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
- * 4" is rule 4 of the numeric contract in README.md.
+ * In the formulas above Wq is attn_q, Wo attn_output, q_norm attn_q_norm, and a is attended. Tokens
+ * go through the layers in micro-batches of n_ubatch. Indices: l layer, i token of the micro-batch,
+ * p position in the text, h query head, g key-value head, r row, b block of 32 elements, j element
+ * or lane. n is the number of tokens in the micro-batch. "Rule 4" is rule 4 of the numeric contract
+ * in README.md.
  *
  * Contents
  *      1  The model and the state
@@ -133,12 +139,12 @@
  *     16  The command line
  */
 
-#if !defined(INSTANCE) /* the file includes itself: section 9 */
+#if !defined(INSTANCE) /* the file includes itself for each instruction set: section 9 */
 
 /* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c
  * on its own (we say fma where we mean it), and to treat floats as real numbers, whatever its
- * command line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and
- * no-tree-ter change speed, never bits. */
+ * command line allows; gemma3_open checks that it obeyed. For gcc tree-vectorize and no-tree-ter
+ * change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma clang diagnostic push
@@ -236,8 +242,8 @@ struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
     size_t row_bytes;
-    const uint8_t *data;              /* NULL: read when it is needed, from */
-    uint64_t offset;                  /* there in the file */
+    const uint8_t *data;              /* NULL: not in memory, read when it is needed */
+    uint64_t offset;                  /* where it begins in the file */
 };
 
 /* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
@@ -295,13 +301,14 @@ struct gemma3_state {
     gemma3_params p;
     void *allocated;                  /* by _new, else NULL */
     int pos;                          /* tokens in the cache */
-    int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
-    int n_abreast;                    /* tokens whose attention threads share at once */
+    int n_ubatch;                     /* of a micro-batch: tokens in the layers at once */
+    int n_abreast;                    /* of them, those whose attention is computed at once */
     int ring;                         /* slots of a local layer's cache */
     int32_t *ids;                     /* [n_ctx] the tokens in the cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
-    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
+    float *inv_freq[2];               /* [head_dim/2] 1 / base^(2j/head_dim) / factor */
+                                      /* [0] of global layers, [1] of local ones */
     float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
     float *x;                         /* [n_ubatch][d_model]        residual stream */
     float *y;                         /* [n_ubatch][d_model]        branch */
@@ -309,15 +316,16 @@ struct gemma3_state {
     float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
     float *gate, *up;                 /* [n_ubatch][d_ff] */
     float *score_sum;                 /* [n_abreast][n_heads] */
-    float *score;                     /* [n_abreast][n_heads][n_score] */
-    size_t n_score;                   /* n_ctx, rounded up to 16 */
+    float *score;                     /* [n_abreast][n_heads][score_stride] q . k, then its exp */
+    size_t score_stride;              /* n_ctx, rounded up to 16 */
+    /* Working room of the threads: sections 6 and 8. */
     struct q8_block *q8;              /* [n_ubatch][widest input / 32]   a matrix's input as int8 */
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
     float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
     uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
-    uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
+    uint8_t *read_failed;             /* [n_threads] 1: a worker's weights could not be read */
     char error[256];
 };
 
@@ -325,14 +333,15 @@ struct gemma3_state {
  *
  * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
  * A table exists for plain C, which is the definition (section 9), and for each instruction set
- * (section 10). All give the same bits. Loops over tokens and heads are the callers'. */
+ * (section 10). All give the same bits. Loops over tokens and heads are the callers'. A first
+ * reading needs no more than the names: section 3 is next. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
     float d;
-    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
+    float d_sum;           /* d times the sum of the codes: for weights of scale * code + minimum */
     int32_t sum[2];        /* of the codes in each half */
-    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
+    int32_t minus_8_sums;  /* -8 times both: Q4_0 keeps codes -8 .. 7 as 0 .. 15 */
     int32_t unused[3];     /* 64 bytes: a cache line */
     int8_t code[32];
 };
@@ -351,7 +360,7 @@ struct product {
 };
 
 /* Values of the cache, weighted and added up: for n queries and a slice of a head. */
-enum { MIX_WIDTH = 32 };     /* elements of a slice, but at a head's end */
+enum { MIX_WIDTH = 32 };     /* elements of a slice; a head's last may have fewer */
 
 struct mix {
     int type;                /* of the cache: F16 or F32 */
@@ -368,15 +377,17 @@ struct mix {
 struct kernels {
     const char *name;
     int tiles;               /* mul_codes takes a tile; 0: rows as they lie in the file */
-    /* x [n] -> codes: d = amax / 127, code = round(x * (127 / amax)), ties to even (rule 1). */
+    /* x [n] -> codes: amax the largest |x|, d = amax / 127, code = round(x * (127 / amax)), ties to
+     * even (rule 1). */
     void (*quantize)(struct q8_block *out, const float *x, int n);
     /* acc[i][r] += row r . q8[i], an integer format's tile: for each block in order
      * acc = fma(isum, d_row * d, acc), isum the exact integer dot product (rule 2). */
     void (*mul_codes)(const struct product *p);
-    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
-     * lanes joined as a tree (rule 4). */
+    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: 16 partial sums, the lanes, element j into
+     * lane j mod 16 by fma, joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
-    /* out [n][cols] = rows r .. r+n-1 of w as float32, as its format defines; of one tile. */
+    /* out [n][cols] = rows r .. r+n-1 of w, which lie in one tile, as float32, as their format
+     * defines. */
     void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
@@ -391,7 +402,7 @@ struct kernels {
     void (*mix_values)(const struct mix *m);
     /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
     void (*gelu)(float *gate, const float *up, int n);
-    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    /* The sum of exp(logits - max), max the largest, in double: for scores (rule 9). */
     double (*sum_exp)(const float *logits, int n, float max);
 };
 
@@ -412,16 +423,17 @@ static void trace(const gemma3_state *s, const char *name, int l, float *x, int 
 
 /* ==== 3. The forward pass =======================================================================
  *
- * The twenty lines of the preface as code. Up to n_ubatch tokens go through the layers side by
- * side, because each weight is then fetched from memory once for all of them; what a token may see
- * of the others is attention's business alone. The result does not depend on how a text is cut. */
+ * The preface's formulas as code. The tokens of a micro-batch go through the layers side by side,
+ * because each weight is then fetched from memory once for all of them; what a token may see of the
+ * others is attention's business alone. The result does not depend on how a text is cut. */
 
-/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+/* out [n][rows] = w in, one of several with the same input in [n][cols]. */
 struct linear {
     const struct matrix *w;
-    float *y;
+    float *out;
 };
-static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *in,
+                   int n);
 
 static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
 static void embed(gemma3_state *s, const int32_t *ids, int n);
@@ -432,12 +444,11 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
 /* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
- * token are the same. y is the branch that leaves the residual stream x and is added to it
- * again. */
+ * token go the same way. x is the residual stream, y the branch that leaves it and is added. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
-    size_t size = (size_t)n * c->d_model;
+    size_t n_floats = (size_t)n * c->d_model;
     rope_tables(s, n);
     embed(s, ids, n);
     trace(s, "inp_scaled", -1, s->x, c->d_model, n);
@@ -449,7 +460,7 @@ static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
         trace(s, "attn_out", l, s->y, c->d_model, n);
         rmsnorm(s, s->y, s->y, w->post_attention_norm, n);
         trace(s, "attn_post_norm", l, s->y, c->d_model, n);
-        add(s->x, s->y, size);
+        add(s->x, s->y, n_floats);
         trace(s, "sa_out", l, s->x, c->d_model, n);
         rmsnorm(s, s->y, s->x, w->ffn_norm, n);
         trace(s, "ffn_norm", l, s->y, c->d_model, n);
@@ -457,13 +468,13 @@ static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
         trace(s, "ffn_out", l, s->y, c->d_model, n);
         rmsnorm(s, s->y, s->y, w->post_ffw_norm, n);
         trace(s, "ffn_post_norm", l, s->y, c->d_model, n);
-        add(s->x, s->y, size);
+        add(s->x, s->y, n_floats);
         trace(s, "l_out", l, s->x, c->d_model, n);
     }
 }
 
-/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
- * this scale makes one matrix serve as both. */
+/* x [n][d_model] = rows of the embedding times sqrt(d_model): the matrix is the lm_head too, and as
+ * an embedding its numbers are too small beside what the layers add. */
 static void embed(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
@@ -491,11 +502,11 @@ static void rope_tables(gemma3_state *s, int n)
                         &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
 }
 
-/* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
+/* Logits of tokens rows[0 .. n_rows-1] of the micro-batch, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
     const gemma3_config *c = s->c;
-    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
+    gemma3_trace *look = s->p.trace;  /* as trace, but from the first row's position on */
     int pos = s->pos + rows[0];
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
@@ -521,18 +532,19 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
-        if (memchr(s->unread, 1, s->p.n_threads)) break;
+        if (memchr(s->read_failed, 1, s->p.n_threads)) break;
         memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
-    if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
-    memset(s->unread, 0, s->p.n_threads);
+    if (!memchr(s->read_failed, 1, s->p.n_threads)) return 0;
+    memset(s->read_failed, 0, s->p.n_threads);
     snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
     return -1;
 }
 
-/* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
+/* 0; or, when these tokens cannot be taken or these rows not given, not 0 and a sentence in
+ * s->error. */
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     int n_vocab = s->c->n_vocab;
@@ -553,7 +565,7 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
 }
 
 /* Labels of the trace as they come, llama.cpp's where it has one: the first and the last two come
- * once, the others in each layer. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+ * once, the others in each layer. For llama.cpp Qcur_raw and Kcur_raw are Qcur and Kcur too. */
 static const char *const trace_labels[] = {
     "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
     "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
@@ -569,18 +581,19 @@ const char *gemma3_trace_label(int index, int *in_layers)
 
 /* ==== 4. Attention and the KV cache ==============================================================
  *
- * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
+ * K (after norm and rope) and V are rounded to the cache's type before any use, even by their own
  * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
  * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
  * first token of a call sees survives the call's own writes.
  *
- * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
+ * Decoding reads the whole cache for each token, so each task's part of it is contiguous:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
- *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
+ *     V [n_kv_heads][slices of MIX_WIDTH elements][slots][MIX_WIDTH]  a task sums one slice
  *
  * The queries of a token that share a K and V meet each key and value once. Tried: the queries of
- * four tokens together, which read each key once for all of them: 0 to 3 % of a prompt of 4,096
- * tokens, for twice the text. */
+ * four tokens together. It saved 0 to 3 % of the time of a prompt of 4,096 tokens (270M, 1B; of
+ * 1,500 tokens on 4B, where only two queries share a key, 2 % on AVX2 and 6 % on AVX-512) and took
+ * twice the text. */
 
 static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
@@ -589,7 +602,7 @@ static int slots_of(const gemma3_state *s, int l)
     return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* The attention of tokens i0 .. i0+n-1 of this call in layer l. */
+/* The attention of tokens i0 .. i0+n-1 of the micro-batch in layer l, all at once. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
@@ -606,7 +619,7 @@ static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
 
 /* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
  * first .. p that the token at position p sees. q is scaled; score has room for those positions.
- * The definition: test/attention.c compares it with attend, which threads share. */
+ * The definition: test/attention.c compares it with attend_abreast, which threads share. */
 __attribute__((unused))
 static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
                                     float *score, float *out)
@@ -623,13 +636,14 @@ static void attention_by_definition(const struct attention *a, const float *q, i
     }
 }
 
+/* each(job, i, worker) for every i < n_items, on all threads, of which `worker` runs it. */
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
-static void norm_heads(void *attention, int i, int worker);
-static void rope_heads(void *attention, int i, int worker);
-static void store_heads(void *attention, int i, int worker);
-static void attend(struct attention *a);
+static void norm_heads(void *arg, int i, int worker);
+static void rope_heads(void *arg, int i, int worker);
+static void scale_and_store(void *arg, int i, int worker);
+static void attend_abreast(struct attention *a);
 
 /* y [n][d_model] -> y, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
@@ -649,10 +663,10 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     for_each(s, n, rope_heads, &a);
     trace(s, "Qcur", l, s->q, q_width, n);
     trace(s, "Kcur", l, s->k, kv_width, n);
-    for_each(s, n, store_heads, &a);
-    for (; a.i0 < n; a.i0 += a.n) {
+    for_each(s, n, scale_and_store, &a);
+    for (a.i0 = 0; a.i0 < n; a.i0 += a.n) {
         a.n = min_int(n - a.i0, s->n_abreast);
-        attend(&a);
+        attend_abreast(&a);
     }
     trace(s, "kqv_out", l, s->attended, q_width, n);
     matmul(s, &(struct linear){&w->attn_output, s->y}, 1, s->attended, n);
@@ -664,9 +678,9 @@ static float *head_at(float *x, int n_heads, int head_dim, int i, int h)
     return x + ((size_t)i * n_heads + h) * head_dim;
 }
 
-static void norm_heads(void *attention, int i, int worker)
+static void norm_heads(void *arg, int i, int worker)
 {
-    const struct attention *a = attention;
+    const struct attention *a = arg;
     const gemma3_config *c = a->s->c;
     (void)worker;
     for (int h = 0; h < c->n_heads; h++) {
@@ -679,9 +693,9 @@ static void norm_heads(void *attention, int i, int worker)
     }
 }
 
-static void rope_heads(void *attention, int i, int worker)
+static void rope_heads(void *arg, int i, int worker)
 {
-    const struct attention *a = attention;
+    const struct attention *a = arg;
     const gemma3_state *s = a->s;
     int D = s->c->head_dim, local = s->c->is_local[a->l];
     const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
@@ -712,9 +726,9 @@ static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
 }
 
 /* K and V of token i go into the cache; its queries are scaled. */
-static void store_heads(void *attention, int i, int worker)
+static void scale_and_store(void *arg, int i, int worker)
 {
-    const struct attention *a = attention;
+    const struct attention *a = arg;
     gemma3_state *s = a->s;
     int D = s->c->head_dim, q_width = s->c->n_heads * D, p = s->pos + i;
     float *q = s->q + (size_t)i * q_width;
@@ -729,7 +743,7 @@ static void store_heads(void *attention, int i, int worker)
     }
 }
 
-/* First position that the token at position p sees: q - k < window in a local layer. */
+/* First position that the token at position p sees: p - first < window in a local layer. */
 static int first_seen(const struct attention *a, int p)
 {
     const gemma3_config *c = a->s->c;
@@ -740,59 +754,61 @@ static int first_seen(const struct attention *a, int p)
 
 /* The queries of one token that share a kv head: heads_per_kv rows of each array. */
 struct queries {
-    int p, first;                     /* its position, and the first that it sees */
+    int g;                            /* the kv head */
+    int p, first;                     /* the token's position, and the first that it sees */
     const float *q;                   /* [][head_dim], scaled */
-    float *score;                     /* [][n_score], of first .. p */
+    float *score;                     /* [][score_stride], of first .. p */
     float *sum;                       /* softmax's denominators */
     float *out;                       /* [][head_dim] */
 };
 
-/* Those of number index among the block's tokens times kv heads. */
+/* Number index of them: kv head index % n_kv_heads of token i0 + index / n_kv_heads. */
 static struct queries queries_of(const struct attention *a, int index)
 {
     const gemma3_state *s = a->s;
-    int g = index % s->c->n_kv_heads, token = index / s->c->n_kv_heads, i = a->i0 + token;
-    size_t row = (size_t)token * s->c->n_heads + g * a->heads_per_kv;
-    size_t at = ((size_t)a->i0 * s->c->n_heads + row) * s->c->head_dim;
-    return (struct queries){s->pos + i, first_seen(a, s->pos + i), s->q + at,
-                            s->score + row * s->n_score, s->score_sum + row, s->attended + at};
+    int g = index % s->c->n_kv_heads, nth = index / s->c->n_kv_heads, p = s->pos + a->i0 + nth;
+    size_t query = (size_t)nth * s->c->n_heads + g * a->heads_per_kv; /* the first, of all */
+    size_t at = ((size_t)a->i0 * s->c->n_heads + query) * s->c->head_dim;
+    return (struct queries){.g = g, .p = p, .first = first_seen(a, p), .q = s->q + at,
+                            .score = s->score + query * s->score_stride,
+                            .sum = s->score_sum + query, .out = s->attended + at};
 }
 
-/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
-static int run_of(const struct attention *a, int begin, int end)
+/* How many of positions begin .. end-1 lie side by side: fewer when the ring's end comes first. */
+static int contiguous(const struct attention *a, int begin, int end)
 {
     return min_int(end - begin, a->slots - begin % a->slots);
 }
 
 enum { SCORE_RUN = 64 };              /* positions that one task scores */
 
-/* Runs of the block's last token, which sees the most. */
+/* Runs of the last token; no other sees more. */
 static int n_score_runs(const struct attention *a)
 {
     int p = a->s->pos + a->i0 + a->n - 1;
     return (p - first_seen(a, p)) / SCORE_RUN + 1;
 }
 
-/* Scores of a run of positions: the keys are the rows of a matrix. There are none of later
- * positions, which is the causal mask. */
+/* Scores of one run of positions: the keys are the rows of a matrix. Later positions get no score:
+ * that is the causal mask. A token that sees fewer runs than the last has empty ones. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, n_runs = n_score_runs(a), g = index / n_runs % s->c->n_kv_heads;
-    struct queries t = queries_of(a, index / n_runs);
-    int p = t.first + index % n_runs * SCORE_RUN, end = min_int(t.p + 1, p + SCORE_RUN);
+    int D = s->c->head_dim, n_runs = n_score_runs(a);
+    struct queries qs = queries_of(a, index / n_runs);
+    int p = qs.first + index % n_runs * SCORE_RUN, end = min_int(qs.p + 1, p + SCORE_RUN);
     struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
                            .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
     for (; p < end; p += keys.n_rows) {
-        keys.rows = key_at(a, g, p);
-        keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
+        keys.rows = key_at(a, qs.g, p);
+        keys.n_rows = min_int(contiguous(a, p, end), TILE_ROWS);
         for (int h = 0; h < a->heads_per_kv; h += keys.n) {
-            keys.x = t.q + h * D;
+            keys.x = qs.q + h * D;
             keys.n = min_int(a->heads_per_kv - h, s->n_acc);
             s->m->kernels->mul_floats(&keys);
-            for (int k = 0; k < keys.n; k++)
-                copy_floats(t.score + (h + k) * s->n_score + (p - t.first), keys.acc[k],
+            for (int i = 0; i < keys.n; i++)
+                copy_floats(qs.score + (h + i) * s->score_stride + (p - qs.first), keys.acc[i],
                             keys.n_rows);
         }
     }
@@ -802,11 +818,11 @@ static void score_task(void *arg, int index, int worker)
 static void softmax_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
-    struct queries t = queries_of(a, index / a->heads_per_kv);
-    int h = index % a->heads_per_kv;
+    struct queries qs = queries_of(a, index / a->heads_per_kv);
+    int h = index % a->heads_per_kv, n = qs.p + 1 - qs.first;
+    float *score = qs.score + h * a->s->score_stride;
     (void)worker;
-    t.sum[h] = a->s->m->kernels->exp_scores(t.score + h * a->s->n_score, t.p + 1 - t.first,
-                                            t.first);
+    qs.sum[h] = a->s->m->kernels->exp_scores(score, n, qs.first);
 }
 
 /* out = sum of e_p v_p over positions in order, divided by the sum of e_p: one slice of a head. */
@@ -815,25 +831,24 @@ static void mix_task(void *arg, int index, int worker)
     const struct attention *a = arg;
     gemma3_state *s = a->s;
     int D = s->c->head_dim, j0 = index % n_slices(D) * MIX_WIDTH, width = slice_width(D, j0);
-    int g = index / n_slices(D) % s->c->n_kv_heads;
-    struct queries t = queries_of(a, index / n_slices(D));
+    struct queries qs = queries_of(a, index / n_slices(D));
     struct mix m = {.type = cache_type(s), .v_bytes = width * kv_element(s), .width = width,
-                    .e_stride = s->n_score, .out = t.out + j0, .out_stride = D,
+                    .e_stride = s->score_stride, .out = qs.out + j0, .out_stride = D,
                     .n = a->heads_per_kv};
     (void)worker;
     for (int h = 0; h < m.n; h++) memset(m.out + h * D, 0, width * sizeof(float));
-    for (int p = t.first; p <= t.p; p += m.n_pos) {
-        m.v = value_at(a, g, j0, p);
-        m.n_pos = run_of(a, p, t.p + 1);
-        m.e = t.score + (p - t.first);
+    for (int p = qs.first; p <= qs.p; p += m.n_pos) {
+        m.v = value_at(a, qs.g, j0, p);
+        m.n_pos = contiguous(a, p, qs.p + 1);
+        m.e = qs.score + (p - qs.first);
         s->m->kernels->mix_values(&m);
     }
     for (int h = 0; h < m.n; h++)
-        for (int j = 0; j < width; j++) m.out[h * D + j] /= t.sum[h];
+        for (int j = 0; j < width; j++) m.out[h * D + j] /= qs.sum[h];
 }
 
 /* attended [i0 .. i0+n-1][n_heads][head_dim]: three steps, each shared out. */
-static void attend(struct attention *a)
+static void attend_abreast(struct attention *a)
 {
     const gemma3_state *s = a->s;
     int n = a->n * s->c->n_kv_heads;
@@ -844,8 +859,8 @@ static void attend(struct attention *a)
 
 /* ==== 5. Feed-forward ===========================================================================
  *
- * Each token for itself: most of a layer's weights, and of its time. It is gated: one
- * product says how much of the other passes (GEGLU, arXiv 2002.05202). */
+ * Each token by itself. Most of a layer's weights and time are here. It is gated: gelu(gate) says
+ * how much of up passes (GEGLU, arXiv 2002.05202). */
 
 static void gelu_task(void *state, int i, int worker)
 {
@@ -873,14 +888,14 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
  * shared out as one: every call ends when its slowest thread does, so few long calls are better
  * than many short ones. */
 
-/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
+/* Share number i of total things cut into n_tasks shares: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
 {
     *begin = (int)((int64_t)total * i / n_tasks);
     *end = (int)((int64_t)total * (i + 1) / n_tasks);
 }
 
-/* Things to do for each of n_items, handed out in a few runs for each thread. */
+/* A loop over n_items, cut into a few shares for each thread. */
 struct items {
     int n_items, n_tasks;
     gemma3_task *each;
@@ -891,15 +906,14 @@ enum { TASKS_PER_THREAD = 6 };        /* 16 gave the same speed */
 
 static void items_task(void *arg, int index, int worker)
 {
-    const struct items *w = arg;
-    fp_state fp = fp_enter(); /* the thread may be the caller's */
+    const struct items *items = arg;
+    fp_state fp = fp_enter(); /* a thread of the caller's pool has its own rounding mode */
     int i, end;
-    share_of(w->n_items, w->n_tasks, index, &i, &end);
-    for (; i < end; i++) w->each(w->job, i, worker);
+    share_of(items->n_items, items->n_tasks, index, &i, &end);
+    for (; i < end; i++) items->each(items->job, i, worker);
     fp_leave(fp);
 }
 
-/* each(job, i, worker) for every i < n_items, on all threads. */
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
 {
     struct items w = {n_items, min_int(n_items, s->p.n_threads * TASKS_PER_THREAD), each, job};
@@ -944,8 +958,8 @@ static void copy_floats(float *to, const float *from, int n)
     else memcpy(to, from, n * sizeof(float));
 }
 
-/* w itself or, of weights that are not in memory, its rows row .. row + n - 1 as a matrix of their
- * own, n <= TILE_ROWS, in the worker's room. */
+/* w itself; or, when it is not in memory, its rows row .. row + n - 1, n <= TILE_ROWS, read into
+ * the worker's room, as a matrix of their own. */
 static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n,
                                     int worker)
 {
@@ -956,7 +970,7 @@ static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *
     uint64_t offset = w->offset + (uint64_t)row * w->row_bytes;
     if (from->read(from->user, offset, room, n * w->row_bytes)) {
         memset(room, 0, n * w->row_bytes);
-        s->unread[worker] = 1;
+        s->read_failed[worker] = 1;
     }
     here.data = room;
     here.rows = n;
@@ -972,11 +986,12 @@ static void dequantize_row(const gemma3_state *s, const struct matrix *w, int ro
 struct matmul {
     const gemma3_state *s;
     const struct linear *to;
-    const float *x;                   /* [n][cols] */
+    const float *in;                  /* [n][cols] */
     int n;
-    size_t blocks;                    /* of a row of q8 */
+    size_t row_blocks;                /* of a row of q8 */
 };
 
+/* n_rows rows of one tile times every vector: added to acc. Section 8 says how. */
 static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
                      int worker);
 
@@ -992,7 +1007,7 @@ static void matmul_task(void *arg, int index, int worker)
     memset(acc, 0, job->n * sizeof *acc);
     mul_tile(job, &here, to->w->data ? row : 0, n_rows, worker);
     for (int i = 0; i < job->n; i++)
-        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
+        copy_floats(to->out + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
 
 static void quantize_task(void *arg, int i, int worker)
@@ -1000,13 +1015,14 @@ static void quantize_task(void *arg, int i, int worker)
     const struct matmul *job = arg;
     int cols = job->to->w->cols;
     (void)worker;
-    job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
+    const float *x = job->in + (size_t)i * cols;
+    job->s->m->kernels->quantize(job->s->q8 + i * job->row_blocks, x, cols);
 }
 
-/* Every one of n_to matrices with the same input x [n][cols]. */
-static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
+/* out = w in for each of n_to matrices with the same input in [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *in, int n)
 {
-    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
+    struct matmul job = {s, to, in, n, ((size_t)to->w->cols + 31) / 32};
     int tiles = 0, has_codes = 0;
     for (int k = 0; k < n_to; k++) {
         tiles += n_tiles(to[k].w);
@@ -1596,8 +1612,8 @@ static void mul_tile(const struct matmul *job, const struct matrix *w, int row, 
     int floats = is_float(w->format), codes = !floats && !s->m->exact;
     struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
                         .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
-                        .n = job->n, .q8 = s->q8, .x = job->x,
-                        .x_stride = codes ? job->blocks : (size_t)w->cols,
+                        .n = job->n, .q8 = s->q8, .x = job->in,
+                        .x_stride = codes ? job->row_blocks : (size_t)w->cols,
                         .acc = acc_of(s, worker),
                         .scratch = codes ? s->unpacked[worker].panel : NULL};
     if (!floats && !codes) dequantize_rows(s, w, row, worker, &p);
@@ -3828,7 +3844,7 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
-    s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
+    s->score_stride = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->x = piece(a, n * c->d_model, sizeof *s->x);
     s->y = piece(a, n * c->d_model, sizeof *s->y);
     s->q = piece(a, n * q, sizeof *s->q);
@@ -3838,13 +3854,13 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     s->gate = piece(a, n * c->d_ff, sizeof *s->gate);
     s->up = piece(a, n * c->d_ff, sizeof *s->up);
     s->score_sum = piece(a, n_queries, sizeof *s->score_sum);
-    s->score = piece(a, times(n_queries, s->n_score), sizeof *s->score);
+    s->score = piece(a, times(n_queries, s->score_stride), sizeof *s->score);
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
     s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
     s->streamed = piece(a, times(n_threads, TILE_ROWS), m->streamed_row);
-    s->unread = piece(a, n_threads, 1);
+    s->read_failed = piece(a, n_threads, 1);
     return a->used;
 }
 
@@ -3914,7 +3930,7 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
     memset(s, 0, sizeof *s);
     s->m = m;
     lay_out(s, m, p, (uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63));
-    memset(s->unread, 0, p->n_threads);
+    memset(s->read_failed, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
         for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
             float base = local ? s->c->rope_base_local : s->c->rope_base_global;
@@ -3990,8 +4006,8 @@ static int hash_model(gemma3_state *s, char hex[65])
     }
     gemma3_sha256_end(&sum, hex);
     fp_leave(fp);
-    int failed = s->unread[0];
-    s->unread[0] = 0;
+    int failed = s->read_failed[0];
+    s->read_failed[0] = 0;
     return failed;
 }
 

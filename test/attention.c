@@ -83,10 +83,10 @@ static void take_tokens(struct trial *t, int l, int n)
     memcpy(s->q, t->q + s->pos * q, n * q * sizeof(float));
     memcpy(s->k, t->k + s->pos * kv, n * kv * sizeof(float));
     memcpy(s->v, t->v + s->pos * kv, n * kv * sizeof(float));
-    for (int i = 0; i < n; i++) store_heads(&a, i, 0);
-    for (; a.i0 < n; a.i0 += a.n) {
+    for (int i = 0; i < n; i++) scale_and_store(&a, i, 0);
+    for (a.i0 = 0; a.i0 < n; a.i0 += a.n) {
         a.n = min_int(n - a.i0, s->n_abreast);
-        attend(&a);
+        attend_abreast(&a);
     }
     for (int i = 0; i < n; i++)
         if ((s->pos + i) % 5 == 4) check_token(t, &a, i);
