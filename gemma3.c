@@ -220,6 +220,7 @@ enum { BIG_ENDIAN_CPU = 0 };
 typedef uint64_t fp_state;
 static fp_state fp_enter(void);       /* rounding and subnormals as IEEE wants them: section 7 */
 static void fp_leave(fp_state old);   /* as the caller had them */
+static int sentence(char *text, size_t n, const char *name, const char *format, ...); /* -1 */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
@@ -539,8 +540,7 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
     fp_leave(fp);
     if (!memchr(s->read_failed, 1, s->p.n_threads)) return 0;
     memset(s->read_failed, 0, s->p.n_threads);
-    snprintf(s->error, sizeof s->error, "the model's weights cannot be read");
-    return -1;
+    return sentence(s->error, sizeof s->error, "", "the model's weights cannot be read");
 }
 
 /* 0; or, when these tokens cannot be taken or these rows not given, not 0 and a sentence in
@@ -549,18 +549,18 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
 {
     int n_vocab = s->c->n_vocab;
     size_t size = sizeof s->error;
-    if (n < 0) return snprintf(s->error, size, "%d tokens were given, expected 0 or more", n);
+    if (n < 0) return sentence(s->error, size, "", "%d tokens were given, expected 0 or more", n);
     if (n > s->p.n_ctx - s->pos)
-        return snprintf(s->error, size, "the context is full: it holds %d tokens, %d are in it and "
-                        "%d more were given", s->p.n_ctx, s->pos, n);
+        return sentence(s->error, size, "the context is full: ", "it holds %d tokens, %d are in it "
+                        "and %d more were given", s->p.n_ctx, s->pos, n);
     for (int i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= n_vocab)
-            return snprintf(s->error, size, "token %d is %d, outside the vocabulary of %d",
+            return sentence(s->error, size, "", "token %d is %d, outside the vocabulary of %d",
                             s->pos + i, (int)ids[i], n_vocab);
     for (int k = 0; k < n_rows; k++)
         if (rows[k] < 0 || rows[k] >= n || (k && rows[k] <= rows[k - 1]))
-            return snprintf(s->error, size, "rows[%d] is %d: rows must ascend and lie in 0..%d", k,
-                            rows[k], n - 1);
+            return sentence(s->error, size, "", "rows[%d] is %d: rows must ascend and lie in 0..%d",
+                            k, rows[k], n - 1);
     return 0;
 }
 

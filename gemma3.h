@@ -3,7 +3,7 @@
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, the pool,
  *                              gemma3_default_threads, gemma3_memory_limit, and "The host" below
- *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors about models and states
+ *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors, and with them snprintf
  *
  * A whole program:
  *

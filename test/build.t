@@ -82,11 +82,17 @@ for my $compiler (@compilers) {
     push @jobs, ["$compiler -DGEMMA3_NO_MAIN -DGEMMA3_NO_FILE", $compiler, "-std=c11", "-O1", "-fno-pic", @rules,
         "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-c", "-o", "$dir/$compiler-board.o", "gemma3.c"];
 }
+for my $source (qw(gemma3 tokenizer)) {
+    push @jobs, ["$cc $source.c -DGEMMA3_NO_ERROR_TEXT", $cc, "-std=c11", "-O1", @rules, "-DGEMMA3_NO_MAIN",
+        "-DGEMMA3_NO_FILE", "-DGEMMA3_NO_ERROR_TEXT", "-c", "-o", "$dir/textless-$source.o", "$source.c"];
+}
 my %objects = run_all(@jobs);
 is("@{$objects{$_}}", " 0", "$_: compiles without a word") for sort keys %objects;
 
 SKIP: {
-    skip "no nm", 4 * @compilers if !tool("nm");
+    skip "no nm", 4 * @compilers + 1 if !tool("nm");
+    my ($needs) = run("nm", "-u", "$dir/textless-gemma3.o", "$dir/textless-tokenizer.o");
+    unlike($needs, qr/printf|qsort|scanf|strto/, "without sentences a board needs no snprintf");
     for my $compiler (@compilers) {
         is(globals("$dir/$compiler-gemma3.o"), "interrupted",
             "$compiler: the program's one global is what Ctrl-C sets");
@@ -146,6 +152,22 @@ sub host_computes_the_contract {
 host_computes_the_contract("without files and threads, linked to nothing but libm",
     $cc, "-std=c11", "-O1", @rules, "-I.", "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-o", "$dir/host", $host,
     "gemma3.c", "tokenizer.c", "-lm");
+
+my $wrong = spew("wrong.c", <<'END');
+#include "gemma3.h"
+#include <string.h>
+
+int main(void)
+{
+    gemma3_error err;
+    memset(&err, 1, sizeof err);
+    return gemma3_open_memory("no model", 8, NULL, NULL, &err) || err.text[0];
+}
+END
+my @textless = ($cc, "-std=c11", "-O1", @rules, "-I.", "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-DGEMMA3_NO_ERROR_TEXT");
+host_computes_the_contract("without sentences", @textless, "-o", "$dir/host", $host, "gemma3.c", "tokenizer.c", "-lm");
+run(@textless, "-o", "$dir/wrong", $wrong, "gemma3.c", "tokenizer.c", "-lm");
+is((run("$dir/wrong"))[1], 0, "without sentences what is no model is refused without one");
 
 SKIP: {
     my ($cxx) = grep { tool($_) } qw(c++ g++ clang++);
