@@ -8,11 +8,14 @@
 # make bench      measures the speed of MODEL
 # make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
-# It is for GNU make (gmake on a BSD); cc -O2 gemma3.c tokenizer.c -lm -lpthread does what make does.
+
+# GNU make reads a rule without a recipe, a BSD's make an error to print before it stops.
+.error : this Makefile is for GNU make, gmake on a BSD. cc -O2 -o gemma3 gemma3.c tokenizer.c -lm -lpthread builds as well.
 
 CC     ?= cc
 CFLAGS ?= -O2
-RULES   = -std=c11 -Wall -Wextra -Wpedantic
+# C11; but -std=c11 itself lets gcc compute floats as doubles on s390x, and gnu11 lets it fuse a*b+c in the tests.
+RULES   = -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who

@@ -27,7 +27,7 @@ struct args {
     const char *npy, *safetensors, *kld_base; /* export */
     const char *other;       /* check */
     int json, each, no_diagnosis; /* compare */
-    const char *band, *with;
+    const char *band, *suspect;
     const char *value[MAX_VALUES];
     int n_values;
 };

@@ -85,7 +85,7 @@ void claim_take_numbers(void)
     anywhere(&f);
     take_u32(&f.c);
     is_inside(&f, &f.c);
-    take_u64(&f.c);
+    take_int(&f.c, 8);
     is_inside(&f, &f.c);
 }
 
