@@ -344,7 +344,8 @@ static void be_the_program(char **args, int to)
     close(first_free);
     make_standard_streams_fail();
     watching = 1;
-    int code = strcmp(args[0], "library") ? __real_main(argc, args) : library_main(args[1], argc > 2);
+    int is_library = !strcmp(args[0], "library");
+    int code = is_library ? library_main(args[1], argc > 2) : __real_main(argc, args);
     report(0);
     __real_exit(code);
 }
