@@ -1189,6 +1189,14 @@ static void options_of_opening(void)
     ok(!gemma3_open_source(&from, &o, NULL), "also without a sentence");
     static char mem[1000];
     ok(!gemma3_model_init(&from, &o, mem, sizeof mem, &err), "and in memory of the caller's");
+    int n_right = 0;
+    for (int k = 0; k < N_KERNELS; k++) {
+        o.isa = all_kernels[k]->name;
+        gemma3_model *m = gemma3_open_source(&from, &o, &err);
+        n_right += !m == !cpu_has(o.isa);
+        gemma3_close(m);
+    }
+    is_int(n_right, N_KERNELS, "kernels for another CPU are refused, this one's are not");
     o = (gemma3_options){ .progress = note_progress, .user = &last };
     gemma3_model *m = gemma3_open_source(&from, &o, &err);
     ok(m && (last == 1 || !m->kernels->tiles), "opening tells how far it is, up to %g", last);
