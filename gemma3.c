@@ -2718,7 +2718,9 @@ const char *gemma3_isa_name(int index)
  * than n log n steps to refuse. */
 
 /* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+/* not reached: more than SIZE_MAX, on 64 bits */
 static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+/* not reached: more than SIZE_MAX, on 64 bits */
 static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 /* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
@@ -2992,12 +2994,14 @@ static int find_name(const struct opening *o, const char *name, int of_tensor, s
 static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
     struct cursor c;
+    /* not reached: a refusal */
     return find_name(o, key, 0, &c) && !read_kv(o, &c, kv);
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
     struct cursor c;
+    /* not reached: a refusal */
     return find_name(o, name, 1, &c) && !read_tensor(o, &c, t);
 }
 
@@ -3373,6 +3377,7 @@ static int open_tokenizer(struct opening *o)
     v->add_bos = add_bos != 0;
     void *behind = (int32_t *)(uintptr_t)v->type + v->n_vocab;
     m->tokenizer = gemma3_tokenizer_init(v, behind, gemma3_tokenizer_size(v), o->err);
+    /* not reached: what could be wrong was refused above */
     if (!m->tokenizer) return -1;
     return has_merges ? rank_merges(o) : 0;
 }
@@ -3636,6 +3641,7 @@ static int copy_header(struct opening *o)
 static int lay_out_model(struct opening *o)
 {
     struct arena *a = &o->arena;
+    /* not reached: 2^24 tokens, a file of 128 MB */
     int n = o->n_tokens < 1 << 24 ? (int)o->n_tokens : 1 << 24;
     gemma3_model *m = o->m = piece(a, 1, sizeof *m);
     o->names = piece(a, o->n_names, sizeof *o->names);
@@ -3643,6 +3649,7 @@ static int lay_out_model(struct opening *o)
     o->tokenizer_room = piece(a, 1, plus(times(n, TOKEN_BYTES),
                                          gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n})));
     size_t needed = plus(a->used, o->weights.used);
+    /* not reached: so much, on 64 bits */
     if (needed == SIZE_MAX) return reject(o, " needs more memory than this machine can address");
     if (needed > a->size)
         return reject(o, " needs more than the %llu bytes of memory that were given",
@@ -3673,8 +3680,11 @@ static int open_steps(struct opening *o)
 {
     const char *fault = arithmetic_fault();
     if (choose_kernels(o)) return -1;
+    /* not reached: a fault */
     if (!fault) fault = kernel_fault(o->kernels);
+    /* not reached: a fault */
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
+    /* not reached: a mapped file that somebody changes between two steps */
     if (walk(o) || copy_header(o) || lay_out_model(o) || walk(o) || sort_names(o) ||
         align_data(o) || refuse_others(o) || read_config(o))
         return -1;
@@ -3717,6 +3727,7 @@ size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *option
 {
     struct opening o = start(from, options, err);
     o.arena = (struct arena){NULL, 64, SIZE_MAX}; /* to align any memory to 64 */
+    /* not reached: the same, and too much memory on 64 bits */
     if (choose_kernels(&o) || walk(&o) || copy_header(&o) || lay_out_model(&o)) return 0;
     return o.arena.used + o.weights.used;
 }
