@@ -206,9 +206,10 @@ static info *add_tensor(image *f, const char *name, uint32_t type, uint64_t n)
 /* ---- Opening them ---------------------------------------------------------------------------- */
 
 /* The file must stay while the model is used: it is freed with the image's next one. */
+static bytes last;
+
 static gemma3_model *open_image(image *f, gemma3_error *err)
 {
-    static bytes last;
     free(last.p);
     last = put_together(f);
     last.p = realloc(last.p, last.n); /* not a byte more */
@@ -218,11 +219,13 @@ static gemma3_model *open_image(image *f, gemma3_error *err)
 }
 
 /* Refused with exactly this sentence. */
+/* With a sentence, and, where nobody wants to know why, without. */
 static void refused(image f, const char *what, const char *sentence)
 {
     gemma3_error err;
     gemma3_model *m = open_image(&f, &err);
-    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) {
+    int unsaid = !gemma3_open_memory(last.p, last.n, "x.gguf", NULL, NULL);
+    if (!ok(!m && unsaid && !strcmp(err.text, sentence), "%s is refused", what)) {
         diag("  got  %s", m ? "a model" : err.text);
         diag("  want %s", sentence);
     }
@@ -294,7 +297,9 @@ static void refused_bytes(const char *p, size_t n, const char *what, const char 
     char *exact = malloc(n);
     memcpy(exact, p, n);
     gemma3_model *m = gemma3_open_memory(exact, n, "x.gguf", NULL, &err);
-    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) diag("  got %s", err.text);
+    int unsaid = !gemma3_open_memory(exact, n, "x.gguf", NULL, NULL);
+    if (!ok(!m && unsaid && !strcmp(err.text, sentence), "%s is refused", what))
+        diag("  got %s", err.text);
     gemma3_close(m);
     free(exact);
 }
