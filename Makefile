@@ -8,11 +8,14 @@
 # make bench      measures the speed of MODEL
 # make board      builds for four boards without an operating system and runs them in QEMU
 # make clean
-# It is for GNU make (gmake on a BSD); cc -O2 gemma3.c tokenizer.c -lm -lpthread does what make does.
+
+# GNU make reads a rule without a recipe, a BSD's make an error to print before it stops.
+.error : this Makefile is for GNU make, gmake on a BSD. cc -O2 -o gemma3 gemma3.c tokenizer.c -lm -lpthread builds as well.
 
 CC     ?= cc
 CFLAGS ?= -O2
-RULES   = -std=c11 -Wall -Wextra -Wpedantic
+# C11; but -std=c11 itself lets gcc compute floats as doubles on s390x, and gnu11 lets it fuse a*b+c in the tests.
+RULES   = -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic
 LIBS    = -lm -lpthread
 MODEL   = weights/gemma3-folktales-q4_0.gguf
 PROMPT  = Once upon a time, there was a little dog who
@@ -74,7 +77,7 @@ sanitize:
 	$(MAKE) clean
 
 # What strangers' files are tried with: test/fuzz/README.md.
-fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove:
+fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage worst prove:
 	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
@@ -108,5 +111,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 clean:
 	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test builds sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
-        bench board conform vectors clean
+.PHONY: run test builds sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage \
+        worst prove bench board conform vectors clean

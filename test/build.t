@@ -9,7 +9,7 @@ use warnings;
 use Cwd qw(getcwd);
 use Test::More;
 require "./test/builds.pl";
-our ($dir, @rules, @libs, %contract);
+our ($dir, @rules, @libs, %contract, $print_hash);
 
 my $top = getcwd();
 
@@ -82,11 +82,17 @@ for my $compiler (@compilers) {
     push @jobs, ["$compiler -DGEMMA3_NO_MAIN -DGEMMA3_NO_FILE", $compiler, "-std=c11", "-O1", "-fno-pic", @rules,
         "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-c", "-o", "$dir/$compiler-board.o", "gemma3.c"];
 }
+for my $source (qw(gemma3 tokenizer)) {
+    push @jobs, ["$cc $source.c -DGEMMA3_NO_ERROR_TEXT", $cc, "-std=c11", "-O1", @rules, "-DGEMMA3_NO_MAIN",
+        "-DGEMMA3_NO_FILE", "-DGEMMA3_NO_ERROR_TEXT", "-c", "-o", "$dir/textless-$source.o", "$source.c"];
+}
 my %objects = run_all(@jobs);
 is("@{$objects{$_}}", " 0", "$_: compiles without a word") for sort keys %objects;
 
 SKIP: {
-    skip "no nm", 4 * @compilers if !tool("nm");
+    skip "no nm", 4 * @compilers + 1 if !tool("nm");
+    my ($needs) = run("nm", "-u", "$dir/textless-gemma3.o", "$dir/textless-tokenizer.o");
+    unlike($needs, qr/printf|qsort|scanf|strto/, "without sentences a board needs no snprintf");
     for my $compiler (@compilers) {
         is(globals("$dir/$compiler-gemma3.o"), "interrupted",
             "$compiler: the program's one global is what Ctrl-C sets");
@@ -95,7 +101,7 @@ SKIP: {
 }
 
 # The command line is a program like any other over the library: what stands below its line compiles where
-# there is nothing but gemma3.h, and links with the library's objects.
+# there is nothing but gemma3.h and C11, and links with the library's objects.
 {
     open my $f, "<", "gemma3.c" or die "gemma3.c: $!";
     my ($below) = do { local $/; <$f> } =~ /^(#ifndef GEMMA3_NO_MAIN\n.*^#endif)\n/ms;
@@ -103,7 +109,7 @@ SKIP: {
     symlink "$top/gemma3.h", "$dir/alone/gemma3.h";
     spew("alone/main.c", "$below\n");
     for my $compiler (@compilers) {
-        my ($text, $status) = run($compiler, "-std=gnu17", "-O1", "-fno-pic", "-no-pie", @rules, "-o", "$dir/alone/gemma3",
+        my ($text, $status) = run($compiler, "-std=c11", "-O1", "-fno-pic", "-no-pie", @rules, "-o", "$dir/alone/gemma3",
             "$dir/alone/main.c", "$dir/$compiler-library.o", "$dir/$compiler-tokenizer.o", @libs);
         is($text, "", "$compiler: the command line alone builds over gemma3.h without a word");
         SKIP: {
@@ -113,43 +119,22 @@ SKIP: {
     }
 }
 
-# A host program: opens a file's bytes in memory and prints the hash of its logits.
-my $host = spew("host.c", <<'END');
-#include "gemma3.h"
-#include <stdio.h>
-#include <stdlib.h>
-
+# A host program: opens a file's bytes in memory.
+my $host = spew("host.c", $print_hash . <<'END');
 static unsigned char file[1 << 20];
-static int32_t ids[128];
-static int rows[128];
 
 int main(int argc, char **argv)
 {
-    FILE *f = fopen(argv[1], "rb"), *g = fopen(argv[2], "r");
-    int n = 0;
-    if (argc != 3 || !f || !g) return 2;
-    size_t size = fread(file, 1, sizeof file, f);
-    while (n < 128 && fscanf(g, "%d", (int *)&ids[n]) == 1) rows[n] = n, n++;
+    FILE *f = argc == 3 ? fopen(argv[1], "rb") : NULL;
     gemma3_error err;
+    if (!f) return 2;
+    size_t size = fread(file, 1, sizeof file, f);
+    fclose(f);
     gemma3_model *m = gemma3_open_memory(file, size, argv[1], NULL, &err);
     if (!m) { puts(err.text); return 1; }
-    gemma3_params p = gemma3_default_params(m);
-    gemma3_state *s = gemma3_state_new(m, &p, &err);
-    if (!s) { puts(err.text); return 1; }
-    size_t n_logits = (size_t)n * gemma3_model_config(m)->n_vocab;
-    float *logits = (float *)malloc(n_logits * sizeof *logits);
-    if (gemma3_forward(s, ids, n, rows, n, logits)) { puts(gemma3_state_error(s)); return 1; }
-    gemma3_sha256 c;
-    char hex[65];
-    gemma3_sha256_init(&c);
-    gemma3_sha256_add_floats(&c, logits, n_logits);
-    gemma3_sha256_end(&c, hex);
-    puts(hex);
-    free(logits);
-    gemma3_state_free(s);
+    int failed = print_hash(m, argv[2]);
     gemma3_close(m);
-    fclose(f), fclose(g);
-    return 0;
+    return failed;
 }
 END
 
@@ -168,6 +153,22 @@ host_computes_the_contract("without files and threads, linked to nothing but lib
     $cc, "-std=c11", "-O1", @rules, "-I.", "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-o", "$dir/host", $host,
     "gemma3.c", "tokenizer.c", "-lm");
 
+my $wrong = spew("wrong.c", <<'END');
+#include "gemma3.h"
+#include <string.h>
+
+int main(void)
+{
+    gemma3_error err;
+    memset(&err, 1, sizeof err);
+    return gemma3_open_memory("no model", 8, NULL, NULL, &err) || err.text[0];
+}
+END
+my @textless = ($cc, "-std=c11", "-O1", @rules, "-I.", "-DGEMMA3_NO_MAIN", "-DGEMMA3_NO_FILE", "-DGEMMA3_NO_ERROR_TEXT");
+host_computes_the_contract("without sentences", @textless, "-o", "$dir/host", $host, "gemma3.c", "tokenizer.c", "-lm");
+run(@textless, "-o", "$dir/wrong", $wrong, "gemma3.c", "tokenizer.c", "-lm");
+is((run("$dir/wrong"))[1], 0, "without sentences what is no model is refused without one");
+
 SKIP: {
     my ($cxx) = grep { tool($_) } qw(c++ g++ clang++);
     skip "no C++ compiler", 3 if !$cxx;
@@ -175,6 +176,15 @@ SKIP: {
     is($text, "", "$cxx: gemma3.h is C++ too");
     host_computes_the_contract("a C++ program", $cc, "-no-pie", "-o", "$dir/host", "$dir/host.o",
         "$dir/$compilers[0]-library.o", "$dir/$compilers[0]-tokenizer.o", @libs);
+}
+
+# ---- Another make -------------------------------------------------------------------------------
+
+SKIP: {
+    skip "no bmake", 1 if !tool("bmake");
+    my ($text, $status) = run("bmake", "test");
+    ok($status && $text =~ /\A.*this Makefile is for GNU make, gmake on a BSD\. cc -O2 -o gemma3 .* builds as well\.\n/ &&
+        $text !~ /operator/, "a BSD's make says which make is wanted, and how to do without") or diag($text);
 }
 
 # ---- AVX-VNNI and AVX-512 without them ------------------------------------------------------------

@@ -20,6 +20,9 @@ our %contract = (
     "tiny-mixed --kv f32" => "fbaa353c02b55ea390c54f23885ce366cd7293d3b1b8bfa7bb313ebe8628f30f",
 );
 
+$ENV{$_} = "" for qw(MAKEFLAGS MFLAGS); # a make under this test has jobs of its own
+our $make = tool("gmake") ? "gmake" : "make";
+
 sub tool {
     my ($name) = @_;
     for (split /:/, $ENV{PATH}) { return 1 if -x "$_/$name" && !-d _ }
@@ -88,6 +91,41 @@ sub computes_the_contract {
     diag("$_: $wrong{$_}") for sort keys %wrong;
     return ok(!%wrong, "$name: the bits of the contract");
 }
+
+# For a host program of a test: opens nothing itself, prints the hash of a model's logits of the ids in a file.
+our $print_hash = <<'END';
+#include "gemma3.h"
+#include <stdio.h>
+#include <stdlib.h>
+
+static int print_hash(const gemma3_model *m, const char *path)
+{
+    static int32_t ids[128];
+    static int rows[128];
+    gemma3_error err;
+    gemma3_sha256 c;
+    char hex[65];
+    int n = 0, failed;
+    FILE *f = fopen(path, "r");
+    while (f && n < 128 && fscanf(f, "%d", (int *)&ids[n]) == 1) rows[n] = n, n++;
+    if (f) fclose(f);
+    gemma3_params p = gemma3_default_params(m);
+    gemma3_state *s = gemma3_state_new(m, &p, &err);
+    if (!s) return puts(err.text), 1;
+    size_t n_logits = (size_t)n * (size_t)gemma3_model_config(m)->n_vocab;
+    float *logits = (float *)malloc(n_logits * sizeof *logits);
+    failed = gemma3_forward(s, ids, n, rows, n, logits);
+    if (failed) puts(gemma3_state_error(s));
+    gemma3_sha256_init(&c);
+    gemma3_sha256_add_floats(&c, logits, n_logits);
+    gemma3_sha256_end(&c, hex);
+    puts(hex);
+    free(logits);
+    gemma3_state_free(s);
+    return failed;
+}
+
+END
 
 sub spew {
     my ($name, $text) = @_;

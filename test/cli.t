@@ -136,9 +136,9 @@ my $kv_bytes = (512 + 7 * 71) * 2 * 2 * 32 * 2;
 like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f16$/m, "the cache's bytes");
 like($out, qr/^weights +\d+ bytes/m, "the weights'");
 tiny("--info", "-t", 1);
-my ($one) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 512 -t 1$/m;
+my ($one) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 64 -t 1$/m;
 tiny("--info", "-t", 4);
-my ($four) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 512 -t 4$/m;
+my ($four) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 64 -t 4$/m;
 ok($one && $four && $four > $one, "the scratch's, which grows with threads");
 tiny("--info", "-b", 1, "--exact");
 $kv_bytes = (512 + 7 * 8) * 2 * 2 * 32 * 4;
@@ -154,7 +154,9 @@ unlike($out, qr/[\x00-\x09\x0b-\x1f\x7f]/, "all of it");
 
 refuses(2, qr/nothing to do/, "no prompt", "-m", $tiny);
 refuses(2, qr/unknown option --frobnicate/, "an unknown option", "-m", $tiny, "--frobnicate");
+refuses(2, qr/unknown option --per/, "a part of an option that has moved", "-m", $tiny, "--per");
 refuses(2, qr/unexpected argument "hello"/, "a stray word", "-m", $tiny, "hello");
+refuses(2, qr/unexpected argument "ores"/, "a word of the help", "-m", $tiny, "ores");
 refuses(2, qr/-p needs a value/, "-p without text", "-m", $tiny, "-p");
 refuses(2, qr/contradictory/, "two prompts", "-m", $tiny, "-p", "a", "-f", "b");
 refuses(2, qr/contradictory/, "two jobs", "-m", $tiny, "-p", "a", "--info");
@@ -391,7 +393,7 @@ is($code, 0, "and no failure");
 my @sampling = ("-p", "the", "-n", 80);
 $text = tiny(@sampling);
 is(tiny(@sampling), $text, "a fixed seed by default");
-is(tiny(@sampling, qw(--temp 1 --top-k 64 --top-p 0.95 --min-p 0 --repeat-penalty 1 --seed 42 -b 512
+is(tiny(@sampling, qw(--temp 1 --top-k 64 --top-p 0.95 --min-p 0 --repeat-penalty 1 --seed 42 -b 64
     -c 512)), $text, "the defaults are what --help says");
 isnt(tiny(@sampling, "--seed", 7), $text, "another seed is another text");
 isnt(tiny(@sampling, "--temp=0.01"), $text, "--temp=T is understood too");

@@ -726,7 +726,7 @@ static const struct option options[] = {
      "context in tokens; default: enough for the text"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,
      "threads; default: physical cores"},
-    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 512"},
+    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 64"},
     {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "nll perplexity top trace",
      "weights and activations in float32"},
     {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, TEXTS,
@@ -886,7 +886,7 @@ static void fill_streams(void)
 
 int main(int argc, char **argv)
 {
-    struct args a = {.n_threads = gemma3_default_threads(), .n_batch = 512};
+    struct args a = {.n_threads = gemma3_default_threads(), .n_batch = GEMMA3_MAX_UBATCH};
     struct session s = {.args = &a};
     char found[4096];
     fill_streams();

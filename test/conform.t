@@ -356,6 +356,8 @@ wrong(qr/its shape is \[73\]\[440\]\[1\], expected \[72\]\[443\]/, "another shap
     npy("shape.npy", "<f4", "73,440,1", "\0" x (73 * 440 * 4)));
 wrong(qr/Fortran order/, "Fortran order", npy("fortran.npy", "<f4", "72, 443", $exact, "True"));
 wrong(qr/NumPy type <i4/, "whole numbers", npy("int.npy", "<i4", "72, 443", $exact));
+wrong(qr/NumPy type \?\[2J\?/, "a type that would clear the screen",
+    npy("clear.npy", "\e[2J\n", "72, 443", $exact));
 wrong(qr/31896 values of 4 bytes, but the file has 127000 bytes/, "a file cut short",
     npy("cut.npy", "<f4", "72, 443", substr $exact, 0, 127000));
 wrong(qr/has 1000 bytes: raw float32 logits of 72 positions/, "no form at all", spew("x.f32", "\1" x 1000));

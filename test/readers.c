@@ -21,6 +21,8 @@ static int fault(char *error, const char *format, ...)
     va_start(list, format);
     vsnprintf(error, READER_ERROR, format, list);
     va_end(list);
+    for (char *c = error; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?'; /* names out of files hold anything */
     return -1;
 }
 
@@ -433,9 +435,9 @@ int read_safetensors(const struct input *in, int index, struct array *a, char *e
         if (found < 0) fault(error, "%s: its safetensors header cannot be read", in->name);
     }
     free(header);
+    if (found == 1) a->at += 8 + n; /* at most 2^62 and 2^24 */
     if (found == 1 && a->at > in->size)
         return fault(error, "%s: %s lies beyond the file", in->name, a->name);
-    if (found == 1) a->at += 8 + n;
     return found == 1 && check_array(in, a, error) ? -1 : found;
 }
 

@@ -78,7 +78,7 @@ static void hash_row(void *job, int i, int worker)
     (void)worker;
     gemma3_sha256_init(&h);
     gemma3_sha256_add_floats(&h, w->rows + (size_t)i * (size_t)n_vocab, (size_t)n_vocab);
-    gemma3_sha256_end(&h, gemma3_model_is_exact(w->s->model) ? row_at(w, i)->exact
+    gemma3_sha256_end(&h, gemma3_model_info(w->s->model)->exact ? row_at(w, i)->exact
                                                              : row_at(w, i)->plain);
 }
 
@@ -100,7 +100,7 @@ static int take_hashes(void *user, const int *position, int n_rows, const float 
     int n_vocab = w->s->config->n_vocab;
     w->rows = rows;
     share_out(w->s, n_rows, hash_row, w);
-    for (int i = 0; i < n_rows && gemma3_model_is_exact(w->s->model); i++) {
+    for (int i = 0; i < n_rows && gemma3_model_info(w->s->model)->exact; i++) {
         const float *row = rows + (size_t)i * (size_t)n_vocab;
         struct row *r = row_at(w, i);
         r->nll = position[i] + 1 < w->p->n_ids

@@ -10,7 +10,7 @@ int main(void);
 __asm__(".section .model, \"a\"\n"
         ".global model, model_end\n"
         ".balign 64\n"
-        "model: .incbin \"weights/gemma3-folktales-q4_0.gguf\"\n"
+        "model: .incbin \"" MODEL_FILE "\"\n"
         "model_end:\n"
         ".text\n");
 

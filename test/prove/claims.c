@@ -49,7 +49,7 @@ void claim_take_numbers(const uint8_t *data, size_t size, size_t at, int failed)
     struct cursor c = standing_at(data, size, at, failed);
     take_u32(&c);
     is_inside(&c, data, size, at);
-    take_u64(&c);
+    take_int(&c, 8);
     is_inside(&c, data, size, at);
 }
 
