@@ -684,6 +684,24 @@ conform("mistakes");
 is($code, 0, "conform mistakes");
 like($out, qr/^window-plus-1 +local layers see window \+ 1 keys$/m, "has names and what they are");
 
+# Engines in bf16 round the embedding's scale too: named, but a fault only where the rest is finer.
+{
+    my ($skip, @positions) = (0);
+    for (grep { !/^#/ } split /\n/, slurp("test/vectors/mistakes.txt")) {
+        my ($names, $model, @at) = split;
+        @positions = @at;
+        last if $names eq "embedding-scale-bf16";
+        $skip += 4 * $n_vocab{$model} * @at;
+    }
+    my $bits = substr $rows_of, $skip, 4 * 263 * @positions;
+    my @args = ("-m", "test/data/tiny-62.gguf", "--ids", "test/data/tiny-62.ids", "-t", 1, "--positions", join ",", @positions);
+    conform("compare", spew("scale.f32", noisy($bits, 0.003, 5)), @args);
+    is($code, 1, "a bf16 embedding scale beneath less noise than bf16's does not conform") or diag($out . $err);
+    conform("compare", spew("scale.f32", noisy($bits, 0.008, 5)), @args);
+    is($code, 0, "beneath bf16's it does") or diag($out . $err);
+    like($out, qr/^cause +embedding-scale-bf16: .*^ +it stands out .*^ +engines in bf16 do so: no fault there$/ms, "but is named");
+}
+
 # On the real model a key too many or too few is five hundred times smaller than 8-bit arithmetic.
 SKIP: {
     my $real = "weights/gemma-3-270m-q4_k_m.gguf";
