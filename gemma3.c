@@ -4420,6 +4420,14 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* A mapped file's pages are gone when somebody shortens it, or its disk fails: no way on. */
+static void end_without_file(int number)
+{
+    static const char why[] = "gemma3: the model's file can no longer be read: was it cut off?\n";
+    (void)number;
+    _exit(!!write(2, why, sizeof why - 1));
+}
+
 /* A closed stream leaves its number to the next file that is opened: a model as standard error,
  * say. What takes that number here can do nothing. SIGPIPE and SIGXFSZ would end the program
  * without a word, and leave half a file: ignored, they are errors of writing like any other. */
@@ -4429,6 +4437,7 @@ char **gemma3_host_start(char **argv)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
+    signal(SIGBUS, end_without_file);
     if (*argv && !strchr(*argv, '/')) *argv = "/proc/self/exe"; /* it was found in $PATH */
     return argv;
 }

@@ -179,27 +179,30 @@ static void any_dequantize(const struct matrix *w, int row, int n, float *out)
 
 static const struct kernels any_kernels = {.dequantize = any_dequantize};
 
-/* What a tensor of any type, shape and offset is bound to: all of its rows lie in the file. (Neither
- * can their bytes wrap: a row has at most 4 << 20 of them, and there are at most 1 << 24 rows.) */
+/* What a tensor of any type, shape and offset is bound to: all of its rows lie in the file. (Nor
+ * can their bytes wrap: a row has at most 4 << 20 of them, and there are at most 1 << 24 rows.)
+ * Room for a norm's floats is there: lay_out_model has counted it. */
 static void bind_any(int is_norm)
 {
     const float *norm = NULL;
     struct matrix w = {0};
-    struct slot s = {.name = "blk.0.attn_q.weight", .rows = (int)any(), .cols = (int)any()};
+    struct weight s = {.name = "blk.0.attn_q.weight", .rows = (int)any(), .cols = (int)any()};
     assume(s.rows >= is_norm && s.rows <= (is_norm ? 1 : 1 << 24));
     assume(s.cols >= 1 && s.cols <= 1 << 20);
     if (is_norm) s.norm = &norm;
     else s.w = &w;
-    model.kernels = &any_kernels;
     opened.m = &model;
-    opened.name = "x";
+    opened.kernels = &any_kernels;
+    opened.from.name = "x";
     opened.from.size = any(), opened.from.n_data = any(), opened.from.read = any_read;
     assume(opened.from.size <= (uint64_t)1 << 46 && opened.from.n_data <= opened.from.size);
     opened.from.data = weights = any_file(opened.from.n_data);
     opened.data = any(), opened.alignment = any();
-    assume(opened.data <= (uint64_t)1 << 47 && opened.alignment >= 1 && opened.alignment <= (uint64_t)1 << 31);
-    opened.arena = (struct arena){.base = arena, .used = any(), .size = any()};
-    assume(opened.arena.used <= opened.arena.size && opened.arena.size <= (size_t)1 << 46);
+    assume(opened.data <= (uint64_t)1 << 47);
+    assume(opened.alignment >= 1 && opened.alignment <= (uint64_t)1 << 31);
+    opened.arena = (struct arena){.base = arena, .used = 0, .size = any()};
+    assume(opened.arena.size <= (size_t)1 << 46);
+    assume(opened.arena.size >= (size_t)4 * (size_t)s.cols + 63);
     if (bind(&opened, &s) || is_norm) return;
     must(w.rows >= 1 && w.rows <= 1 << 24 && w.cols == s.cols && (!s.rows || w.rows == s.rows));
     must(w.row_bytes >= 1 && w.row_bytes <= (size_t)4 << 20);

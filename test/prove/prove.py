@@ -170,8 +170,8 @@ class Proof:
         if address.concrete:
             k = (address.concrete_value >> 47) - 1
         else:
-            k = next((k for k, size in enumerate(files)
-                      if not size.variables.isdisjoint(address.variables)), -1)
+            # only of any_file's, the first, addresses are made from its size: a cursor's
+            k = 0 if files and not files[0].variables.isdisjoint(address.variables) else -1
         return (address - ((k + 1) << 47), files[k]) if 0 <= k < len(files) else None
 
     def read(self, state):
