@@ -195,7 +195,7 @@ static int positions_of(const struct session *s, int32_t **out)
 {
     if (!s->args->positions) return -1;
     int n = parse_numbers(s->args->positions, ", \t\n", out);
-    if (n < 1) return complain("--positions \"%s\": expected whole numbers parted by commas",
+    if (n < 1) return complain("--positions \"%s\": expected whole numbers separated by commas",
                                s->args->positions), -2;
     for (int i = 0; i < n; i++) {
         if ((*out)[i] < 0) (*out)[i] += s->n_ids;

@@ -30,7 +30,7 @@ extern const int n_mistakes;
 
 /* -1 when there is none of that name. */
 int find_mistake(const char *name, size_t n);
-/* Whether a list of names parted by commas has it. */
+/* Whether a list of names separated by commas has it. */
 int names_mistake(const char *list, const struct mistake *m);
 
 /* Whether the model and the text give the mistake something to be wrong about. */
