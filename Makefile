@@ -77,7 +77,7 @@ sanitize:
 	$(MAKE) clean
 
 # What strangers' files are tried with: test/fuzz/README.md.
-fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove:
+fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage worst prove:
 	$(MAKE) -f test/fuzz/Makefile $@
 
 bench: test/bench $(MODEL)
@@ -111,5 +111,5 @@ weights/gemma-3-270m-q4_k_m.gguf:
 clean:
 	rm -rf gemma3 *.o test/*.o test/bench test/conform $(LINKED) $(INCLUDED) $(FAULTS) test/fuzz/bin *.gcda *.gcno \
 	  test/*.gcda test/*.gcno
-.PHONY: run test builds sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage prove \
-        bench board conform vectors clean
+.PHONY: run test builds sanitize fuzz-gguf fuzz-state fuzz-tokenizer fuzz-readers wrap threads coverage \
+        worst prove bench board conform vectors clean

@@ -9,8 +9,10 @@
  * Every token becomes a vector x of d_model numbers, the residual stream, to which each layer adds
  * twice. Attention lets a token look at those before it: it asks with a query q, they answer with a
  * key k and a value v, and the better q and k fit (their score, a dot product), the more of v it
- * takes. The feed-forward part works on each token alone. At the end each token of the vocabulary
- * gets a number, its logit: the larger, the likelier it comes next.
+ * takes. This happens in n_heads heads at once, each with a q of its own, so that each can look for
+ * something else; several share one k and v. The feed-forward part works on each token alone. At
+ * the end each token of the vocabulary gets a number, its logit: the larger, the likelier it comes
+ * next. W.., *_norm and embedding are the weights, learned in training and read from the file.
  *
  *     x = embedding[id] * sqrt(d_model)
  *     for each layer:
@@ -19,10 +21,11 @@
  *         q, k = rms(q) * q_norm, rms(k) * k_norm     each head for itself
  *         q, k = rope(q), rope(k)                 turns the pairs (j, j + head_dim/2) of the token
  *                                                 at position p by p / base^(2j/head_dim) / factor;
- *                                                 base and factor are the layer's
+ *                                                 base and factor are the layer's. So q . k
+ *                                                 depends on how far apart two tokens are
  *         a = sum of softmax(q . k * query_scale) v    over the positions that the token sees;
  *                                                 query head h: kv head h / (n_heads / n_kv_heads)
- *         x = x + rms(Wo a) * post_attention_norm
+ *         x = x + rms(Wo a) * post_attention_norm     the a of all heads, end to end
  *         y = rms(x) * ffn_norm
  *         f = Wdown (gelu(Wgate y) * Wup y)
  *         x = x + rms(f) * post_ffw_norm
@@ -30,11 +33,12 @@
  *     logits = cap * tanh(logits / cap)           only where a file has a softcap: no Gemma 3 does
  *
  * where rms(x) = x / sqrt(mean(x^2) + eps), softmax(s)_p = exp(s_p) / sum of all exp(s), gelu(x) is
- * about x for large x and 0 for small, W y is a matrix times a vector, and * between vectors is
- * element by element. A program repeats: ids -> logits after the last token -> choose an id ->
- * append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources: the
- * Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py, with which
- * exact mode agrees to float32 rounding.
+ * about x for x far above 0 and about 0 far below, W y is a matrix times a vector, and * between
+ * vectors is element by element. A program repeats: ids -> logits after the last token -> choose an
+ * id -> append it. K and V of earlier tokens never change, so they are kept: the KV cache. Sources:
+ * the Gemma 3 Technical Report (arXiv 2503.19786), and transformers' modeling_gemma3.py. By default
+ * a matrix's input is rounded to int8, 32 numbers to a scale, and weights are what the file has;
+ * exact mode keeps everything in float32, and agrees with transformers to float32's rounding.
  *
  * One layer, with the shapes of 1B:
  *
@@ -108,9 +112,11 @@
  *     output_norm     model.norm                     output_norm.weight
  *     lm_head         lm_head                        output.weight, else token_embd.weight
  * and n_layers, n_heads, n_kv_heads, head_dim, n_vocab, window: gemma3_config in gemma3.h.
- * Indices: l layer, i token of this call, p position in the text, h query head, g key-value head,
- * r row, b block of 32 elements, j element or lane. n is the number of tokens in this call. "Rule
- * 4" is rule 4 of the numeric contract in README.md.
+ * In the formulas above Wq is attn_q, Wo attn_output, q_norm attn_q_norm, and a is attended. Tokens
+ * go through the layers in micro-batches of n_ubatch. Indices: l layer, i token of the micro-batch,
+ * p position in the text, h query head, g key-value head, r row, b block of 32 elements, j element
+ * or lane. n is the number of tokens in the micro-batch. "Rule 4" is rule 4 of the numeric contract
+ * in README.md.
  *
  * Contents
  *      1  The model and the state
@@ -133,12 +139,12 @@
  *     16  The command line
  */
 
-#if !defined(INSTANCE) /* the file includes itself: section 9 */
+#if !defined(INSTANCE) /* the file includes itself for each instruction set: section 9 */
 
 /* For the compiler; a first reading goes on with section 1. The contract forbids it to fuse a*b+c
  * on its own (we say fma where we mean it), and to treat floats as real numbers, whatever its
- * command line allows; gemma3_open tests that it was heard. The two vectorizer lines for gcc and
- * no-tree-ter change speed, never bits. */
+ * command line allows; gemma3_open checks that it obeyed. For gcc tree-vectorize and no-tree-ter
+ * change speed, never bits. */
 #if defined(__clang__)
 #if __clang_major__ >= 12
 #pragma clang diagnostic push
@@ -217,8 +223,14 @@ static void fp_leave(fp_state old);   /* as the caller had them */
 static int sentence(char *text, size_t n, const char *name, const char *format, ...); /* -1 */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
+INLINE int max_int(int a, int b) { return a > b ? a : b; }
 
-/* ==== 1. The model and the state ============================================================== */
+/* ==== 1. The model and the state =================================================================
+ *
+ * Two structs hold everything. The model is what a file says, and never changes once it is open, so
+ * that any number of threads and conversations can share it. A state is one conversation: its KV
+ * cache, and room for what is on its way through the layers. Both lie in one block of memory each,
+ * which a caller may give, so a board needs no malloc. */
 
 /* Tensor types by their number in GGUF. */
 enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11,
@@ -232,8 +244,8 @@ struct matrix {
     const struct format *format;      /* F32, Q4_0 ...: section 8 */
     int rows, cols, tiled;
     size_t row_bytes;
-    const uint8_t *data;              /* NULL: read when it is needed, from */
-    uint64_t offset;                  /* there in the file */
+    const uint8_t *data;              /* NULL: not in memory, read when it is needed */
+    uint64_t offset;                  /* where it begins in the file */
 };
 
 /* Weights of one layer. Norms are float32 vectors, the rest matrices [rows][cols]. */
@@ -271,15 +283,14 @@ struct gemma3_model {
     gemma3_tokenizer *tokenizer;
     gemma3_vocab vocab;
     int32_t stop[MAX_STOP_IDS];       /* the vocabulary's */
-    struct string chat_template;
+    gemma3_info info;
     char name[128];
-    const struct published *published; /* the size, when it is one of Google's */
-    struct origin { const char *key, *from; } origin[MAX_ORIGINS]; /* of what no key says */
+    const struct release *release;    /* Google's, or none: section 12 */
+    struct origin { const char *key, *text; } origin[MAX_ORIGINS]; /* of what no key says */
     char note[MAX_NOTES][160];        /* sentences about keys that are not obeyed */
     int n_origins, n_notes;
 
     gemma3_source source;             /* the file */
-    size_t weight_bytes;
     size_t streamed_row;              /* bytes of the longest row that is not in memory */
     void *allocated;                  /* by gemma3_open, else NULL */
 };
@@ -292,30 +303,31 @@ struct gemma3_state {
     gemma3_params p;
     void *allocated;                  /* by _new, else NULL */
     int pos;                          /* tokens in the cache */
-    int n_ubatch;                     /* min(n_batch, GEMMA3_MAX_UBATCH) */
-    int q_block;                      /* tokens whose attention is computed together */
+    int n_ubatch;                     /* of a micro-batch: tokens in the layers at once */
+    int n_abreast;                    /* of them, those whose attention is computed at once */
     int ring;                         /* slots of a local layer's cache */
     int32_t *ids;                     /* [n_ctx] the tokens in the cache */
     uint8_t *k_cache[GEMMA3_MAX_LAYERS]; /* of F16 or F32; section 4 says how they lie */
     uint8_t *v_cache[GEMMA3_MAX_LAYERS];
-    float *inv_freq[2];               /* [head_dim/2]; 0 global, 1 local, as is_local */
+    float *inv_freq[2];               /* [head_dim/2] 1 / base^(2j/head_dim) / factor */
+                                      /* [0] of global layers, [1] of local ones */
     float *cosine[2], *sine[2];       /* [n_ubatch][head_dim/2] */
     float *x;                         /* [n_ubatch][d_model]        residual stream */
     float *y;                         /* [n_ubatch][d_model]        branch */
     float *q, *attended;              /* [n_ubatch][n_heads][head_dim] */
     float *k, *v;                     /* [n_ubatch][n_kv_heads][head_dim] */
     float *gate, *up;                 /* [n_ubatch][d_ff] */
-    float *block_q, *block_out;       /* [n_kv_heads][q_block][heads per kv head][head_dim] */
-    float *score_sum;                 /* [n_kv_heads][q_block][heads per kv head] */
-    float *score;                     /* [n_kv_heads][q_block][heads per kv head][n_score] */
-    size_t n_score;                   /* n_ctx, rounded up to 16 */
+    float *score_sum;                 /* [n_abreast][n_heads] */
+    float *score;                     /* [n_abreast][n_heads][score_stride] q . k, then its exp */
+    size_t score_stride;              /* n_ctx, rounded up to 16 */
+    /* Working room of the threads: sections 6 and 8. */
     struct q8_block *q8;              /* [n_ubatch][widest input / 32]   a matrix's input as int8 */
     int n_acc;                        /* vectors that a worker multiplies at once, at most */
     float (*acc)[TILE_ROWS];          /* [n_threads][n_acc] */
     struct unpacked *unpacked;        /* [n_threads] */
     float *row_floats;                /* [n_threads][TILE_ROWS][widest input], exact mode */
     uint8_t *streamed;                /* [n_threads][TILE_ROWS][streamed_row] */
-    uint8_t *unread;                  /* [n_threads] 1: a worker's weights could not be read */
+    uint8_t *read_failed;             /* [n_threads] 1: a worker's weights could not be read */
     char error[256];
 };
 
@@ -323,14 +335,15 @@ struct gemma3_state {
  *
  * All arithmetic of the model is in this table; the sections up to 6 only say which numbers meet.
  * A table exists for plain C, which is the definition (section 9), and for each instruction set
- * (section 10). All give the same bits. Loops over tokens and heads are the callers'. */
+ * (section 10). All give the same bits. Loops over tokens and heads are the callers'. A first
+ * reading needs no more than the names: section 3 is next. */
 
 /* 32 activations as int8: x[j] is about d * code[j] (rule 1). */
 struct q8_block {
     float d;
-    float d_sum;           /* d times the sum of the codes, for formats with a minimum */
+    float d_sum;           /* d times the sum of the codes: for weights of scale * code + minimum */
     int32_t sum[2];        /* of the codes in each half */
-    int32_t minus_8_sums;  /* -8 times both: what unsigned Q4_0 nibbles are too large by */
+    int32_t minus_8_sums;  /* -8 times both: Q4_0 keeps codes -8 .. 7 as 0 .. 15 */
     int32_t unused[3];     /* 64 bytes: a cache line */
     int8_t code[32];
 };
@@ -349,7 +362,7 @@ struct product {
 };
 
 /* Values of the cache, weighted and added up: for n queries and a slice of a head. */
-enum { MIX_WIDTH = 32 };     /* elements of a slice, but at a head's end */
+enum { MIX_WIDTH = 32 };     /* elements of a slice; a head's last may have fewer */
 
 struct mix {
     int type;                /* of the cache: F16 or F32 */
@@ -366,15 +379,17 @@ struct mix {
 struct kernels {
     const char *name;
     int tiles;               /* mul_codes takes a tile; 0: rows as they lie in the file */
-    /* x [n] -> codes: d = amax / 127, code = round(x * (127 / amax)), ties to even (rule 1). */
+    /* x [n] -> codes: amax the largest |x|, d = amax / 127, code = round(x * (127 / amax)), ties to
+     * even (rule 1). */
     void (*quantize)(struct q8_block *out, const float *x, int n);
     /* acc[i][r] += row r . q8[i], an integer format's tile: for each block in order
      * acc = fma(isum, d_row * d, acc), isum the exact integer dot product (rule 2). */
     void (*mul_codes)(const struct product *p);
-    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: element j into lane j mod 16 by fma, the
-     * lanes joined as a tree (rule 4). */
+    /* acc[i][r] = row r . x[i], rows of F32, F16, BF16: 16 partial sums, the lanes, element j into
+     * lane j mod 16 by fma, joined as a tree (rule 4). */
     void (*mul_floats)(const struct product *p);
-    /* out [n][cols] = rows r .. r+n-1 of w as float32, as its format defines; of one tile. */
+    /* out [n][cols] = rows r .. r+n-1 of w, which lie in one tile, as float32, as their format
+     * defines. */
     void (*dequantize)(const struct matrix *w, int r, int n, float *out);
     /* y [n] = x / sqrt(mean(x^2) + eps) * w (rules 4, 5). */
     void (*rmsnorm)(float *y, const float *x, const float *w, int n, float eps);
@@ -389,7 +404,7 @@ struct kernels {
     void (*mix_values)(const struct mix *m);
     /* gate [n] = gelu(gate) * up, the tanh form of GELU (rule 5). */
     void (*gelu)(float *gate, const float *up, int n);
-    /* The sum of exp(logits - max) in double, for scores (rule 9). */
+    /* The sum of exp(logits - max), max the largest, in double: for scores (rule 9). */
     double (*sum_exp)(const float *logits, int n, float max);
 };
 
@@ -408,56 +423,61 @@ static void trace(const gemma3_state *s, const char *name, int l, float *x, int 
     if (s->p.trace) s->p.trace(s->p.trace_user, name, l, s->pos, n, width, x);
 }
 
-/* ==== 3. The forward pass ===================================================================== */
+/* ==== 3. The forward pass =======================================================================
+ *
+ * The preface's formulas as code. The tokens of a micro-batch go through the layers side by side,
+ * because each weight is then fetched from memory once for all of them; what a token may see of the
+ * others is attention's business alone. The result does not depend on how a text is cut. */
 
-/* y [n][rows] = w x, one of several with the same input x [n][cols]. */
+/* out [n][rows] = w in, one of several with the same input in [n][cols]. */
 struct linear {
     const struct matrix *w;
-    float *y;
+    float *out;
 };
-static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n);
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *in,
+                   int n);
 
 static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n,
+                    int width);
 static void attention(gemma3_state *s, const struct layer *w, int l, int n);
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
 
 /* n <= n_ubatch tokens through all layers: x [n][d_model] afterwards. A prompt and a single new
- * token are the same. y is the branch that leaves the residual stream x and is added to it
- * again. */
+ * token go the same way. x is the residual stream, y the branch that leaves it and is added. */
 static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
-    size_t size = (size_t)n * c->d_model;
+    size_t n_floats = (size_t)n * c->d_model;
     rope_tables(s, n);
     embed(s, ids, n);
     trace(s, "inp_scaled", -1, s->x, c->d_model, n);
     for (int l = 0; l < c->n_layers; l++) {
         const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->y, s->x, w->attn_norm, n);
+        rmsnorm(s, s->y, s->x, w->attn_norm, n, c->d_model);
         trace(s, "attn_norm", l, s->y, c->d_model, n);
         attention(s, w, l, n);
         trace(s, "attn_out", l, s->y, c->d_model, n);
-        rmsnorm(s, s->y, s->y, w->post_attention_norm, n);
+        rmsnorm(s, s->y, s->y, w->post_attention_norm, n, c->d_model);
         trace(s, "attn_post_norm", l, s->y, c->d_model, n);
-        add(s->x, s->y, size);
+        add(s->x, s->y, n_floats);
         trace(s, "sa_out", l, s->x, c->d_model, n);
-        rmsnorm(s, s->y, s->x, w->ffn_norm, n);
+        rmsnorm(s, s->y, s->x, w->ffn_norm, n, c->d_model);
         trace(s, "ffn_norm", l, s->y, c->d_model, n);
         feed_forward(s, w, l, n);
         trace(s, "ffn_out", l, s->y, c->d_model, n);
-        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n);
+        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n, c->d_model);
         trace(s, "ffn_post_norm", l, s->y, c->d_model, n);
-        add(s->x, s->y, size);
+        add(s->x, s->y, n_floats);
         trace(s, "l_out", l, s->x, c->d_model, n);
     }
 }
 
-/* x [n][d_model] = rows of the embedding times sqrt(d_model): Gemma ties embedding and head, and
- * this scale makes one matrix serve as both. */
+/* x [n][d_model] = rows of the embedding times sqrt(d_model): the matrix is the lm_head too, and as
+ * an embedding its numbers are too small beside what the layers add. */
 static void embed(gemma3_state *s, const int32_t *ids, int n)
 {
     const gemma3_config *c = s->c;
@@ -485,16 +505,16 @@ static void rope_tables(gemma3_state *s, int n)
                         &s->cosine[local][i * half + j], &s->sine[local][i * half + j]);
 }
 
-/* Logits of n_rows of the tokens that forward_ubatch has taken, each n_vocab long. */
+/* Logits of tokens rows[0 .. n_rows-1] of the micro-batch, each n_vocab long. */
 static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
 {
     const gemma3_config *c = s->c;
-    gemma3_trace *look = s->p.trace;  /* as trace, but the rows begin at another position */
+    gemma3_trace *look = s->p.trace;  /* as trace, but from the first row's position on */
     int pos = s->pos + rows[0];
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
-    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows);
+    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows, c->d_model);
     if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->y);
     matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->y, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
@@ -515,17 +535,18 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
         for (; n_rows > 0 && *rows < done + take; n_rows--) rows_here[n_here++] = *rows++ - done;
         if (n_here) unembed(s, rows_here, n_here, logits);
         if (n_here) logits += (size_t)n_here * s->c->n_vocab;
-        if (memchr(s->unread, 1, s->p.n_threads)) break;
+        if (memchr(s->read_failed, 1, s->p.n_threads)) break;
         memcpy(s->ids + s->pos, ids + done, take * sizeof *ids);
         s->pos += take;
     }
     fp_leave(fp);
-    if (!memchr(s->unread, 1, s->p.n_threads)) return 0;
-    memset(s->unread, 0, s->p.n_threads);
+    if (!memchr(s->read_failed, 1, s->p.n_threads)) return 0;
+    memset(s->read_failed, 0, s->p.n_threads);
     return sentence(s->error, sizeof s->error, "", "the model's weights cannot be read");
 }
 
-/* A sentence in s->error when these tokens cannot be taken or these rows cannot be given. */
+/* 0; or, when these tokens cannot be taken or these rows not given, not 0 and a sentence in
+ * s->error. */
 static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
     int n_vocab = s->c->n_vocab;
@@ -546,7 +567,7 @@ static int forward_fault(gemma3_state *s, const int32_t *ids, int n, const int *
 }
 
 /* Labels of the trace as they come, llama.cpp's where it has one: the first and the last two come
- * once, the others in each layer. llama.cpp calls Qcur_raw and Kcur_raw Qcur and Kcur too. */
+ * once, the others in each layer. For llama.cpp Qcur_raw and Kcur_raw are Qcur and Kcur too. */
 static const char *const trace_labels[] = {
     "inp_scaled", "attn_norm", "Qcur_raw", "Kcur_raw", "Vcur", "Qcur_normed", "Kcur_normed", "Qcur",
     "Kcur", "kqv_out", "attn_out", "attn_post_norm", "sa_out", "ffn_norm", "ffn_gate", "ffn_up",
@@ -562,18 +583,19 @@ const char *gemma3_trace_label(int index, int *in_layers)
 
 /* ==== 4. Attention and the KV cache ==============================================================
  *
- * K (after norm and rope) and V are rounded to the cache's type before any use, also by their own
+ * K (after norm and rope) and V are rounded to the cache's type before any use, even by their own
  * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
  * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
- * first token of a call sees survives the call's own writes.
+ * first token of a micro-batch sees survives the micro-batch's own writes.
  *
- * Decoding reads the whole cache for each token, so every task finds its part of it in one stream:
+ * Decoding reads the whole cache for each token, so each task's part of it is contiguous:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
- *     V [n_kv_heads][head_dim / MIX_WIDTH][slots][MIX_WIDTH]      a task sums one slice of a head
+ *     V [n_kv_heads][slices of MIX_WIDTH elements][slots][MIX_WIDTH]  a task sums one slice
  *
- * A prompt's tokens are taken in blocks of q_block tokens: the queries of a block that share a K
- * and V meet each key and value once. With 4 heads to a kv head and q_block 4 that is 16
- * queries. */
+ * The queries of a token that share a K and V meet each key and value once. Tried: the queries of
+ * four tokens together. It saved 0 to 3 % of the time of a prompt of 4,096 tokens (270M, 1B; of
+ * 1,500 tokens on 4B, where only two queries share a key, 2 % on AVX2 and 6 % on AVX-512) and took
+ * twice the text. */
 
 static int cache_type(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? F16 : F32; }
 static size_t kv_element(const gemma3_state *s) { return s->p.kv_type == GEMMA3_KV_F16 ? 2 : 4; }
@@ -582,15 +604,12 @@ static int slots_of(const gemma3_state *s, int l)
     return s->c->is_local[l] ? s->ring : s->p.n_ctx;
 }
 
-/* The attention of one query block in layer l. t counts the block's queries of kv head g: query t
- * is of token i0 + t / heads_per_kv and of query head g * heads_per_kv + t % heads_per_kv. */
+/* The attention of tokens i0 .. i0+n-1 of the micro-batch in layer l, all at once. */
 struct attention {
     gemma3_state *s;
     const struct layer *w;
-    int l, slots;
-    int i0, n;                        /* tokens i0 .. i0+n-1 of this call */
-    int first_pos;                    /* lowest position that any of them sees */
-    int heads_per_kv;
+    int l, slots, heads_per_kv;
+    int i0, n;
 };
 
 static float dot(int type, const uint8_t *row, const float *x, int n);
@@ -602,7 +621,7 @@ static uint8_t *value_at(const struct attention *a, int g, int j0, int p);
 
 /* What this section computes, for one query: out [head_dim] = softmax(q . k) v over the positions
  * first .. p that the token at position p sees. q is scaled; score has room for those positions.
- * The definition: test/attention.c compares it with attend, which does it for many queries. */
+ * The definition: test/attention.c compares it with attend_abreast, which threads share. */
 __attribute__((unused))
 static void attention_by_definition(const struct attention *a, const float *q, int g, int p,
                                     float *score, float *out)
@@ -619,13 +638,13 @@ static void attention_by_definition(const struct attention *a, const float *q, i
     }
 }
 
+/* each(job, i, worker) for every i < n_items, on all threads, of which `worker` runs it. */
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
-static void norm_heads(void *attention, int i, int worker);
-static void rope_heads(void *attention, int i, int worker);
-static void store_heads(void *attention, int i, int worker);
-static void attend(struct attention *a);
+static void rope_heads(void *arg, int i, int worker);
+static void scale_and_store(void *arg, int i, int worker);
+static void attend_abreast(struct attention *a);
 
 /* y [n][d_model] -> y, through attention over the cache of layer l, which gains n positions. */
 static void attention(gemma3_state *s, const struct layer *w, int l, int n)
@@ -639,16 +658,17 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
-    for_each(s, n, norm_heads, &a);
+    rmsnorm(s, s->q, s->q, w->attn_q_norm, n * c->n_heads, c->head_dim);
+    rmsnorm(s, s->k, s->k, w->attn_k_norm, n * c->n_kv_heads, c->head_dim);
     trace(s, "Qcur_normed", l, s->q, q_width, n);
     trace(s, "Kcur_normed", l, s->k, kv_width, n);
     for_each(s, n, rope_heads, &a);
     trace(s, "Qcur", l, s->q, q_width, n);
     trace(s, "Kcur", l, s->k, kv_width, n);
-    for_each(s, n, store_heads, &a);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->q_block) {
-        a.n = min_int(n - a.i0, s->q_block);
-        attend(&a);
+    for_each(s, n, scale_and_store, &a);
+    for (a.i0 = 0; a.i0 < n; a.i0 += a.n) {
+        a.n = min_int(n - a.i0, s->n_abreast);
+        attend_abreast(&a);
     }
     trace(s, "kqv_out", l, s->attended, q_width, n);
     matmul(s, &(struct linear){&w->attn_output, s->y}, 1, s->attended, n);
@@ -660,24 +680,9 @@ static float *head_at(float *x, int n_heads, int head_dim, int i, int h)
     return x + ((size_t)i * n_heads + h) * head_dim;
 }
 
-static void norm_heads(void *attention, int i, int worker)
+static void rope_heads(void *arg, int i, int worker)
 {
-    const struct attention *a = attention;
-    const gemma3_config *c = a->s->c;
-    (void)worker;
-    for (int h = 0; h < c->n_heads; h++) {
-        float *q = head_at(a->s->q, c->n_heads, c->head_dim, i, h);
-        a->s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, c->head_dim, c->rms_eps);
-    }
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = head_at(a->s->k, c->n_kv_heads, c->head_dim, i, g);
-        a->s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, c->head_dim, c->rms_eps);
-    }
-}
-
-static void rope_heads(void *attention, int i, int worker)
-{
-    const struct attention *a = attention;
+    const struct attention *a = arg;
     const gemma3_state *s = a->s;
     int D = s->c->head_dim, local = s->c->is_local[a->l];
     const float *cosine = s->cosine[local] + i * (D / 2), *sine = s->sine[local] + i * (D / 2);
@@ -707,13 +712,15 @@ static uint8_t *value_at(const struct attention *a, int g, int j0, int p)
     return a->s->v_cache[a->l] + before * kv_element(a->s);
 }
 
-/* K and V of token i go into the cache. */
-static void store_heads(void *attention, int i, int worker)
+/* K and V of token i go into the cache; its queries are scaled. */
+static void scale_and_store(void *arg, int i, int worker)
 {
-    const struct attention *a = attention;
+    const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, p = s->pos + i;
+    int D = s->c->head_dim, q_width = s->c->n_heads * D, p = s->pos + i;
+    float *q = s->q + (size_t)i * q_width;
     (void)worker;
+    for (int j = 0; j < q_width; j++) q[j] *= s->c->query_scale;
     for (int g = 0; g < s->c->n_kv_heads; g++) {
         const float *k = head_at(s->k, s->c->n_kv_heads, D, i, g);
         const float *v = head_at(s->v, s->c->n_kv_heads, D, i, g);
@@ -723,151 +730,124 @@ static void store_heads(void *attention, int i, int worker)
     }
 }
 
-/* First position that the token at position p sees: q - k < window in a local layer. */
+/* First position that the token at position p sees: p - first < window in a local layer. */
 static int first_seen(const struct attention *a, int p)
 {
     const gemma3_config *c = a->s->c;
     return c->is_local[a->l] && p >= c->window ? p - c->window + 1 : 0;
 }
 
-/* ---- softmax(q . k) v, for a query block ---- */
+/* ---- softmax(q . k) v ---- */
 
-static int n_queries(const struct attention *a) { return a->n * a->heads_per_kv; }
+/* The queries of one token that share a kv head: heads_per_kv rows of each array. */
+struct queries {
+    int g;                            /* the kv head */
+    int p, first;                     /* the token's position, and the first that it sees */
+    const float *q;                   /* [][head_dim], scaled */
+    float *score;                     /* [][score_stride], of first .. p */
+    float *sum;                       /* softmax's denominators */
+    float *out;                       /* [][head_dim] */
+};
 
-/* Number of a query among all of the block: where its row of block_q, score and block_out lies. */
-static size_t query_at(const struct attention *a, int g, int t)
+/* Number index of them: kv head index % n_kv_heads of token i0 + index / n_kv_heads. */
+static struct queries queries_of(const struct attention *a, int index)
 {
-    return (size_t)g * a->s->q_block * a->heads_per_kv + t;
+    const gemma3_state *s = a->s;
+    int g = index % s->c->n_kv_heads, nth = index / s->c->n_kv_heads, p = s->pos + a->i0 + nth;
+    size_t query = (size_t)nth * s->c->n_heads + g * a->heads_per_kv; /* the first, of all */
+    size_t at = ((size_t)a->i0 * s->c->n_heads + query) * s->c->head_dim;
+    return (struct queries){.g = g, .p = p, .first = first_seen(a, p), .q = s->q + at,
+                            .score = s->score + query * s->score_stride,
+                            .sum = s->score_sum + query, .out = s->attended + at};
 }
 
-/* Queries of one kv head side by side, and scaled. */
-static void gather_queries(const struct attention *a)
-{
-    gemma3_state *s = a->s;
-    const gemma3_config *c = s->c;
-    size_t q_floats = (size_t)a->heads_per_kv * c->head_dim;
-    for (int i = 0; i < a->n; i++)
-        for (int g = 0; g < c->n_kv_heads; g++) {
-            const float *q = s->q + ((size_t)(a->i0 + i) * c->n_kv_heads + g) * q_floats;
-            float *to = s->block_q + ((size_t)g * s->q_block + i) * q_floats;
-            for (size_t j = 0; j < q_floats; j++) to[j] = q[j] * c->query_scale;
-        }
-}
-
-enum { SCORE_RUN = 64 };              /* positions that one task scores */
-
-static int n_score_runs(const struct attention *a)
-{
-    return (a->s->pos + a->i0 + a->n - a->first_pos + SCORE_RUN - 1) / SCORE_RUN;
-}
-
-/* Positions [begin, end) of the cache that lie in a row: fewer when the ring's end comes first. */
-static int run_of(const struct attention *a, int begin, int end)
+/* How many of positions begin .. end-1 lie side by side: fewer when the ring's end comes first. */
+static int contiguous(const struct attention *a, int begin, int end)
 {
     return min_int(end - begin, a->slots - begin % a->slots);
 }
 
-/* Scores of SCORE_RUN positions with every query of one kv head: keys are the rows of a matrix.
- * Among them are positions that a query must not see, later ones and those before its window:
- * softmax and mix pass over them, which is the causal mask. */
+enum { SCORE_RUN = 64 };              /* positions that one task scores */
+
+/* Runs of the last token; no other sees more. */
+static int n_score_runs(const struct attention *a)
+{
+    int p = a->s->pos + a->i0 + a->n - 1;
+    return (p - first_seen(a, p)) / SCORE_RUN + 1;
+}
+
+/* Scores of one run of positions: the keys are the rows of a matrix. Later positions get no score:
+ * that is the causal mask. A token that sees fewer runs than the last has empty ones. */
 static void score_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, g = index / n_score_runs(a);
-    int p = a->first_pos + index % n_score_runs(a) * SCORE_RUN;
-    int end = min_int(s->pos + a->i0 + a->n, p + SCORE_RUN);
+    int D = s->c->head_dim, n_runs = n_score_runs(a);
+    struct queries qs = queries_of(a, index / n_runs);
+    int p = qs.first + index % n_runs * SCORE_RUN, end = min_int(qs.p + 1, p + SCORE_RUN);
     struct product keys = {.format = find_format(cache_type(s)), .row_bytes = D * kv_element(s),
                            .cols = D, .x_stride = D, .acc = acc_of(s, worker)};
     for (; p < end; p += keys.n_rows) {
-        keys.rows = key_at(a, g, p);
-        keys.n_rows = min_int(run_of(a, p, end), TILE_ROWS);
-        for (int t = 0; t < n_queries(a); t += keys.n) {
-            keys.x = s->block_q + query_at(a, g, t) * D;
-            keys.n = min_int(n_queries(a) - t, s->n_acc);
+        keys.rows = key_at(a, qs.g, p);
+        keys.n_rows = min_int(contiguous(a, p, end), TILE_ROWS);
+        for (int h = 0; h < a->heads_per_kv; h += keys.n) {
+            keys.x = qs.q + h * D;
+            keys.n = min_int(a->heads_per_kv - h, s->n_acc);
             s->m->kernels->mul_floats(&keys);
-            for (int k = 0; k < keys.n; k++)
-                copy_floats(s->score + query_at(a, g, t + k) * s->n_score + (p - a->first_pos),
-                            keys.acc[k], keys.n_rows);
+            for (int i = 0; i < keys.n; i++)
+                copy_floats(qs.score + (h + i) * s->score_stride + (p - qs.first), keys.acc[i],
+                            keys.n_rows);
         }
     }
 }
 
-/* One query: its visible scores become exp(score - max); one thread adds them up in fixed order. */
+/* One query: its scores become exp(score - max); one thread adds them up in fixed order. */
 static void softmax_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
-    gemma3_state *s = a->s;
-    int g = index / n_queries(a), t = index % n_queries(a);
-    int p = s->pos + a->i0 + t / a->heads_per_kv, first = first_seen(a, p);
-    float *score = s->score + query_at(a, g, t) * s->n_score + (first - a->first_pos);
+    struct queries qs = queries_of(a, index / a->heads_per_kv);
+    int h = index % a->heads_per_kv, n = qs.p + 1 - qs.first;
+    float *score = qs.score + h * a->s->score_stride;
     (void)worker;
-    s->score_sum[query_at(a, g, t)] = s->m->kernels->exp_scores(score, p + 1 - first, first);
+    qs.sum[h] = a->s->m->kernels->exp_scores(score, n, qs.first);
 }
 
-/* The sums of one slice, divided by their queries' score_sum, go where attn_output expects them. */
-static void divide_and_place(const struct attention *a, int g, int j0, const float *out)
-{
-    gemma3_state *s = a->s;
-    int D = s->c->head_dim;
-    for (int t = 0; t < n_queries(a); t++) {
-        int i = a->i0 + t / a->heads_per_kv, h = g * a->heads_per_kv + t % a->heads_per_kv;
-        float *to = head_at(s->attended, s->c->n_heads, D, i, h) + j0;
-        float sum = s->score_sum[query_at(a, g, t)];
-        for (int j = 0; j < slice_width(D, j0); j++) to[j] = out[(size_t)t * D + j] / sum;
-    }
-}
-
-/* out = sum of e_p v_p over positions in order, for one slice of a kv head and its queries. The
- * tokens of the block see different ranges, [first_seen(p), p], and both ends grow with the token.
- * So the tokens that see a position are one run [from, to). For a window of 4 and tokens 8, 9, 10
- * of a block:
- *
- *     position    5  6  7  8  9  10
- *     token 8     x  x  x  x              from = 0 until 8
- *     token 9        x  x  x  x           to = 2 from 6 on
- *     token 10          x  x  x  x        to = 3 from 7 on, from = 1 at 9, 2 at 10
- *
- * Positions are taken up to where either end of the run changes, or the ring wraps. */
+/* out = sum of e_p v_p over positions in order, divided by the sum of e_p: one slice of a head. */
 static void mix_task(void *arg, int index, int worker)
 {
     const struct attention *a = arg;
     gemma3_state *s = a->s;
-    int D = s->c->head_dim, g = index / n_slices(D), j0 = index % n_slices(D) * MIX_WIDTH;
-    int p0 = s->pos + a->i0, from = 0, to = 1;
-    float *out = s->block_out + query_at(a, g, 0) * D + j0;
-    struct mix m = {.type = cache_type(s), .v_bytes = slice_width(D, j0) * kv_element(s),
-                    .e_stride = s->n_score, .out_stride = D, .width = slice_width(D, j0)};
+    int D = s->c->head_dim, j0 = index % n_slices(D) * MIX_WIDTH, width = slice_width(D, j0);
+    struct queries qs = queries_of(a, index / n_slices(D));
+    struct mix m = {.type = cache_type(s), .v_bytes = width * kv_element(s), .width = width,
+                    .e_stride = s->score_stride, .out = qs.out + j0, .out_stride = D,
+                    .n = a->heads_per_kv};
     (void)worker;
-    for (int t = 0; t < n_queries(a); t++) memset(out + (size_t)t * D, 0, m.width * sizeof(float));
-    for (int p = a->first_pos, end; p < p0 + a->n; p = end) {
-        while (p0 + from < p) from++;
-        while (to < a->n && first_seen(a, p0 + to) <= p) to++;
-        end = p0 + from + 1;
-        if (to < a->n) end = min_int(end, first_seen(a, p0 + to));
-        end = p + run_of(a, p, end);
-        m.v = value_at(a, g, j0, p);
-        m.n_pos = end - p;
-        m.n = (to - from) * a->heads_per_kv;
-        m.e = s->score + query_at(a, g, from * a->heads_per_kv) * s->n_score + (p - a->first_pos);
-        m.out = out + (size_t)from * a->heads_per_kv * D;
+    for (int h = 0; h < m.n; h++) memset(m.out + h * D, 0, width * sizeof(float));
+    for (int p = qs.first; p <= qs.p; p += m.n_pos) {
+        m.v = value_at(a, qs.g, j0, p);
+        m.n_pos = contiguous(a, p, qs.p + 1);
+        m.e = qs.score + (p - qs.first);
         s->m->kernels->mix_values(&m);
     }
-    divide_and_place(a, g, j0, out);
+    for (int h = 0; h < m.n; h++)
+        for (int j = 0; j < width; j++) m.out[h * D + j] /= qs.sum[h];
 }
 
-/* attended [i0 .. i0+n-1][n_heads][head_dim] for one query block: three phases, each shared out. */
-static void attend(struct attention *a)
+/* attended [i0 .. i0+n-1][n_heads][head_dim]: three steps, each shared out. */
+static void attend_abreast(struct attention *a)
 {
     const gemma3_state *s = a->s;
-    a->first_pos = first_seen(a, s->pos + a->i0);
-    gather_queries(a);
-    for_each(s, s->c->n_kv_heads * n_score_runs(a), score_task, a);
-    for_each(s, s->c->n_kv_heads * n_queries(a), softmax_task, a);
-    for_each(s, s->c->n_kv_heads * n_slices(s->c->head_dim), mix_task, a);
+    int n = a->n * s->c->n_kv_heads;
+    for_each(s, n * n_score_runs(a), score_task, a);
+    for_each(s, n * a->heads_per_kv, softmax_task, a);
+    for_each(s, n * n_slices(s->c->head_dim), mix_task, a);
 }
 
-/* ==== 5. Feed-forward ========================================================================= */
+/* ==== 5. Feed-forward ===========================================================================
+ *
+ * Each token by itself. Most of a layer's weights and time are here. It is gated: gelu(gate) says
+ * how much of up passes (GEGLU, arXiv 2002.05202). */
 
 static void gelu_task(void *state, int i, int worker)
 {
@@ -891,16 +871,18 @@ static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n)
 /* ==== 6. Matrix times vectors, and how threads share =============================================
  *
  * Threads share out whole things: tokens, heads, tiles of 32 rows. Which thread takes which cannot
- * change a bit, because a sum is one thread's work (rule 7). */
+ * change a bit, because a sum is one thread's work (rule 7). Matrices with the same input are
+ * shared out as one: every call ends when its slowest thread does, so few long calls are better
+ * than many short ones. */
 
-/* Share number i of total things cut into n_tasks runs: [*begin, *end). */
+/* Share number i of total things cut into n_tasks shares: [*begin, *end). */
 static void share_of(int total, int n_tasks, int i, int *begin, int *end)
 {
     *begin = (int)((int64_t)total * i / n_tasks);
     *end = (int)((int64_t)total * (i + 1) / n_tasks);
 }
 
-/* Things to do for each of n_items, handed out in a few runs for each thread. */
+/* A loop over n_items, cut into a few shares for each thread. */
 struct items {
     int n_items, n_tasks;
     gemma3_task *each;
@@ -911,15 +893,14 @@ enum { TASKS_PER_THREAD = 6 };        /* 16 gave the same speed */
 
 static void items_task(void *arg, int index, int worker)
 {
-    const struct items *w = arg;
-    fp_state fp = fp_enter(); /* the thread may be the caller's */
+    const struct items *items = arg;
+    fp_state fp = fp_enter(); /* a thread of the caller's pool has its own rounding mode */
     int i, end;
-    share_of(w->n_items, w->n_tasks, index, &i, &end);
-    for (; i < end; i++) w->each(w->job, i, worker);
+    share_of(items->n_items, items->n_tasks, index, &i, &end);
+    for (; i < end; i++) items->each(items->job, i, worker);
     fp_leave(fp);
 }
 
-/* each(job, i, worker) for every i < n_items, on all threads. */
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job)
 {
     struct items w = {n_items, min_int(n_items, s->p.n_threads * TASKS_PER_THREAD), each, job};
@@ -928,26 +909,30 @@ static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void
         for (int i = 0; i < n_items; i++) each(job, i, 0);
 }
 
-/* y = rms(x) * w; x and y are [n][d_model] */
+/* y = rms(x) * w; x and y are [n][width] */
 struct norm {
     const gemma3_state *s;
     float *y;
     const float *x, *w;
+    int width;
 };
 
 static void norm_task(void *arg, int i, int worker)
 {
     const struct norm *job = arg;
-    const gemma3_config *c = job->s->c;
-    size_t at = (size_t)i * c->d_model;
+    size_t at = (size_t)i * job->width;
     (void)worker;
-    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
+    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, job->width, job->s->c->rms_eps);
 }
 
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
+/* A single token's heads are not worth calling the other threads. */
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n,
+                    int width)
 {
-    struct norm job = {.s = s, .y = y, .x = x, .w = w};
-    for_each(s, n, norm_task, &job);
+    struct norm job = {.s = s, .y = y, .x = x, .w = w, .width = width};
+    if ((int64_t)n * width >= 16384) for_each(s, n, norm_task, &job);
+    else
+        for (int i = 0; i < n; i++) norm_task(&job, i, 0);
 }
 
 static int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
@@ -964,8 +949,8 @@ static void copy_floats(float *to, const float *from, int n)
     else memcpy(to, from, n * sizeof(float));
 }
 
-/* w itself or, of weights that are not in memory, its rows row .. row + n - 1 as a matrix of their
- * own, n <= TILE_ROWS, in the worker's room. */
+/* w itself; or, when it is not in memory, its rows row .. row + n - 1, n <= TILE_ROWS, read into
+ * the worker's room, as a matrix of their own. */
 static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *w, int row, int n,
                                     int worker)
 {
@@ -976,7 +961,7 @@ static struct matrix rows_in_memory(const gemma3_state *s, const struct matrix *
     uint64_t offset = w->offset + (uint64_t)row * w->row_bytes;
     if (from->read(from->user, offset, room, n * w->row_bytes)) {
         memset(room, 0, n * w->row_bytes);
-        s->unread[worker] = 1;
+        s->read_failed[worker] = 1;
     }
     here.data = room;
     here.rows = n;
@@ -992,11 +977,12 @@ static void dequantize_row(const gemma3_state *s, const struct matrix *w, int ro
 struct matmul {
     const gemma3_state *s;
     const struct linear *to;
-    const float *x;                   /* [n][cols] */
+    const float *in;                  /* [n][cols] */
     int n;
-    size_t blocks;                    /* of a row of q8 */
+    size_t row_blocks;                /* of a row of q8 */
 };
 
+/* n_rows rows of one tile times every vector, into acc, which is 0. Section 8 says how. */
 static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
                      int worker);
 
@@ -1012,7 +998,7 @@ static void matmul_task(void *arg, int index, int worker)
     memset(acc, 0, job->n * sizeof *acc);
     mul_tile(job, &here, to->w->data ? row : 0, n_rows, worker);
     for (int i = 0; i < job->n; i++)
-        copy_floats(to->y + (size_t)i * to->w->rows + row, acc[i], n_rows);
+        copy_floats(to->out + (size_t)i * to->w->rows + row, acc[i], n_rows);
 }
 
 static void quantize_task(void *arg, int i, int worker)
@@ -1020,13 +1006,14 @@ static void quantize_task(void *arg, int i, int worker)
     const struct matmul *job = arg;
     int cols = job->to->w->cols;
     (void)worker;
-    job->s->m->kernels->quantize(job->s->q8 + i * job->blocks, job->x + (size_t)i * cols, cols);
+    const float *x = job->in + (size_t)i * cols;
+    job->s->m->kernels->quantize(job->s->q8 + i * job->row_blocks, x, cols);
 }
 
-/* Every one of n_to matrices with the same input x [n][cols]. */
-static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *x, int n)
+/* out = w in for each of n_to matrices with the same input in [n][cols]. */
+static void matmul(const gemma3_state *s, const struct linear *to, int n_to, const float *in, int n)
 {
-    struct matmul job = {s, to, x, n, ((size_t)to->w->cols + 31) / 32};
+    struct matmul job = {s, to, in, n, ((size_t)to->w->cols + 31) / 32};
     int tiles = 0, has_codes = 0;
     for (int k = 0; k < n_to; k++) {
         tiles += n_tiles(to[k].w);
@@ -1147,27 +1134,24 @@ static void fp_leave(fp_state old) { (void)old; }
 #define LN2_HIGH 0x1.62e42fee00000p-1 /* 21 zero bits at the end: times an exponent it is exact */
 #define LN2_LOW 0x1.a39ef35793c76p-33
 
-static const double exp_taylor[14] = {
-    1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
-    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-
 /* exp in double: x = n ln2 + r, Taylor's polynomial of degree 13 in r, then n goes into the
- * exponent, a large n in parts. */
-static double exp_double(double x)
+ * exponent, in two parts, as 2^n may be too small or large for a number. Without branches, so that
+ * sums of many become vectors. n stands in the low bits of n + 1.5 * 2^52. */
+INLINE double exp_double(double x)
 {
-    if (x != x) return x;
-    if (x < -745.2) return 0;
-    if (x > 709.78) return (double)float_of(0x7f800000);
-    double n = (x * 0x1.71547652b82fep+0 + 0x1.8p52) - 0x1.8p52;
-    double r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    double e = 0;
-    for (int k = 13; k >= 0; k--) e = exp_taylor[k] + e * r;
-    for (; n > 1000; n -= 512) e *= 0x1p512;
-    for (; n < -1000; n += 512) e *= 0x1p-512;
-    uint64_t u = (uint64_t)(int64_t)(n + 1023) << 52;
-    double scale;
-    memcpy(&scale, &u, 8);
-    return e * scale;
+    static const double taylor[14] = {
+        1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
+        1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    union { double d; uint64_t u; } shifted = {x * 0x1.71547652b82fep+0 + 0x1.8p52}, low, high;
+    double n = shifted.d - 0x1.8p52, r = (x - n * LN2_HIGH) - n * LN2_LOW, e = taylor[13];
+    UNROLL for (int k = 12; k >= 0; k--) e = taylor[k] + e * r;
+    low.u = ((shifted.u + 4096) >> 1) - 2048;
+    high.u = (shifted.u - low.u + 1023) << 52;
+    low.u = (low.u + 1023) << 52;
+    e = e * low.d * high.d;
+    e = x < -745.2 ? 0 : e;
+    e = x > 709.78 ? (double)float_of(0x7f800000) : e;
+    return x != x ? x : e;
 }
 
 static double log_double(double x)
@@ -1211,7 +1195,7 @@ static double power(double base, double exponent) /* base > 0 */
 /* cos and sin of a rotary angle, 0 <= angle < 2^31: less k quarter turns in three steps, then
  * Taylor's series on [-pi/4, pi/4]. pi/2 is cut into parts of 33 bits and k into its low 20 bits
  * and the rest, so that all products with the first two parts are exact. A model is refused whose
- * angles could reach 2^31 (configure_rope); NaN for them here, because casts of such numbers
+ * angles could reach 2^31 (read_config); NaN for them here, because casts of such numbers
  * differ between CPUs. */
 static void cos_sin(float angle, float *c, float *s)
 {
@@ -1556,29 +1540,10 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-/* Rows as floats: where they lie if they are floats, dequantised once for all tokens if not. */
-static void mul_tile_floats(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                            int worker)
-{
-    const gemma3_state *s = job->s;
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
-                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
-                        .n = job->n, .x = job->x, .x_stride = w->cols, .acc = acc_of(s, worker)};
-    if (!is_float(w->format)) {
-        float *rows = s->row_floats + (size_t)worker * TILE_ROWS * 32 * job->blocks;
-        s->m->kernels->dequantize(w, row, n_rows, rows);
-        to_file_order(rows, n_rows * w->cols); /* mul_floats reads floats as files have them */
-        p.format = find_format(F32);
-        p.rows = (const uint8_t *)rows;
-        p.row_bytes = 4 * (size_t)w->cols;
-    }
-    s->m->kernels->mul_floats(&p);
-}
-
-/* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
-enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
+enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048 };
+enum { UNPACK_FROM = 4 };              /* vectors from which on a panel pays */
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
-enum { NIBBLES = 100, PANEL, PANEL_NIBBLES, PANEL_HALVES, PANEL_WIDE, PANEL_ANY };
+enum { PANEL = 100 };                 /* beside the types of tensors: a tile that is unpacked */
 
 /* A byte four times. */
 INLINE int32_t four_times(int byte) { return (int32_t)(0x01010101u * (uint32_t)byte); }
@@ -1592,6 +1557,7 @@ struct place {
 
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
+/* 32 columns of a tile, unpacked by the vector kernels that need them several times. */
 struct panel {
     uint8_t code[32 * TILE_ROWS];     /* element 4q + k of row r at (q * TILE_ROWS + r) * 4 + k */
     float d[TILE_ROWS], m[TILE_ROWS], scale[2][TILE_ROWS], min[2][TILE_ROWS]; /* as struct group */
@@ -1603,30 +1569,29 @@ struct unpacked {
     uint8_t tile[PANELS * TILE_ROWS * MAX_BYTES_OF_32]; /* of a matrix that was not repacked */
 };
 
-/* Int8 activations. A matrix that lies as in the file is made into tiles here, PANELS blocks of 32
- * columns at a time. */
-static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int row, int n_rows,
-                           int worker)
+/* Rows of an integer format as floats, for all tokens. */
+static void dequantize_rows(const gemma3_state *s, const struct matrix *w, int row, int worker,
+                            struct product *p)
 {
-    const gemma3_state *s = job->s;
-    struct unpacked *u = &s->unpacked[worker];
-    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
-                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
-                        .n = job->n, .q8 = s->q8, .x_stride = job->blocks,
-                        .acc = acc_of(s, worker), .scratch = u->panel};
-    if (w->tiled || !s->m->kernels->tiles) {
-        s->m->kernels->mul_codes(&p);
-        return;
-    }
-    int n_blocks = w->cols / w->format->elements, at_once = 32 * PANELS / w->format->elements;
+    float *rows = s->row_floats + (size_t)worker * TILE_ROWS * w->cols;
+    s->m->kernels->dequantize(w, row, p->n_rows, rows);
+    to_file_order(rows, p->n_rows * w->cols); /* mul_floats reads floats as files have them */
+    p->format = find_format(F32);
+    p->rows = (const uint8_t *)rows;
+    p->row_bytes = 4 * (size_t)w->cols;
+}
+
+/* Rows that lie as in the file are made into tiles, PANELS blocks of 32 columns at a time. */
+static void mul_untiled(const gemma3_state *s, struct product p, uint8_t *tile)
+{
+    const struct format *f = p.format;
     const uint8_t *rows = p.rows;
-    p.rows = u->tile;
-    for (int b = 0; b < n_blocks; b += at_once) {
-        int take = min_int(n_blocks - b, at_once);
-        make_tile(u->tile, rows + (size_t)b * w->format->bytes, w->row_bytes, n_rows, take,
-                  w->format);
-        p.cols = take * w->format->elements;
-        p.q8 = s->q8 + (size_t)b * (w->format->elements / 32);
+    int n_blocks = p.cols / f->elements, at_once = 32 * PANELS / f->elements;
+    p.rows = tile;
+    for (int b = 0, take; b < n_blocks; b += take, p.q8 += take * (f->elements / 32)) {
+        take = min_int(n_blocks - b, at_once);
+        make_tile(tile, rows + (size_t)b * f->bytes, p.row_bytes, p.n_rows, take, f);
+        p.cols = take * f->elements;
         s->m->kernels->mul_codes(&p);
     }
 }
@@ -1634,11 +1599,77 @@ static void mul_tile_codes(const struct matmul *job, const struct matrix *w, int
 static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
                      int worker)
 {
-    if (job->s->m->exact || is_float(w->format)) mul_tile_floats(job, w, row, n_rows, worker);
-    else mul_tile_codes(job, w, row, n_rows, worker);
+    const gemma3_state *s = job->s;
+    const struct kernels *k = s->m->kernels;
+    int floats = is_float(w->format), codes = !floats && !s->m->exact;
+    struct product p = {.format = w->format, .rows = w->data + row * w->row_bytes,
+                        .row_bytes = w->row_bytes, .n_rows = n_rows, .cols = w->cols,
+                        .n = job->n, .q8 = s->q8, .x = job->in,
+                        .x_stride = codes ? job->row_blocks : (size_t)w->cols,
+                        .acc = acc_of(s, worker),
+                        .scratch = codes ? s->unpacked[worker].panel : NULL};
+    if (!floats && !codes) dequantize_rows(s, w, row, worker, &p);
+    if (!codes) k->mul_floats(&p);
+    else if (w->tiled || !k->tiles) k->mul_codes(&p);
+    else mul_untiled(s, p, s->unpacked[worker].tile);
 }
 
-enum { EXP_RUN = 64 };                /* logits that sum_exp takes together */
+/* ---- What vector kernels share, whatever their width ---- */
+
+typedef float four __attribute__((vector_size(16)));
+
+/* The last two steps of rule 4's tree, lane j + lane j+2, then + 1, for four sums. */
+#if defined(HAVE_X86)
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    __m128 x = (__m128)ab, y = (__m128)cd;
+    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
+}
+#elif defined(HAVE_NEON)
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
+    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
+#endif
+
+#if defined(HAVE_X86) || defined(HAVE_NEON)
+/* Four times 16 lanes, or once (n 1), as rule 4's tree. */
+INLINE void join_4(float out[4], float lane[4][16], int n)
+{
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
+#endif
+
+/* Asks for memory before it is needed, a little with each block, because a burst stalls.
+ * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
+ * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
+ * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
+ * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
+ * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
+INLINE void prefetch(const uint8_t *p, size_t n_bytes)
+{
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
+}
+
+/* What a copy of the kernels is compiled for. */
+struct kind {
+    int type;                 /* of a tile that is read as it lies (for one vector: Q4_K 9 -> 17 */
+                              /* GB/s on AVX2 against a panel), or PANEL */
+    int quads;                /* products of 4 codes that a dot_sum holds */
+    int has_min, has_halves, is_wide; /* as in struct format */
+};
 
 #endif /* !INSTANCE */
 
@@ -1777,40 +1808,14 @@ static float NAME(exp_scores)(float *s, int n, int first)
     return join_lanes(lane);
 }
 
-/* lane[j % 16] += exp_double(logits[j] - max) for a run of differences from -690 to 0, operation by
- * operation. n reaches the exponent through the low bits of n + 1.5 * 2^52. */
-static void NAME(add_exp_run)(double *lane, const float *logits, double max)
-{
-    union { double d[EXP_RUN]; uint64_t u[EXP_RUN]; } n;
-    double e[EXP_RUN];
-    for (int j = 0; j < EXP_RUN; j++)
-        n.d[j] = (logits[j] - max) * 0x1.71547652b82fep+0 + 0x1.8p52;
-    for (int j = 0; j < EXP_RUN; j++) {
-        double x = logits[j] - max, whole = n.d[j] - 0x1.8p52;
-        double r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
-        e[j] = exp_taylor[13];
-        UNROLL for (int k = 12; k >= 0; k--) e[j] = exp_taylor[k] + e[j] * r;
-    }
-    for (int j = 0; j < EXP_RUN; j++) n.u[j] = (n.u[j] + 1023) << 52;
-    for (int i = 0; i < EXP_RUN; i += 16)
-        for (int j = 0; j < 16; j++) lane[j] += e[i + j] * n.d[i + j];
-}
-
-/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. Where a difference is not a
- * number or below -690, the definition itself runs. */
+/* Rule 9: the sum of exp(logits[j] - max) in double, in 16 lanes. */
 static double NAME(sum_exp)(const float *logits, int n, float max)
 {
     double lane[16] = {0};
     int i = 0;
-    for (int run, n_near; i < n; i += run) {
-        run = min_int(n - i, EXP_RUN), n_near = 0;
-        for (int j = 0; j < run; j++) n_near += logits[i + j] - max >= -690.0f;
-        if (n_near == EXP_RUN)
-            NAME(add_exp_run)(lane, logits + i, max);
-        else
-            for (int j = 0; j < run; j++)
-                lane[j % 16] += exp_double((double)logits[i + j] - max);
-    }
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += exp_double((double)logits[i + j] - max);
+    for (int j = 0; i + j < n; j++) lane[j] += exp_double((double)logits[i + j] - max);
     for (int step = 8; step > 0; step /= 2)
         for (int j = 0; j < step; j++) lane[j] += lane[j + step];
     return lane[0];
@@ -1890,16 +1895,16 @@ static void NAME(mul_codes)(const struct product *p)
             const uint8_t *row = p->rows + r * p->row_bytes;
             const uint8_t *block = row + (size_t)(32 * b / f->elements) * f->bytes;
             struct group w;
-            unpack(f, block, b % (f->elements / 32), &w);
+            unpack(f, block, b % (f->elements / 32), &w);                               /* step 1 */
             for (int i = 0; i < p->n; i++) {
                 const struct q8_block *x = &p->q8[i * p->x_stride + b];
                 int32_t half[2] = {0, 0};
-                for (int j = 0; j < 32; j++) half[j / 16] += w.code[j] * x->code[j];
+                for (int j = 0; j < 32; j++) half[j / 16] += w.code[j] * x->code[j];    /* step 2 */
                 int32_t isum = w.scale[0] * half[0] + w.scale[1] * half[1];
                 int32_t msum = w.min[0] * x->sum[0] + w.min[1] * x->sum[1];
                 float *acc = &p->acc[i][r];
-                *acc = fma_of((float)isum, w.d * x->d, *acc);
-                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);
+                *acc = fma_of((float)isum, w.d * x->d, *acc);                           /* step 3 */
+                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);                 /* step 4 */
             }
         }
 }
@@ -1953,8 +1958,6 @@ static void NAME(mix_values)(const struct mix *m)
 #define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
 #define splat NAME(splat)                 /* a float in every lane */
 #define mul_add NAME(mul_add)         /* a * b + c rounded once */
-#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
-#define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
 #define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x */
 #define dot_add NAME(dot_add)         /* in each lane; start counts in begin or in end, as the */
@@ -1969,25 +1972,10 @@ static void NAME(mix_values)(const struct mix *m)
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
-#define four NAME(four)
-typedef float four __attribute__((vector_size(16)));
-#if defined(HAVE_X86)
-INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
-{
-    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
-    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
-    __m128 x = (__m128)ab, y = (__m128)cd;
-    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
-}
-#else
-INLINE four last_joins(four a, four b, four c, four d)
-{
-    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
-    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
-    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
-    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
-    return vpaddq_f32(ab, cd);
-}
+#if HAS_DOT
+typedef ints dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #endif
 
 #if LANES == 8
@@ -2006,17 +1994,15 @@ INLINE ints look_up(ints c)
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
 }
-typedef ints dot_sum;
 #if HAS_DOT
-INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
 /* wide codes come as code + 128 */
 INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
-INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
+typedef ints dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
@@ -2049,15 +2035,12 @@ INLINE ints look_up(ints c)
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
 }
-typedef ints dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 /* wide codes come as code + 128 */
 INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
-INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
 /* NEON. vmull makes int16 products; with dotprod vdot does all at once. */
@@ -2075,13 +2058,10 @@ INLINE ints look_up(ints c)
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
 }
 #if HAS_DOT
-typedef ints dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
 }
-INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 typedef struct { int16x8_t low, high; } dot_sum;
 INLINE dot_sum dot_begin(int32_t start)
@@ -2111,16 +2091,6 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], float lane[4][16], int n) /* n 1 or 4 */
-{
-    four sum[4], part[4];
-    UNROLL for (int s = 0; s < 4; s++) {
-        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
-        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
-    }
-    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
-    memcpy(out, &sum[0], sizeof sum[0]);
-}
 INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
 INLINE ints repeat_4(const int8_t *p)
 {
@@ -2134,18 +2104,6 @@ INLINE floats widen(int type, const uint8_t *p)
 }
 
 /* ---- Integer formats ---- */
-
-/* Asks for memory before it is needed, a little with each block, because a burst stalls.
- * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
- * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
- * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
- * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
- * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
-#define prefetch NAME(prefetch)
-INLINE void prefetch(const uint8_t *p, size_t n_bytes)
-{
-    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
-}
 
 /* Codes 4q .. 4q+3 of the half that b finds, for LANES rows from row r on. */
 #define codes_of NAME(codes_of)
@@ -2220,41 +2178,33 @@ static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int 
 
 /* ---- A tile times vectors ----
  *
- * A part of the product is NT vectors from i0 on times NH registers of rows from r0 on. NT, NH and
- * kind are constants in each call, so that INLINE makes a copy of the code in which sums stay in
- * registers. The kind says where codes come from, and so how many products fit int16: a format's
- * number (the tile itself, for one vector: Q4_K 9 -> 17 GB/s on AVX2 against a panel), NIBBLES (a
- * tile of Q4_0) or a panel. Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times
- * 2 0.96, 8 times 2 on AVX-512 0.8 to 1; formats read at run time where one vector is multiplied
- * 0.5. */
+ * The steps of rule 2, as in the definition: (1) the codes of a group of 32 columns, (2) their
+ * integer products with the activations' codes, (3) the sums scaled by d of both, (4) the minimum.
+ * Here for NT vectors from i0 on and NH registers of rows from r0 on at once. NT, NH and the kind
+ * are constants in each call, so that INLINE makes a copy of the code whose sums stay in registers.
+ * Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times 2 0.96, 8 times 2 on
+ * AVX-512 0.8 to 1; formats read at run time where one vector is multiplied 0.5. */
 #define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
-#define mul_kind NAME(mul_kind)
+#define mul_vectors NAME(mul_vectors)
 
-/* isum = the scaled integer dot products of one group. */
-INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const struct place *at,
-                      floats isum[8][8])
+/* Steps 1 and 2: isum = the integer products of one group, with halves' scales. */
+INLINE void dot_group(const struct product *p, struct kind kind, int NT, int NH,
+                      const struct place *at, floats isum[8][8])
 {
-    const int nibbles = kind == NIBBLES, panel = kind > NIBBLES;
-    const int halves = kind == Q6_K || kind == PANEL_HALVES || kind == PANEL_ANY;
-    const int wide = !FLIPS && (kind == Q8_0 || kind == PANEL_WIDE ||
-                                (kind == PANEL_ANY && p->format->is_wide));
-    const int small = !INT16_SUMS || kind == Q4_K || kind == PANEL_NIBBLES;
-    const int quads = nibbles ? 4 : halves ? (INT16_SUMS ? 2 : 4) : small && !wide ? 8 : 4;
+    const int nibbles = kind.type == Q4_0, wide = kind.is_wide && !FLIPS, quads = kind.quads;
     const int bias = FLIPS && p->format->is_wide ? 128 : p->format->bias;
-    const uint8_t *from = at->from;
-    const struct panel *o = panel ? (const struct panel *)from : p->scratch;
-    const struct q8_block *x = at->x;
+    const struct panel *o = kind.type == PANEL ? (const struct panel *)at->from : p->scratch;
     ints total[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++) total[i][h] = (ints){0}, isum[i][h] = splat(0);
     for (int q0 = 0; q0 < (nibbles ? 4 : 8); q0 += quads) {
         dot_sum part[8][8];
-        int32_t start[8];
+        int32_t start[8]; /* what takes the bias of the codes away */
         UNROLL for (int i = 0; i < NT; i++) {
-            const struct q8_block *xi = x + i * p->x_stride;
-            start[i] = nibbles ? xi->minus_8_sums : q0 % 4 ? 0 :
-                       -bias * (quads == 8 ? xi->sum[0] + xi->sum[1] : xi->sum[q0 / 4]);
+            const struct q8_block *x = at->x + i * p->x_stride;
+            start[i] = nibbles ? x->minus_8_sums : q0 % 4 ? 0 :
+                       -bias * (quads == 8 ? x->sum[0] + x->sum[1] : x->sum[q0 / 4]);
             UNROLL for (int h = 0; h < NH; h++) part[i][h] = dot_begin(start[i]);
         }
         UNROLL for (int q = q0; q < q0 + quads; q++)
@@ -2263,68 +2213,68 @@ INLINE void dot_group(const struct product *p, int kind, int NT, int NH, const s
                 UNROLL for (int h = 0; h < NH; h++) {
                     const int r = LANES * h, code = 4 * (TILE_ROWS * q + r);
                     if (nibbles)
-                        w[h] = load_ints(from + TILE_ROWS * 2 + code) >> 4 * high & four_times(15);
-                    else if (panel) w[h] = load_ints(o->code + code);
-                    else w[h] = codes_of(kind, find_codes(kind, at->g, q / 4), from, q, r);
+                        w[h] = load_ints(at->from + TILE_ROWS * 2 + code) >> 4 * high &
+                               four_times(15);
+                    else if (kind.type == PANEL) w[h] = load_ints(o->code + code);
+                    else
+                        w[h] = codes_of(kind.type, find_codes(kind.type, at->g, q / 4), at->from,
+                                        q, r);
                 }
                 UNROLL for (int i = 0; i < NT; i++) {
-                    ints c = repeat_4(x[i * p->x_stride].code + 4 * q + 16 * high);
+                    ints c = repeat_4(at->x[i * p->x_stride].code + 4 * q + 16 * high);
                     UNROLL for (int h = 0; h < NH; h++)
                         if (wide) total[i][h] = dot_wide(total[i][h], w[h], c);
                         else part[i][h] = dot_add(part[i][h], w[h], c);
                 }
             }
         UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++)
+            UNROLL for (int h = 0; h < NH; h++) {
                 if (!wide) total[i][h] += dot_end(part[i][h], start[i]);
-        if (!halves || (q0 + quads) % 4) continue;
-        UNROLL for (int i = 0; i < NT; i++)
-            UNROLL for (int h = 0; h < NH; h++) { /* below 2^24, so that float is exact */
+                if (!kind.has_halves || (q0 + quads) % 4) continue;
                 floats scale = load_floats(o->scale[q0 / 4] + LANES * h);
-                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]);
-                total[i][h] = (ints){0};
+                isum[i][h] = mul_add(scale, to_floats(total[i][h]), isum[i][h]); /* below 2^24, */
+                total[i][h] = (ints){0};                            /* so that float is exact */
             }
     }
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++)
-            if (!halves) isum[i][h] = to_floats(total[i][h]);
+            if (!kind.has_halves) isum[i][h] = to_floats(total[i][h]);
 }
 
 /* All groups of the part's columns, in order. */
-INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, int r0)
+INLINE void mul_part(const struct product *p, struct kind kind, int NT, int NH, int i0, int r0)
 {
     const struct format *f = p->format;
-    const int halves = kind == PANEL_HALVES || kind == PANEL_ANY;
-    const int groups = kind <= NIBBLES ? f->elements / 32 : 1, n_groups = p->cols / 32;
-    const size_t bytes = kind <= NIBBLES ? (size_t)TILE_ROWS * f->bytes : sizeof(struct panel);
-    const int has_min = kind < PANEL ? kind == Q4_K || kind == Q5_K : f->m;
+    const int panels = kind.type == PANEL, groups = panels ? 1 : f->elements / 32;
+    const int n_groups = p->cols / 32;
+    const size_t bytes = panels ? sizeof(struct panel) : (size_t)TILE_ROWS * f->bytes;
     struct place at = {p->rows + 4 * r0, 0, p->q8 + i0 * p->x_stride};
     floats sum[8][8], isum[8][8];
     UNROLL for (int i = 0; i < NT; i++)
         UNROLL for (int h = 0; h < NH; h++)
             sum[i][h] = load_floats(p->acc[i0 + i] + r0 + LANES * h);
     for (int b = 0; b < n_groups; b++, at.x++) {
-        const struct panel *o = kind <= NIBBLES ? p->scratch : (const struct panel *)at.from;
-        if (kind == NIBBLES && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
+        const struct panel *o = panels ? (const struct panel *)at.from : p->scratch;
+        if (kind.type == Q4_0 && i0 == 0 && r0 == 0 && p->n >= PREFETCH_FROM)
             prefetch(at.from + n_groups * bytes, bytes);
-        if (kind < NIBBLES) {
+        if (kind.type != Q4_0 && !panels) {
             prefetch(at.from + PREFETCH_AHEAD + at.g * (bytes / groups), bytes / groups);
             NAME(unpack_scales)(f, at.from, at.g, p->scratch);
         }
         dot_group(p, kind, NT, NH, &at, isum);
         UNROLL for (int h = 0; h < NH; h++) {
             const int r = LANES * h;
-            floats d = kind == NIBBLES ? widen_f16(at.from - 2 * r0 + 2 * r)
-                                       : load_floats(o->d + r);
+            floats d = kind.type == Q4_0 ? widen_f16(at.from - 2 * r0 + 2 * r)
+                                         : load_floats(o->d + r);
             UNROLL for (int i = 0; i < NT; i++) {
-                const struct q8_block *xi = at.x + i * p->x_stride;
-                sum[i][h] = mul_add(isum[i][h], d * splat(xi->d), sum[i][h]);
-                if (!has_min) continue;
-                floats msum = splat(xi->d_sum);
-                if (halves) {
-                    msum = splat((float)xi->sum[0]) * load_floats(o->min[0] + r);
-                    msum = mul_add(splat((float)xi->sum[1]), load_floats(o->min[1] + r), msum);
-                    msum *= splat(xi->d);
+                const struct q8_block *x = at.x + i * p->x_stride;
+                sum[i][h] = mul_add(isum[i][h], d * splat(x->d), sum[i][h]); /* step 3 */
+                if (!kind.has_min) continue;
+                floats msum = splat(x->d_sum);                               /* step 4 */
+                if (kind.has_halves) {
+                    msum = splat((float)x->sum[0]) * load_floats(o->min[0] + r);
+                    msum = mul_add(splat((float)x->sum[1]), load_floats(o->min[1] + r), msum);
+                    msum *= splat(x->d);
                 }
                 sum[i][h] = mul_add(load_floats(o->m + r), msum, sum[i][h]);
             }
@@ -2336,15 +2286,14 @@ INLINE void mul_part(const struct product *p, int kind, int NT, int NH, int i0, 
             store_floats(p->acc[i0 + i] + r0 + LANES * h, sum[i][h]);
 }
 
-/* All rows times vectors: `many` for four at a time, `one` for those that are left. */
-INLINE void mul_kind(const struct product *p, int many, int one)
+/* All rows times vectors i, i+1 .., NT at a time; returns the first that is left. */
+INLINE int mul_vectors(const struct product *p, struct kind kind, int NT, int i)
 {
-    const int one_register = INT16_SUMS && (many == PANEL || many == PANEL_HALVES);
-    const int NT = 4, NH = one_register ? 1 : 2, ALL = TILE_ROWS / LANES;
-    int i = 0;
-    for (; many && i + NT <= p->n; i += NT)
-        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, many, NT, NH, i, r);
-    for (; one && i < p->n; i++) mul_part(p, one, 1, ALL, i, 0);
+    const int one = INT16_SUMS && kind.quads < 8 && kind.type == PANEL && !kind.is_wide;
+    const int NH = NT == 1 ? TILE_ROWS / LANES : one ? 1 : 2;
+    for (; i + NT <= p->n; i += NT)
+        for (int r = 0; r < TILE_ROWS; r += NH * LANES) mul_part(p, kind, NT, NH, i, r);
+    return i;
 }
 
 #if !HAS_PIECES
@@ -2384,40 +2333,37 @@ static void NAME(dequantize)(const struct matrix *w, int r, int n, float *out)
 
 static void NAME(mul_codes)(const struct product *p)
 {
+    enum { OF_4_BITS = 8, OF_5_BITS = INT16_SUMS ? 4 : 8, OF_6_BITS = INT16_SUMS ? 2 : 4,
+           OF_8_BITS = FLIPS ? 8 : 4 };
     const struct format *f = p->format;
-    const int wide = f->is_wide && !FLIPS;
-    int blocks = p->cols / 32, groups = f->elements / 32;
-    size_t block_bytes = (size_t)TILE_ROWS * f->bytes;
+    const int has_min = f->m != 0, wide = f->is_wide && !FLIPS, blocks = p->cols / 32;
+    const int groups = f->elements / 32, bytes = TILE_ROWS * f->bytes, i = p->n / 4 * 4;
     struct product some = *p;
-    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : -1) {
-    case Q4_0: mul_kind(p, NIBBLES, NIBBLES); return;
-    case Q8_0: mul_kind(p, 0, Q8_0); return;
-    case Q4_K: mul_kind(p, 0, Q4_K); return;
-    case Q5_K: mul_kind(p, 0, Q5_K); return;
-    case Q6_K: mul_kind(p, 0, Q6_K); return;
-    case Q5_0: mul_kind(p, 0, Q5_0); return;
+    switch (f->type == Q4_0 || p->n < UNPACK_FROM ? f->type : PANEL) {
+    case Q4_0: mul_vectors(p, (struct kind){Q4_0, 4, 0, 0, 0}, 1,
+                           mul_vectors(p, (struct kind){Q4_0, 4, 0, 0, 0}, 4, 0)); return;
+    case Q8_0: mul_vectors(p, (struct kind){Q8_0, OF_8_BITS, 0, 0, 1}, 1, 0); return;
+    case Q4_K: mul_vectors(p, (struct kind){Q4_K, OF_4_BITS, 1, 0, 0}, 1, 0); return;
+    case Q5_K: mul_vectors(p, (struct kind){Q5_K, OF_5_BITS, 1, 0, 0}, 1, 0); return;
+    case Q6_K: mul_vectors(p, (struct kind){Q6_K, OF_6_BITS, 0, 1, 0}, 1, 0); return;
+    case Q5_0: mul_vectors(p, (struct kind){Q5_0, OF_5_BITS, 0, 0, 0}, 1, 0); return;
     }
-    for (int b = 0; b < blocks; b += PANELS) {
+    some.rows = (const uint8_t *)p->scratch;
+    for (int b = 0; b < blocks; b += PANELS, some.q8 += PANELS) {
         some.cols = 32 * min_int(blocks - b, PANELS);
-        some.q8 = p->q8 + b;
-        some.rows = (const uint8_t *)p->scratch;
         for (int a = 0; a < some.cols / 32; a++) {
-            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * block_bytes;
-            prefetch(block + PREFETCH_AHEAD + a % groups * (block_bytes / groups),
-                     block_bytes / groups);
+            const uint8_t *block = p->rows + (size_t)((b + a) / groups) * bytes;
+            prefetch(block + PREFETCH_AHEAD + a % groups * (bytes / groups), bytes / groups);
             NAME(unpack_panel)(f, block, (b + a) % groups, p->scratch + a);
         }
-        if (wide) mul_kind(&some, PANEL_WIDE, 0);
-        else if (f->has_halves) mul_kind(&some, PANEL_HALVES, 0);
-        else if (INT16_SUMS && (f->type == Q4_K || f->type == Q4_1))
-            mul_kind(&some, PANEL_NIBBLES, 0);
-        else mul_kind(&some, PANEL, 0);
-        some.n = p->n % 4;
-        some.q8 += (p->n - some.n) * p->x_stride;
-        some.acc += p->n - some.n;
-        mul_kind(&some, 0, PANEL_ANY);
-        some.n = p->n;
-        some.acc = p->acc;
+        if (wide) mul_vectors(&some, (struct kind){PANEL, 4, has_min, 0, 1}, 4, 0);
+        else if (f->has_halves)
+            mul_vectors(&some, (struct kind){PANEL, OF_6_BITS, has_min, 1, 0}, 4, 0);
+        else if (!INT16_SUMS || f->type == Q4_K || f->type == Q4_1)
+            mul_vectors(&some, (struct kind){PANEL, OF_4_BITS, has_min, 0, 0}, 4, 0);
+        else mul_vectors(&some, (struct kind){PANEL, OF_5_BITS, has_min, 0, 0}, 4, 0);
+        /* those that are left: one copy of the code for all formats */
+        mul_vectors(&some, (struct kind){PANEL, OF_6_BITS, has_min, 1, f->is_wide}, 1, i);
     }
 }
 
@@ -2484,7 +2430,7 @@ INLINE void mul_floats_of(const struct product *p, int type)
     enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
     int r = 0, i;
     for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
-        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) /* 16 = 3 + 3 + 3 + 3 + 2 + 2 */
+        for (i = 0; p->n - i >= NV && (NV != 3 || p->n - i != 4); i += NV) /* 4 = 2 + 2 */
             mul_floats_part(p, type, r, i, 4, NV);
         for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
         for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
@@ -2649,7 +2595,6 @@ END_TARGET
 /* Verbs that are other names below. */
 #undef floats
 #undef widen
-#undef prefetch
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels *const all_kernels[] = {
@@ -2760,28 +2705,19 @@ const char *gemma3_isa_name(int index)
  *
  * ne[0] is the length of a row. Nothing of the file is trusted: every read goes through a cursor
  * that knows what is left, and every tensor's type, shape and end are checked once, when it is
- * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked. */
+ * bound. Of pairs and infos we keep where they begin, sorted by name, and read them when asked:
+ * that takes 8 bytes for each, so that a board has room for it, and no file of n bytes costs more
+ * than n log n steps to refuse. */
 
-/* A path for an error message, whose reason comes after it: the end of a long one. */
-enum { SHORT_PATH = 240 };
-static const char *short_path(const char *path, char out[SHORT_PATH])
-{
-    size_t n = strlen(path);
-    if (n < SHORT_PATH) return path;
-    path += n - (SHORT_PATH - 4);
-    while ((*path & 0xc0) == 0x80) path++; /* not in the middle of a character */
-    return strcat(strcpy(out, "..."), path);
-}
+/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
+static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 /* Takes pieces of one block, each aligned to 64 bytes; with base NULL it only counts. */
 struct arena {
     uint8_t *base;
     size_t used, size;
 };
-
-/* Sizes stop at SIZE_MAX, which no memory has, instead of wrapping on a machine of 32 bits. */
-static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
-static size_t plus(size_t a, size_t b) { return a > SIZE_MAX - b ? SIZE_MAX : a + b; }
 
 static void *piece(struct arena *a, size_t count, size_t bytes)
 {
@@ -2790,30 +2726,32 @@ static void *piece(struct arena *a, size_t count, size_t bytes)
     return a->base && a->used <= a->size ? a->base + at : NULL;
 }
 
-/* What a model is opened with. */
+/* What a model is opened with, and what is known of its file on the way. */
 struct opening {
     gemma3_source from;
     gemma3_options options;
     gemma3_error *err;
-    const char *name;                /* of the file, shortened if it must be */
-    char short_name[SHORT_PATH];
-    const uint8_t *header;           /* its first bytes, or a copy of them */
+    const uint8_t *header;           /* the file's first bytes, or a copy of them */
     size_t n_header;
-    size_t *names, n_names;          /* where each pair and info begins, sorted by name */
-    size_t infos;                    /* where infos begin */
     uint64_t n_kv, n_tensors;
+    const uint8_t **names;           /* where each pair and info begins, sorted by name */
+    size_t n_names;
+    const uint8_t *infos;            /* where infos begin */
     uint64_t data, alignment;        /* where tensors begin; of every tensor */
-    struct arena arena;              /* the model's memory */
-    gemma3_model *m;                 /* NULL: only count its pieces */
+    uint64_t n_tokens;               /* of the vocabulary */
+    uint64_t tensor_bytes;           /* of all that could be weights */
+    size_t weight_bytes;             /* of those that are */
+    struct arena arena, weights;     /* the model's memory; what its norms and tiles will need */
+    gemma3_model *m;
+    void *tokenizer_room;
     const struct kernels *kernels;
-    const struct published *size;    /* of that many layers, or NULL */
-    int failed;                      /* a number was refused */
-    int has_merges;                  /* instead of scores */
     int repacks;
-    uint64_t counted;                /* bytes of tensors */
+    int obeys;                       /* keys are obeyed that contradict Google's model */
+    int failed;                      /* a number was refused */
 };
 
-/* Leaves a sentence that begins with name in text [n], or nowhere when it is NULL. Returns -1. */
+/* Leaves a sentence that begins with name, of a long path the end, in text [n], or nowhere when it
+ * is NULL. Returns -1. */
 #if defined(GEMMA3_NO_ERROR_TEXT)
 INLINE int sentence(char *text, size_t n, const char *name, const char *format, ...)
 {
@@ -2825,17 +2763,25 @@ static int sentence(char *text, size_t n, const char *name, const char *format, 
 {
     va_list args;
     if (!text) return -1;
-    size_t used = strlen(strcpy(text, name));
+    size_t length = strlen(name), cut = length < 240 ? 0 : length - 236;
+    while (cut && (name[cut] & 0xc0) == 0x80) cut++; /* not in the middle of a character */
+    int used = snprintf(text, n, "%s%s", cut ? "..." : "", name + cut);
     va_start(args, format);
-    vsnprintf(text + used, n - used, format, args);
+    vsnprintf(text + used, n - (size_t)used, format, args);
     va_end(args);
     return -1;
 }
 #endif
-/* An error; one about a model's file. */
-#define fail(err, ...) sentence((err) ? (err)->text : NULL, sizeof (err)->text, "", __VA_ARGS__)
-#define reject(o, ...) \
-    sentence((o)->err ? (o)->err->text : NULL, sizeof (o)->err->text, (o)->name, __VA_ARGS__)
+/* An error; one about a file of that name; one about the model's. */
+#define fail(err, ...) fail_about(err, "", __VA_ARGS__)
+#define fail_about(err, name, ...) \
+    sentence((err) ? (err)->text : NULL, sizeof (err)->text, name, __VA_ARGS__)
+#define reject(o, ...) fail_about((o)->err, (o)->from.name, __VA_ARGS__)
+
+/* ---- The cursor ----
+ *
+ * Whoever asks for more than is left gets zeros and empty texts, then and ever after. So a pair is
+ * read as it is written above, and what failed is asked once, at its end. */
 
 struct cursor {
     const uint8_t *p;
@@ -2843,6 +2789,7 @@ struct cursor {
     int failed;
 };
 
+/* Where the next n bytes are; NULL when they are not there. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->p;
@@ -2863,15 +2810,15 @@ static uint64_t take_int(struct cursor *c, int n)
 }
 
 static uint32_t take_u32(struct cursor *c) { return (uint32_t)take_int(c, 4); }
-static uint64_t take_u64(struct cursor *c) { return take_int(c, 8); }
 
 static struct string take_string(struct cursor *c)
 {
-    uint64_t n = take_u64(c);
+    uint64_t n = take_int(c, 8);
     struct string s = {(const char *)take(c, n), (size_t)n};
     return s.text ? s : (struct string){"", 0};
 }
 
+/* As memcmp, a beginning before what goes on. Texts may have NULs: no function of C's for them. */
 static int compare_strings(struct string a, struct string b)
 {
     int c = memcmp(a.text, b.text, a.n < b.n ? a.n : b.n);
@@ -2893,6 +2840,9 @@ static struct shown shown(struct string s)
     return out;
 }
 
+/* ---- Pairs and infos ---- */
+
+/* Types of values by their number in GGUF. */
 enum { KV_U8, KV_I8, KV_U16, KV_I16, KV_U32, KV_I32, KV_F32, KV_BOOL, KV_STRING, KV_ARRAY, KV_U64,
        KV_I64, KV_F64, KV_TYPES };
 static const struct { const char *name; uint8_t bytes, is_signed; } kv_types[KV_TYPES] = {
@@ -2913,12 +2863,13 @@ struct tensor {
     uint64_t ne[4], offset;
 };
 
+/* Reads a pair, but its value, which it steps over. */
 static int read_kv(const struct opening *o, struct cursor *c, struct kv *kv)
 {
     kv->key = take_string(c);
     kv->element = kv->type = take_u32(c);
     kv->count = 1;
-    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_u64(c);
+    if (kv->type == KV_ARRAY) kv->element = take_u32(c), kv->count = take_int(c, 8);
     kv->value = *c;
     if (c->failed) return 0;
     if (kv->element == KV_ARRAY)
@@ -2941,26 +2892,10 @@ static int read_tensor(const struct opening *o, struct cursor *c, struct tensor 
     if (!c->failed && (n_dims < 1 || n_dims > 4))
         return reject(o, ": tensor %s has %u dimensions, expected 1 to 4", shown(t->name).text,
                       (unsigned)n_dims);
-    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_u64(c) : 1;
+    for (uint32_t k = 0; k < 4; k++) t->ne[k] = k < n_dims ? take_int(c, 8) : 1;
     t->type = take_u32(c);
-    t->offset = take_u64(c);
+    t->offset = take_int(c, 8);
     return 0;
-}
-
-static struct cursor cursor_at(const struct opening *o, size_t at)
-{
-    return (struct cursor){o->header + at, o->n_header - at, 0};
-}
-
-static struct string name_at(const struct opening *o, size_t at)
-{
-    struct cursor c = cursor_at(o, at);
-    return take_string(&c);
-}
-
-static int compare_at(const struct opening *o, size_t a, size_t b)
-{
-    return compare_strings(name_at(o, a), name_at(o, b));
 }
 
 /* Why a file is none of ours, by how it begins. */
@@ -2974,13 +2909,6 @@ static const struct { const char *begin; uint8_t n, at; const char *what; } othe
     {"\x1f\x8b", 2, 0, "is compressed with gzip: unpack it"},
     {"", 0, 0, "does not begin with \"GGUF\""}};
 
-static int refuse_end(const struct opening *o)
-{
-    if (o->n_header == o->from.size) return reject(o, " is truncated: it ends inside its header");
-    return reject(o, ": its header is longer than the first %llu bytes, which were given",
-                  (unsigned long long)o->n_header);
-}
-
 static int read_start(struct opening *o, struct cursor *c)
 {
     const uint8_t *magic = take(c, 4);
@@ -2993,73 +2921,84 @@ static int read_start(struct opening *o, struct cursor *c)
     if (!c->failed && version != 2 && version != 3)
         return reject(o, ": GGUF version %u%s, expected 2 or 3", (unsigned)version,
                       version && !(version & 0xffff) ? " (a big-endian file)" : "");
-    o->n_tensors = take_u64(c), o->n_kv = take_u64(c);
+    o->n_tensors = take_int(c, 8);
+    o->n_kv = take_int(c, 8);
     /* A pair has 13 bytes or more, an info 32. */
     if (c->failed || o->n_kv > o->from.size / 13 || o->n_tensors > o->from.size / 32)
         return reject(o, " is truncated: its header promises %llu keys and %llu tensors",
                       (unsigned long long)o->n_kv, (unsigned long long)o->n_tensors);
-    return o->n_kv > c->left / 13 || o->n_tensors > c->left / 32 ? refuse_end(o) : 0;
+    return 0;
 }
 
-/* Heap sort by name: n log n steps whatever the file, and no memory. */
-static int sort_directory(const struct opening *o)
+/* ---- Looking up ----
+ *
+ * Sorted once, names are found in log n steps, and one that occurs twice stands beside itself.
+ * A key and a tensor must not share one either; no model's file does. */
+
+static struct string name_at(const uint8_t *begin)
 {
-    size_t *at = o->names, n = o->n_names;
+    struct cursor c = {begin, SIZE_MAX, 0};
+    return take_string(&c);
+}
+
+/* Heap sort: n log n steps whatever the file, and no memory. */
+static int sort_names(const struct opening *o)
+{
+    const uint8_t **at = o->names;
+    size_t n = o->n_names;
     for (size_t start = n / 2, left = n, i, child; left > 1;) {
-        size_t moved = at[start > 0 ? --start : --left];
+        const uint8_t *moved = at[start > 0 ? --start : --left];
         if (left < n) at[left] = at[0];
         for (i = start; (child = 2 * i + 1) < left; i = child) {
-            child += child + 1 < left && compare_at(o, at[child + 1], at[child]) > 0;
-            if (compare_at(o, moved, at[child]) >= 0) break;
+            child += child + 1 < left &&
+                     compare_strings(name_at(at[child + 1]), name_at(at[child])) > 0;
+            if (compare_strings(name_at(moved), name_at(at[child])) >= 0) break;
             at[i] = at[child];
         }
         at[i] = moved;
     }
     for (size_t k = 1; k < n; k++)
-        if (!compare_at(o, at[k - 1], at[k]))
+        if (!compare_strings(name_at(at[k - 1]), name_at(at[k])))
             return reject(o, ": %s %s occurs twice", at[k] < o->infos ? "key" : "tensor",
-                          shown(name_at(o, at[k])).text);
+                          shown(name_at(at[k])).text);
     return 0;
 }
 
-/* Where the pair or info of that name begins; 0: nowhere. */
-static size_t find_name(const struct opening *o, const char *name)
+/* 1 and a cursor where the pair or info of that name begins, or 0. */
+static int find_name(const struct opening *o, const char *name, int of_tensor, struct cursor *c)
 {
-    const struct string wanted = {name, strlen(name)};
-    const size_t *at = o->names;
+    const uint8_t *const *at = o->names;
     for (size_t n = o->n_names; n;) {
-        int c = compare_strings(name_at(o, at[n / 2]), wanted);
-        if (c == 0) return at[n / 2];
-        if (c < 0) at += n / 2 + 1, n -= n / 2 + 1;
+        int order = compare_strings(name_at(at[n / 2]), (struct string){name, strlen(name)});
+        if (order == 0) {
+            *c = (struct cursor){at[n / 2], o->n_header - (size_t)(at[n / 2] - o->header), 0};
+            return (at[n / 2] >= o->infos) == of_tensor;
+        }
+        if (order < 0) at += n / 2 + 1, n -= n / 2 + 1;
         else n /= 2;
     }
     return 0;
 }
 
-/* 1 and the pair of that key, or 0. */
+/* 1 and the pair of that key, or 0. It was read before: nothing can be wrong with it. */
 static int find_kv(const struct opening *o, const char *key, struct kv *kv)
 {
-    size_t at = find_name(o, key);
-    struct cursor c = cursor_at(o, at);
-    return at && at < o->infos && !read_kv(o, &c, kv) && !c.failed;
+    struct cursor c;
+    return find_name(o, key, 0, &c) && !read_kv(o, &c, kv);
 }
 
 static int find_tensor(const struct opening *o, const char *name, struct tensor *t)
 {
-    size_t at = find_name(o, name);
-    struct cursor c = cursor_at(o, at);
-    return at >= o->infos && !read_tensor(o, &c, t) && !c.failed;
+    struct cursor c;
+    return find_name(o, name, 1, &c) && !read_tensor(o, &c, t);
 }
 
-static int read_alignment(struct opening *o)
+/* 1 and the array of that key, if it has at least n such elements. */
+static int find_array(const struct opening *o, const char *key, uint32_t element, int n,
+                      struct kv *kv)
 {
-    struct kv kv;
-    uint64_t a = 32;
-    if (find_kv(o, "general.alignment", &kv)) a = kv.type == KV_U32 ? take_u32(&kv.value) : 0;
-    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
-    o->alignment = a;
-    o->data = (o->data + a - 1) & ~(a - 1);
-    return 0;
+    return find_kv(o, key, kv) && kv->type == KV_ARRAY && kv->element == element &&
+           kv->count >= (uint64_t)n;
 }
 
 /* The next number of a pair or array as double (exact for every value we accept). */
@@ -3087,7 +3026,7 @@ static int find_number(const struct opening *o, const char *key, double *out)
 }
 
 /* A string; empty when there is none. */
-static struct string get_string(const struct opening *o, const char *key)
+static struct string find_string(const struct opening *o, const char *key)
 {
     struct kv kv;
     int found = find_kv(o, key, &kv) && kv.type == KV_STRING;
@@ -3108,34 +3047,36 @@ static int check_string(const struct opening *o, const char *key, const char *us
     return reject(o, ": %s is \"%s\", expected \"%s\"", key, shown(s).text, usual);
 }
 
-/* ==== 12. Opening a model ===================================================================== */
+/* ==== 12. Opening a model =======================================================================
+ *
+ * From a file's header to a model that can compute. The header is walked through to add up the
+ * memory that everything will need, so that one block is asked for at the beginning and none
+ * afterwards, and again to note its names. What follows asks for keys and tensors by name. All
+ * that can be refused is refused before the one step that takes long, making tiles. After this
+ * section nothing is checked again: the forward pass trusts the numbers in the config, the
+ * matrices' shapes, and that their bytes are in the file. */
 
-/* The sizes that Google published: the only place that knows them. What a file leaves out is taken
- * from here, and, when both its layers and d_model are a size's, so is what its keys contradict. */
-static const struct published {
+/* Of Google's models what a file may leave out or have wrong, as config.json and the technical
+ * report have it: the only place that knows them. The last is any other model. */
+static const struct release {
     const char *name;
-    int n_layers, d_model, d_ff, n_heads, n_kv_heads, head_dim, window;
+    int n_layers, d_model, window;
     float rope_factor;               /* of global layers */
-    int query_divisor;               /* queries times 1/sqrt of it; 27B: d_model / n_heads */
-} published[] = {
-    /*     layers  d_model  d_ff   heads  kv  head_dim  window  RoPE  query */
-    {"270M",   18,     640,  2048,     4,  1,      256,    512,    1,   256},
-    {"1B",     26,    1152,  6912,     4,  1,      256,    512,    1,   256},
-    {"4B",     34,    2560, 10240,     8,  4,      256,   1024,    8,   256},
-    {"12B",    48,    3840, 15360,    16,  8,      256,   1024,    8,   256},
-    {"27B",    62,    5376, 21504,    32, 16,      128,   1024,    8,   168},
+    int is_scaled_by_width;          /* queries times 1/sqrt(d_model / n_heads), not of head_dim */
+} releases[] = {
+    {"270M", 18,  640,  512, 1, 0},
+    {"1B",   26, 1152,  512, 1, 0},
+    {"4B",   34, 2560, 1024, 8, 0},
+    {"12B",  48, 3840, 1024, 8, 0},
+    {"27B",  62, 5376, 1024, 8, 1},
+    {"",      0,    0,    0, 1, 0},
 };
+enum { N_RELEASES = sizeof releases / sizeof *releases - 1 };
 
 /* What a host with virtual memory does for us; elsewhere nothing (section 15). */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n);
 static void host_use_large_pages(uint8_t *begin, size_t n);
 static void host_unmap(const gemma3_model *m);
-
-static int no_room(const struct opening *o)
-{
-    return reject(o, " needs more than the %llu bytes of memory that were given",
-                  (unsigned long long)o->arena.size);
-}
 
 /* Says in one sentence why this is no Gemma 3 text model that we can run. */
 static int refuse_others(const struct opening *o)
@@ -3153,7 +3094,7 @@ static int refuse_others(const struct opening *o)
     if (other)
         return reject(o, " is only a model's image encoder (mmproj): give the text model's file");
     for (size_t k = 0; k < o->n_names; k++) {
-        struct string name = name_at(o, o->names[k]);
+        struct string name = name_at(o->names[k]);
         if (o->names[k] < o->infos) continue;
         if (name.n > 5 && !memcmp(name.text, "dense", 5))
             return reject(o, ": tensor %s belongs to an embedding model (EmbeddingGemma), not to a "
@@ -3170,9 +3111,10 @@ static int refuse_others(const struct opening *o)
  * Keys that lie. Files exist whose keys contradict the model they hold. Ollama's own gemma3:1b has
  * final_logit_softcapping 30, which is Gemma 2's (null in transformers' config of Gemma 3; Ollama
  * took it out later); obeying it halves the probability of the right word. Others have lost or
- * changed RoPE's factor or local base. So for a published size its definition (technical report,
- * config.json) wins, and a note says so. options.obey_file lets the file win: to check what another
- * engine makes of it, and for models whose context was extended. */
+ * changed RoPE's factor or local base. So for a model of a release's layers and d_model its
+ * definition wins, and a note says so. options.obey_file lets the file win: to check what another
+ * engine makes of it, and for models whose context was extended. What a file leaves out is taken
+ * from the release of as many layers. */
 
 static const double ANY = 1e30;      /* the upper end of numbers that need not be integers */
 enum { REQUIRED = -1 };
@@ -3199,7 +3141,7 @@ static double get_number(struct opening *o, const char *key, double low, double 
     return low;
 }
 
-/* The same for what the definition says; older: another spelling of the key, or NULL. */
+/* The same for what a release defines; older: another spelling of the key, or NULL. */
 static double get_defined(struct opening *o, const char *key, const char *older, double low,
                           double high, double definition)
 {
@@ -3207,28 +3149,36 @@ static double get_defined(struct opening *o, const char *key, const char *older,
     struct kv kv;
     if (older && !find_kv(o, key, &kv) && find_kv(o, older, &kv)) key = older;
     double x = get_number(o, key, low, high, definition), off = x - definition;
-    if (o->failed || !m->published || o->options.obey_file) return x;
+    if (o->failed || o->obeys) return x;
     if ((off > 0 ? off : -off) > 1e-6 * definition) {
         sentence(m->note[m->n_notes++], sizeof *m->note, "key ", "%s is %g, but Gemma 3 %s has %g, "
-                 "which is used", key, x, m->published->name, definition);
+                 "which is used", key, x, m->release->name, definition);
         m->origin[m->n_origins++] = (struct origin){key, "overridden"};
     }
     return definition;
 }
 
-/* Heads: some converters leave the keys out, the tensors' shapes always tell. */
-static int configure_heads(struct opening *o)
+/* Rows of a tensor, for what some converters leave out; 0 when it has none that could be meant. */
+static int rows_of(const struct opening *o, const char *name)
+{
+    struct tensor t;
+    return find_tensor(o, name, &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+}
+
+/* What decides the tensors' shapes. */
+static int read_shapes(struct opening *o)
 {
     gemma3_config *c = &o->m->config;
-    struct tensor t;
-    int q = find_tensor(o, "blk.0.attn_q.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
-    int k = find_tensor(o, "blk.0.attn_k.weight", &t) && t.ne[1] <= 1 << 20 ? (int)t.ne[1] : 0;
+    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
+    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
+    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
     c->n_heads = get_number(o, "gemma3.attention.head_count", 1, 1024, REQUIRED);
-    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024, q / c->n_heads);
-    if (o->failed) return -1;
-    if (c->head_dim < 2 || c->head_dim % 2)
+    c->head_dim = get_number(o, "gemma3.attention.key_length", 2, 1024,
+                             rows_of(o, "blk.0.attn_q.weight") / c->n_heads);
+    if (!o->failed && (c->head_dim < 2 || c->head_dim % 2))
         return reject(o, ": heads of %d elements, expected an even number", c->head_dim);
-    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024, k / c->head_dim);
+    c->n_kv_heads = get_number(o, "gemma3.attention.head_count_kv", 1, 1024,
+                               rows_of(o, "blk.0.attn_k.weight") / c->head_dim);
     int value_length = get_number(o, "gemma3.attention.value_length", 1, 1024, c->head_dim);
     if (o->failed) return -1;
     if (c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
@@ -3242,16 +3192,15 @@ static int configure_heads(struct opening *o)
 
 /* Which layers are local: gemma3.attention.sliding_window_pattern is absent (6), a number n (every
  * n-th layer is global), or an array with one bool for each layer (true: local). */
-static int configure_layers(struct opening *o)
+static int read_layers(struct opening *o, int window)
 {
     const char *key = "gemma3.attention.sliding_window_pattern";
     gemma3_config *c = &o->m->config;
     struct kv kv;
     int is_array = find_kv(o, key, &kv) && kv.type == KV_ARRAY;
     int n = is_array ? 0 : get_number(o, key, 0, GEMMA3_MAX_LAYERS, 6);
-    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24,
-                            o->size ? o->size->window : 0);
-    if (is_array && (kv.element != KV_BOOL || kv.count < (uint64_t)c->n_layers))
+    c->window = get_defined(o, "gemma3.attention.sliding_window", NULL, 0, 1 << 24, window);
+    if (is_array && !find_array(o, key, KV_BOOL, c->n_layers, &kv))
         return reject(o, ": %s must have one bool for each of %d layers", key, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         int local = is_array ? kv.value.p[l] != 0 : n > 1 && (l + 1) % n != 0;
@@ -3260,91 +3209,69 @@ static int configure_layers(struct opening *o)
     return o->failed;
 }
 
-static int configure_rope(struct opening *o)
+static int read_config(struct opening *o)
 {
-    gemma3_config *c = &o->m->config;
-    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
-    if (none < 0) return -1;
+    gemma3_model *m = o->m;
+    gemma3_config *c = &m->config;
+    const struct release *like = releases;
+    if (read_shapes(o)) return -1;
+    while (like->n_layers && like->n_layers != c->n_layers) like++;
+    m->release = like->d_model == c->d_model ? like : &releases[N_RELEASES];
+    o->obeys = o->options.obey_file || !m->release->n_layers;
+    c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
+    c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
+    c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     c->rope_base_global = get_defined(o, "gemma3.rope.freq_base", "gemma3.rope.global.freq_base",
                                       1, ANY, 1e6);
     c->rope_base_local = get_defined(o, "gemma3.rope.freq_base_swa", "gemma3.rope.local.freq_base",
                                      1, ANY, 1e4);
     c->rope_factor = get_defined(o, "gemma3.rope.scaling.factor", "gemma3.rope.scale_linear",
-                                 0, ANY, o->size ? o->size->rope_factor : 1);
-    if ((!o->m->published || o->options.obey_file) && (none || c->rope_factor == 0))
-        c->rope_factor = 1;
+                                 0, ANY, like->rope_factor);
+    int divisor = like->is_scaled_by_width ? c->d_model / c->n_heads : c->head_dim;
+    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY,
+                                 1.0f / sqrt_of((float)divisor));
+    c->embedding_scale = sqrt_of((float)c->d_model);
+    int none = check_string(o, "gemma3.rope.scaling.type", "linear", "none");
+    if (o->failed || none < 0) return -1;
+    if (o->obeys && (none || c->rope_factor == 0)) c->rope_factor = 1;
     /* Positions are below 2^24, and angles must be below 2^31: cos_sin takes no larger ones. */
-    if (!o->failed && c->rope_factor < 0x1p-7f)
+    if (c->rope_factor < 0x1p-7f)
         return reject(o, ": gemma3.rope.scaling.factor is %g, expected at least 1/128 (angles must "
                       "stay below 2^31)", (double)c->rope_factor);
-    return o->failed;
-}
-
-static int configure(struct opening *o)
-{
-    gemma3_config *c = &o->m->config;
-    c->n_layers = get_number(o, "gemma3.block_count", 1, GEMMA3_MAX_LAYERS, REQUIRED);
-    c->d_model = get_number(o, "gemma3.embedding_length", 1, 1 << 16, REQUIRED);
-    c->d_ff = get_number(o, "gemma3.feed_forward_length", 1, 1 << 20, REQUIRED);
-    c->n_ctx_train = get_number(o, "gemma3.context_length", 1, 1 << 24, 32768);
-    c->rms_eps = get_number(o, "gemma3.attention.layer_norm_rms_epsilon", 0, ANY, 1e-6f);
-    if (!o->failed && c->rms_eps == 0)
+    if (c->rms_eps == 0)
         return reject(o, ": key gemma3.attention.layer_norm_rms_epsilon is 0, expected more");
-    for (size_t k = 0; k < sizeof published / sizeof *published; k++)
-        if (published[k].n_layers == c->n_layers) o->size = &published[k];
-    if (o->size && o->size->d_model == c->d_model) o->m->published = o->size;
-    c->final_softcap = get_defined(o, "gemma3.final_logit_softcapping", NULL, 0, ANY, 0);
     if (c->final_softcap > 0)
-        sentence(o->m->note[o->m->n_notes++], sizeof *o->m->note, "key gemma3.", "final_logit_"
-                 "softcapping is %g, which no Gemma 3 of Google has: it is obeyed",
-                 c->final_softcap);
-    if (configure_heads(o) || configure_layers(o) || configure_rope(o)) return -1;
-    /* 27B's queries are scaled by 1/sqrt(d_model / n_heads), the others' by 1/sqrt(head_dim). */
-    int is_27b = o->size && o->size->query_divisor != o->size->head_dim;
-    float scale = 1.0f / sqrt_of((float)(is_27b ? c->d_model / c->n_heads : c->head_dim));
-    c->query_scale = get_defined(o, "gemma3.attention.scale", NULL, 0x1p-20, ANY, scale);
-    c->embedding_scale = sqrt_of((float)c->d_model);
-    return o->failed;
+        sentence(m->note[m->n_notes++], sizeof *m->note, "key gemma3.", "final_logit_softcapping "
+                 "is %g, which no Gemma 3 of Google has: it is obeyed", c->final_softcap);
+    return read_layers(o, like->window);
 }
 
-/* ---- The tokenizer ---- */
+/* ---- The tokenizer ----
+ *
+ * Its arrays stand in one piece of the model's memory with the tokenizer behind them; the texts
+ * stay in the header. tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and
+ * merges that make them (rank_merges). */
 
-/* Room for the arrays that the tokenizer works on, and, behind them, for itself; texts stay in the
- * header. */
 enum { TOKEN_BYTES = sizeof(char *) + sizeof(uint32_t) + sizeof(float) + sizeof(int32_t) };
 
-static void *tokenizer_room(struct arena *a, int n)
-{
-    size_t own = gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n});
-    return piece(a, 1, plus(times(n, TOKEN_BYTES), own));
-}
-
-static int is_array_of(const struct kv *kv, uint32_t element, int n)
-{
-    return kv->type == KV_ARRAY && kv->element == element && kv->count >= (uint64_t)n;
-}
-
-/* tokenizer.ggml.model is "llama": pieces with scores, or "gpt2": pieces, and merges that make them
- * (rank_merges). */
+/* 1 when it has merges instead of scores, 0 or -1. */
 static int read_vocab(struct opening *o)
 {
     struct kv tokens, scores, types, merges;
-    int can_be = find_kv(o, "tokenizer.ggml.merges", &merges) && is_array_of(&merges, KV_STRING, 1);
+    int n = o->m->token_embd.rows;
+    int can_be = find_array(o, "tokenizer.ggml.merges", KV_STRING, 1, &merges);
     int gpt2 = check_string(o, "tokenizer.ggml.model", "llama", can_be ? "gpt2" : "llama");
     if (gpt2 < 0) return -1;
-    o->has_merges = gpt2;
-    if (!find_kv(o, "tokenizer.ggml.tokens", &tokens) || !is_array_of(&tokens, KV_STRING, 1))
+    if (!find_array(o, "tokenizer.ggml.tokens", KV_STRING, 1, &tokens))
         return reject(o, ": key tokenizer.ggml.tokens is missing or no array of strings");
-    int n = o->m->token_embd.rows;
     if (tokens.count < (uint64_t)n) n = (int)tokens.count;
-    if (!gpt2 &&
-        (!find_kv(o, "tokenizer.ggml.scores", &scores) || !is_array_of(&scores, KV_F32, n)))
+    if (!gpt2 && !find_array(o, "tokenizer.ggml.scores", KV_F32, n, &scores))
         return reject(o, ": key tokenizer.ggml.scores must be an array of %d f32", n);
     int has_types = find_kv(o, "tokenizer.ggml.token_type", &types);
-    if (has_types && !is_array_of(&types, KV_I32, n) && !is_array_of(&types, KV_U32, n))
+    if (has_types && !find_array(o, "tokenizer.ggml.token_type", KV_I32, n, &types) &&
+        !find_array(o, "tokenizer.ggml.token_type", KV_U32, n, &types))
         return reject(o, ": key tokenizer.ggml.token_type must be an array of %d i32", n);
-    const char **text = tokenizer_room(&o->arena, n);
-    if (!text) return no_room(o);
+    const char **text = o->tokenizer_room;
     uint32_t *length = (uint32_t *)(void *)(text + n);
     float *score = (float *)(void *)(length + n);
     int32_t *type = (int32_t *)(void *)(score + n);
@@ -3361,7 +3288,7 @@ static int read_vocab(struct opening *o)
     o->m->vocab = (gemma3_vocab){.n_vocab = n, .text = text, .length = length, .score = score,
                                  .type = type, .stop = o->m->stop};
     o->m->config.n_vocab = n;
-    return 0;
+    return gpt2;
 }
 
 /* Merges "a b" come in the order in which they are made: the rank of the first that makes a piece
@@ -3390,7 +3317,7 @@ static __attribute__((noinline)) int rank_merges(const struct opening *o) /* 1 K
 }
 
 /* The ids that a key gives, one or an array: how many, or -1. When there are none, *ids is that of
- * the token with this text, or -1. */
+ * the first token with this text, or -1. */
 static int read_ids(const struct opening *o, const char *key, const char *text, int32_t *ids,
                     int max)
 {
@@ -3405,15 +3332,17 @@ static int read_ids(const struct opening *o, const char *key, const char *text, 
         if (take_number(o, &kv, &x)) return -1;
         if (!(x >= 0 && x < v->n_vocab))
             return reject(o, ": key %s is %.10g, outside the vocabulary of %d", key, x, v->n_vocab);
+        if (x != (int)x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
         ids[k] = (int32_t)x;
-        if (ids[k] != x) return reject(o, ": key %s is %.10g, expected an integer", key, x);
     }
-    if (text && kv.count == 0) *ids = -1;
-    for (int32_t k = v->n_vocab; text && kv.count == 0 && k-- > 0;)
-        if (string_is((struct string){v->text[k], v->length[k]}, text)) *ids = k;
-    return (int)kv.count;
+    if (kv.count > 0 || !text) return (int)kv.count;
+    int32_t id = 0;
+    while (id < v->n_vocab && !string_is((struct string){v->text[id], v->length[id]}, text)) id++;
+    *ids = id < v->n_vocab ? id : -1;
+    return 0;
 }
 
+/* An answer ends with any of the ids that four keys may name; eos is the first of the first. */
 static int open_tokenizer(struct opening *o)
 {
     static const char *const stop[] = {
@@ -3422,7 +3351,9 @@ static int open_tokenizer(struct opening *o)
     gemma3_model *m = o->m;
     gemma3_vocab *v = &m->vocab;
     double add_bos = 1;
-    if (read_vocab(o) || read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
+    int has_merges = read_vocab(o);
+    if (has_merges < 0 ||
+        read_ids(o, "tokenizer.ggml.bos_token_id", "<bos>", &v->bos, 1) < 0 ||
         read_ids(o, "tokenizer.ggml.unknown_token_id", "<unk>", &v->unknown, 1) < 0)
         return -1;
     for (int k = 0, n; k < 4; k++, v->n_stop += n) {
@@ -3435,74 +3366,63 @@ static int open_tokenizer(struct opening *o)
     void *behind = (int32_t *)(uintptr_t)v->type + v->n_vocab;
     m->tokenizer = gemma3_tokenizer_init(v, behind, gemma3_tokenizer_size(v), o->err);
     if (!m->tokenizer) return -1;
-    return o->has_merges ? rank_merges(o) : 0;
+    return has_merges ? rank_merges(o) : 0;
 }
 
-/* ---- Weights ---- */
+/* ---- Weights ----
+ *
+ * The list below is all that a model is made of; whoever wants to see every weight goes through it
+ * by number. A matrix is used where it lies in the file; a norm, of which a layer has six and all
+ * are small, is copied as float32, so that the forward pass knows one type of them. */
 
-enum dim { ONE, ROWS_OF_FILE, D_MODEL, D_FF, HEAD_DIM, Q_WIDTH, KV_WIDTH };
-
-static int dim_of(const gemma3_model *m, enum dim d)
-{
-    const gemma3_config *c = &m->config;
-    const int n[] = {1, m->token_embd.rows, c->d_model, c->d_ff, c->head_dim,
-                     c->n_heads * c->head_dim, c->n_kv_heads * c->head_dim};
-    return n[d];
-}
-
-/* The tensors "NAME.weight" and "blk.N.NAME.weight" [rows][cols], in the order of the forward pass:
- * the first and the last two are the model's, those between each layer's. A norm has one row. */
-static const struct tensor_place {
-    const char *name;
-    size_t at;                       /* in the model or the layer: its matrix or norm */
-    enum dim rows, cols;
-} places[] = {
-    {"token_embd", offsetof(struct gemma3_model, token_embd), ROWS_OF_FILE, D_MODEL},
-    {"attn_norm", offsetof(struct layer, attn_norm), ONE, D_MODEL},
-    {"attn_q", offsetof(struct layer, attn_q), Q_WIDTH, D_MODEL},
-    {"attn_k", offsetof(struct layer, attn_k), KV_WIDTH, D_MODEL},
-    {"attn_v", offsetof(struct layer, attn_v), KV_WIDTH, D_MODEL},
-    {"attn_q_norm", offsetof(struct layer, attn_q_norm), ONE, HEAD_DIM},
-    {"attn_k_norm", offsetof(struct layer, attn_k_norm), ONE, HEAD_DIM},
-    {"attn_output", offsetof(struct layer, attn_output), D_MODEL, Q_WIDTH},
-    {"post_attention_norm", offsetof(struct layer, post_attention_norm), ONE, D_MODEL},
-    {"ffn_norm", offsetof(struct layer, ffn_norm), ONE, D_MODEL},
-    {"ffn_gate", offsetof(struct layer, ffn_gate), D_FF, D_MODEL},
-    {"ffn_up", offsetof(struct layer, ffn_up), D_FF, D_MODEL},
-    {"ffn_down", offsetof(struct layer, ffn_down), D_MODEL, D_FF},
-    {"post_ffw_norm", offsetof(struct layer, post_ffw_norm), ONE, D_MODEL},
-    {"output_norm", offsetof(struct gemma3_model, output_norm), ONE, D_MODEL},
-    {"output", offsetof(struct gemma3_model, lm_head), ROWS_OF_FILE, D_MODEL},
-};
-enum { N_PLACES = sizeof places / sizeof *places, PER_LAYER = N_PLACES - 3 };
-
-/* One tensor that the model needs. rows 0: as many as the file has. */
-struct slot {
-    char name[48];
-    int rows, cols;
-    struct matrix *w;                /* NULL of a norm */
+/* One tensor that the model needs, [rows][cols]. */
+struct weight {
+    const char *role;                /* "attn_q" */
+    int rows, cols;                  /* rows 0, before it is bound: as many as the file has */
+    struct matrix *w;                /* NULL of a norm, which has one row */
     const float **norm;
+    char name[48];                   /* "blk.7.attn_q.weight" */
 };
 
-/* Number index of them; -1 after the last. */
-static int find_slot(gemma3_model *m, int index, struct slot *t)
+enum { PER_LAYER = 13 };
+
+/* Number index of them, in the order of the forward pass; -1 after the last. */
+static int find_weight(const gemma3_model *of, int index, struct weight *t)
 {
-    int n = m->config.n_layers * PER_LAYER, l = -1, place = index;
-    if (index > n) place = index - n + PER_LAYER;
-    else if (index > 0) l = (index - 1) / PER_LAYER, place = 1 + (index - 1) % PER_LAYER;
-    if (index < 0 || place > N_PLACES - 1 - m->tied) return -1;
-    const struct tensor_place *p = &places[place];
-    *t = (struct slot){.rows = dim_of(m, p->rows), .cols = dim_of(m, p->cols)};
-    char *to = t->name, *owner = l < 0 ? (char *)m : (char *)&m->layer[l];
+    gemma3_model *m = (gemma3_model *)(uintptr_t)of;
+    const gemma3_config *c = &m->config;
+    int D = c->d_model, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    int in_layers = c->n_layers * PER_LAYER, l = -1, k = index;
+    if (index > in_layers) k = index - in_layers + PER_LAYER;
+    else if (index > 0) l = (index - 1) / PER_LAYER, k = 1 + (index - 1) % PER_LAYER;
+    struct layer *w = &m->layer[l < 0 ? 0 : l];
+    const struct weight all[PER_LAYER + 3] = {
+        {"token_embd", m->token_embd.rows, D, &m->token_embd, NULL, ""},
+        {"attn_norm", 1, D, NULL, &w->attn_norm, ""},
+        {"attn_q", q, D, &w->attn_q, NULL, ""},
+        {"attn_k", kv, D, &w->attn_k, NULL, ""},
+        {"attn_v", kv, D, &w->attn_v, NULL, ""},
+        {"attn_q_norm", 1, c->head_dim, NULL, &w->attn_q_norm, ""},
+        {"attn_k_norm", 1, c->head_dim, NULL, &w->attn_k_norm, ""},
+        {"attn_output", D, q, &w->attn_output, NULL, ""},
+        {"post_attention_norm", 1, D, NULL, &w->post_attention_norm, ""},
+        {"ffn_norm", 1, D, NULL, &w->ffn_norm, ""},
+        {"ffn_gate", c->d_ff, D, &w->ffn_gate, NULL, ""},
+        {"ffn_up", c->d_ff, D, &w->ffn_up, NULL, ""},
+        {"ffn_down", D, c->d_ff, &w->ffn_down, NULL, ""},
+        {"post_ffw_norm", 1, D, NULL, &w->post_ffw_norm, ""},
+        {"output_norm", 1, D, NULL, &m->output_norm, ""},
+        {"output", m->token_embd.rows, D, &m->lm_head, NULL, ""}};
+    if (index < 0 || k > PER_LAYER + 2 - m->tied) return -1;
+    *t = all[k];
+    char *to = t->name;
     if (l >= 0) {
         to += strlen(strcpy(to, "blk."));
         for (int unit = l >= 100 ? 100 : l >= 10 ? 10 : 1; unit; unit /= 10)
             *to++ = (char)('0' + l / unit % 10);
         *to++ = '.';
     }
-    strcat(strcpy(to, p->name), ".weight");
-    if (p->rows == ONE) t->norm = (const float **)(void *)(owner + p->at);
-    else t->w = (struct matrix *)(void *)(owner + p->at);
+    strcat(strcpy(to, t->role), ".weight");
     return 0;
 }
 
@@ -3515,15 +3435,16 @@ static const char *const type_names[] = {
     "Q1_0"};
 enum { N_TYPES = sizeof type_names / sizeof *type_names };
 
-static int check_tensor(const struct opening *o, const struct slot *s, const struct tensor *t)
+/* Type and shape. Of more than two dimensions the others are 1. */
+static int check_tensor(const struct opening *o, const struct weight *s, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
     char shape[96], *to = shape, want[24] = "any number of tokens";
     if (!f) {
-        if (t->type < N_TYPES) sentence(want, sizeof want, "", "%s", type_names[t->type]);
-        else sentence(want, sizeof want, "", "%u", (unsigned)t->type);
+        sentence(want, sizeof want, "", "%u", (unsigned)t->type);
         return reject(o, ": tensor %s has type %s, which is not supported (F32 F16 BF16 Q4_0 Q4_1 "
-                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name, want);
+                      "Q5_0 Q5_1 Q8_0 Q2_K to Q6_K IQ4_NL IQ4_XS are)", s->name,
+                      t->type < N_TYPES ? type_names[t->type] : want);
     }
     int rows_fit = s->rows ? t->ne[1] == (uint64_t)s->rows : t->ne[1] >= 1 && t->ne[1] <= 1 << 24;
     if (s->rows) sentence(want, sizeof want, "", "%d", s->rows);
@@ -3539,22 +3460,9 @@ static int check_tensor(const struct opening *o, const struct slot *s, const str
     return 0;
 }
 
-/* A norm's vector as float32. What is read comes to the end of the room that its numbers fill. */
-static int bind_norm(struct opening *o, const struct slot *s, struct matrix *w)
-{
-    float *out = piece(&o->arena, w->cols, sizeof *out);
-    if (!out) return no_room(o);
-    uint8_t *bytes = (uint8_t *)(out + w->cols) - w->row_bytes;
-    if (!w->data && o->from.read(o->from.user, w->offset, bytes, w->row_bytes))
-        return reject(o, ": tensor %s cannot be read", s->name);
-    if (!w->data) w->data = bytes;
-    o->m->kernels->dequantize(w, 0, 1, out);
-    *s->norm = out;
-    return 0;
-}
-
-/* Finds a tensor and checks its type, shape and end. */
-static int bind(struct opening *o, const struct slot *s)
+/* Finds a tensor and checks its type, shape and end. A matrix stays where it is; a norm is copied,
+ * as float32: one that is read comes to the end of the room that its numbers will fill. */
+static int bind(struct opening *o, const struct weight *s)
 {
     struct tensor t;
     struct matrix norm, *w = s->w ? s->w : &norm;
@@ -3575,29 +3483,26 @@ static int bind(struct opening *o, const struct slot *s)
                          .offset = o->data + t.offset};
     if (w->offset + bytes <= o->from.n_data) w->data = (const uint8_t *)o->from.data + w->offset;
     else if (row_bytes > o->m->streamed_row) o->m->streamed_row = row_bytes;
-    o->m->weight_bytes += (size_t)bytes;
-    return s->norm ? bind_norm(o, s, w) : 0;
-}
-
-static int bind_weights(struct opening *o)
-{
-    gemma3_model *m = o->m;
-    struct slot s;
-    struct tensor t;
-    m->layer = piece(&o->arena, m->config.n_layers, sizeof *m->layer);
-    if (!m->layer) return no_room(o);
-    m->tied = !find_tensor(o, "output.weight", &t);
-    for (int k = 0; !find_slot(m, k, &s); k++)
-        if (bind(o, &s)) return -1;
-    if (m->tied) m->lm_head = m->token_embd;
+    o->weight_bytes += (size_t)bytes;
+    if (s->w) return 0;
+    float *floats = piece(&o->arena, w->cols, sizeof *floats);
+    uint8_t *stored = (uint8_t *)(floats + w->cols) - row_bytes;
+    if (!w->data && o->from.read(o->from.user, w->offset, stored, row_bytes))
+        return reject(o, ": tensor %s cannot be read", s->name);
+    if (!w->data) w->data = stored;
+    o->kernels->dequantize(w, 0, 1, floats);
+    *s->norm = floats;
     return 0;
 }
 
-/* ---- Integer formats into tiles ---- */
+/* ---- Integer formats into tiles ----
+ *
+ * 32 rows interleaved, as the vector kernels read them (section 8). It takes seconds, so that it
+ * comes last, is shared out to threads and tells how far it is. */
 
 struct repack {
     const gemma3_model *m;
-    struct matrix *w;
+    const struct matrix *w;
     uint8_t *to;
     int n_tasks;
 };
@@ -3614,32 +3519,32 @@ static void repack_task(void *arg, int index, int worker)
     (void)worker;
     share_of(n_tiles(w), job->n_tasks, index, &tile, &end);
     int row = tile * TILE_ROWS, last = min_int(end * TILE_ROWS, w->rows);
-    const uint8_t *from = w->data + row * w->row_bytes;
+    const uint8_t *begin = w->data + row * w->row_bytes;
     for (int n; row < last; row += n) {
         n = min_int(last - row, TILE_ROWS);
         make_tile(job->to + row * w->row_bytes, w->data + row * w->row_bytes, w->row_bytes, n,
                   w->cols / w->format->elements, w->format);
     }
-    host_give_back(job->m, from, (size_t)(w->data + last * w->row_bytes - from));
+    host_give_back(job->m, begin, (size_t)(w->data + last * w->row_bytes - begin));
 }
 
+/* Bytes of a matrix as tiles; 0 when it stays as it is. */
 static size_t tiled_bytes(const struct matrix *w)
 {
     return is_float(w->format) ? 0 : times(n_tiles(w), times(TILE_ROWS, w->row_bytes));
 }
 
-static int repack(struct opening *o)
+/* All matrices that are in memory; the others are interleaved whenever they are read. */
+static void repack(struct opening *o)
 {
-    gemma3_model *m = o->m;
     const gemma3_options *p = &o->options;
-    struct slot s;
-    for (int k = 0, n = 1 + m->config.n_layers * PER_LAYER; !find_slot(m, k, &s); k++) {
+    struct weight s;
+    for (int k = 0, n = 1 + o->m->config.n_layers * PER_LAYER; !find_weight(o->m, k, &s); k++) {
         if (p->progress) p->progress(p->user, (double)min_int(k + 1, n) / n);
         size_t bytes = s.w && s.w->data ? tiled_bytes(s.w) : 0;
-        struct repack job = {m, s.w, piece(&o->arena, 1, bytes),
-                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
-        if (!job.to) return no_room(o);
         if (!bytes) continue;
+        struct repack job = {o->m, s.w, piece(&o->arena, 1, bytes),
+                             MIN_REPACK_TASKS + (int)(bytes / REPACK_BYTES)};
         if (p->parallel_for && p->n_threads > 1)
             p->parallel_for(p->pool, job.n_tasks, repack_task, &job);
         else
@@ -3647,12 +3552,11 @@ static int repack(struct opening *o)
         s.w->data = job.to;
         s.w->tiled = 1;
     }
-    if (m->tied) m->lm_head = m->token_embd;
-    return 0;
 }
 
 /* ---- Opening ---- */
 
+/* The kernels asked for, or the best that this CPU has. */
 static int choose_kernels(struct opening *o)
 {
     const char *isa = o->options.isa ? o->options.isa : gemma3_isa_name(0);
@@ -3664,117 +3568,159 @@ static int choose_kernels(struct opening *o)
     return 0;
 }
 
-/* Pieces that a pair or an info will need, of tensors that are not asked for too. */
-static void count_kv(struct opening *o, struct kv *kv)
-{
-    double n = 0;
-    if (string_is(kv->key, "gemma3.block_count") && kv->type != KV_ARRAY &&
-        !take_number(o, kv, &n) && n >= 1)
-        piece(&o->arena, n < 128 ? (size_t)n : GEMMA3_MAX_LAYERS, sizeof(struct layer));
-    if (string_is(kv->key, "tokenizer.ggml.tokens") && is_array_of(kv, KV_STRING, 1))
-        tokenizer_room(&o->arena, kv->count < 1 << 24 ? (int)kv->count : 1 << 24);
-}
-
-static void count_tensor(struct opening *o, const struct tensor *t)
+/* Adds up the memory for a tensor's floats or tiles, also of one that is never asked for. What
+ * cannot be bound, because it is not in the file, needs none. */
+static int count_tensor(struct opening *o, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
-    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return;
+    if (!f || t->ne[0] > 1 << 20 || t->ne[1] > 1 << 24) return 0;
     struct matrix w = {.format = f, .rows = (int)t->ne[1], .cols = (int)t->ne[0],
                        .row_bytes = (size_t)t->ne[0] / f->elements * f->bytes};
-    o->counted += (uint64_t)w.row_bytes * t->ne[1];
-    if (o->counted / 16 > o->from.size) return; /* tensors may overlap, but not without end */
-    if (w.rows == 1) piece(&o->arena, w.cols, sizeof(float));
-    if (o->repacks) piece(&o->arena, 1, tiled_bytes(&w));
+    uint64_t bytes = (uint64_t)w.row_bytes * t->ne[1];
+    if (bytes > o->from.size) return 0;
+    if (w.rows == 1) piece(&o->weights, w.cols, sizeof(float));
+    if (o->repacks) piece(&o->weights, 1, tiled_bytes(&w));
+    o->tensor_bytes += bytes;
+    if (o->tensor_bytes / 16 > o->from.size)
+        return reject(o, ": its tensors share their bytes more than 16 times");
+    return 0;
 }
 
-/* Walks through the header: notes where pairs and infos begin, or counts pieces for them. */
+/* Walks through the header and adds up sizes or, once there is room, notes where names begin. */
 static int walk(struct opening *o)
 {
-    struct cursor c = cursor_at(o, 0);
+    struct cursor c = {o->header, o->n_header, 0};
     struct kv kv;
     struct tensor t;
     if (read_start(o, &c)) return -1;
-    o->infos = SIZE_MAX;
+    o->weights.used = o->tensor_bytes = o->n_tokens = 0;
+    o->infos = o->header + o->n_header;
     o->n_names = (size_t)(o->n_kv + o->n_tensors);
-    o->names = piece(&o->arena, o->n_names, sizeof *o->names);
-    if (o->m && !o->names) return no_room(o);
     for (size_t k = 0; k < o->n_names && !c.failed; k++) {
-        size_t at = o->n_header - c.left;
-        if (o->m) o->names[k] = at;
-        if (k == o->n_kv) o->infos = at;
+        const uint8_t *begin = c.p;
+        if (k == o->n_kv) o->infos = begin;
         if (k < o->n_kv ? read_kv(o, &c, &kv) : read_tensor(o, &c, &t)) return -1;
-        if (o->m || c.failed) continue;
-        if (k < o->n_kv) count_kv(o, &kv);
-        else count_tensor(o, &t);
+        if (o->names) o->names[k] = begin;
+        else if (k >= o->n_kv && !c.failed && count_tensor(o, &t)) return -1;
+        else if (k < o->n_kv && string_is(kv.key, "tokenizer.ggml.tokens")) o->n_tokens = kv.count;
     }
-    if (c.failed) return refuse_end(o);
+    if (c.failed && o->n_header == o->from.size)
+        return reject(o, " is truncated: it ends inside its header");
+    if (c.failed)
+        return reject(o, ": its header is longer than the first %llu bytes, which were given",
+                      (unsigned long long)o->n_header);
     o->data = o->n_header -= c.left;
-    if (!o->from.is_mapped) return 0;
-    uint8_t *copy = piece(&o->arena, o->n_header, 1); /* of what the tokenizer goes on using */
-    if (!o->m) return 0;
-    if (!copy) return no_room(o);
+    return 0;
+}
+
+/* A mapped file is no safe place for the header, which the tokenizer goes on using: somebody may
+ * change it, even between two steps of opening. So what counts is what stands in the copy. */
+static int copy_header(struct opening *o)
+{
+    uint8_t *copy = o->from.is_mapped ? piece(&o->arena, o->n_header, 1) : NULL;
+    if (!copy) return 0; /* if there was no room for it, there is none for the rest */
     o->header = memcpy(copy, o->header, o->n_header);
-    host_give_back(o->m, o->from.data, o->n_header);
+    return walk(o);
+}
+
+/* Where everything of a model lies; norms and tiles come behind it. A layer has PER_LAYER tensors
+ * in the file, so that the first one that is missing belongs to one of these layers. */
+static int lay_out_model(struct opening *o)
+{
+    struct arena *a = &o->arena;
+    int n = o->n_tokens < 1 << 24 ? (int)o->n_tokens : 1 << 24;
+    gemma3_model *m = o->m = piece(a, 1, sizeof *m);
+    o->names = piece(a, o->n_names, sizeof *o->names);
+    struct layer *layer = piece(a, (size_t)o->n_tensors / PER_LAYER + 1, sizeof *layer);
+    o->tokenizer_room = piece(a, 1, plus(times(n, TOKEN_BYTES),
+                                         gemma3_tokenizer_size(&(gemma3_vocab){.n_vocab = n})));
+    size_t needed = plus(a->used, o->weights.used);
+    if (needed == SIZE_MAX) return reject(o, " needs more memory than this machine can address");
+    if (needed > a->size)
+        return reject(o, " needs more than the %llu bytes of memory that were given",
+                      (unsigned long long)a->size);
+    if (!m) return 0;
+    memset(m, 0, sizeof *m);
+    m->layer = layer;
+    m->kernels = o->kernels;
+    m->exact = o->options.exact;
+    m->source = o->from;
+    if (o->from.is_mapped) host_give_back(m, o->from.data, o->n_header);
+    return 0;
+}
+
+/* Data begins at the next multiple of the alignment. */
+static int align_data(struct opening *o)
+{
+    struct kv kv;
+    int found = find_kv(o, "general.alignment", &kv);
+    uint64_t a = !found ? 32 : kv.type == KV_U32 ? take_u32(&kv.value) : 0;
+    if (!a || (a & (a - 1))) return reject(o, ": general.alignment must be a u32 power of two");
+    o->alignment = a;
+    o->data = (o->data + a - 1) & ~(a - 1);
     return 0;
 }
 
 static int open_steps(struct opening *o)
 {
-    if (choose_kernels(o)) return -1;
-    gemma3_model *m = o->m = piece(&o->arena, 1, sizeof *m);
-    if (!m) return no_room(o);
-    memset(m, 0, sizeof *m);
-    m->kernels = o->kernels;
-    m->source = o->from;
-    m->exact = o->options.exact;
     const char *fault = arithmetic_fault();
-    if (!fault) fault = kernel_fault(m->kernels);
+    if (choose_kernels(o)) return -1;
+    if (!fault) fault = kernel_fault(o->kernels);
     if (fault) return fail(o->err, "this build cannot keep the numeric contract: %s", fault);
-    if (walk(o) || sort_directory(o) || read_alignment(o) || refuse_others(o) || configure(o) ||
-        bind_weights(o) || open_tokenizer(o))
+    if (walk(o) || copy_header(o) || lay_out_model(o) || walk(o) || sort_names(o) ||
+        align_data(o) || refuse_others(o) || read_config(o))
         return -1;
+    gemma3_model *m = o->m;
+    struct tensor t;
+    struct weight w;
+    m->tied = !find_tensor(o, "output.weight", &t);
+    for (int k = 0; !find_weight(m, k, &w); k++)
+        if (bind(o, &w)) return -1;
+    if (open_tokenizer(o)) return -1;
     m->token_embd.rows = m->lm_head.rows = m->config.n_vocab; /* rows behind them are padding */
-    struct string name = get_string(o, "general.name");
+    if (o->repacks) repack(o);
+    if (m->tied) m->lm_head = m->token_embd;
+    size_t not_of_a_token = m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows;
+    struct string name = find_string(o, "general.name");
+    struct string chat = find_string(o, "tokenizer.chat_template");
     memcpy(m->name, name.text, name.n < sizeof m->name - 1 ? name.n : sizeof m->name - 1);
-    m->chat_template = get_string(o, "tokenizer.chat_template");
-    return o->repacks ? repack(o) : 0;
+    m->info = (gemma3_info){.name = m->name, .release = m->release->name, .isa = o->kernels->name,
+                            .exact = m->exact, .weight_bytes = o->weight_bytes,
+                            .token_bytes = o->weight_bytes - not_of_a_token,
+                            .chat_template = chat.n ? chat.text : NULL, .n_chat_template = chat.n};
+    return 0;
 }
 
-static void start(struct opening *o, const gemma3_source *from, const gemma3_options *options,
-                  gemma3_error *err)
+/* Without a read function all of the file is in memory. */
+static struct opening start(const gemma3_source *from, const gemma3_options *options,
+                            gemma3_error *err)
 {
-    memset(o, 0, sizeof *o);
-    o->from = *from;
-    if (!from->read) o->from.n_data = from->data ? (size_t)from->size : 0;
-    if (!from->read && !from->data) o->from.size = 0;
-    o->header = from->data ? from->data : (const uint8_t *)"";
-    o->n_header = o->from.n_data;
-    o->name = short_path(from->name ? from->name : "a model in memory", o->short_name);
-    o->err = err;
-    if (options) o->options = *options;
+    struct opening o = {.from = *from, .err = err};
+    if (!from->read) o.from.size = o.from.n_data = from->data ? (size_t)from->size : 0;
+    if (!from->name) o.from.name = "a model in memory";
+    if (options) o.options = *options;
+    o.header = from->data ? from->data : (const uint8_t *)"";
+    o.n_header = o.from.n_data;
+    return o;
 }
 
 size_t gemma3_model_size(const gemma3_source *from, const gemma3_options *options,
                          gemma3_error *err)
 {
-    struct opening o;
-    start(&o, from, options, err);
-    piece(&o.arena, 1, sizeof *o.m + 64); /* to align any memory to 64 */
-    if (choose_kernels(&o) || walk(&o)) return 0;
-    if (o.arena.used < SIZE_MAX) return o.arena.used;
-    reject(&o, " needs more memory than this machine can address");
-    return 0;
+    struct opening o = start(from, options, err);
+    o.arena = (struct arena){NULL, 64, SIZE_MAX}; /* to align any memory to 64 */
+    if (choose_kernels(&o) || walk(&o) || copy_header(&o) || lay_out_model(&o)) return 0;
+    return o.arena.used + o.weights.used;
 }
 
 gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options *options, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    struct opening o;
+    struct opening o = start(from, options, err);
     size_t to_align = (64 - (uintptr_t)mem % 64) % 64;
+    if (size >= to_align)
+        o.arena = (struct arena){(uint8_t *)mem + to_align, 0, size - to_align};
     fp_state fp = fp_enter();
-    start(&o, from, options, err);
-    o.arena.base = (uint8_t *)mem + to_align;
-    o.arena.size = size > to_align ? size - to_align : 0;
     int failed = open_steps(&o);
     fp_leave(fp);
     return failed ? NULL : o.m;
@@ -3810,27 +3756,7 @@ void gemma3_close(gemma3_model *m)
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m) { return &m->config; }
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m) { return m->tokenizer; }
-const char *gemma3_model_isa(const gemma3_model *m) { return m->kernels->name; }
-const char *gemma3_model_name(const gemma3_model *m) { return m->name; }
-int gemma3_model_is_exact(const gemma3_model *m) { return m->exact; }
-int gemma3_model_can_chat(const gemma3_model *m) { return m->chat_template.n > 0; }
-size_t gemma3_model_weight_bytes(const gemma3_model *m) { return m->weight_bytes; }
-
-size_t gemma3_model_token_bytes(const gemma3_model *m)
-{
-    return m->weight_bytes - (m->tied ? 0 : m->token_embd.row_bytes * m->token_embd.rows);
-}
-
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n)
-{
-    *n = m->chat_template.n;
-    return *n ? m->chat_template.text : NULL;
-}
-
-const char *gemma3_model_size_name(const gemma3_model *m)
-{
-    return m->published ? m->published->name : "";
-}
+const gemma3_info *gemma3_model_info(const gemma3_model *m) { return &m->info; }
 
 const char *gemma3_model_note(const gemma3_model *m, int index)
 {
@@ -3841,14 +3767,14 @@ const char *gemma3_model_origin(const gemma3_model *m, const char *key)
 {
     key += strncmp(key, "gemma3.", 7) ? 0 : 7;
     for (int k = 0; k < m->n_origins; k++)
-        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].from;
+        if (!strcmp(m->origin[k].key + 7, key)) return m->origin[k].text;
     return "";
 }
 
 int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
 {
-    struct slot s;
-    if (find_slot((gemma3_model *)(uintptr_t)m, index, &s)) return -1;
+    struct weight s;
+    if (find_weight(m, index, &s)) return -1;
     *t = (gemma3_tensor){.rows = s.rows, .cols = s.cols, .format = "F32"};
     strcpy(t->name, s.name);
     if (s.norm) t->data = t->floats = *s.norm, t->bytes = s.cols * sizeof(float);
@@ -3856,15 +3782,21 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
     return 0;
 }
 
-/* ==== 13. Sizes and states ==================================================================== */
+/* ==== 13. Sizes and states =======================================================================
+ *
+ * A state is one block of memory, of which one function says what lies where, so that its size can
+ * be told before anything is allocated and a caller may bring the memory. What it costs is seen
+ * there: cache and scores grow with the context, the rest with the batch. The config that it
+ * computes with may be the caller's own, which is how a test makes a mistake on purpose. At the
+ * end: what of a state is worth keeping in a file, and how a file is known to fit. */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->c = c;
     s->p = *p;
     s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
-    s->q_block = min_int(s->n_ubatch, 4);
-    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a query block has that many to a kv head */
+    s->n_abreast = min_int(s->n_ubatch, 4); /* scores take n_ctx floats for each head of each */
+    s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a kv head may have that many queries */
     s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
 
@@ -3877,12 +3809,7 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
     return times(times(slots, times(c->n_kv_heads, c->head_dim)), 2 * kv_element(&s));
 }
 
-static int widest_input(const gemma3_config *c)
-{
-    int widest = c->d_model > c->d_ff ? c->d_model : c->d_ff;
-    return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
-}
-
+/* Elements of the widest vector that a matrix is multiplied with. */
 /* Where everything of a state lies: the one place that knows. With base NULL it only counts. */
 static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_params *p, uint8_t *base)
 {
@@ -3890,8 +3817,9 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     struct arena arena = {base, 0, SIZE_MAX}, *a = &arena;
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
-    size_t n_queries = (size_t)s->q_block * c->n_heads, n_threads = s->p.n_threads;
-    size_t blocks = ((size_t)widest_input(c) + 31) / 32;
+    size_t n_queries = (size_t)s->n_abreast * c->n_heads, n_threads = s->p.n_threads;
+    size_t widest_input = max_int(max_int(c->d_model, c->d_ff), (int)q);
+    size_t blocks = (widest_input + 31) / 32;
     int exact = m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3903,7 +3831,7 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
         s->sine[local] = piece(a, n * (D / 2), sizeof(float));
     }
     s->ids = piece(a, s->p.n_ctx, sizeof *s->ids);
-    s->n_score = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
+    s->score_stride = ((size_t)s->p.n_ctx + 15) & ~(size_t)15;
     s->x = piece(a, n * c->d_model, sizeof *s->x);
     s->y = piece(a, n * c->d_model, sizeof *s->y);
     s->q = piece(a, n * q, sizeof *s->q);
@@ -3912,22 +3840,22 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     s->v = piece(a, times(n, kv), sizeof *s->v);
     s->gate = piece(a, n * c->d_ff, sizeof *s->gate);
     s->up = piece(a, n * c->d_ff, sizeof *s->up);
-    s->block_q = piece(a, n_queries * D, sizeof *s->block_q);
-    s->block_out = piece(a, n_queries * D, sizeof *s->block_out);
     s->score_sum = piece(a, n_queries, sizeof *s->score_sum);
-    s->score = piece(a, times(n_queries, s->n_score), sizeof *s->score);
+    s->score = piece(a, times(n_queries, s->score_stride), sizeof *s->score);
     s->q8 = piece(a, exact ? 0 : n * blocks, sizeof *s->q8);
     s->acc = piece(a, n_threads * s->n_acc, sizeof *s->acc);
     s->unpacked = piece(a, exact ? 0 : n_threads, sizeof *s->unpacked);
     s->row_floats = piece(a, exact ? n_threads * TILE_ROWS * blocks : 0, 32 * sizeof(float));
     s->streamed = piece(a, times(n_threads, TILE_ROWS), m->streamed_row);
-    s->unread = piece(a, n_threads, 1);
+    s->read_failed = piece(a, n_threads, 1);
     return a->used;
 }
 
+/* 4,096 tokens: the cache for all that a model was trained for may take gigabytes. */
 gemma3_params gemma3_default_params(const gemma3_model *m)
 {
-    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096), .n_batch = 512,
+    return (gemma3_params){.n_ctx = min_int(m->config.n_ctx_train, 4096),
+                           .n_batch = GEMMA3_MAX_UBATCH,
                            .kv_type = m->exact ? GEMMA3_KV_F32 : GEMMA3_KV_F16, .n_threads = 1};
 }
 
@@ -3937,16 +3865,14 @@ size_t gemma3_state_size(const gemma3_model *m, const gemma3_params *p)
     return plus(lay_out(&s, m, p, NULL), sizeof s + 128); /* to align any memory to 64 */
 }
 
-/* A caller's config: the model's shapes, and numbers with which nothing overflows. */
+/* A caller's config: the model's shapes, and numbers with which no angle and no index leaves its
+ * bounds. The others may be any: what comes out is then no number, and does no harm. */
 static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_error *err)
 {
     const struct { const char *name; float x, low, high; } number[] = {
-        {"rms_eps", c->rms_eps, 0, 1e30f}, {"query_scale", c->query_scale, 0, 1e30f},
         {"rope_base_global", c->rope_base_global, 1, 1e30f},
         {"rope_base_local", c->rope_base_local, 1, 1e30f},
         {"rope_factor", c->rope_factor, 0x1p-7f, 1e30f},
-        {"embedding_scale", c->embedding_scale, 0, 1e30f},
-        {"final_softcap", c->final_softcap, 0, 1e30f},
         {"window", (float)c->window, memchr(c->is_local, 1, sizeof c->is_local) != NULL, 0x1p24f}};
     if (memcmp(c, m, offsetof(gemma3_config, n_ctx_train))) /* the fields before it are shapes */
         return fail(err, "a config with other shapes than the model's");
@@ -3960,37 +3886,38 @@ static int check_config(const gemma3_config *c, const gemma3_config *m, gemma3_e
     return 0;
 }
 
-/* -1 and a sentence when no state can be made of these. */
-static int check_params(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
+/* Bytes of a state; 0 and a sentence when none can be made of these params. */
+static size_t checked_size(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
     if (p->n_ctx < 1 || p->n_ctx > 1 << 24)
-        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24);
-    if (p->n_batch < 1) return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch);
+        return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), 0;
+    if (p->n_batch < 1)
+        return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), 0;
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
-        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS);
+        return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), 0;
     if (p->n_threads > 1 && !p->parallel_for)
-        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads);
-    if (p->config && check_config(p->config, &m->config, err)) return -1;
-    if (gemma3_state_size(m, p) == SIZE_MAX)
-        return fail(err, "a context of %d tokens needs more memory than this machine can address",
-                    p->n_ctx);
-    return 0;
+        return fail(err, "%d threads, but no parallel_for to run them", p->n_threads), 0;
+    if (p->config && check_config(p->config, &m->config, err)) return 0;
+    size_t size = gemma3_state_size(m, p);
+    if (size < SIZE_MAX) return size;
+    return fail(err, "a context of %d tokens needs more memory than this machine can address",
+                p->n_ctx), 0;
 }
 
 gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, void *mem,
                                 size_t size, gemma3_error *err)
 {
-    size_t need = check_params(m, p, err) ? 0 : gemma3_state_size(m, p);
+    size_t need = checked_size(m, p, err);
+    if (!need) return NULL;
     if (size < need)
-        fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
-             (unsigned long long)size);
-    if (!need || size < need) return NULL;
+        return fail(err, "a state needs %llu bytes, %llu were given", (unsigned long long)need,
+                    (unsigned long long)size), NULL;
     fp_state fp = fp_enter();
     gemma3_state *s = (gemma3_state *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
     memset(s, 0, sizeof *s);
     s->m = m;
     lay_out(s, m, p, (uint8_t *)s + ((sizeof *s + 63) & ~(size_t)63));
-    memset(s->unread, 0, p->n_threads);
+    memset(s->read_failed, 0, p->n_threads);
     for (int local = 0; local < 2; local++)
         for (int j = 0, D = s->c->head_dim; j < D / 2; j++) {
             float base = local ? s->c->rope_base_local : s->c->rope_base_global;
@@ -4003,10 +3930,9 @@ gemma3_state *gemma3_state_init(const gemma3_model *m, const gemma3_params *p, v
 
 gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, gemma3_error *err)
 {
-    if (check_params(m, p, err)) return NULL;
-    size_t size = gemma3_state_size(m, p);
-    void *mem = malloc(size);
-    if (!mem)
+    size_t size = checked_size(m, p, err);
+    void *mem = size ? malloc(size) : NULL;
+    if (size && !mem)
         fail(err, "out of memory for a context of %d tokens (%llu bytes)", p->n_ctx,
              (unsigned long long)size);
     gemma3_state *s = mem ? gemma3_state_init(m, p, mem, size, err) : NULL;
@@ -4017,17 +3943,17 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
 void gemma3_state_free(gemma3_state *s) { free(s ? s->allocated : NULL); }
 void gemma3_state_reset(gemma3_state *s) { s->pos = 0; }
 int gemma3_state_pos(const gemma3_state *s) { return s->pos; }
-int gemma3_state_n_ctx(const gemma3_state *s) { return s->p.n_ctx; }
 const int32_t *gemma3_state_ids(const gemma3_state *s) { return s->ids; }
 const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 
 /* ---- States that are kept ----
  *
  *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config as hex
- *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
+ *     u32 ids[n] | for each layer and kv head: K and V of all positions, or of the last `window`
  *     SHA-256 of all before as hex
  *
- * Saving and loading take the same steps: only what `pass` does with the bytes differs. */
+ * Saving and loading take the same steps: only what `pass` does with the bytes differs. So what is
+ * loaded is compared with what would be saved. */
 
 struct stream {
     gemma3_write *write;             /* or: */
@@ -4038,6 +3964,7 @@ struct stream {
     gemma3_sha256 sum;
 };
 
+/* Writes n bytes, or reads them in their place. */
 static void pass(struct stream *f, void *bytes, size_t n)
 {
     if (f->failed) return;
@@ -4046,44 +3973,57 @@ static void pass(struct stream *f, void *bytes, size_t n)
     gemma3_sha256_add(&f->sum, bytes, f->failed ? 0 : n);
 }
 
-static uint32_t pass_u32(struct stream *f, uint32_t u)
-{
-    uint8_t bytes[4];
-    store_u32_le(bytes, u);
-    pass(f, bytes, 4);
-    return f->failed ? u : load_u32_le(bytes);
-}
-
-/* Passes n bytes that must be these: 0 when others came. */
-static int pass_same(struct stream *f, const char *want, size_t n)
-{
-    char bytes[64];
-    pass(f, memcpy(bytes, want, n), n);
-    return f->failed || !memcmp(bytes, want, n);
-}
-
 /* What a state's numbers depend on: the config, every norm and one row of every matrix, which no
  * two trained models share. All the weights would take seconds. */
-static void hash_model(gemma3_state *s, char hex[65])
+static int hash_model(gemma3_state *s, char hex[65])
 {
     const gemma3_config *c = s->c;
     const float number[] = {(float)c->window, c->rms_eps, c->rope_base_global, c->rope_base_local,
                             c->rope_factor, c->query_scale, c->embedding_scale};
     gemma3_sha256 sum;
-    struct slot t;
+    struct weight t;
     fp_state fp = fp_enter();
     gemma3_sha256_init(&sum);
     gemma3_sha256_add_floats(&sum, number, sizeof number / sizeof *number);
     gemma3_sha256_add(&sum, c->is_local, c->n_layers);
-    for (int k = 0; !find_slot((gemma3_model *)(uintptr_t)s->m, k, &t); k++) {
+    for (int k = 0; !find_weight(s->m, k, &t); k++) {
         float *row = t.cols == c->d_ff ? s->gate : t.cols == c->d_model ? s->y : s->q;
         if (t.w) dequantize_row(s, t.w, t.rows / 2, row);
         gemma3_sha256_add_floats(&sum, t.w ? row : *t.norm, t.cols);
     }
     gemma3_sha256_end(&sum, hex);
     fp_leave(fp);
+    int failed = s->read_failed[0];
+    s->read_failed[0] = 0;
+    return failed;
 }
 
+/* The beginning, of 96 bytes, as this state's would be. What comes instead must be the same but for
+ * the number of tokens, *n; a sentence says what is not. */
+static int pass_start(struct stream *f, gemma3_state *s, uint32_t *n, gemma3_error *err)
+{
+    static const char *const field[] = {"contract", "exact mode", "KV type"};
+    const uint32_t ours[] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type, s->pos};
+    uint8_t want[16 + 16 + 65] = "gemma3 state 1\n", got[sizeof want];
+    for (int k = 0; k < 4; k++) store_u32_le(want + 16 + 4 * k, ours[k]);
+    if (hash_model(s, (char *)want + 32)) return fail(err, "the model's weights cannot be read");
+    pass(f, memcpy(got, want, 96), 96);
+    if (f->failed) return 0;
+    if (memcmp(got, want, 16)) return fail(err, "this is no saved state of gemma3");
+    for (int k = 0; k < 3; k++)
+        if (load_u32_le(got + 16 + 4 * k) != ours[k])
+            return fail(err, "the state was saved with %s %u, expected %u", field[k],
+                        (unsigned)load_u32_le(got + 16 + 4 * k), (unsigned)ours[k]);
+    if (memcmp(got + 32, want + 32, 64))
+        return fail(err, "the state was saved with another model or config");
+    *n = load_u32_le(got + 28);
+    if (*n > (uint32_t)s->p.n_ctx)
+        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)*n,
+                    s->p.n_ctx);
+    return 0;
+}
+
+/* Of each layer what the next token can see. */
 static void pass_cache(struct stream *f, gemma3_state *s, int n)
 {
     const gemma3_config *c = s->c;
@@ -4101,39 +4041,26 @@ static void pass_cache(struct stream *f, gemma3_state *s, int n)
 
 static int pass_state(struct stream *f, gemma3_state *s, gemma3_error *err)
 {
-    static const char *const field[] = {"contract", "exact mode", "KV type"};
-    const uint32_t ours[3] = {GEMMA3_CONTRACT, s->m->exact, s->p.kv_type};
-    char hex[65];
+    uint8_t id[4];
+    uint32_t n = 0;
+    char hex[65], theirs[64];
     gemma3_sha256_init(&f->sum);
-    if (!pass_same(f, "gemma3 state 1\n", 16)) return fail(err, "this is no saved state of gemma3");
-    for (int k = 0; k < 3; k++) {
-        uint32_t u = pass_u32(f, ours[k]);
-        if (u != ours[k])
-            return fail(err, "the state was saved with %s %u, expected %u", field[k], (unsigned)u,
-                        (unsigned)ours[k]);
-    }
-    uint32_t n = pass_u32(f, s->pos);
-    hash_model(s, hex);
-    if (s->unread[0]) {
-        s->unread[0] = 0;
-        return fail(err, "the model's weights cannot be read");
-    }
-    if (!pass_same(f, hex, 64))
-        return fail(err, "the state was saved with another model or config");
-    if (n > (uint32_t)s->p.n_ctx)
-        return fail(err, "the state holds %u tokens, the context only %d", (unsigned)n, s->p.n_ctx);
-    for (uint32_t i = 0; i < n && !f->failed; i++) {
-        s->ids[i] = (int32_t)pass_u32(f, s->ids[i]);
+    if (pass_start(f, s, &n, err)) return -1;
+    for (uint32_t i = 0; i < n; i++) {
+        store_u32_le(id, (uint32_t)s->ids[i]);
+        pass(f, id, 4);
+        s->ids[i] = (int32_t)load_u32_le(id);
         if (!f->failed && (s->ids[i] < 0 || s->ids[i] >= s->c->n_vocab))
             return fail(err, "the saved token %u is %d, outside the vocabulary of %d", (unsigned)i,
                         (int)s->ids[i], s->c->n_vocab);
     }
-    if (!f->failed) pass_cache(f, s, (int)n);
+    pass_cache(f, s, (int)n);
     gemma3_sha256_end(&f->sum, hex);
-    int same = pass_same(f, hex, 64);
+    pass(f, memcpy(theirs, hex, 64), 64);
     if (f->failed && f->write) return fail(err, "the state cannot be written");
     if (f->failed) return fail(err, "the saved state is truncated, or cannot be read");
-    if (!same) return fail(err, "the saved state is damaged: its SHA-256 differs");
+    if (memcmp(theirs, hex, 64))
+        return fail(err, "the saved state is damaged: its SHA-256 differs");
     s->pos = (int)n;
     return 0;
 }
@@ -4149,7 +4076,13 @@ int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_err
     return pass_state(&(struct stream){.read = read, .user = user}, s, err);
 }
 
-/* ==== 14. Scores, sampling, SHA-256 =========================================================== */
+/* ==== 14. Scores, sampling, SHA-256 ==============================================================
+ *
+ * What is done with logits. None of it allocates, fails or keeps anything but what the caller
+ * holds, so that it also serves logits of other programs. It is part of the contract: the same
+ * logits give the same score, and the same seed the same choices, everywhere. Therefore each sum
+ * has an order (rules 8 and 9), and every comparison says what becomes of equal numbers and NaN:
+ * the lower id wins, NaN never. */
 
 #define MINUS_INFINITY float_of(0xff800000)
 
@@ -4176,6 +4109,7 @@ int32_t gemma3_argmax(const float *logits, int n_vocab)
     return id;
 }
 
+/* Without a model, so with the best kernels there are: all give the same sum (rule 9). */
 double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 {
     fp_state fp = fp_enter();
@@ -4190,10 +4124,11 @@ double gemma3_nll(const float *logits, int n_vocab, int32_t id)
 
 /* ---- Sampling: rule 8 ---- */
 
+/* A seed goes through splitmix64, so that seeds that are alike begin with states that are not. */
 gemma3_sampler gemma3_sampler_new(uint64_t seed)
 {
     gemma3_sampler s = {.temperature = 1, .top_k = 64, .top_p = 0.95f, .repeat_penalty = 1};
-    uint64_t z = seed + 0x9E3779B97F4A7C15; /* splitmix64 */
+    uint64_t z = seed + 0x9E3779B97F4A7C15;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
     z = (z ^ z >> 27) * 0x94D049BB133111EB;
     z ^= z >> 31;
@@ -4201,6 +4136,7 @@ gemma3_sampler gemma3_sampler_new(uint64_t seed)
     return s;
 }
 
+/* n_last goes round in the ring's second half, where it also says that the ring is full. */
 void gemma3_sampler_accept(gemma3_sampler *s, int32_t id)
 {
     s->last[s->n_last++ % GEMMA3_PENALTY_WINDOW] = id;
@@ -4236,7 +4172,9 @@ static int keep_best(const float *logits, int n_vocab, gemma3_candidate *c, int 
     return min_int(n, k);
 }
 
-/* Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
+/* Penalty, top-k, temperature, top-p, min-p, choice. The sum that top-p is a part of is added in
+ * the order of ids, as softmax's is, what is kept from the likeliest on: so c is sorted twice.
+ * Without top-k it sorts all, 45 ms; to sort 1,024 first, which often do, would take 17 lines. */
 int32_t gemma3_sample(gemma3_sampler *s, float *logits, int n_vocab, gemma3_candidate *c)
 {
     fp_state fp = fp_enter();
@@ -4317,6 +4255,7 @@ void gemma3_sha256_init(gemma3_sha256 *c)
                           0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
 }
 
+/* A byte is shifted into its word: words are numbers, so that it is the same on any machine. */
 void gemma3_sha256_add(gemma3_sha256 *c, const void *data, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -4332,6 +4271,7 @@ void gemma3_sha256_add_floats(gemma3_sha256 *c, const float *x, size_t n)
         gemma3_sha256_add(c, &(uint8_t){(uint8_t)(bits_of(x[i / 4]) >> 8 * (i % 4))}, 1);
 }
 
+/* A one bit, zeros, and the message's length in bits fill the last block. */
 void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 {
     uint64_t n_bits = c->n_bytes * 8;
@@ -4346,8 +4286,9 @@ void gemma3_sha256_end(gemma3_sha256 *c, char hex[65])
 
 /* ==== 15. Threads and files of the host =========================================================
  *
- * What is asked of an operating system: map a file, say what of the machine is ours, run threads.
- * There is one body for POSIX and one for Windows; below them nothing knows which. */
+ * What is asked of an operating system: map a file, say what of the machine is ours, run threads,
+ * and what a program needs beyond C11 (gemma3.h, "The host"). There is one body for POSIX and one
+ * for Windows, nowhere else; below them nothing knows which. */
 
 #if !defined(GEMMA3_NO_FILE)
 #include <errno.h>
@@ -4362,15 +4303,20 @@ struct limits {
 #if !defined(_WIN32)
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
+#define THREAD void *
 
-/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file. */
+/* A file's bytes, and in *size how many; -1: it cannot be opened, -2: it is not a regular file.
+ * Asked of the open file, not of its name, which may lead elsewhere by then; O_NONBLOCK, because
+ * opening a FIFO would wait for somebody who writes into it. */
 static const void *host_map(const char *path, long long *size)
 {
     struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK); /* a FIFO is not waited for */
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     void *data = MAP_FAILED;
     *size = fd < 0 ? -1 : fstat(fd, &st) || !S_ISREG(st.st_mode) ? -2 : (long long)st.st_size;
     if (*size > 0 && (unsigned long long)*size <= SIZE_MAX)
@@ -4392,46 +4338,34 @@ static void advise(const uint8_t *begin, size_t n, int advice)
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
-/* After repacking, the file's pages are not needed any more. */
+/* After repacking, the file's pages are not needed any more: without this a model would count
+ * twice against a container's limit. */
 static void host_give_back(const gemma3_model *m, const uint8_t *begin, size_t n)
 {
     if (m->source.is_mapped) advise(begin, n, MADV_DONTNEED);
 }
 
-static void host_use_large_pages(uint8_t *begin, size_t n)
-{
-#if defined(MADV_HUGEPAGE)
-    advise(begin, n, MADV_HUGEPAGE);
-#else
-    (void)begin, (void)n;
+#if !defined(MADV_HUGEPAGE)
+#define MADV_HUGEPAGE MADV_NORMAL
 #endif
-}
+/* A token reads all weights: small pages would cost it a look-up of an address every 4 KB. */
+static void host_use_large_pages(uint8_t *begin, size_t n) { advise(begin, n, MADV_HUGEPAGE); }
 
-/* The first number in a file, or `other`; *second if there is another. */
-static double number_in(const char *folder, const char *name, double other, double *second)
+/* The first or second number in a file, or `other`: "max" is none. */
+static double number_in(const char *folder, const char *name, int is_second, double other)
 {
     char path[4300];
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lf %lf", &other, second) < 1) clearerr(f);
+    if (f && fscanf(f, is_second ? "%*s %lf" : "%lf", &other) < 1) clearerr(f);
     if (f) fclose(f);
     return other;
 }
 
-/* Control groups of version 2 say "quota period" in cpu.max; version 1 has a file for each. */
-static void limit_by_group(const char *folder, struct limits *l)
-{
-    double unused, period = number_in(folder, "cpu.cfs_period_us", 1e5, &unused);
-    double quota = number_in(folder, "cpu.cfs_quota_us", -1, &unused);
-    double bytes = number_in(folder, "memory.limit_in_bytes", 1e18, &unused);
-    quota = number_in(folder, "cpu.max", quota, &period);
-    bytes = number_in(folder, "memory.max", bytes, &unused);
-    if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
-    if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
-}
-
-/* The file `self` lists this process's groups as "number:controllers:/path"; version 1 keeps each
- * list of controllers in a folder of that name below root. The groups above bind a group too. */
+/* The file `self` lists this process's control groups as "number:controllers:/path"; version 1
+ * keeps each list of controllers in a folder of that name below root, and has a file for each
+ * number, where version 2 says "quota period". The groups above bind a group too, and inside a
+ * container they are all that can be seen. */
 static void limit_by_groups(const char *self, const char *root, struct limits *l)
 {
     char line[4096], folder[4200];
@@ -4444,7 +4378,14 @@ static void limit_by_groups(const char *self, const char *root, struct limits *l
         char *end = folder + snprintf(folder, sizeof folder, "%s/%s", root, list + 1);
         for (char *cut = strchr(strcpy(end, path + 1), 0); cut; cut = strrchr(end, '/')) {
             *cut = 0;
-            limit_by_group(folder, l);
+            double quota = number_in(folder, "cpu.cfs_quota_us", 0, -1);
+            double period = number_in(folder, "cpu.cfs_period_us", 0, 1e5);
+            double bytes = number_in(folder, "memory.limit_in_bytes", 0, -1);
+            quota = number_in(folder, "cpu.max", 0, quota);
+            period = number_in(folder, "cpu.max", 1, period);
+            bytes = number_in(folder, "memory.max", 0, bytes);
+            if (quota > 0 && quota / period < l->cpus) l->cpus = quota / period;
+            if (bytes >= 0 && bytes < l->bytes) l->bytes = bytes;
         }
     }
     if (f) fclose(f);
@@ -4468,10 +4409,9 @@ static struct limits host_limits(void)
     if (n) l.cpus = 0;
     for (int cpu = 0; cpu < n; cpu++) {
         char folder[96];
-        double unused;
         if (!CPU_ISSET(cpu, &may_use)) continue;
         snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
-        int first = (int)number_in(folder, "thread_siblings_list", cpu, &unused) % n;
+        int first = (int)number_in(folder, "thread_siblings_list", 0, cpu) % n;
         l.cpus += !seen[first];
         seen[first] = 1;
     }
@@ -4480,35 +4420,75 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* A mapped file's pages are gone when somebody shortens it, or its disk fails: no way on. */
+static void end_without_file(int number)
+{
+    static const char why[] = "gemma3: the model's file can no longer be read: was it cut off?\n";
+    (void)number;
+    _exit(!!write(2, why, sizeof why - 1));
+}
+
+/* A closed stream leaves its number to the next file that is opened: a model as standard error,
+ * say. What takes that number here can do nothing. SIGPIPE and SIGXFSZ would end the program
+ * without a word, and leave half a file: ignored, they are errors of writing like any other. */
+char **gemma3_host_start(char **argv)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    signal(SIGBUS, end_without_file);
+    if (*argv && !strchr(*argv, '/')) *argv = "/proc/self/exe"; /* it was found in $PATH */
+    return argv;
+}
+
+long long gemma3_file_size(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) ? -1 : S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
+}
+
+FILE *gemma3_fopen(const char *path, const char *mode) { return fopen(path, mode); }
+int gemma3_rename(const char *from, const char *to) { return rename(from, to); }
+int gemma3_remove(const char *path) { return remove(path); }
+int gemma3_is_terminal(FILE *f) { return isatty(fileno(f)); }
+int gemma3_typed_byte(gemma3_typed *t) { return (void)t, getchar(); }
+
+double gemma3_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 #else /* Windows */
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 #include <io.h>
+#include <shellapi.h>
 
-/* A path in UTF-8 as Windows wants it: UTF-16 and, marked by \\?\, longer than 260 characters. */
-static wchar_t *wide_path(const char *path)
+/* A path as Windows wants it: in UTF-16 and, marked by \\?\, longer than 260 characters. "" when
+ * that cannot be, which names no file. */
+struct wide_path { wchar_t text[32768]; };
+
+static struct wide_path widen(const char *path)
 {
-    enum { MOST = 32768 };
-    wchar_t *wide = calloc(2 * MOST, sizeof *wide), *given = wide + MOST;
-    if (!wide || !MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MOST)) return wide;
-    memcpy(wide, L"\\\\?\\", 4 * sizeof *wide);
-    GetFullPathNameW(given, MOST - 4, wide + 4, NULL);
-    if (wide[4] == '\\') memcpy(wide, given, MOST * sizeof *wide); /* a share or a device */
-    return wide;
+    struct wide_path given, full = {L"\\\\?\\"};
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given.text, 32764)) given.text[0] = 0;
+    DWORD n = GetFullPathNameW(given.text, 32764, full.text + 4, NULL);
+    return !n || full.text[4] == '\\' ? given : full; /* a share or a device has a mark already */
 }
 
 static const void *host_map(const char *path, long long *size)
 {
     struct _stat64 st;
-    wchar_t *wide = wide_path(path);
-    int fd = wide ? _wopen(wide, _O_RDONLY | _O_BINARY) : -1;
+    int fd = _wopen(widen(path).text, _O_RDONLY | _O_BINARY);
     *size = fd < 0 ? -1 : _fstat64(fd, &st) || (st.st_mode & _S_IFMT) != _S_IFREG ? -2 : st.st_size;
     HANDLE file = *size <= 0 ? NULL :
                   CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
     const void *data = file ? MapViewOfFile(file, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (file) CloseHandle(file);
     if (fd >= 0) _close(fd);
-    free(wide);
     return data;
 }
 
@@ -4541,54 +4521,123 @@ static struct limits host_limits(void)
     return l;
 }
 
+/* main's argv has '?' for what the system's code page lacks, and streams turn \n into \r\n. */
+char **gemma3_host_start(char **argv)
+{
+    struct wide_path self;
+    int n;
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    if (wide && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
+    size_t room = 3 * (wcslen(GetCommandLineW()) + 32768); /* bytes for each UTF-16 unit, at most */
+    char **utf8 = wide ? malloc((size_t)(n + 1) * sizeof *utf8 + room) : NULL;
+    if (!utf8) return argv;
+    char *to = (char *)(utf8 + n + 1);
+    for (int i = 0; i < n; i++) {
+        utf8[i] = to;
+        to += WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, to, (int)room, NULL, NULL);
+    }
+    utf8[n] = NULL;
+    return utf8;
+}
+
+/* Windows itself follows links, and where they lead is not asked. */
+#define realpath(path, unused) _strdup(path)
+
+long long gemma3_file_size(const char *path)
+{
+    struct _stat64 st;
+    if (_wstat64(widen(path).text, &st)) return -1;
+    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
+}
+
+FILE *gemma3_fopen(const char *path, const char *mode)
+{
+    wchar_t wide[32] = {0};
+    mbstowcs(wide, mode, 31); /* a mode is ASCII */
+    return _wfopen(widen(path).text, wide);
+}
+
+int gemma3_rename(const char *from, const char *to)
+{
+    return MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING)
+           ? 0 : (errno = EACCES, -1);
+}
+
+int gemma3_remove(const char *path) { return _wremove(widen(path).text); }
+int gemma3_is_terminal(FILE *f) { return _isatty(_fileno(f)); }
+
+/* For bytes, the console of Windows 10 has 0 where a typed letter is not ASCII. */
+int gemma3_typed_byte(gemma3_typed *t)
+{
+    wchar_t wide[256];
+    DWORD n = 0, rest = 0;
+    HANDLE console = GetStdHandle(STD_INPUT_HANDLE);
+    if (!gemma3_is_terminal(stdin)) return getchar();
+    if (t->at < t->n) return (unsigned char)t->text[t->at++];
+    if (!ReadConsoleW(console, wide, 255, &n, NULL) || n == 0 || *wide == 26) return EOF; /* ^Z */
+    if (wide[n - 1] >> 10 == 0xD800 >> 10) ReadConsoleW(console, wide + n, 1, &rest, NULL);
+    t->n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + rest), t->text, 768, NULL, NULL);
+    t->at = 1;
+    return t->n ? (unsigned char)*t->text : EOF;
+}
+
+double gemma3_seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
 /* As much of POSIX threads as a pool needs. */
 typedef HANDLE pthread_t;
 typedef SRWLOCK pthread_mutex_t;
 typedef CONDITION_VARIABLE pthread_cond_t;
 #define PTHREAD_MUTEX_INITIALIZER SRWLOCK_INIT
 #define PTHREAD_COND_INITIALIZER CONDITION_VARIABLE_INIT
-static void pthread_mutex_lock(SRWLOCK *m) { AcquireSRWLockExclusive(m); }
-static void pthread_mutex_unlock(SRWLOCK *m) { ReleaseSRWLockExclusive(m); }
-static void pthread_mutex_destroy(SRWLOCK *m) { (void)m; }
-static void pthread_cond_wait(CONDITION_VARIABLE *c, SRWLOCK *m)
-{
-    SleepConditionVariableSRW(c, m, INFINITE, 0);
-}
-static void pthread_cond_broadcast(CONDITION_VARIABLE *c) { WakeAllConditionVariable(c); }
-static void pthread_cond_destroy(CONDITION_VARIABLE *c) { (void)c; }
-static void sched_yield(void) { SwitchToThread(); }
-static int pthread_create(HANDLE *t, const void *unused, void *(*run)(void *), void *worker)
-{
-    (void)unused; /* the low half of what run returns is the exit code, which nobody reads */
-    *t = CreateThread(NULL, 0, (LPTHREAD_START_ROUTINE)(void (*)(void))run, worker, 0, NULL);
-    return *t == NULL;
-}
-static void pthread_join(HANDLE t, const void *unused)
-{
-    (void)unused;
-    WaitForSingleObject(t, INFINITE);
-    CloseHandle(t);
-}
+#define pthread_mutex_lock AcquireSRWLockExclusive
+#define pthread_mutex_unlock ReleaseSRWLockExclusive
+#define pthread_mutex_destroy(mutex) ((void)(mutex))
+#define pthread_cond_wait(cond, mutex) SleepConditionVariableSRW(cond, mutex, INFINITE, 0)
+#define pthread_cond_broadcast WakeAllConditionVariable
+#define pthread_cond_destroy(cond) ((void)(cond))
+#define pthread_create(t, unused, run, arg) (!(*(t) = CreateThread(NULL, 0, run, arg, 0, NULL)))
+#define pthread_join(t, unused) (WaitForSingleObject(t, INFINITE), CloseHandle(t))
+#define sched_yield SwitchToThread
+#define THREAD DWORD WINAPI /* what a thread's function returns; nobody reads it */
 #endif
 
+/* A mapped file costs no memory of its own and no time to read: what is used comes in, and several
+ * programs share it. */
 gemma3_model *gemma3_open(const char *path, const gemma3_options *options, gemma3_error *err)
 {
-    char shortened[SHORT_PATH];
     long long size;
     if (!path) return fail(err, "no path of a model was given"), NULL;
-    const char *name = short_path(path, shortened);
     const void *data = host_map(path, &size);
-    if (size == -1) return fail(err, "%s cannot be opened: %s", name, strerror(errno)), NULL;
-    if (size == -2) return fail(err, "%s is not a regular file", name), NULL;
-    if (size == 0) return fail(err, "%s has 0 bytes: it is empty", name), NULL;
+    if (size == -1) return fail_about(err, path, " cannot be opened: %s", strerror(errno)), NULL;
+    if (size == -2) return fail_about(err, path, " is not a regular file"), NULL;
+    if (size == 0) return fail_about(err, path, " has 0 bytes: it is empty"), NULL;
     if ((unsigned long long)size > SIZE_MAX)
-        return fail(err, "%s has %lld bytes: more than this machine can address", name, size), NULL;
-    if (!data) return fail(err, "%s cannot be mapped: %s", name, strerror(errno)), NULL;
+        return fail_about(err, path, " has %lld bytes: more than this machine can address", size),
+               NULL;
+    if (!data) return fail_about(err, path, " cannot be mapped: %s", strerror(errno)), NULL;
     gemma3_source from = {.data = data, .n_data = (size_t)size, .size = (uint64_t)size,
                           .name = path, .is_mapped = 1};
     gemma3_model *m = gemma3_open_source(&from, options, err);
     if (!m) host_unmap(&(gemma3_model){.source = from});
     return m;
+}
+
+int gemma3_real_path(const char *path, char *real, size_t size)
+{
+    char *found = realpath(path, NULL);
+    int n = snprintf(real, size, "%s", found ? found : path);
+    free(found);
+    return (size_t)n < size ? 0 : (errno = ENAMETOOLONG, -1);
 }
 
 int gemma3_default_threads(void)
@@ -4604,31 +4653,25 @@ size_t gemma3_memory_limit(void)
     return !(bytes > 0) ? 0 : bytes < (double)SIZE_MAX ? (size_t)bytes : SIZE_MAX;
 }
 
-/* A call of gemma3_pool_run is a round. Workers enter it while it is open and claim one task after
- * another; it ends when the caller has found none left, closed it, and all who were inside have
- * gone. So task and job change only while nobody is inside. Between rounds a worker spins a while,
- * a fifth of a millisecond (longer than what one thread does alone), then sleeps. */
-enum { OPEN = 1 << 16, SPINS = 20000 };
-
-struct worker {
-    gemma3_pool *pool;
-    int id;
-    pthread_t thread;
-};
+/* A call of gemma3_pool_run is a round: who takes part claims one task after another by counting
+ * `left` down, and the round ends when none is undone. Only who has claimed a task reads what it
+ * is: then the round cannot end, so nothing changes meanwhile; and nobody waits for a worker that
+ * comes late and finds none left. Between rounds workers spin a while, for 20,000 looks (longer
+ * than what one thread does alone), then sleep: a round is often shorter than it takes to
+ * wake a thread. */
+enum { SPINS = 20000 };
 
 struct gemma3_pool {
     gemma3_task *task;                /* of this round, with the next two */
     void *job;
     int n_tasks;
-    atomic_int next;                  /* the first task that nobody has claimed */
-    atomic_int inside;                /* workers inside; plus OPEN while more may enter */
-    atomic_uint round;                /* how many there were */
-    atomic_int stop;
+    atomic_int left, undone;          /* tasks that nobody has claimed; that have not ended */
+    atomic_int stop, n_workers;       /* 1: all shall end; how many have a number */
     pthread_mutex_t turn;             /* held during a round: states that share a pool take turns */
     pthread_mutex_t mutex;            /* and the condition: of those who sleep */
     pthread_cond_t wake;
     int n_threads;
-    struct worker worker[];           /* [n_threads]; number 0 is whoever calls */
+    pthread_t thread[];               /* [n_threads], the first unused: it is whoever calls */
 };
 
 static void relax(int spin)
@@ -4636,46 +4679,46 @@ static void relax(int spin)
 #if defined(HAVE_X86)
     _mm_pause();
 #endif
-    if (spin % 256 == 255) sched_yield();
+    if (spin % 256 == 255) sched_yield(); /* where threads outnumber CPUs, let the others end */
 }
 
 static void take_part(gemma3_pool *pool, int worker)
 {
-    int inside = atomic_load(&pool->inside);
-    while (inside >= OPEN && !atomic_compare_exchange_weak(&pool->inside, &inside, inside + 1)) {}
-    if (inside < OPEN) return;
-    for (int i; (i = atomic_fetch_add(&pool->next, 1)) < pool->n_tasks;)
-        pool->task(pool->job, i, worker);
-    atomic_fetch_sub(&pool->inside, 1);
+    int n = 0;
+    for (int left; (left = atomic_fetch_sub(&pool->left, 1)) > 0; n++)
+        pool->task(pool->job, pool->n_tasks - left, worker);
+    if (n > 0) atomic_fetch_sub(&pool->undone, n);
 }
 
-static unsigned await_round(gemma3_pool *pool, unsigned seen)
-{
-    for (int spin = 0; spin < SPINS && atomic_load(&pool->round) == seen; spin++) relax(spin);
-    if (atomic_load(&pool->round) == seen) {
-        pthread_mutex_lock(&pool->mutex);
-        while (atomic_load(&pool->round) == seen) pthread_cond_wait(&pool->wake, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-    return atomic_load(&pool->round);
-}
-
-static void begin_round(gemma3_pool *pool)
+/* Under the mutex, or a worker that has just found nothing to do would sleep through it. */
+static void offer(gemma3_pool *pool, int n_tasks)
 {
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add(&pool->round, 1);
+    atomic_store(&pool->left, n_tasks);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
 }
 
-static void *worker_main(void *arg)
+static int is_idle(gemma3_pool *pool)
 {
-    const struct worker *me = arg;
-    gemma3_pool *pool = me->pool;
-    fp_enter();
-    for (unsigned seen = 0; seen = await_round(pool, seen), !atomic_load(&pool->stop);)
-        take_part(pool, me->id);
-    return NULL;
+    return atomic_load(&pool->left) <= 0 && !atomic_load(&pool->stop);
+}
+
+static THREAD worker_main(void *arg)
+{
+    gemma3_pool *pool = arg;
+    int worker = 1 + atomic_fetch_add(&pool->n_workers, 1);
+    fp_enter(); /* each thread has a floating-point state of its own */
+    while (!atomic_load(&pool->stop)) {
+        for (int spin = 0; spin < SPINS && is_idle(pool); spin++) relax(spin);
+        if (is_idle(pool)) {
+            pthread_mutex_lock(&pool->mutex);
+            while (is_idle(pool)) pthread_cond_wait(&pool->wake, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        take_part(pool, worker);
+    }
+    return 0;
 }
 
 void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
@@ -4685,30 +4728,24 @@ void gemma3_pool_run(void *arg, int n_tasks, gemma3_task *task, void *job)
     pool->task = task;
     pool->job = job;
     pool->n_tasks = n_tasks;
-    atomic_store(&pool->next, 0);
-    atomic_store(&pool->inside, OPEN);
-    begin_round(pool);
+    atomic_store(&pool->undone, n_tasks);
+    offer(pool, n_tasks);
     take_part(pool, 0);
-    atomic_fetch_sub(&pool->inside, OPEN);
-    for (int spin = 0; atomic_load(&pool->inside); spin++) relax(spin);
+    for (int spin = 0; atomic_load(&pool->undone) > 0; spin++) relax(spin);
     pthread_mutex_unlock(&pool->turn);
 }
 
 gemma3_pool *gemma3_pool_new(int n_threads, gemma3_error *err)
 {
     size_t room = n_threads > 0 ? n_threads : 1;
-    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->worker);
+    gemma3_pool *pool = malloc(sizeof *pool + room * sizeof *pool->thread);
     if (!pool) return fail(err, "out of memory for %d threads", n_threads), NULL;
     *pool = (gemma3_pool){.turn = PTHREAD_MUTEX_INITIALIZER, .mutex = PTHREAD_MUTEX_INITIALIZER,
                           .wake = PTHREAD_COND_INITIALIZER};
     for (pool->n_threads = 1; pool->n_threads < n_threads; pool->n_threads++) {
-        struct worker *w = &pool->worker[pool->n_threads];
-        w->pool = pool;
-        w->id = pool->n_threads;
-        if (!pthread_create(&w->thread, NULL, worker_main, w)) continue;
+        if (!pthread_create(&pool->thread[pool->n_threads], NULL, worker_main, pool)) continue;
         fail(err, "thread %d of %d cannot be started", pool->n_threads + 1, n_threads);
-        gemma3_pool_free(pool);
-        return NULL;
+        return gemma3_pool_free(pool), NULL;
     }
     return pool;
 }
@@ -4717,8 +4754,8 @@ void gemma3_pool_free(gemma3_pool *pool)
 {
     if (!pool) return;
     atomic_store(&pool->stop, 1);
-    begin_round(pool);
-    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->worker[k].thread, NULL);
+    offer(pool, 0);
+    for (int k = 1; k < pool->n_threads; k++) pthread_join(pool->thread[k], NULL);
     pthread_cond_destroy(&pool->wake);
     pthread_mutex_destroy(&pool->mutex);
     pthread_mutex_destroy(&pool->turn);
@@ -4737,15 +4774,15 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 
 /* ==== 16. The command line ======================================================================
  *
- * From here on only gemma3.h is used: this is the worked example of the library, and whoever wants
- * the library alone deletes from here to the end. Text and results go to stdout, the rest to
- * stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2 when the
- * command line was wrong. */
+ * From here on only gemma3.h and C11 are used: this is the worked example of the library, and
+ * whoever wants the library alone defines GEMMA3_NO_MAIN. Text and results go to stdout, the
+ * rest to stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2
+ * when the command line was wrong. So no function here returns an error, and what is allocated is
+ * given back only at the end of a job that was done. */
 
 #include "gemma3.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -4753,8 +4790,6 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <time.h>
 
 enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP_BYTES = 1000 };
 
@@ -4763,7 +4798,8 @@ enum { MAX_PATH_BYTES = 4096, MAX_TEXT_BYTES = 1 << 29, MAX_STOPS = 32, MAX_STOP
 static volatile sig_atomic_t interrupted;
 static void note_interrupt(int number) { interrupted = 1, signal(number, SIG_DFL); }
 
-/* Text from anywhere: whole characters, and none that a terminal obeys (U+0000-1F, 7F-9F). */
+/* Text from anywhere, a file's names too: whole characters, and none that a terminal obeys
+ * (U+0000-1F, 7F-9F), or a model could clear the screen, or type. */
 static void print_safe(FILE *f, const char *text)
 {
     gemma3_utf8 whole = {.n = 0};
@@ -4792,13 +4828,17 @@ static void say(int code, const char *format, ...)
     if (code) exit(code);
 }
 
-/* Of a file; errno may be of an earlier call. A reader that went away knows. */
+/* Of a file. Who reads from a pipe and goes away has what he wanted: nothing is said then. errno
+ * may be 0, as C11's streams need not set it. */
 static void check(int ok, const char *name)
 {
     if (ok) return;
     if (errno == EPIPE) exit(FAILED);
     say(FAILED, "%s: %s", name, strerror(errno ? errno : EIO));
 }
+
+/* Before the program may say that it has printed something: a full disk shows only now. */
+static void flush(FILE *f) { check(!fflush(f) && !ferror(f), "standard output"); }
 
 static void *allocate(void *old, size_t n_bytes, const char *what)
 {
@@ -4807,141 +4847,9 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
     return p;
 }
 
-/* ---- Command line: what is asked of the system ---- */
-
-struct typed { char text[768]; int at, n; }; /* at a console, and not yet read: of one line */
-
-#if !defined(_WIN32)
-#include <unistd.h>
-
-/* No file that we open may get the number of a closed stream: what stands in for it can do nothing.
- * A reader that goes away, or a file beyond its limit, is an error of writing. Returns UTF-8. */
-static char **start_program(char **argv)
-{
-    for (int fd = 0; fd < 3; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0) break;
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    return argv;
-}
-
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* Bytes of a regular file. -1: there is none; -2: it is a device, a pipe or a folder. */
-static long long file_size(const char *path)
-{
-    struct stat st;
-    if (stat(path, &st)) return -1;
-    return S_ISREG(st.st_mode) ? (long long)st.st_size : -2;
-}
-
-static FILE *open_file(const char *path, const char *mode) { return fopen(path, mode); }
-static int replace_file(const char *from, const char *to) { return rename(from, to); }
-static void remove_file(const char *path) { remove(path); }
-static int is_terminal(FILE *f) { return isatty(fileno(f)); }
-static int next_byte(struct typed *t) { return (void)t, getchar(); }
-
-#else /* Windows: the same, in its UTF-16 */
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#include <io.h>
-#include <shellapi.h>
-
-struct wide { wchar_t text[32768]; };
-
-/* A path; marked by \\?\ it may have over 260 letters. */
-static struct wide widen(const char *path)
-{
-    struct wide w = {L"\\\\?\\"};
-    wchar_t given[MAX_PATH_BYTES];
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, given, MAX_PATH_BYTES)) given[0] = 0;
-    if (!GetFullPathNameW(given, 32764, w.text + 4, NULL) || w.text[4] == '\\')
-        wcscpy(w.text, given);
-    return w;
-}
-
-static char **start_program(char **argv)
-{
-    struct wide self;
-    int n;
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
-    SetConsoleOutputCP(CP_UTF8);
-    SetConsoleCP(CP_UTF8);
-    _setmode(0, _O_BINARY);
-    _setmode(1, _O_BINARY);
-    if (!wide) return argv;
-    if (n && GetModuleFileNameW(NULL, self.text, 32768)) wide[0] = self.text;
-    argv = allocate(NULL, ((size_t)n + 1) * sizeof *argv, "the command line");
-    argv[n] = NULL;
-    for (int i = 0; i < n; i++) {
-        size_t room = 3 * wcslen(wide[i]) + 1;
-        argv[i] = allocate(NULL, room, "an argument");
-        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], (int)room, NULL, NULL);
-    }
-    return argv;
-}
-
-static double seconds(void)
-{
-    LARGE_INTEGER now, per_second;
-    QueryPerformanceCounter(&now);
-    QueryPerformanceFrequency(&per_second);
-    return (double)now.QuadPart / (double)per_second.QuadPart;
-}
-
-static long long file_size(const char *path)
-{
-    struct _stat64 st;
-    if (_wstat64(widen(path).text, &st)) return -1;
-    return (st.st_mode & _S_IFMT) == _S_IFREG ? st.st_size : -2;
-}
-
-static FILE *open_file(const char *path, const char *mode)
-{
-    return _wfopen(widen(path).text, *mode == 'w' ? L"wb" : mode[1] == '+' ? L"r+b" : L"rb");
-}
-
-static int replace_file(const char *from, const char *to)
-{
-    return !MoveFileExW(widen(from).text, widen(to).text, MOVEFILE_REPLACE_EXISTING);
-}
-
-static char *realpath(const char *path, char *real) { return real ? real : _strdup(path); }
-static void remove_file(const char *path) { DeleteFileW(widen(path).text); }
-static int is_terminal(FILE *f) { return _isatty(_fileno(f)); }
-
-/* Of stdin. For bytes, the console of Windows 10 has 0 where a typed letter is not ASCII. */
-static int next_byte(struct typed *t)
-{
-    HANDLE console = GetStdHandle(STD_INPUT_HANDLE);
-    wchar_t wide[256];
-    DWORD n = 0, rest = 0;
-    if (!is_terminal(stdin)) return getchar();
-    if (t->at < t->n) return (unsigned char)t->text[t->at++];
-    if (!ReadConsoleW(console, wide, 255, &n, NULL) || n == 0 || *wide == 26) return EOF; /* ^Z */
-    if (wide[n - 1] >> 10 == 0xD800 >> 10) ReadConsoleW(console, wide + n, 1, &rest, NULL);
-    t->n = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(n + rest), t->text, 768, NULL, NULL);
-    t->at = 1;
-    return t->n ? (unsigned char)*t->text : EOF;
-}
-#endif
-
-/* Where a path leads through links; itself when there is nothing. */
-static void real_path(const char *path, char real[MAX_PATH_BYTES])
-{
-    char *found = realpath(path, NULL);
-    snprintf(real, MAX_PATH_BYTES, "%s", found ? found : path);
-    free(found);
-}
-
 /* ---- Command line: the options ---- */
 
-/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
+/* The help is the table of options too: two spaces, name, space, value; [ ] may be left out. */
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
@@ -4972,7 +4880,7 @@ static const char *const help[] = {
     "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
     "  -c N                 context in tokens; default: the model's, at most 4096",
     "  -t N                 threads; default: physical cores",
-    "  -b N                 tokens of the prompt taken at once; default 512",
+    "  -b N                 tokens of the prompt taken at once; default, and at most, 64",
     "  --exact              weights and activations in float32",
     "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
     "  --isa NAME           force kernels; list: those that this CPU can run",
@@ -4986,82 +4894,201 @@ static const char *const help[] = {
 };
 
 struct session {
-    char **args;
-    const char *mode, *kv, *stop[MAX_STOPS + 1];
+    const char *value[sizeof help / sizeof *help]; /* of the option in that line of help, or NULL */
+    const char *stop[MAX_STOPS + 1], *mode, *kv;
     int n_predict;           /* tokens to generate; -1: until a stop token or a full context */
     int special, chats, prints_ids; /* GEMMA3_SPECIAL or 0; -i; --out-ids */
-    gemma3_pool *pool;
     gemma3_model *model;
     const gemma3_config *config;
-    size_t n_vocab;
     const gemma3_tokenizer *tokenizer;
     gemma3_params params;
     gemma3_state *state;
     gemma3_sampler sampler;
+    gemma3_error err;        /* of the last call that failed */
+    size_t n_vocab;
     gemma3_candidate *candidates; /* [n_vocab] */
     float *logits;           /* [GEMMA3_MAX_UBATCH][n_vocab] */
     int32_t *ids;            /* [n_ids] the prompt */
-    int n_ids;
     char *wanted;            /* [n_ids] 1: a row for --logits and --hash; or NULL */
-    gemma3_sha256 sha256;
-    gemma3_error err;        /* of the last call that failed */
+    gemma3_sha256 sha256;    /* of those rows */
+    int n_ids, n_read, n_written; /* of the prompt; tokens so far, for the speed */
+    double read_seconds, write_seconds;
+    int fault;               /* first position whose logits are not numbers, or -1 */
     FILE *out, *file;        /* of text; of --logits or --state, by another name */
     char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
     int stopped;             /* a --stop text came */
-    int fault;               /* first position whose logits are not numbers, or -1 */
-    int n_read, n_written;   /* tokens, for the speed */
-    double read_seconds, write_seconds;
 };
 
-/* Takes an option, "--seed 7" or "--seed=7", and its value from the arguments; returns its help. */
-static const char *next_option(char ***args, const char **value)
+/* The line of help that has this option; 0, which has none, when there is no such option. */
+static int find_option(const char *name, size_t n)
 {
-    static const char moved[] = " --nll --perplexity --top --trace --trace-dir ";
-    const char *arg = *(*args)++, *next = **args, *form = NULL;
-    size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
-    for (int i = 0; help[i] && !form; i++)
-        if (n > 1 && strncmp(help[i] + 2, arg, n) == 0 && help[i][n + 2] == ' ') form = help[i] + 2;
-    if (!form && n > 4 && strstr(moved, arg))
-        say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
-            (int)strcspn(arg + 2, "-"), arg + 2);
-    if (!form) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
-    const char *what = form + n + 1; /* " " of a flag, "VALUE", "[VALUE]" */
-    *value = "";
-    if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
-    if (arg[n] == '=') *value = arg + n + 1;
-    else if (*what != ' ' && next && (*what != '[' || *next != '-')) *value = *(*args)++;
-    else if (*what != ' ' && *what != '[')
-        say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
-    return form;
+    for (int i = 0; help[i] && *name == '-' && n > 1; i++)
+        if (strncmp(help[i] + 2, name, n) == 0 && help[i][n + 2] == ' ') return i;
+    return 0;
 }
 
 /* The value given to an option, the last one, "" for a flag; NULL: it was not given. */
 static const char *option(const struct session *s, const char *name)
 {
-    const char *value, *last = NULL;
-    size_t n = strlen(name);
-    for (char **args = s->args; *args;) {
-        const char *form = next_option(&args, &value);
-        if (strncmp(form, name, n) == 0 && form[n] == ' ') last = value;
-    }
-    return last;
+    return s->value[find_option(name, strlen(name))];
 }
 
+/* Takes all arguments, "--seed 7" or "--seed=7", before any is obeyed: a mistake at the end of a
+ * line is found before minutes of work. A value may begin with -, as in --positions -1; only where
+ * it may lack the next argument is an option instead. */
+static void read_arguments(struct session *s, char **args)
+{
+    static const char *const moved[] = {"--nll", "--perplexity", "--top", "--trace", "--trace-dir"};
+    for (int n_stops = 0; *args;) {
+        const char *arg = *args++, *value = "";
+        size_t n = strncmp(arg, "--", 2) == 0 ? strcspn(arg, "=") : strlen(arg);
+        int i = find_option(arg, n);
+        for (int k = 0; !i && k < 5; k++)
+            if (strcmp(arg, moved[k]) == 0)
+                say(WRONG, "%s is now `test/conform %.*s` (make conform)", arg,
+                    (int)strcspn(arg + 2, "-"), arg + 2);
+        if (!i) say(WRONG, *arg == '-' ? "unknown option %s" : "unexpected argument \"%s\"", arg);
+        const char *what = help[i] + n + 3; /* " " of a flag, "VALUE", "[VALUE]" */
+        if (arg[n] == '=' && *what == ' ') say(WRONG, "%.*s takes no value", (int)n, arg);
+        if (arg[n] == '=') value = arg + n + 1;
+        else if (*what != ' ' && *args && (*what != '[' || **args != '-')) value = *args++;
+        else if (*what != ' ' && *what != '[')
+            say(WRONG, "%s needs a value: %.*s", arg, (int)strcspn(what, " "), what);
+        s->value[i] = value;
+        if (i != find_option("--stop", 6)) continue; /* the one that may come several times */
+        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
+        if (!*value || strlen(value) > MAX_STOP_BYTES)
+            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
+        s->stop[n_stops++] = value;
+    }
+}
+
+/* An option's number; x when it is not given. */
 static double number(const struct session *s, const char *name, int is_whole, double least,
-                     double most, double otherwise)
+                     double most, double x)
 {
     const char *text = option(s, name);
-    double x = otherwise;
     char rest;
-    if (!text) return otherwise;
-    if (sscanf(text, "%lf%c", &x, &rest) != 1 || (is_whole && text[strspn(text, "0123456789")]) ||
-        !(x >= least && x <= most))
+    if (text && (sscanf(text, "%lf%c", &x, &rest) != 1 || !(x >= least && x <= most) ||
+                 (is_whole && text[strspn(text, "0123456789")])))
         say(WRONG, "%s %s: expected a %s from %.10g to %.10g", name, text,
             is_whole ? "whole number" : "number", least, most);
     return x;
+}
+
+/* What can be wrong before a model is opened, which may take seconds: one thing to do, and nothing
+ * without effect, because who gives an option expects one. */
+static void read_options(struct session *s)
+{
+    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize");
+    int numbers = option(s, "--logits") || option(s, "--hash"), file = !!option(s, "-f");
+    int prompts = file + !!option(s, "-p") + !!option(s, "--ids"), exact = !!option(s, "--exact");
+    int n_jobs = prompts + !!option(s, "-i") + (tokenize && (*tokenize || !file)) +
+                 !!option(s, "--detokenize") + !!option(s, "--info");
+    char *end = "";
+    if (n_jobs != 1)
+        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
+            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
+            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
+    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
+    if (!numbers && option(s, "--positions")) say(WRONG, "--positions needs --logits or --hash");
+    if (!option(s, "-i") && option(s, "--system")) say(WRONG, "--system needs -i");
+    if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
+    s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
+    s->prints_ids = option(s, "--out-ids") != NULL;
+    s->chats = option(s, "-i") != NULL;
+    s->mode = exact ? "exact" : "default";
+    s->kv = option(s, "--kv") ? option(s, "--kv") : exact ? "f32" : "f16";
+    if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
+        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
+    s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
+    s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
+    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, GEMMA3_MAX_UBATCH);
+    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS,
+                                    gemma3_default_threads());
+    s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
+    errno = 0;
+    s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
+    if (*end || errno || (seed && (*seed < '0' || *seed > '9'))) /* strtoull takes " -1" too */
+        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
+    s->sampler.temperature = (float)number(s, "--temp", 0, 0, 1e6, 1);
+    s->sampler.top_k = (int)number(s, "--top-k", 1, 0, INT_MAX, 64);
+    s->sampler.top_p = (float)number(s, "--top-p", 0, 0, 1, 0.95);
+    s->sampler.min_p = (float)number(s, "--min-p", 0, 0, 1, 0);
+    s->sampler.repeat_penalty = (float)number(s, "--repeat-penalty", 0, 1e-6, 1e6, 1);
+}
+
+/* The model that comes with the program lies in weights/ beside it, or where we are. */
+static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
+{
+    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
+    size_t n = gemma3_real_path(program, path, MAX_PATH_BYTES) ? 0 : strlen(path);
+    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
+    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
+    if (gemma3_file_size(path) < 0) strcpy(path, model);
+    if (gemma3_file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
+    return path;
+}
+
+static void open_model(struct session *s, const char *path, int computes)
+{
+    gemma3_params *p = &s->params;
+    const char *note;
+    p->parallel_for = gemma3_pool_run;
+    p->pool = gemma3_pool_new(p->n_threads, &s->err);
+    if (!p->pool) say(FAILED, "%s", s->err.text);
+    gemma3_options o = {
+        .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
+        .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
+        .n_threads = p->n_threads, .parallel_for = p->parallel_for, .pool = p->pool,
+    };
+    s->model = gemma3_open(path, &o, &s->err);
+    if (!s->model) say(FAILED, "%s", s->err.text);
+    for (int i = 0; (note = gemma3_model_note(s->model, i)) != NULL; i++) say(NOTE, "%s", note);
+    s->config = gemma3_model_config(s->model);
+    s->n_vocab = (size_t)s->config->n_vocab;
+    s->tokenizer = gemma3_model_tokenizer(s->model);
+    if (!p->n_ctx) p->n_ctx = gemma3_default_params(s->model).n_ctx;
+    if (!computes) return;
+    /* Systems promise more memory than they have, and end whoever uses it: so it is asked first. */
+    size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
+    size_t weights = o.no_repack ? 0 : gemma3_model_info(s->model)->weight_bytes;
+    if (limit && (need > limit || weights > limit - need))
+        say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
+            "may use %zu MB", p->n_ctx, need >> 20, weights >> 20, limit >> 20);
+    if (p->n_ctx > s->config->n_ctx_train)
+        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
+            "it writes after them may make no sense", p->n_ctx, s->config->n_ctx_train,
+            (double)s->config->rope_factor);
+    s->state = gemma3_state_new(s->model, p, &s->err);
+    if (!s->state) say(FAILED, "%s", s->err.text);
+    s->logits = allocate(NULL, s->n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
+    s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
+}
+
+/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. What is too long is
+ * refused before it is read, where that can be known: not of pipes. */
+static char *read_file(const char *path, size_t *n)
+{
+    FILE *f = strcmp(path, "-") == 0 ? stdin : gemma3_fopen(path, "rb");
+    check(f != NULL, path);
+    long long size = f == stdin ? 0 : gemma3_file_size(path);
+    char *bytes = NULL;
+    for (size_t room = *n = 0; *n == room;) {
+        if (size > MAX_TEXT_BYTES)
+            say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
+        bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
+        *n += fread(bytes + *n, 1, room - *n, f);
+        check(!ferror(f), path);
+        if (*n > MAX_TEXT_BYTES)
+            say(FAILED, "%s: more than %d bytes, which is too long", path, MAX_TEXT_BYTES);
+    }
+    if (f != stdin) fclose(f);
+    bytes[*n] = 0;
+    return bytes;
 }
 
 /* Takes the next number of a list. 0: that was all; -1: there is something else. */
@@ -5078,114 +5105,11 @@ static int next_number(const char **list, int *x)
     return 1;
 }
 
-/* What can be wrong before the model is opened: one thing to do, and nothing without effect. */
-static void read_options(struct session *s)
-{
-    const char *seed = option(s, "--seed"), *tokenize = option(s, "--tokenize"), *stop;
-    int numbers = option(s, "--logits") || option(s, "--hash"), file = option(s, "-f") != NULL;
-    int prompts = file + !!option(s, "-p") + !!option(s, "--ids");
-    s->chats = option(s, "-i") != NULL;
-    int n_jobs = prompts + s->chats + (tokenize && (*tokenize || !file)) +
-                 !!option(s, "--detokenize") + !!option(s, "--info");
-    int n_cores = gemma3_default_threads(), n_stops = 0;
-    char *end;
-    if (n_jobs != 1)
-        say(WRONG, n_jobs ? "contradictory: one of -p, -f, --ids, -i, --tokenize TEXT, "
-            "--detokenize and --info, not several" : "nothing to do: give a prompt with -p TEXT, "
-            "-f FILE (- is stdin) or --ids FILE, or chat with -i");
-    if (numbers && (!prompts || tokenize)) say(WRONG, "--logits and --hash need -p, -f or --ids");
-    if (!numbers && option(s, "--positions")) say(WRONG, "--positions needs --logits or --hash");
-    if (!s->chats && option(s, "--system")) say(WRONG, "--system needs -i");
-    if (numbers && option(s, "--state")) say(WRONG, "--state is not for --logits and --hash");
-    s->special = option(s, "--special") ? GEMMA3_SPECIAL : 0;
-    s->prints_ids = option(s, "--out-ids") != NULL;
-    s->mode = option(s, "--exact") ? "exact" : "default";
-    s->kv = option(s, "--kv");
-    if (!s->kv) s->kv = option(s, "--exact") ? "f32" : "f16";
-    if (strcmp(s->kv, "f16") != 0 && strcmp(s->kv, "f32") != 0)
-        say(WRONG, "--kv %s: expected f16 or f32", s->kv);
-    s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
-    s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, 512);
-    s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS, n_cores);
-    s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
-    errno = 0;
-    s->sampler = gemma3_sampler_new(seed ? strtoull(seed, &end, 10) : 42);
-    if (seed && (*seed < '0' || *seed > '9' || *end || errno))
-        say(WRONG, "--seed %s: expected a whole number from 0 to 2^64-1", seed);
-    s->sampler.temperature = (float)number(s, "--temp", 0, 0, 1e6, 1);
-    s->sampler.top_k = (int)number(s, "--top-k", 1, 0, INT_MAX, 64);
-    s->sampler.top_p = (float)number(s, "--top-p", 0, 0, 1, 0.95);
-    s->sampler.min_p = (float)number(s, "--min-p", 0, 0, 1, 0);
-    s->sampler.repeat_penalty = (float)number(s, "--repeat-penalty", 0, 1e-6, 1e6, 1);
-    for (char **args = s->args; *args;) {
-        if (strncmp(next_option(&args, &stop), "--stop ", 7) != 0) continue;
-        if (n_stops == MAX_STOPS) say(WRONG, "--stop: %d of them are possible", MAX_STOPS);
-        if (!*stop || strlen(stop) > MAX_STOP_BYTES)
-            say(WRONG, "--stop: expected a text of 1 to %d bytes", MAX_STOP_BYTES);
-        s->stop[n_stops++] = stop;
-    }
-}
-
-static void open_model(struct session *s, const char *path, int computes)
-{
-    const char *note;
-    s->pool = gemma3_pool_new(s->params.n_threads, &s->err);
-    if (!s->pool) say(FAILED, "%s", s->err.text);
-    gemma3_options o = {
-        .exact = option(s, "--exact") != NULL, .no_repack = !computes || option(s, "--no-repack"),
-        .isa = option(s, "--isa"), .obey_file = option(s, "--obey-file") != NULL,
-        .n_threads = s->params.n_threads, .parallel_for = gemma3_pool_run, .pool = s->pool,
-    };
-    s->model = gemma3_open(path, &o, &s->err);
-    if (!s->model) say(FAILED, "%s", s->err.text);
-    for (int i = 0; (note = gemma3_model_note(s->model, i)) != NULL; i++) say(NOTE, "%s", note);
-    s->config = gemma3_model_config(s->model);
-    s->n_vocab = (size_t)s->config->n_vocab;
-    s->tokenizer = gemma3_model_tokenizer(s->model);
-    if (!s->params.n_ctx) s->params.n_ctx = gemma3_default_params(s->model).n_ctx;
-    s->params.parallel_for = gemma3_pool_run;
-    s->params.pool = s->pool;
-    if (!computes) return;
-    const gemma3_params *p = &s->params;
-    size_t need = gemma3_state_size(s->model, p), limit = gemma3_memory_limit();
-    size_t weights = o.no_repack ? 0 : gemma3_model_weight_bytes(s->model);
-    if (limit && (need > limit || weights > limit - need))
-        say(FAILED, "out of memory: -c %d needs %zu MB beside %zu MB of weights, and this process "
-            "may use %zu MB", p->n_ctx, need >> 20, weights >> 20, limit >> 20);
-    if (p->n_ctx > s->config->n_ctx_train)
-        say(NOTE, "-c %d goes beyond the %d tokens the model was trained on (RoPE factor %g): what "
-            "it writes after them may make no sense", p->n_ctx, s->config->n_ctx_train,
-            (double)s->config->rope_factor);
-    s->state = gemma3_state_new(s->model, p, &s->err);
-    if (!s->state) say(FAILED, "%s", s->err.text);
-    s->logits = allocate(NULL, s->n_vocab * GEMMA3_MAX_UBATCH * sizeof *s->logits, "the logits");
-    s->candidates = allocate(NULL, s->n_vocab * sizeof *s->candidates, "sampling");
-}
-
-/* All bytes of a file, "-" being stdin, and a NUL after them; allocated. */
-static char *read_file(const char *path, size_t *n)
-{
-    FILE *f = strcmp(path, "-") == 0 ? stdin : open_file(path, "rb");
-    check(f != NULL, path);
-    long long size = f == stdin ? 0 : file_size(path);
-    char *bytes = NULL;
-    for (size_t room = *n = 0; *n == room;) {
-        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
-            say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
-        bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
-        *n += fread(bytes + *n, 1, room - *n, f);
-        check(!ferror(f), path);
-    }
-    if (f != stdin) fclose(f);
-    bytes[*n] = 0;
-    return bytes;
-}
-
-/* The ids spelled in n bytes of text. */
+/* The ids spelled in n bytes of text: two bytes each at least, as something parts them. Editors of
+ * Windows begin a file with a byte-order mark; a zero byte would end the text unseen. */
 static void parse_ids(struct session *s, const char *text, size_t n, const char *where)
 {
-    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3); /* byte-order mark */
+    const char *left = text + (strncmp(text, "\xEF\xBB\xBF", 3) ? 0 : 3);
     int id, found, last = s->config->n_vocab - 1;
     s->ids = allocate(NULL, (n / 2 + 1) * sizeof *s->ids, where);
     while ((found = next_number(&left, &id)) > 0) {
@@ -5194,35 +5118,37 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
         s->ids[s->n_ids++] = id;
     }
     if (found < 0 || left < text + n)
-        say(FAILED, "%s: expected ids parted by spaces or line ends, found \"%.20s\"", where,
+        say(FAILED, "%s: expected ids separated by spaces or line ends, found \"%.20s\"", where,
             found ? left : "a zero byte");
-}
-
-static void encode_text(struct session *s, const char *text, size_t n)
-{
-    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
-    if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
-        say(NOTE, "the text begins with <bos>: no other is put before it");
-        flags = GEMMA3_SPECIAL;
-    }
-    s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
-    s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
-    if (s->n_ids < 0) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
 }
 
 /* Fills s->ids with what is to be continued or shown. */
 static void read_prompt(struct session *s)
 {
+    const char *text = option(s, "-p"), *list = option(s, "--detokenize");
     const char *ids = option(s, "--ids"), *path = ids ? ids : option(s, "-f");
-    const char *prompt = option(s, "-p"), *text = prompt ? prompt : option(s, "--tokenize");
+    int flags = s->special | (option(s, "--no-bos") ? 0 : GEMMA3_BOS);
+    if (!text) text = list ? list : option(s, "--tokenize");
     size_t n = path ? 0 : strlen(text);
     char *bytes = path ? read_file(path, &n) : NULL;
-    if (ids) parse_ids(s, bytes, n, ids);
-    else encode_text(s, bytes ? bytes : text, n);
+    if (bytes) text = bytes;
+    if (ids || list) {
+        parse_ids(s, text, n, ids ? ids : "--detokenize");
+    } else {
+        if (flags == (GEMMA3_BOS | GEMMA3_SPECIAL) && strncmp(text, "<bos>", 5) == 0) {
+            say(NOTE, "the text begins with <bos>: no other is put before it");
+            flags = GEMMA3_SPECIAL;
+        }
+        s->ids = allocate(NULL, (n + 1) * sizeof *s->ids, "the text's ids");
+        s->n_ids = gemma3_encode(s->tokenizer, text, n, flags, s->ids, (int)n + 1);
+        if (s->n_ids < 0)
+            say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(n));
+    }
     free(bytes);
 }
 
-/* --positions, or all. */
+/* --positions, or all. They must ascend: rows are written as they are computed, and in another
+ * order than was asked for they would be a trap. */
 static void choose_rows(struct session *s)
 {
     const char *list = option(s, "--positions"), *left = list;
@@ -5238,41 +5164,53 @@ static void choose_rows(struct session *s)
         s->wanted[last = position] = 1;
     }
     if (found < 0 || (list && last < 0))
-        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
+        say(WRONG, "--positions \"%s\": expected whole numbers separated by commas or spaces",
+            list);
 }
 
-/* Opens s->file under another name than path until it is whole, but for pipes and devices. */
+/* Opens s->file under another name than path until it is whole, so that a job that fails leaves
+ * what was there; a pipe or a device cannot be replaced, and is written to. The name is the real
+ * one, or a link would be replaced instead of what it leads to. */
 static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
-    long long size = file_size(path);
-    FILE *old = size >= 0 ? open_file(path, "r+b") : NULL; /* what may not be written stays */
-    if (old && fread(magic, 1, 4, old) == 4 && memcmp(magic, "GGUF", 4) == 0)
+    long long size = gemma3_file_size(path);
+    FILE *old = size >= 0 ? gemma3_fopen(path, "r+b") : NULL; /* what may not be written stays */
+    check(!old || fread(magic, 1, 4, old) == 4 || !ferror(old), path);
+    if (memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
-    real_path(path, s->path);
+    check(!gemma3_real_path(path, s->path, sizeof s->path), path);
     snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
-    s->file = size < 0 || old ? open_file(s->part, "wb") : NULL;
+    s->file = size < 0 || old ? gemma3_fopen(s->part, "wb") : NULL;
     check(s->file != NULL, path);
 }
 
+/* Flushes at once, or an error would show only after minutes of work. Is a gemma3_write. */
 static int write_out(void *session, const void *bytes, size_t n)
 {
     struct session *s = session;
     int ok = fwrite(bytes, 1, n, s->file) == n && fflush(s->file) == 0;
-    if (!ok && strcmp(s->part, s->path) != 0) remove_file(s->part);
+    if (!ok && strcmp(s->part, s->path) != 0) gemma3_remove(s->part);
     check(ok, s->file == stdout ? "standard output" : s->path);
     return 0;
 }
 
 static void close_out(struct session *s)
 {
-    check(s->file == stdout || (!fclose(s->file) && !replace_file(s->part, s->path)), s->path);
+    if (s->file != stdout) check(!fclose(s->file) && !gemma3_rename(s->part, s->path), s->path);
 }
 
 /* ---- Command line: tokens in, tokens out ---- */
 
-/* Float32 as little-endian bytes on any machine. */
+static int are_numbers(const float *x, size_t n)
+{
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
+    return all;
+}
+
+/* A row for --logits and --hash: float32 as little-endian bytes on any machine. */
 static void write_row(struct session *s, const float *row)
 {
     unsigned char *bytes = (unsigned char *)s->candidates; /* idle meanwhile, and large enough */
@@ -5285,55 +5223,55 @@ static void write_row(struct session *s, const float *row)
     if (s->file) write_out(s, bytes, 4 * s->n_vocab);
 }
 
-static int are_numbers(const float *x, size_t n)
-{
-    int all = 1;
-    for (size_t i = 0; i < n; i++) all &= !!isfinite(x[i]);
-    return all;
-}
-
-/* Every token goes through here: into the cache, and into what the repeat penalty remembers. */
+/* Every token goes through here: into the cache, and into what the repeat penalty remembers. Logits
+ * that are not numbers are remembered, not told: a hash or a file of them is what was asked for. */
 static void forward(struct session *s, const int32_t *ids, int n, const int *rows, int n_rows)
 {
+    int pos = gemma3_state_pos(s->state);
     if (gemma3_forward(s->state, ids, n, rows, n_rows, s->logits))
         say(FAILED, "%s", gemma3_state_error(s->state));
     for (int i = 0; i < n; i++) gemma3_sampler_accept(&s->sampler, ids[i]);
-    for (int r = 0; r < n_rows && s->fault < 0; r++)
-        if (!are_numbers(s->logits + (size_t)r * s->n_vocab, s->n_vocab))
-            s->fault = gemma3_state_pos(s->state) - n + rows[r];
+    for (int r = 0; r < n_rows; r++) {
+        const float *row = s->logits + (size_t)r * s->n_vocab;
+        if (s->fault < 0 && !are_numbers(row, s->n_vocab)) s->fault = pos + rows[r];
+        if (s->wanted && pos < s->n_ids && s->wanted[pos + rows[r]]) write_row(s, row);
+    }
 }
 
-/* Takes tokens through the model; s->logits is then the last one's row. */
+/* Takes tokens through the model, in pieces for which s->logits has room: rows are cheaper
+ * together, but 262,144 logits for every token of a long prompt would be gigabytes. s->logits is
+ * then the last one's row, from which write_tokens goes on. */
 static void read_tokens(struct session *s, const int32_t *ids, int n)
 {
-    double start = seconds();
+    double start = gemma3_seconds();
     for (int i = 0, count; i < n; i += count) {
-        int rows[GEMMA3_MAX_UBATCH], n_rows = 0; /* as many as s->logits has room for */
+        int rows[GEMMA3_MAX_UBATCH], n_rows = 0;
         for (count = 0; count < GEMMA3_MAX_UBATCH && i + count < n; count++)
             if ((s->wanted && s->wanted[i + count]) || i + count + 1 == n) rows[n_rows++] = count;
         forward(s, ids + i, count, rows, n_rows);
-        for (int r = 0; s->wanted && r < n_rows; r++)
-            if (s->wanted[i + rows[r]]) write_row(s, s->logits + (size_t)r * s->n_vocab);
         const float *last = s->logits + (size_t)(n_rows - 1) * s->n_vocab;
         if (n_rows > 1) memcpy(s->logits, last, 4 * s->n_vocab);
     }
     s->n_read += n;
-    s->read_seconds += seconds() - start;
+    s->read_seconds += gemma3_seconds() - start;
 }
 
-static int read_at(void *file, uint64_t offset, void *buffer, size_t n)
+/* A state is read from front to end, so nothing is sought: pipes will do. */
+static int read_next(void *file, uint64_t offset, void *buffer, size_t n)
 {
-    return fseek(file, (long)offset, SEEK_SET) || fread(buffer, 1, n, file) < n ? -1 : 0;
+    (void)offset;
+    return fread(buffer, 1, n, file) == n ? 0 : -1;
 }
 
 /* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. */
+ * there. Returns how many are in the state. A file of other tokens is no mistake: it is of another
+ * prompt, and overwritten. What the repeat penalty remembers is no part of a state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
     const char *path = n > 0 ? option(s, "--state") : NULL;
     if (!path) return 0;
-    FILE *f = open_file(path, "rb");
-    if (f && gemma3_state_load(s->state, read_at, f, &s->err))
+    FILE *f = gemma3_fopen(path, "rb");
+    if (f && gemma3_state_load(s->state, read_next, f, &s->err))
         say(FAILED, "%s: %s", path, s->err.text);
     if (f) fclose(f);
     const int32_t *kept = gemma3_state_ids(s->state);
@@ -5351,7 +5289,8 @@ static int keep_tokens(struct session *s, const int32_t *ids, int n)
     return n;
 }
 
-/* Whole characters, but for those at the end that may begin a stop text. */
+/* Whole characters, but for those at the end that may begin a stop text: they are held back until
+ * they do, or do not. Of stop texts that end together the longest counts. */
 static void print_text(struct session *s, const char *text, int n_bytes)
 {
     for (int i = 0; i < n_bytes && !s->stopped; i++) {
@@ -5368,7 +5307,8 @@ static void print_text(struct session *s, const char *text, int n_bytes)
     }
 }
 
-/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. */
+/* 0: the token ends the text: a stop token, or one without text that a --stop text spells. Each is
+ * flushed, because somebody reads as it comes. */
 static int print_token(struct session *s, int32_t id, int is_first)
 {
     char piece[GEMMA3_PIECE_MAX], c[8];
@@ -5379,14 +5319,14 @@ static int print_token(struct session *s, int32_t id, int is_first)
     for (int i = 0; i < n; i++)
         print_text(s, c, gemma3_utf8_push(&s->utf8, (unsigned char)piece[i], c));
     if (s->prints_ids && !s->stopped) fprintf(s->out, is_first ? "%d" : " %d", (int)id);
-    check(!fflush(s->out) && !ferror(s->out), "standard output");
+    flush(s->out);
     return 1;
 }
 
 /* Token after token: chosen, printed, taken in. In a chat the last one too: it goes on after it. */
 static void write_tokens(struct session *s)
 {
-    double start = seconds();
+    double start = gemma3_seconds();
     char c[8];
     int row = 0, is_last = s->n_predict == 0, is_full = 0;
     s->n_held = 0, s->stopped = 0;
@@ -5398,11 +5338,11 @@ static void write_tokens(struct session *s)
         is_full = gemma3_state_pos(s->state) == s->params.n_ctx;
         if (!is_full && (!is_last || s->chats)) forward(s, &id, 1, &row, !is_last);
     }
-    s->write_seconds += seconds() - start;
+    s->write_seconds += gemma3_seconds() - start;
     print_text(s, c, gemma3_utf8_end(&s->utf8, c));
     if (!s->prints_ids && !s->stopped) fwrite(s->held, 1, s->n_held, s->out); /* text after all */
-    if (s->prints_ids || s->chats || is_terminal(stdout)) fputc('\n', s->out);
-    check(!fflush(s->out) && !ferror(s->out), "standard output");
+    if (s->prints_ids || s->chats || gemma3_is_terminal(stdout)) fputc('\n', s->out);
+    flush(s->out);
     if (is_full && !is_last)
         say(NOTE, "the context of %d tokens is full%s", s->params.n_ctx,
             s->chats ? "; /clear starts again, -c gives more" : "");
@@ -5415,7 +5355,6 @@ static void continue_prompt(struct session *s)
 {
     const char *logits = option(s, "--logits"), *hash = option(s, "--hash");
     char hex[65];
-    read_prompt(s);
     if (s->n_ids == 0) say(FAILED, "the prompt has no tokens");
     if (s->n_ids > s->params.n_ctx)
         say(FAILED, "the prompt has %d tokens and the context room for %d: give -c %d or more",
@@ -5424,7 +5363,7 @@ static void continue_prompt(struct session *s)
     if (logits && strcmp(logits, "-") == 0) s->file = stdout, s->out = stderr;
     else if (logits) open_out(s, logits);
     gemma3_sha256_init(&s->sha256);
-    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1);
+    int n_kept = keep_tokens(s, s->ids, s->n_ids - 1); /* the last one's logits are not kept */
     read_tokens(s, s->ids + n_kept, s->n_ids - n_kept);
     gemma3_sha256_end(&s->sha256, hex);
     if (logits) close_out(s);
@@ -5434,12 +5373,14 @@ static void continue_prompt(struct session *s)
     if (s->n_predict > 0 || (s->n_predict < 0 && !logits && !hash)) write_tokens(s);
 }
 
+/* Memory is said for the -c, -b, -t and --kv that are given: what would fit is tried here. */
 static void print_info(const struct session *s)
 {
     const gemma3_config *c = s->config;
+    const gemma3_info *info = gemma3_model_info(s->model);
     const gemma3_params *p = &s->params;
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+    const struct { const char *name, *key; double value; } fields[] = { /* keys that may lack */
         {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
         {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
         {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
@@ -5454,10 +5395,10 @@ static void print_info(const struct session *s)
         {"final_softcap", "final_logit_softcapping", c->final_softcap},
     };
     printf("name                   ");
-    print_safe(stdout, gemma3_model_name(s->model));
+    print_safe(stdout, info->name);
     printf("\nchat template          %s\ncontract               %d\nmode                   %s\n"
-           "isa                    %s\n", gemma3_model_can_chat(s->model) ? "yes" : "no",
-           GEMMA3_CONTRACT, s->mode, gemma3_model_isa(s->model));
+           "isa                    %s\n", info->chat_template ? "yes" : "no", GEMMA3_CONTRACT,
+           s->mode, info->isa);
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const char *origin = gemma3_model_origin(s->model, fields[i].key);
         printf("%-22s %.9g", fields[i].name, fields[i].value);
@@ -5469,8 +5410,8 @@ static void print_info(const struct session *s)
     printf("\nweights                %zu bytes, %zu read for each token generated\n"
            "KV cache               %zu bytes for -c %d in %s\n"
            "scratch and tables     %zu bytes for -c %d -b %d -t %d\n",
-           gemma3_model_weight_bytes(s->model), gemma3_model_token_bytes(s->model), n_kv, p->n_ctx,
-           s->kv, n_scratch, p->n_ctx, p->n_batch, p->n_threads);
+           info->weight_bytes, info->token_bytes, n_kv, p->n_ctx, s->kv, n_scratch, p->n_ctx,
+           p->n_batch, p->n_threads);
 }
 
 /* One turn and its answer. 0: it does not fit, and nothing happened. */
@@ -5479,8 +5420,8 @@ static int answer(struct session *s, const char *text)
     const char *system = option(s, "--system");
     int pos = gemma3_state_pos(s->state), left = s->params.n_ctx - pos, n_same = 0;
     size_t room = strlen(text) + (system ? strlen(system) : 0) + 32;
-    int32_t *ids = allocate(s->ids, 2 * room * sizeof *ids, "the turn"), *bare = ids + room;
-    s->ids = ids;
+    int32_t *ids = s->ids = allocate(s->ids, 2 * room * sizeof *ids, "the turn");
+    int32_t *bare = ids + room;
     int n = room > MAX_TEXT_BYTES ? -2 :
             gemma3_encode_turn(s->tokenizer, system, text, pos == 0, ids, (int)room);
     if (n == -2) say(FAILED, "out of memory: encoding needs %zu bytes", gemma3_encode_work(room));
@@ -5490,10 +5431,12 @@ static int answer(struct session *s, const char *text)
             "starts again, -c gives more", s->params.n_ctx, n, left);
         return 0;
     }
-    /* --state keeps what does not depend on the text. */
+    /* --state keeps what does not depend on the text: the tokens that an empty one begins with. */
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    if (n_bare >= n) n_bare = n - 1; /* no logits are kept: the last token is always computed */
     while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
     int n_kept = keep_tokens(s, ids, n_same);
+    /* Elsewhere Ctrl-C ends the program, as it ends any other. */
     interrupted = 0;
     signal(SIGINT, note_interrupt);
     read_tokens(s, ids + n_kept, n - n_kept);
@@ -5505,15 +5448,16 @@ static int answer(struct session *s, const char *text)
     return 1;
 }
 
-/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. */
+/* A line of the user's, allocated; one that ends in \ goes on in the next. NULL: that was all. The
+ * prompt goes to stderr, so that stdout has the answers alone. */
 static char *read_line(void)
 {
     size_t n = 0, room = 256;
     char *line = allocate(NULL, room, "the line");
-    struct typed typed = {.n = 0};
+    gemma3_typed typed = {.n = 0};
     int c;
-    if (is_terminal(stdin)) fputs("> ", stderr);
-    while ((c = next_byte(&typed)) != EOF) {
+    if (gemma3_is_terminal(stdin)) fputs("> ", stderr);
+    while ((c = gemma3_typed_byte(&typed)) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
         line[n++] = (char)c;
         if (c != '\n') continue;
@@ -5527,19 +5471,20 @@ static char *read_line(void)
     return free(line), NULL;
 }
 
-/* Turns are Gemma's whatever the file's template says. A full context ends the chat, unless
- * somebody is there to type /clear. */
+/* Turns are Gemma's whatever the file's template says: that is a program in a language which is not
+ * spoken here. What its words show is said. A full context ends the chat, unless somebody is there
+ * to type /clear. */
 static void chat(struct session *s)
 {
     const char *const words[] = {"<start_of_turn>", "source_lang_code", "developer", "tools"};
-    size_t n = 0;
-    const char *template = gemma3_model_chat_template(s->model, &n);
+    const char *template = gemma3_model_info(s->model)->chat_template;
+    size_t n = gemma3_model_info(s->model)->n_chat_template, at;
     char *line;
     if (!template)
         say(NOTE, "no chat template in the file: this may be a base model, not trained to chat");
     for (int i = 0; template && i < 4; i++) {
-        size_t n_word = strlen(words[i]), at = 0;
-        while (at + n_word <= n && memcmp(template + at, words[i], n_word) != 0) at++;
+        size_t n_word = strlen(words[i]);
+        for (at = 0; at + n_word <= n && memcmp(template + at, words[i], n_word) != 0;) at++;
         if ((at + n_word <= n) != (i == 0)) /* it has no turns, or wants what they have not */
             say(NOTE, "the file's chat template %s %s: turns here are Gemma's, without more",
                 i == 0 ? "has no" : "asks for", words[i]);
@@ -5547,7 +5492,7 @@ static void chat(struct session *s)
     for (int goes_on = 1; goes_on && s->fault < 0 && (line = read_line()); free(line)) {
         if (strcmp(line, "/quit") == 0) goes_on = 0;
         else if (strcmp(line, "/clear") == 0) gemma3_state_reset(s->state), s->sampler.n_last = 0;
-        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || is_terminal(stdin);
+        else if (line[strspn(line, " \t")]) goes_on = answer(s, line) || gemma3_is_terminal(stdin);
     }
 }
 
@@ -5560,7 +5505,7 @@ static void find_fault(void *user, const char *name, int layer, int pos, int n, 
     snprintf(first, 64, layer < 0 ? "%s" : "%s-%d", name, layer);
 }
 
-/* The same tokens again, tensor by tensor. */
+/* The same tokens again, tensor by tensor: watching them all the time would cost speed. */
 static void explain_fault(struct session *s)
 {
     char first[64] = "";
@@ -5569,21 +5514,8 @@ static void explain_fault(struct session *s)
     if (again)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
-        gemma3_model_is_exact(s->model) && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
-        *first ? "; the first tensor to hold what is none was " : "", first);
-}
-
-/* The model that comes with the program lies in weights/ beside it, or where we are. */
-static const char *find_model(const char *program, char path[MAX_PATH_BYTES])
-{
-    static const char model[] = "weights/gemma3-folktales-q4_0.gguf";
-    real_path(strpbrk(program, "/\\") ? program : "/proc/self/exe", path); /* found in PATH */
-    size_t n = strlen(path);
-    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\') n--;
-    snprintf(path + n, MAX_PATH_BYTES - n, "%s", model);
-    if (file_size(path) < 0) strcpy(path, model);
-    if (file_size(path) < 0) say(WRONG, "no model: give -m MODEL.gguf");
-    return path;
+        gemma3_model_info(s->model)->exact && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
+        *first ? "; the first tensor that holds what is none is " : "", first);
 }
 
 /* Everything that needs a model. */
@@ -5593,16 +5525,14 @@ static void run_job(struct session *s, const char *program)
     const char *detokenize = option(s, "--detokenize"), *path = option(s, "-m");
     char piece[GEMMA3_PIECE_MAX], found[MAX_PATH_BYTES];
     read_options(s);
-    if (!path) path = find_model(program, found);
-    open_model(s, path, !tokenize && !detokenize && !info);
-    if (tokenize) read_prompt(s);
-    if (detokenize) parse_ids(s, detokenize, strlen(detokenize), "--detokenize");
-    for (int i = 0, n; i < s->n_ids; i++) {
+    open_model(s, path ? path : find_model(program, found), !tokenize && !detokenize && !info);
+    if (!info && !s->chats) read_prompt(s);
+    for (int i = 0, n; i < s->n_ids && (tokenize || detokenize); i++) {
         n = gemma3_decode(s->tokenizer, s->ids[i], s->special, piece);
         if (tokenize) printf(i ? " %d" : "%d", (int)s->ids[i]);
         else fwrite(piece, 1, (size_t)n, stdout);
     }
-    if (tokenize || (detokenize && is_terminal(stdout))) putchar('\n');
+    if (tokenize || (detokenize && gemma3_is_terminal(stdout))) putchar('\n');
     else if (info) print_info(s);
     else if (s->chats) chat(s);
     else if (!detokenize) continue_prompt(s);
@@ -5613,14 +5543,15 @@ static void run_job(struct session *s, const char *program)
                 s->n_written / s->write_seconds);
     gemma3_state_free(s->state);
     gemma3_close(s->model);
-    gemma3_pool_free(s->pool);
+    gemma3_pool_free(s->params.pool);
     free(s->candidates), free(s->logits), free(s->wanted), free(s->ids);
 }
 
 int main(int argc, char **argv)
 {
-    char **args = start_program(argv);
-    struct session s = {.args = args + (argc > 0), .out = stdout, .fault = -1};
+    char **args = gemma3_host_start(argv);
+    struct session s = {.out = stdout, .fault = -1};
+    if (argc > 0) read_arguments(&s, args + 1);
     const char *isa = option(&s, "--isa");
     if (option(&s, "--help"))
         for (int i = 0; help[i]; i++) puts(help[i]);
@@ -5629,7 +5560,7 @@ int main(int argc, char **argv)
     else if (isa && strcmp(isa, "list") == 0)
         for (int i = 0; gemma3_isa_name(i); i++) puts(gemma3_isa_name(i));
     else run_job(&s, argc > 0 ? args[0] : "");
-    check(!fflush(stdout) && !ferror(stdout), "standard output");
+    flush(stdout);
     return 0;
 }
 

@@ -2,7 +2,8 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, the pool,
- *                              gemma3_default_threads, gemma3_memory_limit
+ *                              gemma3_default_threads, gemma3_memory_limit, "The host" below, and
+ *                              gemma3_encode and _encode_turn, which allocate
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors, and with them snprintf
  *
  * A whole program:
@@ -45,6 +46,9 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#ifndef GEMMA3_NO_FILE
+#include <stdio.h>
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -107,7 +111,7 @@ typedef struct gemma3_options {
     void *pool;
     void (*progress)(void *user, double fraction); /* may be NULL */
     void *user;
-    int obey_file;           /* 1: keys that contradict a published size's definition are obeyed */
+    int obey_file;           /* 1: keys that contradict a release's definition are obeyed */
 } gemma3_options;
 
 /* Opens a Gemma 3 GGUF. options may be NULL. NULL and err on failure. The file must not be cut or
@@ -128,7 +132,7 @@ typedef int gemma3_write(void *user, const void *bytes, size_t n);
 /* Where a model file is. For machines whose memory is smaller than the file, only its beginning
  * need be in memory, if that has the whole header: weights behind it are read, 32 rows at a time
  * and with the same bits, whenever they are multiplied, so that a token costs the time of reading
- * gemma3_model_token_bytes. */
+ * gemma3_info.token_bytes. */
 typedef struct gemma3_source {
     const void *data;        /* the file's first bytes, which must outlive the model */
     size_t n_data;           /* how many; without read it is the whole file */
@@ -154,23 +158,27 @@ gemma3_model *gemma3_model_init(const gemma3_source *from, const gemma3_options 
 
 const gemma3_config *gemma3_model_config(const gemma3_model *m);
 const gemma3_tokenizer *gemma3_model_tokenizer(const gemma3_model *m);
-const char *gemma3_model_isa(const gemma3_model *m);   /* name of the kernels chosen */
-const char *gemma3_model_name(const gemma3_model *m);  /* general.name, "" when absent */
-int gemma3_model_is_exact(const gemma3_model *m);
-int gemma3_model_can_chat(const gemma3_model *m);      /* the file has a chat template */
-/* That template, n bytes without a NUL; NULL when there is none. */
-const char *gemma3_model_chat_template(const gemma3_model *m, size_t *n);
-/* "270M" "1B" "4B" "12B" "27B" when the layers and d_model are those of that size, else "". */
-const char *gemma3_model_size_name(const gemma3_model *m);
-/* Sentences about keys that were not obeyed, because they contradict that size's definition; NULL
- * after the last. */
+/* What else is known of a model. */
+typedef struct gemma3_info {
+    const char *name;        /* general.name, "" when absent */
+    const char *release;     /* "270M" "1B" "4B" "12B" "27B" when it has the layers and d_model of
+                                that model of Google's, else "" */
+    const char *isa;         /* name of the kernels chosen */
+    int exact;
+    size_t weight_bytes;     /* of weights read from the file */
+    size_t token_bytes;      /* of weights that a new token reads */
+    const char *chat_template; /* n_chat_template bytes without a NUL; NULL when there is none */
+    size_t n_chat_template;
+} gemma3_info;
+const gemma3_info *gemma3_model_info(const gemma3_model *m);
+
+/* Sentences about keys that were not obeyed, because they contradict that release's definition;
+ * NULL after the last. */
 const char *gemma3_model_note(const gemma3_model *m, int index);
 /* Where a field of gemma3_config comes from: "" the file, "default": it has no such key,
  * "overridden": a note says why. key is the one that stands beside the field, query_scale's
  * "attention.scale". */
 const char *gemma3_model_origin(const gemma3_model *m, const char *key);
-size_t gemma3_model_weight_bytes(const gemma3_model *m); /* bytes of weights read from the file */
-size_t gemma3_model_token_bytes(const gemma3_model *m);  /* of weights that a new token reads */
 
 /* A weight. data is as in the file where it lies there: with no_repack or exact, or floats. */
 typedef struct gemma3_tensor {
@@ -223,7 +231,8 @@ typedef struct gemma3_params {
                                     same shapes, which must outlive the state */
 } gemma3_params;
 
-/* min(n_ctx_train, 4096) tokens, batch 512, F16 cache (F32 in exact mode), one thread. */
+/* min(n_ctx_train, 4096) tokens, GEMMA3_MAX_UBATCH at once, F16 cache (F32 in exact mode), one
+ * thread. */
 gemma3_params gemma3_default_params(const gemma3_model *m);
 
 /* Bytes of a state's cache, and of all of it, before anything is allocated. SIZE_MAX when they are
@@ -239,7 +248,6 @@ gemma3_state *gemma3_state_new(const gemma3_model *m, const gemma3_params *p, ge
 void gemma3_state_free(gemma3_state *s);   /* only for states from _new */
 void gemma3_state_reset(gemma3_state *s);  /* forget all tokens */
 int gemma3_state_pos(const gemma3_state *s);     /* tokens in the cache */
-int gemma3_state_n_ctx(const gemma3_state *s);
 const int32_t *gemma3_state_ids(const gemma3_state *s); /* [gemma3_state_pos] those tokens */
 const char *gemma3_state_error(const gemma3_state *s);
 
@@ -254,8 +262,8 @@ int gemma3_forward(gemma3_state *s, const int32_t *ids, int n, const int *rows, 
 
 /* Keeps a conversation: what save writes, load puts into a state of the same model and config,
  * mode and KV type, whatever its n_ctx, batch, threads and kernels, if it holds the tokens. What
- * is computed afterwards is the same to the bit. 0, or -1 and err; after a failed load the state
- * is empty. */
+ * is computed afterwards is the same to the bit. Both go from front to end: load leaves no gaps
+ * between offsets. 0, or -1 and err; after a failed load the state is empty. */
 int gemma3_state_save(gemma3_state *s, gemma3_write *write, void *user, gemma3_error *err);
 int gemma3_state_load(gemma3_state *s, gemma3_read *read, void *user, gemma3_error *err);
 
@@ -404,6 +412,34 @@ typedef struct gemma3_utf8 {
 int gemma3_utf8_push(gemma3_utf8 *u, unsigned char byte, char out[8]);
 /* What is left at the end: 0 to 3 bytes as U+FFFD. */
 int gemma3_utf8_end(gemma3_utf8 *u, char out[8]);
+
+/* ---- The host -------------------------------------------------------------------------------- */
+
+#ifndef GEMMA3_NO_FILE
+/* What the command line needs beyond C11, for other programs too: the same on POSIX and Windows,
+ * where paths are UTF-8 as well and may be longer than 260 characters. What fails sets errno. */
+
+/* To be called first. Returns the arguments in UTF-8, of which the first leads to the program's
+ * file, on Linux and Windows also when it was found in $PATH. From then on closed standard
+ * streams cannot become other files, writing to a pipe without reader or beyond a limit fails
+ * instead of ending the program, standard input and output are binary, and a console shows
+ * UTF-8. */
+char **gemma3_host_start(char **argv);
+
+FILE *gemma3_fopen(const char *path, const char *mode);
+int gemma3_rename(const char *from, const char *to); /* replaces to. 0, or -1 */
+int gemma3_remove(const char *path);                 /* 0, or -1 */
+/* Bytes of a regular file; -1: there is none, -2: it is a device, a pipe or a folder. */
+long long gemma3_file_size(const char *path);
+/* Where a path leads through links, or path itself when there is nothing. 0, or -1 when that takes
+ * more than size bytes. */
+int gemma3_real_path(const char *path, char *real, size_t size);
+int gemma3_is_terminal(FILE *f);
+/* The next byte of stdin in UTF-8, also when it is typed at Windows' console; EOF: no more. */
+typedef struct gemma3_typed { char text[768]; int at, n; } gemma3_typed; /* begin with zeros */
+int gemma3_typed_byte(gemma3_typed *t);
+double gemma3_seconds(void);                         /* of a clock that only goes forward */
+#endif
 
 #ifdef __cplusplus
 }

@@ -52,7 +52,8 @@ static int no_sentence(char *text, size_t n, const char *format, ...)
 enum {
     MAX_VOCAB = 1 << 24,     /* pieces; Gemma 3 has 262,145 */
     MAX_RUN = 31,            /* the longest run of spaces, line ends or tabs that is one token */
-    MAX_TEXT = 1 << 29,      /* bytes encoded at once, so that indices fit in 32 bits */
+    /* bytes encoded at once, so that indices fit in 32 bits and sizes in a size_t */
+    MAX_TEXT = sizeof(size_t) > 4 ? 1 << 29 : 1 << 27,
     ALIGN = 16,              /* bytes, as no type here needs more */
 };
 
@@ -66,12 +67,14 @@ enum kind {
     UNUSED,                  /* never produced */
 };
 
-/* It lies in the caller's memory, and behind it slot and kind. */
+/* It lies in the caller's memory, and behind it bucket, sorted and kind. The pieces whose text has
+ * the hash of bucket b are sorted[bucket[b]] to before sorted[bucket[b + 1]]. */
 struct gemma3_tokenizer {
     gemma3_vocab vocab;
-    const unsigned char *kind;   /* [n_vocab] enum kind */
-    const uint32_t *slot;        /* [n_slots] hash table: id + 1, or 0 when free */
-    uint32_t n_slots;            /* a power of two */
+    uint32_t n_buckets;          /* a power of two */
+    uint32_t *bucket;            /* [n_buckets + 1] */
+    int32_t *sorted;             /* [n_vocab] ids, those of a bucket in the order of compare */
+    unsigned char *kind;         /* [n_vocab] enum kind */
     uint32_t longest_added[256]; /* bytes of the longest whole token that begins with this byte */
     int32_t byte[256];           /* id of <0x00> .. <0xFF>, or -1 */
     int32_t spaces[MAX_RUN + 1]; /* id of a run of [1] .. [31] spaces, or -1 */
@@ -220,19 +223,36 @@ static uint32_t hash_on(uint32_t hash, const char *text, size_t n)
     return hash;
 }
 
-/* The slot of the text a b: where it is, or a free one, where it would be. */
-static uint32_t find_slot(const gemma3_tokenizer *t, uint32_t hash, const char *a, size_t n_a,
+/* Whether a piece stands before (< 0) or behind (> 0) the text a b, or has it: by length first. */
+static int compare(const gemma3_vocab *v, int32_t id, const char *a, size_t n_a, const char *b,
+                   size_t n_b)
+{
+    if (v->length[id] != n_a + n_b) return v->length[id] < n_a + n_b ? -1 : 1;
+    int order = memcmp(v->text[id], a, n_a);
+    return order ? order : memcmp(v->text[id] + n_a, b, n_b);
+}
+
+/* (The lowest bits of FNV-1a alone are too much alike.) */
+static uint32_t *bucket_of(const gemma3_tokenizer *t, uint32_t hash)
+{
+    return &t->bucket[(hash ^ hash >> 15) & (t->n_buckets - 1)];
+}
+
+/* The first piece with the text a b, or -1. A bucket has one or two pieces; but it may have all of
+ * them, as whoever writes a vocabulary can choose texts with one hash. So it is sorted and halved,
+ * and no vocabulary costs more than n log n to build. */
+static int32_t find_parts(const gemma3_tokenizer *t, uint32_t hash, const char *a, size_t n_a,
                           const char *b, size_t n_b)
 {
-    for (uint32_t i = hash ^ hash >> 15;; i++) {
-        uint32_t slot = i & (t->n_slots - 1);
-        if (t->slot[slot] == 0) return slot;
-        uint32_t id = t->slot[slot] - 1;
-        const char *text = t->vocab.text[id];
-        if (t->vocab.length[id] == n_a + n_b && memcmp(text, a, n_a) == 0 &&
-            memcmp(text + n_a, b, n_b) == 0)
-            return slot;
+    const uint32_t *bucket = bucket_of(t, hash);
+    uint32_t low = bucket[0], high = bucket[1];
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (compare(&t->vocab, t->sorted[middle], a, n_a, b, n_b) < 0) low = middle + 1;
+        else high = middle;
     }
+    int32_t id = low < bucket[1] ? t->sorted[low] : -1;
+    return id >= 0 && compare(&t->vocab, id, a, n_a, b, n_b) == 0 ? id : -1;
 }
 
 /* The normal piece that two pieces spell together, or -1. */
@@ -241,15 +261,14 @@ static int32_t join(const gemma3_tokenizer *t, int32_t left, int32_t right)
     const char *a = t->vocab.text[left], *b = t->vocab.text[right];
     size_t n_a = t->vocab.length[left], n_b = t->vocab.length[right];
     uint32_t hash = hash_on(hash_on(hash_of_nothing, a, n_a), b, n_b);
-    int32_t id = (int32_t)t->slot[find_slot(t, hash, a, n_a, b, n_b)] - 1;
+    int32_t id = find_parts(t, hash, a, n_a, b, n_b);
     return id >= 0 && t->kind[id] == NORMAL ? id : -1;
 }
 
 /* The piece with this text, but for runs of spaces, or -1. */
 static int32_t find_text(const gemma3_tokenizer *t, const char *text, size_t n)
 {
-    uint32_t hash = hash_on(hash_of_nothing, text, n);
-    return (int32_t)t->slot[find_slot(t, hash, text, n, "", 0)] - 1;
+    return find_parts(t, hash_on(hash_of_nothing, text, n), text, n, "", 0);
 }
 
 int32_t gemma3_find(const gemma3_tokenizer *t, const char *text, size_t n)
@@ -266,19 +285,19 @@ static void *align(void *mem)
     return (char *)mem + (ALIGN - (uintptr_t)mem % ALIGN) % ALIGN;
 }
 
-/* A number of slots of which at least a third stay free, so that a search is short. */
-static uint32_t slots_for(int n_vocab)
+/* As many buckets as give each one or two pieces. */
+static uint32_t buckets_for(int n_vocab)
 {
-    uint32_t n = 16;
-    while (n < (uint32_t)n_vocab + (uint32_t)n_vocab / 2) n *= 2;
+    uint32_t n = 1;
+    while (n < (uint32_t)n_vocab / 2) n *= 2;
     return n;
 }
 
 size_t gemma3_tokenizer_size(const gemma3_vocab *v)
 {
     if (v->n_vocab < 1 || v->n_vocab > MAX_VOCAB) return 0;
-    return ALIGN + sizeof(gemma3_tokenizer) + slots_for(v->n_vocab) * sizeof(uint32_t) +
-           (size_t)v->n_vocab;
+    return ALIGN + sizeof(gemma3_tokenizer) + (buckets_for(v->n_vocab) + 1) * sizeof(uint32_t) +
+           (size_t)v->n_vocab * (sizeof(int32_t) + 1);
 }
 
 /* 0 when value lies in low .. high. */
@@ -307,32 +326,69 @@ static int check_vocab(const gemma3_vocab *v, gemma3_error *err)
     return 0;
 }
 
-/* Notes each piece where it will be looked for; from the last to the first, so that of equal texts
- * the lowest id counts. */
-static void add_pieces(gemma3_tokenizer *t, unsigned char *kind, uint32_t *slot)
+/* Notes what each piece is; from the last to the first, so that of equal ones the lowest counts. */
+static void note_kinds(gemma3_tokenizer *t)
 {
     const gemma3_vocab *v = &t->vocab;
-    t->kind = kind;
-    t->slot = slot;
-    memset(slot, 0, t->n_slots * sizeof *slot);
     memset(t->byte, -1, sizeof t->byte);
     memset(t->spaces, -1, sizeof t->spaces);
     memset(t->longest_added, 0, sizeof t->longest_added);
     for (int32_t id = v->n_vocab; id-- > 0;) {
         const char *text = v->text[id];
         uint32_t n = v->length[id];
-        kind[id] = (unsigned char)kind_of(v, id);
-        int byte = byte_value(text, n);
-        if (kind[id] == BYTE && byte >= 0) t->byte[byte] = id;
-        if (kind[id] == SPACES) t->spaces[run_of_spaces(text, n)] = id;
-        if (kind[id] == NORMAL && n == 3 && is_space_mark(text, n)) t->spaces[1] = id;
-        if ((kind[id] == ADDED || kind[id] == SPECIAL) &&
-            t->longest_added[(unsigned char)text[0]] < n)
-            t->longest_added[(unsigned char)text[0]] = n;
-        if (n == 0 || kind[id] == SPACES) continue; /* spaces are written in more than one way */
-        uint32_t hash = hash_on(hash_of_nothing, text, n);
-        slot[find_slot(t, hash, text, n, "", 0)] = (uint32_t)id + 1;
+        enum kind kind = kind_of(v, id);
+        t->kind[id] = (unsigned char)kind;
+        if (kind == BYTE) t->byte[byte_value(text, n)] = id;
+        if (kind == SPACES) t->spaces[run_of_spaces(text, n)] = id;
+        if (kind == NORMAL && n == 3 && is_space_mark(text, n)) t->spaces[1] = id;
+        if (kind != ADDED && kind != SPECIAL) continue;
+        uint32_t *longest = &t->longest_added[(unsigned char)text[0]];
+        if (*longest < n) *longest = n;
     }
+}
+
+/* Of equal texts, which a hostile vocabulary may have, the lower id stands first. */
+static int is_before(const gemma3_vocab *v, int32_t a, int32_t b)
+{
+    int order = compare(v, a, v->text[b], v->length[b], "", 0);
+    return order ? order < 0 : a < b;
+}
+
+/* Heap sort, which no order of the pieces makes slow. First the heap grows, from its middle to its
+ * top; then, again and again, the top goes behind the end and the last id takes its place. */
+static void sort_ids(const gemma3_vocab *v, int32_t *ids, uint32_t n)
+{
+    for (uint32_t begin = n / 2; n > 1;) {
+        int32_t id;
+        if (begin > 0) id = ids[--begin];
+        else id = ids[--n], ids[n] = ids[0];
+        uint32_t i = begin;
+        for (uint32_t child; (child = 2 * i + 1) < n; i = child) {
+            if (child + 1 < n && is_before(v, ids[child], ids[child + 1])) child++;
+            if (!is_before(v, id, ids[child])) break;
+            ids[i] = ids[child];
+        }
+        ids[i] = id;
+    }
+}
+
+/* Puts the pieces in their buckets: first counts them, then fills each from its end. Runs of spaces
+ * are left out, as they are written in more than one way. */
+static void fill_buckets(gemma3_tokenizer *t)
+{
+    const gemma3_vocab *v = &t->vocab;
+    memset(t->bucket, 0, (t->n_buckets + 1) * sizeof *t->bucket);
+    for (int fill = 0; fill < 2; fill++) {
+        for (int32_t id = 0; id < v->n_vocab; id++) {
+            if (v->length[id] == 0 || t->kind[id] == SPACES) continue;
+            uint32_t *bucket = bucket_of(t, hash_on(hash_of_nothing, v->text[id], v->length[id]));
+            if (fill) t->sorted[--*bucket] = id;
+            else ++*bucket;
+        }
+        for (uint32_t b = 0; !fill && b < t->n_buckets; b++) t->bucket[b + 1] += t->bucket[b];
+    }
+    for (uint32_t b = 0; b < t->n_buckets; b++)
+        sort_ids(v, t->sorted + t->bucket[b], t->bucket[b + 1] - t->bucket[b]);
 }
 
 gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t size,
@@ -348,10 +404,13 @@ gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t
         return NULL;
     }
     gemma3_tokenizer *t = align(mem);
-    uint32_t *slot = (uint32_t *)(t + 1);
     t->vocab = *v;
-    t->n_slots = slots_for(v->n_vocab);
-    add_pieces(t, (unsigned char *)(slot + t->n_slots), slot);
+    t->n_buckets = buckets_for(v->n_vocab);
+    t->bucket = (uint32_t *)(t + 1);
+    t->sorted = (int32_t *)(t->bucket + t->n_buckets + 1);
+    t->kind = (unsigned char *)(t->sorted + v->n_vocab);
+    note_kinds(t);
+    fill_buckets(t);
     t->eos = gemma3_find(t, "<eos>", 5);
     t->start_of_turn = gemma3_find(t, "<start_of_turn>", 15);
     t->end_of_turn = gemma3_find(t, "<end_of_turn>", 13);
@@ -534,9 +593,9 @@ static size_t match_token(const gemma3_tokenizer *t, const char *text, size_t n,
     uint32_t hash = hash_of_nothing;
     for (size_t length = 1; length <= longest && length <= n; length++) {
         hash = hash_on(hash, text + length - 1, 1);
-        int32_t found = (int32_t)t->slot[find_slot(t, hash, text, length, "", 0)] - 1;
-        if (found < 0 || (t->kind[found] != ADDED && t->kind[found] != SPECIAL)) continue;
-        if (t->kind[found] == SPECIAL && !(flags & GEMMA3_SPECIAL)) continue;
+        int32_t found = find_parts(t, hash, text, length, "", 0);
+        int kind = found < 0 ? UNUSED : t->kind[found];
+        if (kind != ADDED && !(kind == SPECIAL && flags & GEMMA3_SPECIAL)) continue;
         *id = found;
         matched = length;
     }
@@ -576,9 +635,8 @@ static void add_text(struct encoder *e, const char *text, size_t n, int flags)
 
 size_t gemma3_encode_work(size_t n)
 {
-    size_t each = sizeof(struct symbol) + 2 * sizeof(struct pair);
-    if (n > MAX_TEXT || n > (SIZE_MAX - ALIGN) / each) return SIZE_MAX;
-    return ALIGN + n * each;
+    return n > MAX_TEXT ? SIZE_MAX
+                        : ALIGN + n * (sizeof(struct symbol) + 2 * sizeof(struct pair));
 }
 
 /* 0, or -2 when n_work bytes are too few for stretches of n bytes. */
@@ -670,7 +728,7 @@ int gemma3_encode_turn(const gemma3_tokenizer *t, const char *system, const char
     text = trim(text, &n_text);
     if (n_system > MAX_TEXT / 4 || n_text > MAX_TEXT / 4) return -2;
     size_t n = 5 + n_system + n_text, n_work = gemma3_encode_work(n + 6);
-    char *turn = n_work > SIZE_MAX - n ? NULL : malloc(n + n_work);
+    char *turn = malloc(n + n_work); /* no wrap: n is at most half of MAX_TEXT and a few */
     if (!turn) return -2;
     memcpy(turn, "user\n", 5);
     if (n_system > 0) {

@@ -1,4 +1,4 @@
-/* attention.c - softmax(q k) v: the fast one, query block by query block, has the bits of the
+/* attention.c - softmax(q k) v: the fast one, shared out to threads, has the bits of the
  * definition, and the definition is the formula.
  *
  * No model file: random queries, keys and values go into a state of one local and one global layer,
@@ -59,7 +59,7 @@ static void check_token(struct trial *t, const struct attention *a, int i)
     const gemma3_config *c = &t->m.config;
     int D = c->head_dim, p = t->s->pos + i;
     for (int h = 0; h < c->n_heads; h++) {
-        const float *q = head_at(t->s->q, c->n_heads, D, i, h);
+        const float *q = head_at(t->q, c->n_heads, D, p, h);
         const float *got = head_at(t->s->attended, c->n_heads, D, i, h);
         float scaled[256];
         double want[256];
@@ -83,10 +83,10 @@ static void take_tokens(struct trial *t, int l, int n)
     memcpy(s->q, t->q + s->pos * q, n * q * sizeof(float));
     memcpy(s->k, t->k + s->pos * kv, n * kv * sizeof(float));
     memcpy(s->v, t->v + s->pos * kv, n * kv * sizeof(float));
-    for (int i = 0; i < n; i++) store_heads(&a, i, 0);
-    for (a.i0 = 0; a.i0 < n; a.i0 += s->q_block) {
-        a.n = min_int(n - a.i0, s->q_block);
-        attend(&a);
+    for (int i = 0; i < n; i++) scale_and_store(&a, i, 0);
+    for (a.i0 = 0; a.i0 < n; a.i0 += a.n) {
+        a.n = min_int(n - a.i0, s->n_abreast);
+        attend_abreast(&a);
     }
     for (int i = 0; i < n; i++)
         if ((s->pos + i) % 5 == 4) check_token(t, &a, i);

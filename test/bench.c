@@ -13,16 +13,12 @@
  * drifts. The prompt is bound by arithmetic: two operations for each weight and token, against the
  * multiply-add peak of the instruction set in use (int8; float in exact mode). Everything is the
  * median of the repeats, with the least and the most beside it. Uses gemma3.h only. */
-#if !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L
-#endif
 #include "../gemma3.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -34,13 +30,6 @@ struct args {
     int n_threads, n_repeats, n_decode, n_prompt, n_depths, depth[MAX_DEPTHS];
     gemma3_options options;
 };
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void die(const char *what)
 {
@@ -107,9 +96,9 @@ static double read_bandwidth(gemma3_pool *pool, void *buffer, vector *sink)
     struct reading job = {buffer, BUFFER_BYTES / sizeof(vector) / TASKS, sink};
     double best = 0;
     for (int r = 0; r < 3; r++) {
-        double start = now();
+        double start = gemma3_seconds();
         gemma3_pool_run(pool, TASKS, read_share, &job);
-        double rate = BUFFER_BYTES / (now() - start) / 1e9;
+        double rate = BUFFER_BYTES / (gemma3_seconds() - start) / 1e9;
         best = rate > best ? rate : best;
     }
     return best;
@@ -180,9 +169,9 @@ static double multiply_peak(const char *isa, int exact, int n_threads, gemma3_po
     char sink;
     for (const struct peak *p = peaks; p->isa; p++) {
         if (strcmp(p->isa, isa) || p->exact != exact) continue;
-        double start = now();
+        double start = gemma3_seconds();
         gemma3_pool_run(pool, n_threads, p->task, &sink);
-        return n_threads * p->ops / (now() - start) / 1e9;
+        return n_threads * p->ops / (gemma3_seconds() - start) / 1e9;
     }
     return 0;
 }
@@ -208,12 +197,12 @@ static double layer_weights(const gemma3_config *c)
 
 static double seconds_of(gemma3_state *s, const int32_t *ids, int n, int at_once, float *logits)
 {
-    double start = now();
+    double start = gemma3_seconds();
     for (int i = 0, take; i < n; i += take) {
         int row = (take = n - i < at_once ? n - i : at_once) - 1;
         if (gemma3_forward(s, ids + i, take, &row, 1, logits)) die(gemma3_state_error(s));
     }
-    return now() - start;
+    return gemma3_seconds() - start;
 }
 
 struct bench {
@@ -232,10 +221,10 @@ struct bench {
 static gemma3_model *open_timed(struct bench *b)
 {
     gemma3_error err;
-    double start = now();
+    double start = gemma3_seconds();
     gemma3_model *m = gemma3_open(b->a.model, &b->a.options, &err);
     if (!m) die(err.text);
-    record(&b->load, now() - start);
+    record(&b->load, gemma3_seconds() - start);
     return m;
 }
 
@@ -283,7 +272,7 @@ static void measure_once(struct bench *b)
     const struct args *a = &b->a;
     record(&b->bandwidth, read_bandwidth(b->pool, b->buffer, b->sink));
     record(&b->peak,
-           multiply_peak(gemma3_model_isa(b->m), a->options.exact, a->n_threads, b->pool));
+           multiply_peak(gemma3_model_info(b->m)->isa, a->options.exact, a->n_threads, b->pool));
     gemma3_state_reset(b->s);
     record(&b->prompt,
            a->n_prompt / seconds_of(b->s, b->ids, a->n_prompt, b->p.n_batch, b->logits));
@@ -302,7 +291,7 @@ static void print_decode(struct bench *b, int k)
 {
     const struct args *a = &b->a;
     const gemma3_config *c = gemma3_model_config(b->m);
-    size_t weights = gemma3_model_token_bytes(b->m);
+    size_t weights = gemma3_model_info(b->m)->token_bytes;
     int depth = k ? a->depth[k - 1] : 0, half = a->n_decode / 2;
     double bytes = (double)(weights + kv_bytes_at(c, depth + half, b->p.kv_type));
     double bytes0 = (double)(weights + kv_bytes_at(c, half, b->p.kv_type));
@@ -321,11 +310,12 @@ static void print_table(struct bench *b, long rss)
 {
     const struct args *a = &b->a;
     const gemma3_config *c = gemma3_model_config(b->m);
-    size_t token_bytes = gemma3_model_token_bytes(b->m), weights = gemma3_model_weight_bytes(b->m);
+    const gemma3_info *info = gemma3_model_info(b->m);
+    size_t token_bytes = info->token_bytes, weights = info->weight_bytes;
     double products = 2 * layer_weights(c), peak = median(&b->peak);
     char note[128];
     printf("%s: %d layers, d_model %d, mode %s, isa %s, %d threads, %d repeats\n", a->model,
-           c->n_layers, c->d_model, a->options.exact ? "exact" : "default", gemma3_model_isa(b->m),
+           c->n_layers, c->d_model, a->options.exact ? "exact" : "default", info->isa,
            a->n_threads, a->n_repeats);
     printf("weights %.1f MB, read for each token %.1f MB; peak RSS %ld MiB for the model and a "
            "context of %d\n\n",

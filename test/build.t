@@ -101,7 +101,7 @@ SKIP: {
 }
 
 # The command line is a program like any other over the library: what stands below its line compiles where
-# there is nothing but gemma3.h, and links with the library's objects.
+# there is nothing but gemma3.h and C11, and links with the library's objects.
 {
     open my $f, "<", "gemma3.c" or die "gemma3.c: $!";
     my ($below) = do { local $/; <$f> } =~ /^(#ifndef GEMMA3_NO_MAIN\n.*^#endif)\n/ms;
@@ -109,7 +109,7 @@ SKIP: {
     symlink "$top/gemma3.h", "$dir/alone/gemma3.h";
     spew("alone/main.c", "$below\n");
     for my $compiler (@compilers) {
-        my ($text, $status) = run($compiler, "-std=gnu17", "-O1", "-fno-pic", "-no-pie", @rules, "-o", "$dir/alone/gemma3",
+        my ($text, $status) = run($compiler, "-std=c11", "-O1", "-fno-pic", "-no-pie", @rules, "-o", "$dir/alone/gemma3",
             "$dir/alone/main.c", "$dir/$compiler-library.o", "$dir/$compiler-tokenizer.o", @libs);
         is($text, "", "$compiler: the command line alone builds over gemma3.h without a word");
         SKIP: {

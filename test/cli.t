@@ -136,9 +136,9 @@ my $kv_bytes = (512 + 7 * 71) * 2 * 2 * 32 * 2;
 like($out, qr/^KV cache +$kv_bytes bytes for -c 512 in f16$/m, "the cache's bytes");
 like($out, qr/^weights +\d+ bytes/m, "the weights'");
 tiny("--info", "-t", 1);
-my ($one) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 512 -t 1$/m;
+my ($one) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 64 -t 1$/m;
 tiny("--info", "-t", 4);
-my ($four) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 512 -t 4$/m;
+my ($four) = $out =~ /^scratch and tables +(\d+) bytes for -c 512 -b 64 -t 4$/m;
 ok($one && $four && $four > $one, "the scratch's, which grows with threads");
 tiny("--info", "-b", 1, "--exact");
 $kv_bytes = (512 + 7 * 8) * 2 * 2 * 32 * 4;
@@ -154,7 +154,9 @@ unlike($out, qr/[\x00-\x09\x0b-\x1f\x7f]/, "all of it");
 
 refuses(2, qr/nothing to do/, "no prompt", "-m", $tiny);
 refuses(2, qr/unknown option --frobnicate/, "an unknown option", "-m", $tiny, "--frobnicate");
+refuses(2, qr/unknown option --per/, "a part of an option that has moved", "-m", $tiny, "--per");
 refuses(2, qr/unexpected argument "hello"/, "a stray word", "-m", $tiny, "hello");
+refuses(2, qr/unexpected argument "ores"/, "a word of the help", "-m", $tiny, "ores");
 refuses(2, qr/-p needs a value/, "-p without text", "-m", $tiny, "-p");
 refuses(2, qr/contradictory/, "two prompts", "-m", $tiny, "-p", "a", "-f", "b");
 refuses(2, qr/contradictory/, "two jobs", "-m", $tiny, "-p", "a", "--info");
@@ -391,7 +393,7 @@ is($code, 0, "and no failure");
 my @sampling = ("-p", "the", "-n", 80);
 $text = tiny(@sampling);
 is(tiny(@sampling), $text, "a fixed seed by default");
-is(tiny(@sampling, qw(--temp 1 --top-k 64 --top-p 0.95 --min-p 0 --repeat-penalty 1 --seed 42 -b 512
+is(tiny(@sampling, qw(--temp 1 --top-k 64 --top-p 0.95 --min-p 0 --repeat-penalty 1 --seed 42 -b 64
     -c 512)), $text, "the defaults are what --help says");
 isnt(tiny(@sampling, "--seed", 7), $text, "another seed is another text");
 isnt(tiny(@sampling, "--temp=0.01"), $text, "--temp=T is understood too");
@@ -576,7 +578,7 @@ sub with_key {
 {
     my %is = gguf(slurp($tiny));
     my $nan = edited("nan.gguf", $tiny, $is{"tensor blk.3.ffn_norm.weight"} + 4 * 7 => pack "f<", "nan");
-    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor to hold what is none was ffn_norm-3$/m;
+    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor that holds what is none is ffn_norm-3$/m;
     run("-m", $nan, "-p", "the cat", "-n", 6);
     is($code, 1, "logits that are not numbers: exit code 1");
     like($err, $says, "one sentence, with the position, what to try, and the first tensor");
@@ -586,7 +588,7 @@ sub with_key {
     is(() = $err =~ /$says/g, 1, "once");
     run("-m", $nan, "--ids", $ids, "--hash", "--exact");
     is($code, 1, "--hash of them");
-    like($err, qr/^gemma3: logits are not numbers at position 0; the first tensor to hold what is none was ffn_norm-3$/m,
+    like($err, qr/^gemma3: logits are not numbers at position 0; the first tensor that holds what is none is ffn_norm-3$/m,
         "there is nothing to try beyond --exact");
     like($out, qr/^contract 1 mode exact kv f32 sha256 \w{64}$/, "is printed all the same");
     my $at = $is{"tensor blk.2.attn_norm.weight"};
@@ -594,7 +596,7 @@ sub with_key {
         pack "f<*", map { $_ * 1e7 } unpack "f<64", substr slurp($tiny), $at, 256);
     run("-m", $large, "-p", "the cat", "-n", 6);
     is($code, 1, "values beyond what an F16 cache holds: exit code 1");
-    like($err, qr/try --kv f32 or --exact; the first tensor to hold what is none was (kqv_out|attn_out)\S*-2$/m, "says what to try");
+    like($err, qr/try --kv f32 or --exact; the first tensor that holds what is none is (kqv_out|attn_out)\S*-2$/m, "says what to try");
     for my $how (["--kv", "f32"], ["--exact"]) {
         run("-m", $large, "-p", "the cat", "-n", 6, @$how);
         is($code, 0, "and @$how is right");
@@ -675,6 +677,8 @@ sub with_key {
     is(tiny(\"the cat\n", @kind), $dog, "and read");
     cmp_ok($n_read->(), "<", $n / 2, "which saves its tokens");
     is(tiny(\"the girl\n/clear\nthe cat\n", @kind), tiny(\"the girl\n/clear\nthe cat\n", @plain), "for every turn that is the first");
+    my $nothing = tiny(\"\f\n", @chat);
+    is(tiny(\"\f\n", @chat, "--state", "$dir/empty state"), $nothing, "a turn of nothing, computed and then read") for 1, 2;
     refuses(1, qr/the model\.gguf: .+/, "--state of a model", "-m", $tiny, "-p", $long, "--state", $copy);
     ok(slurp($copy) eq slurp($tiny), "which stays as it was");
     refuses(1, qr/cut state: .+/, "half a state", "-m", $tiny, "-p", $long, "--state", spew("cut state", substr slurp($state), 0, -3));

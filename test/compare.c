@@ -109,6 +109,7 @@ struct measure measure_row(const float *ours, const float *theirs, int n_vocab, 
         double a = ours[i] - moved, d = theirs[i] - a;
         if (d != d) continue;
         m.n_known++;
+        m.n_masked += theirs[i] == -INFINITY;
         sum += a;
         if (fabs(d) > m.max_diff) m.max_diff = fabs(d);
         if (fabs(a) > largest) largest = fabs(a);
@@ -135,6 +136,8 @@ void add_measure(struct total *t, const struct measure *m, int has_next)
     t->n_next += has_next;
     t->first_agrees += m->first_agrees, t->in_5 += m->in_5, t->in_10 += m->in_10;
     t->n_log += m->is_log;
+    if (m->n_masked && !t->n_masked) t->masked_at = m->position;
+    t->n_masked += m->n_masked;
     if (!(m->max_diff <= t->max_diff)) t->max_diff = m->max_diff;
     if (!(m->max_relative <= t->max_relative)) t->max_relative = m->max_relative;
     if (!(m->kl <= t->max_kl)) t->max_kl = m->kl, t->worst = m->position;
@@ -192,28 +195,26 @@ static int positions_of(const struct session *s, int32_t **out)
 {
     if (!s->args->positions) return -1;
     int n = parse_numbers(s->args->positions, ", \t\n", out);
-    if (n < 1) return complain("--positions \"%s\": expected whole numbers parted by commas",
+    if (n < 1) return complain("--positions \"%s\": expected whole numbers separated by commas",
                                s->args->positions), -2;
     for (int i = 0; i < n; i++) {
         if ((*out)[i] < 0) (*out)[i] += s->n_ids;
         if ((*out)[i] < 0 || (*out)[i] >= s->n_ids)
             return complain("--positions: the text has %d tokens", s->n_ids), -2;
+        if (i > 0 && (*out)[i] <= (*out)[i - 1])
+            return complain("--positions: expected each after the one before"), -2;
     }
     return n;
 }
 
 int wanted_positions(const struct session *s, char **wanted, int *n_rows)
 {
-    int32_t *position = NULL, last = -1;
+    int32_t *position = NULL;
     int n = positions_of(s, &position);
-    if (n == -2) return WRONG;
     *wanted = n < 0 ? NULL : calloc((size_t)s->n_ids, 1);
-    for (int i = 0; i < n; last = position[i++]) {
-        if (*wanted) (*wanted)[position[i]] = 1;
-        if (position[i] <= last) n = -3;
-    }
+    for (int i = 0; i < n && *wanted; i++) (*wanted)[position[i]] = 1;
     free(position);
-    if (n == -3) return complain("--positions: expected each after the one before");
+    if (n == -2) return WRONG;
     *n_rows = n < 0 ? s->n_ids : n;
     return n > 0 && !*wanted ? out_of_memory((size_t)s->n_ids, "the positions") : 0;
 }
@@ -266,6 +267,24 @@ static int first_of_server(const struct reader *r, const struct session *s)
     return best;
 }
 
+/* The tokens that a server chose are, on the whole, the text's. */
+static int check_chosen(const struct reader *r, const struct session *s, int first)
+{
+    int n = 0, n_other = 0, row = -1;
+    for (int i = 0; i < r->n_rows; i++) {
+        int at = first + i + 1;
+        if (r->row[i].chosen < 0 || at < 0 || at >= s->n_ids) continue;
+        n++;
+        if (r->row[i].chosen == s->ids[at]) continue;
+        n_other++;
+        if (row < 0) row = i;
+    }
+    if (2 * n_other <= n) return 0;
+    return complain("%s: its token for position %d is %d, the text's is %d: these are other ids",
+                    r->in.name, first + row + 1, (int)r->row[row].chosen,
+                    (int)s->ids[first + row + 1]);
+}
+
 int align_rows(struct theirs *t, const struct session *s, int piece)
 {
     struct reader *r = &t->reader;
@@ -279,9 +298,13 @@ int align_rows(struct theirs *t, const struct session *s, int piece)
     if (r->form == FORM_KLD_BASE) {
         n_rows = r->n_ctx - 1 - r->n_ctx / 2;
         first = r->n_ctx / 2, skip = piece * n_rows;
-    } else if (r->form == FORM_JSON) first = first_of_server(r, s);
-    else if (n > 0 && n_rows != n)
+    } else if (n > 0 && n_rows != n) {
+        free(position);
         return complain("%s has %d rows, --positions names %d", r->in.name, n_rows, n);
+    } else if (r->form == FORM_JSON) {
+        first = first_of_server(r, s);
+        if (n < 0 && check_chosen(r, s, first)) return WRONG;
+    }
     else if (n_rows == 1) first = s->n_ids - 1;
     else if (n < 0 && (n_rows < s->n_ids - 1 || n_rows > s->n_ids + 1))
         return complain(
@@ -325,16 +348,31 @@ static void measure_task(void *job, int i, int worker)
     c->measured[i].position = p;
 }
 
+/* A member of a JSON object: JSON has no word for what is no number. */
+static void print_member(const char *name, double x)
+{
+    if (isfinite(x)) printf("\"%s\":%.6g,", name, x);
+    else printf("\"%s\":null,", name);
+}
+
+static void print_measure_json(const struct measure *m)
+{
+    printf("{\"position\":%d,", m->position);
+    print_member("max_diff", m->max_diff);
+    print_member("max_relative", m->max_relative);
+    print_member("nmse", m->sum_diff / m->sum_ours);
+    print_member("kl", m->kl);
+    print_member("delta_nll", m->delta_nll);
+    printf("\"rank\":%d,\"top1\":%d,\"top5\":%d,\"top10\":%d}", m->rank, m->first_agrees,
+           m->in_5, m->in_10);
+}
+
 static void print_measure(const struct comparison *c, const struct measure *m)
 {
-    if (c->s->args->json)
-        printf(
-            "%s{\"position\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"kl\":%.6g,"
-            "\"rank\":%d,\"top1\":%d,\"top5\":%d,\"top10\":%d,\"delta_nll\":%.6g}",
-            c->total.n > 1 ? ",\n" : "", m->position, m->max_diff, m->max_relative,
-            m->sum_diff / m->sum_ours, m->kl, m->rank, m->first_agrees, m->in_5, m->in_10,
-            m->delta_nll);
-    else if (c->s->args->each)
+    if (c->s->args->json) {
+        if (c->total.n > 1) fputs(",\n", stdout);
+        print_measure_json(m);
+    } else if (c->s->args->each)
         printf("position %d: max diff %.3g (relative %.2g), NMSE %.2g, KL %.3g, their first is our "
                "%d, "
                "of 5 %d, of 10 %d agree, delta nll %.3g\n",
@@ -416,14 +454,25 @@ static void print_total(const struct total *t)
     if (t->n_next) printf("delta nll            mean %.4g\n", t->sum_delta / t->n_next);
 }
 
+/* Whether it is what an engine does whose noise is that of bf16. */
+static int is_usual(const struct cause *c, int band)
+{
+    return c->n && c->is_hidden && c->mistake[0]->is_usual_in_bf16 && band >= find_band("bf16");
+}
+
+static int has_fault(const struct cause *c, int band)
+{
+    int n = 0;
+    for (int i = 0; i < c->n; i++) n += !c->mistake[i]->is_precision && !is_usual(c, band);
+    return n > 0;
+}
+
 static struct result judge(const struct total *t, const struct cause *cause, int was_searched,
                            const struct args *a)
 {
     struct result v = {.total = *t, .band = band_of(t->sum_kl / t->n), .cause = *cause,
                        .was_searched = was_searched};
-    int is_fault = 0;
-    for (int i = 0; i < cause->n; i++) is_fault |= !cause->mistake[i]->is_precision;
-    v.conforms = v.band <= widest_allowed(a) && !is_fault;
+    v.conforms = v.band <= widest_allowed(a) && !has_fault(cause, v.band);
     return v;
 }
 
@@ -437,18 +486,31 @@ static void print_cause(const struct result *v)
     for (int i = 0; i < c->n; i++)
         printf("%-20s %s: %s\n", i ? "and" : "cause", c->mistake[i]->name, c->mistake[i]->sentence);
     if (c->n && c->is_hidden)
-        printf("%-20s it stands out of other noise, with %.2f of its own weight\n", "", c->weight);
-    else if (c->n) printf("%-20s with %s, %.6g %% of the difference is gone\n", "",
-                          c->n > 1 ? "both" : "it", 100 * c->explained);
+        printf("%-20s it stands out of other noise, with %.2f +- %.2f of its own weight\n", "",
+               c->weight, c->error);
+    if (is_usual(c, v->band))
+        printf("%-20s engines in bf16 do so: no fault there\n", "");
+    if (c->n && !c->is_hidden)
+        printf("%-20s with %s, %.6g %% of the difference is gone\n", "",
+               c->n > 1 ? "both" : "it", 100 * c->explained);
+}
+
+static void print_suspects(const struct result *v)
+{
+    for (int i = 0; i < v->cause.n_suspects; i++) {
+        const struct suspect *p = &v->cause.suspect[i];
+        printf("%-20s %.2f +- %.2f of it is in the difference\n", p->mistake->name, p->weight,
+               p->error);
+    }
 }
 
 static void print_verdict(const struct result *v)
 {
     const struct cause *c = &v->cause;
-    int is_fault = 0, is_named = c->n == 1 && c->mistake[0]->is_precision;
-    for (int i = 0; i < c->n; i++) is_fault |= !c->mistake[i]->is_precision;
+    int is_fault = has_fault(c, v->band), is_named = c->n == 1 && c->mistake[0]->is_precision;
     print_total(&v->total);
     print_cause(v);
+    print_suspects(v);
     printf("verdict              %s: ", v->conforms ? "conforms" : "does not conform");
     if (is_fault) printf("a known mistake%s\n", c->n > 1 ? " or two" : "");
     else if (v->band == n_bands) puts("no arithmetic explains so much");
@@ -461,18 +523,28 @@ static void print_json(const struct result *v)
 {
     const struct total *t = &v->total;
     double n = t->n;
-    printf("],\n\"rows\":%d,\"max_diff\":%.6g,\"max_relative\":%.6g,\"nmse\":%.6g,\"mean_kl\":%.6g,"
-           "\"max_kl\":%.6g,"
-           "\"worst_position\":%d,\"top1\":%.6g,\"top5\":%.6g,\"top10\":%.6g,\"worst_rank\":%d,"
-           "\"delta_nll\":%.6g,\n",
-           t->n, t->max_diff, t->max_relative, t->sum_diff / t->sum_ours, t->sum_kl / n, t->max_kl,
-           t->worst, t->first_agrees / n, t->in_5 / (5 * n), t->in_10 / (10 * n), t->worst_rank,
-           t->n_next ? t->sum_delta / t->n_next : 0);
+    printf("],\n\"rows\":%d,", t->n);
+    print_member("max_diff", t->max_diff);
+    print_member("max_relative", t->max_relative);
+    print_member("nmse", t->sum_diff / t->sum_ours);
+    print_member("mean_kl", t->sum_kl / n);
+    print_member("max_kl", t->max_kl);
+    print_member("delta_nll", t->n_next ? t->sum_delta / t->n_next : 0);
+    printf("\"worst_position\":%d,\"top1\":%.6g,\"top5\":%.6g,\"top10\":%.6g,\"worst_rank\":%d,\n",
+           t->worst, t->first_agrees / n, t->in_5 / (5 * n), t->in_10 / (10 * n), t->worst_rank);
     printf("\"band\":\"%s\",\"conforms\":%s,\"causes\":[",
            v->band < n_bands ? bands[v->band].name : "none", v->conforms ? "true" : "false");
     for (int i = 0; i < v->cause.n; i++)
         printf("%s\"%s\"", i ? "," : "", v->cause.mistake[i]->name);
-    printf("],\"explained\":%.6g}\n", v->cause.n ? v->cause.explained : 0);
+    printf("],\"explained\":%.6g", v->cause.n ? v->cause.explained : 0);
+    for (int i = 0; i < v->cause.n_suspects; i++) {
+        const struct suspect *p = &v->cause.suspect[i];
+        printf("%s{\"name\":\"%s\",\"weight\":%.6g", i ? "," : ",\"suspects\":[",
+               p->mistake->name, p->weight);
+        if (isfinite(p->error)) printf(",\"error\":%.6g", p->error);
+        putchar('}');
+    }
+    puts(v->cause.n_suspects ? "]}" : "}");
 }
 
 static void print_notes(const struct session *s, const struct reader *r, const struct total *t)
@@ -482,6 +554,11 @@ static void print_notes(const struct session *s, const struct reader *r, const s
             stderr,
             "conform: note: %s has %d columns, the model %d tokens: the first %d are compared\n",
             r->in.name, r->width, s->config->n_vocab, min_int(r->width, s->config->n_vocab));
+    if (t->n_masked)
+        fprintf(stderr,
+                "conform: note: %s: %lld logits are -infinity, the first at position %d: a "
+                "probability of 0 where ours is not makes the divergence infinite\n",
+                r->in.name, t->n_masked, t->masked_at);
     if (t->n_log && !r->is_log)
         fprintf(stderr, "conform: note: %s holds log probabilities, ours are compared as such\n",
                 r->in.name);
@@ -546,12 +623,26 @@ int compare_with(struct session *s, const char *path, struct result *r)
     return code;
 }
 
+static int check_suspects(const struct args *a)
+{
+    int n_names = 0;
+    for (const char *p = a->suspect; p && *p; n_names++) {
+        size_t n = strcspn(p, ",");
+        if (find_mistake(p, n) < 0)
+            return complain("--suspect: there is no mistake \"%.*s\" (conform mistakes lists them)",
+                            (int)n, p);
+        p += n + (p[n] == ',');
+    }
+    return n_names <= MAX_SUSPECTS ? 0 : complain("--suspect: expected %d names at most",
+                                                  MAX_SUSPECTS);
+}
+
 int compare(struct session *s, const struct args *a)
 {
     struct theirs t = {.row_of = NULL};
     struct result r;
-    if (widest_allowed(a) < 0) return complain("--band %s: no such band", a->band);
-    int code = open_for_compare(s, &t, a);
+    int code = check_suspects(a);
+    if (!code) code = open_for_compare(s, &t, a);
     if (!code && a->json) printf("{\"form\":\"%s\",\"positions\":[", t.reader.form_name);
     if (!code) code = compare_opened(s, &t, &r);
     if (!code) {

@@ -16,6 +16,7 @@ struct measure {
     int rank;                /* of their first choice among ours, from 0 */
     int first_agrees, in_5, in_10; /* how many of the first 1, 5, 10 are among theirs */
     int n_known;             /* values that were there to compare */
+    int n_masked;            /* theirs that are -infinity */
     int is_log;              /* theirs are log probabilities */
 };
 
@@ -38,6 +39,8 @@ int find_band(const char *name); /* -1 when there is none of that name */
 
 struct total {
     int n, n_next, first_agrees, in_5, in_10, n_log, worst; /* worst: position of the largest KL */
+    long long n_masked;
+    int masked_at;           /* the first position that has some */
     double max_diff, max_relative, sum_diff, sum_ours, sum_kl, max_kl, sum_delta;
     int worst_rank;
 };
@@ -62,14 +65,23 @@ void close_theirs(struct theirs *t);
 /* Gives each position its row. piece: of a base file. */
 int align_rows(struct theirs *t, const struct session *s, int piece);
 
+/* How much of a mistake that --suspect names is in the difference: 1 when it is made, 0 when it is
+ * not, and how uncertain that is. */
+struct suspect {
+    const struct mistake *mistake;
+    double weight, error;
+};
+
 /* Which mistake explains the difference: runs the model with each of them. */
-enum { MAX_CAUSES = 2 };
+enum { MAX_CAUSES = 2, MAX_SUSPECTS = 8 };
 struct cause {
     int n;                   /* mistakes: 0 when none explains it */
     const struct mistake *mistake[MAX_CAUSES];
     double explained;        /* share of the difference that is gone with them: 1 is all */
-    double weight;           /* how much of the mistake is in the difference: 1 is just so */
+    double weight, error;    /* of one that is hidden, as a suspect's */
     int is_hidden;           /* it stands out of a difference that is mostly something else */
+    struct suspect suspect[MAX_SUSPECTS];
+    int n_suspects;
 };
 int find_cause(struct session *s, struct theirs *t, const float *kl, struct cause *cause);
 

@@ -170,7 +170,7 @@ static int encode_text(struct session *s, const char *text, size_t n)
 static int take_ids(struct session *s, const char *path, const char *text, size_t n_bytes)
 {
     s->n_ids = strlen(text) == n_bytes ? parse_numbers(text, " \t\r\n\v\f", &s->ids) : -1;
-    if (s->n_ids < 0) return complain("%s: expected ids parted by spaces or line ends", path);
+    if (s->n_ids < 0) return complain("%s: expected ids separated by spaces or line ends", path);
     for (int i = 0; i < s->n_ids; i++)
         if (s->ids[i] < 0 || s->ids[i] >= s->config->n_vocab)
             return complain("%s: id %d is outside the vocabulary, 0 to %d", path, (int)s->ids[i],
@@ -621,6 +621,16 @@ static int trace(struct session *s, const struct args *a)
     return code;
 }
 
+/* ---- The known mistakes ---- */
+
+static int list_mistakes(struct session *s, const struct args *a)
+{
+    (void)s, (void)a;
+    for (int i = 0; i < n_mistakes; i++)
+        printf("%-24s %s\n", mistakes[i].name, mistakes[i].sentence);
+    return 0;
+}
+
 /* ---- The command line ---- */
 
 static const struct command {
@@ -646,6 +656,7 @@ static const struct command {
      ".npy or .safetensors, [T][V] or of the last position [V]; the base\n"
      "file of llama-perplexity (its ids come with it); JSON lines of a\n"
      "server with \"top_logprobs\""},
+    {"mistakes", "", 0, 0, list_mistakes, "names of the known mistakes, and what each is"},
     {"layers", "DIR", 1, 1, layers,
      "tensors inside another engine against ours, in order: the first that\n"
      "differs is named, and what stands before it. DIR: files by llama.cpp's\n"
@@ -663,6 +674,9 @@ static const struct command {
 
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 
+/* Those that take a model and a text. */
+#define TEXTS "nll perplexity top trace compare layers export"
+
 enum option_kind { FLAG, NUMBER, TEXT };
 
 struct option {
@@ -677,14 +691,14 @@ struct option {
 #define FIELD(name) offsetof(struct args, name)
 
 static const struct option options[] = {
-    {"-m", "MODEL", TEXT, FIELD(model), 0, 0, NULL,
+    {"-m", "MODEL", TEXT, FIELD(model), 0, 0, TEXTS,
      "a Gemma 3 GGUF; default: the small one in weights/"},
-    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, NULL, "the text, after <bos>"},
-    {"-f", "FILE", TEXT, FIELD(file), 0, 0, NULL, "the text in FILE; - is stdin"},
-    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0, NULL,
-     "the ids in FILE, parted by spaces or line ends; no <bos> is added"},
-    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, NULL, "no <bos> before the text"},
-    {"--special", NULL, FLAG, FIELD(special), 0, 0, NULL,
+    {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, TEXTS, "the text, after <bos>"},
+    {"-f", "FILE", TEXT, FIELD(file), 0, 0, TEXTS, "the text in FILE; - is stdin"},
+    {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0, TEXTS,
+     "the ids in FILE, separated by spaces or line ends; no <bos> is added"},
+    {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, TEXTS, "no <bos> before the text"},
+    {"--special", NULL, FLAG, FIELD(special), 0, 0, TEXTS,
      "control tokens spelled in the text are those tokens"},
     {"--dir", "DIR", TEXT, FIELD(dir), 0, 0, "trace check",
      "trace: whole tensors, float32, little-endian; DIR is made when absent"},
@@ -705,14 +719,17 @@ static const struct option options[] = {
      "int8, of layers float32"},
     {"--no-diagnosis", NULL, FLAG, FIELD(no_diagnosis), 0, 0, "compare check",
      "do not look for the mistake that explains a difference"},
-    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, NULL,
+    {"--suspect", "LIST", TEXT, FIELD(suspect), 0, 0, "compare",
+     "looks for these mistakes alone, and says how much of each is in the\n"
+     "difference: names of conform mistakes, separated by commas"},
+    {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, "nll perplexity top trace export",
      "context in tokens; default: enough for the text"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,
      "threads; default: physical cores"},
-    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 512"},
+    {"-b", "N", NUMBER, FIELD(n_batch), 1, INT_MAX, NULL, "tokens taken at once; default 64"},
     {"--exact", NULL, FLAG, FIELD(exact), 0, 0, "nll perplexity top trace",
      "weights and activations in float32"},
-    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, NULL,
+    {"--kv", "f16|f32", TEXT, FIELD(kv), 0, 0, TEXTS,
      "numbers in the cache; default f16, with --exact f32"},
     {"--isa", "NAME", TEXT, FIELD(isa), 0, 0, NULL, "force the kernels of an instruction set"},
     {"--help", NULL, FLAG, FIELD(help), 0, 0, NULL, "this text, or, after a command, its own"},
@@ -824,16 +841,23 @@ static int parse_args(struct args *a, const struct command *c, int argc, char **
     return 0;
 }
 
+/* check and vectors know theirs. */
+static int needs_model(const struct command *c)
+{
+    return c->run != check && c->run != write_vectors && c->run != list_mistakes;
+}
+
 static int check_args(const struct args *a, const struct command *c)
 {
     if (a->n_values < c->least) return refuse("%s needs %s", c->name, c->values);
     if (!!a->prompt + !!a->file + !!a->ids_file > 1)
         return refuse("contradictory: one of -p, -f and --ids, not several");
-    int needs_text = c->run != compare && c->run != check && c->run != write_vectors;
+    int needs_text = needs_model(c) && c->run != compare;
     if (needs_text && !a->prompt && !a->file && !a->ids_file)
         return refuse("%s needs a text: -p TEXT, -f FILE (- is stdin) or --ids FILE", c->name);
     if (a->kv && strcmp(a->kv, "f16") != 0 && strcmp(a->kv, "f32") != 0)
         return refuse("--kv %s: expected f16 or f32", a->kv);
+    if (a->band && find_band(a->band) < 0) return refuse("--band %s: no such band", a->band);
     if (c->run == perplexity && a->n_ctx && a->n_ctx < 3)
         return refuse("-c %d: perplexity needs pieces of 3 tokens or more", a->n_ctx);
     if (!a->isa) return 0;
@@ -862,7 +886,7 @@ static void fill_streams(void)
 
 int main(int argc, char **argv)
 {
-    struct args a = {.n_threads = gemma3_default_threads(), .n_batch = 512};
+    struct args a = {.n_threads = gemma3_default_threads(), .n_batch = GEMMA3_MAX_UBATCH};
     struct session s = {.args = &a};
     char found[4096];
     fill_streams();
@@ -877,7 +901,7 @@ int main(int argc, char **argv)
         code = check_args(&a, c);
         if (c->run == compare || c->run == export_logits || c->run == layers) a.exact = 1;
         if (!code && !a.model) a.model = find_model(argv[0], found, sizeof found);
-        if (!code && !a.model) code = refuse("no model: give -m MODEL.gguf");
+        if (!code && !a.model && needs_model(c)) code = refuse("no model: give -m MODEL.gguf");
         if (!code) {
             code = c->run(&s, &a);
             close_session(&s);

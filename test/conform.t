@@ -356,6 +356,8 @@ wrong(qr/its shape is \[73\]\[440\]\[1\], expected \[72\]\[443\]/, "another shap
     npy("shape.npy", "<f4", "73,440,1", "\0" x (73 * 440 * 4)));
 wrong(qr/Fortran order/, "Fortran order", npy("fortran.npy", "<f4", "72, 443", $exact, "True"));
 wrong(qr/NumPy type <i4/, "whole numbers", npy("int.npy", "<i4", "72, 443", $exact));
+wrong(qr/NumPy type \?\[2J\?/, "a type that would clear the screen",
+    npy("clear.npy", "\e[2J\n", "72, 443", $exact));
 wrong(qr/31896 values of 4 bytes, but the file has 127000 bytes/, "a file cut short",
     npy("cut.npy", "<f4", "72, 443", substr $exact, 0, 127000));
 wrong(qr/has 1000 bytes: raw float32 logits of 72 positions/, "no form at all", spew("x.f32", "\1" x 1000));
@@ -368,6 +370,17 @@ wrong(qr/no such band/, "an unknown band", $base, "--band", "f17");
 wrong(qr/two tensors have the shape of logits, a and b/, "two candidates", safetensors("two.safetensors",
     '{"a":{"dtype":"F32","shape":[443],"data_offsets":[0,1772]},"b":{"dtype":"F32","shape":[1,443],' .
     '"data_offsets":[0,1772]}}', substr $exact, 0, $row));
+wrong(qr/--positions: expected each after the one before/, "a position twice", spew("twice.f32", substr $exact, 0, 2 * $row),
+    "--positions", "1,1");
+wrong(qr/NumPy type <c16, expected f2, f4, f8, or V2/, "complex numbers", npy("c.npy", "<c16", "72, 443", $exact x 4));
+wrong(qr/zeros\.f32: row 3, all its 443 values are 0, expected logits/, "a row that was never written",
+    spew("zeros.f32", substr($exact, 0, 3 * $row) . "\0" x (69 * $row)));
+wrong(qr/id 90000 is outside the vocabulary of 443/, "a server with other ids", spew("ids.jsonl",
+    '{"top_logprobs":[{"id":90000,"logprob":-1}]}'));
+wrong(qr/90 positions and the text 72 tokens/, "a server with more positions", spew("more.jsonl",
+    qq({"top_logprobs":[{"id":5,"logprob":-1}]}\n) x 90));
+wrong(qr/its token for position \d+ is 7, the text's is \d+: these are other ids/, "a server with another text",
+    spew("text.jsonl", join "", map { qq({"id":7,"logprob":-1,"top_logprobs":[{"id":5,"logprob":-1}]}\n) } 40 .. 70));
 my @other = @{ $pieces[0] };
 $other[7]++;
 wrong(qr/its token 7 is \d+, the text's is \d+: these are other ids/, "other ids",
@@ -383,6 +396,13 @@ like($out, qr/"conforms":true,"causes":\[\]/, "--json");
 is(() = $out =~ /"position":/g, 72, "has every position");
 against($base, "--each");
 is(() = $out =~ /^position \d+: max diff 0 /mg, 72, "--each too");
+my $masked = $exact;
+substr $masked, 5 * $row + 4 * $_, 4, pack "f<", "-inf" for 100 .. 102;
+against(spew("masked.f32", $masked), "--json", "--no-diagnosis");
+is($code, 1, "logits of -infinity do not conform");
+like($err, qr/note: .*masked\.f32: 3 logits are -infinity, the first at position 5: a probability of 0 /, "which is explained");
+like($out, qr/"position":5,"max_diff":null,.*"kl":null/, "JSON has no infinity: null stands for it");
+unlike($out, qr/\b(inf|nan)\b/, "anywhere");
 my $int8 = spew("int8.f32", $all);
 against($int8);
 is($code, 0, "our own 8-bit activations conform");
@@ -468,6 +488,34 @@ npy("states/hidden_states.npy", "<f4", "9, 72, 64", $hidden);
 layers("$dir/states");
 like($out, qr/^l_out-6 is the first .* l_out-5 .*^between them stands: the whole of layer 6, which is local$/ms,
     "a layer that does nothing is found");
+# Heads before or after tokens, with and without a batch of one.
+mkdir "$dir/heads";
+my @q = unpack "f<*", slurp("$inside/Qcur-0.f32");    # [72][4][32]
+my $heads_first = pack "f<*", map { my $h = $_; map { @q[128 * $_ + 32 * $h .. 128 * $_ + 32 * $h + 31] } 0 .. 71 } 0 .. 3;
+for my $layout (["72, 128", 0], ["1, 72, 128", 0], ["72, 4, 32", 0], ["1, 72, 4, 32", 0], ["1, 4, 72, 32", 1], ["4, 72, 32", 1]) {
+    npy("heads/Qcur-0.npy", "<f4", $layout->[0], $layout->[1] ? $heads_first : pack "f<*", @q);
+    layers("$dir/heads");
+    is($code, 0, "queries as [$layout->[0]]") or diag($out . $err);
+    like($out, qr/^Qcur-0 +\[72\] NMSE 0\.00e\+00/m, "are read exactly");
+}
+npy("heads/Qcur-0.npy", "<f4", "1, 4, 72, 32", pack "f<*", @q);
+layers("$dir/heads");
+is($code, 1, "values in the other order differ");
+my $late_heads = pack "f<*", map { my $h = $_; map { @q[128 * $_ + 32 * $h .. 128 * $_ + 32 * $h + 31] } 60 .. 71 } 0 .. 3;
+npy("heads/Qcur-0.npy", "<f4", "1, 4, 12, 32", $late_heads);
+layers("$dir/heads");
+is($code, 0, "heads first, of the last tokens alone") or diag($out . $err);
+like($out, qr/^Qcur-0 +\[12\] NMSE 0\.00e\+00/m, "are read exactly");
+npy("heads/Qcur-0.npy", "<f4", "1, 4, 4, 32", substr $late_heads, 0, 4 * 4 * 4 * 32);
+layers("$dir/heads");
+is($code, 2, "as many heads as tokens are ambiguous");
+like($err, qr/^conform: \S+Qcur-0\.npy: Qcur-0 has the shape \[1\]\[4\]\[4\]\[32\]: as many heads as tokens/, "which is said");
+for my $shape ("36, 256", "1, 8, 36, 32", "4, 32, 72") {
+    npy("heads/Qcur-0.npy", "<f4", $shape, $heads_first);
+    layers("$dir/heads");
+    is($code, 2, "queries as [$shape] are not taken");
+    like($err, qr/has the shape \[.*\], expected \[72\]\[128\], or heads before or after tokens$/, "which is said");
+}
 refuses(qr/no tensor has one of our names/, "a folder of something else", "layers", "test/data", "-m", $tiny,
     "--ids", $ids);
 
@@ -504,6 +552,14 @@ conform("check", @small);
 is($code, 0, "check: this build conforms") or diag($out . $err);
 like($out, qr/^conforms: contract 1, \w+, 4 models, \d+ prompts, \d+ rows in exact and default mode, every bit$/,
     "in one line");
+refuses(qr/there are no vectors "nosuch", but tiny, tiny-62, tiny-mixed, folktales, 270m/, "unknown vectors", "check", "tiny", "nosuch");
+refuses(qr/there are no vectors "nosuch"/, "unknown vectors for an engine", "check", "nosuch", "--other", "true");
+refuses(qr/there are no vectors "nosuch"/, "unknown vectors to write", "vectors", $dir, "nosuch");
+refuses(qr/--band f17: no such band/, "an unknown band for an engine", "check", "tiny", "--other", "true", "--band", "f17");
+refuses(qr/\Q$_->[0]\E does not belong to $_->[1]/, "$_->[1] $_->[0]", $_->[1], @$_[2 .. $#$_], $_->[0], "8")
+    for ["--kv", "check"], ["-p", "check"], ["-m", "vectors", "d"], ["--ids", "mistakes"], ["-c", "compare", "x"];
+refuses(qr{/no/tiny\.vec: No such file or directory \(check runs in the source's folder}, "no vectors here", "check", "tiny",
+    "--dir", "$dir/no");
 mkdir "$dir/v";
 my $vectors = slurp("test/vectors/tiny.vec");
 for my $change (["row 5 [0-9a-f]{64}", "row 5 " . "0" x 64, "position 5: exact mode's logits differs"],
@@ -590,6 +646,77 @@ for my $path (glob "test/vectors/bf16*.npy") {
     is(($causes // "") =~ tr/"//dr, $name, "transformers in bf16, " . ($name ? "with $name" : "which is right") . ": "
         . ($name ? "named all the same" : "no mistake is named")) or diag($out =~ s/.*\],//sr . $err);
     is($code, $name ? 1 : 0, $name ? "does not conform" : "conforms");
+}
+
+# A mistake beneath the noise of an engine's arithmetic, and the same noise without it. 24 rows of a text
+# are too few to see it.
+sub with_key { my ($bytes, $key, $type, $value) = @_;
+    my $at = 4 + length($key) + index $bytes, $key;
+    substr($bytes, $at, 4) = pack $type, $value;
+    return $bytes }
+sub noisy {
+    my ($bits, $size, $seed) = @_;
+    return pack "f<*", map { $seed = ($seed * 1103515245 + 12345) & 0x7fffffff; $_ + $size * ($seed / 2**30 - 1) }
+        unpack "f<*", $bits;
+}
+my ($long) = $vectors =~ /^prompt length-2100.*?\nids ((?:\d+ ){600})/ms;
+my $long_ids = spew("long.ids", $long);
+my $eps = spew("eps.gguf", with_key(slurp($tiny), "gemma3.attention.layer_norm_rms_epsilon", "f<", 1e-5));
+for my $case ([$tiny, ""], [$eps, "norm-eps"]) {
+    my ($model, $name) = @$case;
+    run($gemma3, "-m", $model, "-c", 600, "--ids", $long_ids, "--exact", "--logits", "$dir/long.f32");
+    my $path = spew("noisy.f32", noisy(slurp("$dir/long.f32"), 0.004, 7));
+    conform("compare", $path, "-m", $tiny, "--ids", $long_ids, "-t", 1, "--json");
+    my ($causes) = $out =~ /"causes":\[(.*?)\]/;
+    is(($causes // "") =~ tr/"//dr, $name, $name ? "a mistake far beneath the noise is named" :
+        "noise alone is not taken for one") or diag($out =~ s/.*\],//sr . $err);
+    is($code, $name ? 1 : 0, $name ? "and does not conform" : "and conforms");
+    conform("compare", $path, "-m", $tiny, "--ids", $long_ids, "-t", 1, "--suspect", "norm-eps,window-plus-1", "--json");
+    my %weight = $out =~ /"name":"(.*?)","weight":([^,}]*)/g;
+    is(join(" ", sort keys %weight), "norm-eps window-plus-1", "--suspect measures those named");
+    cmp_ok(abs($weight{"norm-eps"} - ($name ? 1 : 0)), "<", 0.4, "how much of it is there");
+    cmp_ok(abs($weight{"window-plus-1"}), "<", 0.4, "and how little of another");
+}
+wrong(qr/--suspect: there is no mistake "window" \(conform mistakes lists them\)/, "an unknown suspect", $base,
+    "--suspect", "norm-eps,window");
+wrong(qr/--suspect: expected 8 names at most/, "too many suspects", $base, "--suspect", join ",", ("silu") x 9);
+conform("mistakes");
+is($code, 0, "conform mistakes");
+like($out, qr/^window-plus-1 +local layers see window \+ 1 keys$/m, "has names and what they are");
+
+# Engines in bf16 round the embedding's scale too: named, but a fault only where the rest is finer.
+{
+    my ($skip, @positions) = (0);
+    for (grep { !/^#/ } split /\n/, slurp("test/vectors/mistakes.txt")) {
+        my ($names, $model, @at) = split;
+        @positions = @at;
+        last if $names eq "embedding-scale-bf16";
+        $skip += 4 * $n_vocab{$model} * @at;
+    }
+    my $bits = substr $rows_of, $skip, 4 * 263 * @positions;
+    my @args = ("-m", "test/data/tiny-62.gguf", "--ids", "test/data/tiny-62.ids", "-t", 1, "--positions", join ",", @positions);
+    conform("compare", spew("scale.f32", noisy($bits, 0.003, 5)), @args);
+    is($code, 1, "a bf16 embedding scale beneath less noise than bf16's does not conform") or diag($out . $err);
+    conform("compare", spew("scale.f32", noisy($bits, 0.008, 5)), @args);
+    is($code, 0, "beneath bf16's it does") or diag($out . $err);
+    like($out, qr/^cause +embedding-scale-bf16: .*^ +it stands out .*^ +engines in bf16 do so: no fault there$/ms, "but is named");
+}
+
+# On the real model a key too many or too few is five hundred times smaller than 8-bit arithmetic.
+SKIP: {
+    my $real = "weights/gemma-3-270m-q4_k_m.gguf";
+    skip "no $real: make $real fetches it", 4 if !-f $real;
+    my ($words) = slurp("test/vectors/270m.vec") =~ /^prompt length-1024.*?\nids ((?:\d+ ){672})/ms;
+    my ($real_ids, $last) = (spew("real.ids", $words), join ",", 512 .. 671);
+    for my $window (512, 513) {
+        my $other = spew("other.gguf", with_key(slurp($real), "gemma3.attention.sliding_window", "V", $window));
+        run($gemma3, "-m", $other, "--obey-file", "--ids", $real_ids, "--positions", $last, "--logits", "$dir/real.f32");
+        conform("compare", "$dir/real.f32", "-m", $real, "--ids", $real_ids, "--positions", $last,
+            "--suspect", "window-plus-1,window-minus-1");
+        is($code, $window == 512 ? 0 : 1, "the real model in 8 bits, with a window of $window") or diag($out . $err);
+        if ($window == 512) { unlike($out, qr/^cause/m, "has no mistake") }
+        else { like($out, qr/^cause +window-plus-1: /m, "is seen to have one key too many") }
+    }
 }
 
 # The real model's activations are too large for float16, and a server tells 20 logarithms a position.

@@ -1,12 +1,13 @@
-/* faults.c - a machine that fails: in each job of the program the n-th allocation, file or thread
- * is refused, for every n, once and for good; disks are full after n bytes, inputs end in an error.
+/* faults.c - a machine that fails: in each job of the program the n-th allocation, file, thread, or
+ * read or write of a stream is refused, for every n, once and for good; disks are full after n
+ * bytes, inputs end in an error.
  *
  * Whatever fails, the program either does its job, to the byte, or says one sentence, exits with 1,
- * leaves what it wrote to standard output a beginning of what is right and no half file,
-     and has given
- * back all memory. The linker puts the functions here before those of the C library (--wrap),
-     so that
- * it is the program's own objects that are tested.
+ * leaves what it wrote to standard output a beginning of what is right and no half file, and has
+ * given back all memory. (A write that is refused once, with success afterwards, may leave a hole
+ * in standard output: stdio has forgotten those bytes, and exit code 1 says so.) The linker puts
+ * the functions here before those of the C library (--wrap), so that it is the own objects of the
+ * program that are tested.
  */
 #define _GNU_SOURCE 1
 #include <errno.h>
@@ -24,10 +25,18 @@
 #include "tap.h"
 #include "tiny.h"
 
+/* A process takes 3 ms to begin and end, and 20 under a sanitizer. */
+#if defined(__SANITIZE_ADDRESS__)
+enum { IS_SLOW = 1 };
+#else
+enum { IS_SLOW = 0 };
+#endif
+
 /* ---- Faults ---------------------------------------------------------------------------------- */
 
-enum { MEMORY, FILES, THREADS, SYSTEM, KINDS };
-static const char *const kind_names[KINDS] = {"allocation", "file", "thread", "call of the system"};
+enum { MEMORY, FILES, THREADS, SYSTEM, READS, WRITES, KINDS };
+static const char *const kind_names[KINDS] = {"allocation", "file", "thread", "call of the system",
+                                              "read of a stream", "write of a stream"};
 
 static _Atomic int watching, calls[KINDS], live_blocks, live_maps;
 static int kind_to_fail = -1, first_to_fail, fails_for_good;
@@ -106,6 +115,56 @@ REAL(void, free, void *p)
     __real_free(p);
 }
 
+/* What stdio asks of the system, call by call: a stream over a stream, of few bytes at once, so
+ * that there are many calls. (Only glibc lets standard streams be others.) */
+enum { AT_ONCE = IS_SLOW ? 512 : 64 };
+FILE *__real_fopen(const char *path, const char *mode);
+int __real_fclose(FILE *f);
+
+#if defined(__GLIBC__)
+static ssize_t read_stream(void *f, char *p, size_t n)
+{
+    if (fails(READS, EIO)) return -1;
+    size_t got = fread(p, 1, n, f);
+    return ferror((FILE *)f) ? -1 : (ssize_t)got;
+}
+
+static ssize_t write_stream(void *f, const char *p, size_t n)
+{
+    return fails(WRITES, ENOSPC) ? 0 : (ssize_t)fwrite(p, 1, n, f);
+}
+
+static int seek_stream(void *f, off64_t *at, int whence)
+{
+    if (fseeko(f, *at, whence)) return -1;
+    *at = ftello(f);
+    return 0;
+}
+
+static int close_stream(void *f) { return __real_fclose(f); }
+
+static FILE *failing(FILE *f, const char *mode)
+{
+    static char buffer[16][AT_ONCE]; /* no more are open at once */
+    static int n;
+    const cookie_io_functions_t io = {read_stream, write_stream, seek_stream, close_stream};
+    if (!f) return NULL;
+    setvbuf(f, NULL, _IONBF, 0);
+    FILE *over = fopencookie(f, mode, io);
+    if (over) setvbuf(over, buffer[n++ % 16], _IOFBF, AT_ONCE);
+    return over;
+}
+
+static void make_standard_streams_fail(void)
+{
+    stdin = failing(stdin, "r");
+    stdout = failing(stdout, "w");
+}
+#else
+static FILE *failing(FILE *f, const char *mode) { return (void)mode, f; }
+static void make_standard_streams_fail(void) {}
+#endif
+
 /* Of the many files about the machine, which may all be missing, a few stand for all. */
 static int counts(const char *path)
 {
@@ -117,12 +176,14 @@ static int counts(const char *path)
 #define OPEN_FILE(name) \
     REAL(FILE *, name, const char *path, const char *mode) \
     { \
-        return counts(path) && fails(FILES, EMFILE) ? NULL : __real_##name(path, mode); \
+        if (!watching || !counts(path)) return __real_##name(path, mode); \
+        return fails(FILES, EMFILE) ? NULL : failing(__real_##name(path, mode), mode); \
     }
 OPEN_FILE(fopen)
 OPEN_FILE(fopen64)
 
-REAL(int, fclose, FILE *f)
+int __wrap_fclose(FILE *f);
+int __wrap_fclose(FILE *f)
 {
     int failed = fails(FILES, EIO);
     return __real_fclose(f) || failed ? EOF : 0;
@@ -205,6 +266,7 @@ typedef struct outcome {
 
 static char folder[] = "/tmp/gemma3-faults-XXXXXX";
 static char model[64], text[64], ids[64], logits[64], out_path[64], err_path[64], in_path[64];
+static char state[64];
 
 int __real_main(int argc, char **argv);
 
@@ -227,6 +289,10 @@ static int library_main(const char *path)
     if (n == -2) snprintf(err.text, sizeof err.text, "out of memory for a turn");
     if (n > 0 && gemma3_forward(s, token, n, &last, 1, row)) n = -1;
     for (int i = 0; n > 0 && i < TINY_CHAT_VOCAB; i++) printf("%a\n", (double)row[i]);
+    if (n >= 0 && (fflush(stdout) || ferror(stdout))) {
+        snprintf(err.text, sizeof err.text, "standard output");
+        n = -1;
+    }
     if (n < 0) fprintf(stderr, "gemma3: %s\n", err.text);
     gemma3_state_free(s);
     gemma3_pool_free(pool);
@@ -276,9 +342,9 @@ static void be_the_program(char **args, int to)
     report_to = to;
     first_free = dup(0);
     close(first_free);
+    make_standard_streams_fail();
     watching = 1;
     int code = strcmp(args[0], "library") ? __real_main(argc, args) : library_main(args[1]);
-    fflush(stdout); /* as exit does */
     report(0);
     __real_exit(code);
 }
@@ -377,8 +443,9 @@ static const char *trouble(const outcome *o, const outcome *right)
     if (code == 0) return NULL;
     snprintf(what, sizeof what, "exit code %d and %d sentences: %.100s", code, n_lines, o->err);
     if (code != 1 || n_lines != 1) return what;
-    if (o->n_out > right->n_out || memcmp(o->out, right->out, o->n_out)) return "a wrong output "
-        "before the failure";
+    int has_hole = kind_to_fail == WRITES && !fails_for_good;
+    if (o->n_out > right->n_out || (!has_hole && memcmp(o->out, right->out, o->n_out)))
+        return "a wrong output before the failure";
     int is_whole = o->n_file == right->n_file && !memcmp(o->file, right->file, o->n_file);
     return o->has_file && !is_whole ? "a half file is left" : NULL;
 }
@@ -411,6 +478,10 @@ static job jobs[] = {
     {"ids of a text", "", {"gemma3", "-m", model, "--tokenize", "the user", "--special"}},
     {"text of ids", "", {"gemma3", "-m", model, "--detokenize", "2 5 6 7 31"}},
     {"what a file is", "", {"gemma3", "-m", model, "--info"}},
+    {"a state that is kept", "", {"gemma3", "-m", model, "-p", "ab", "-n", "2", "-c", "16", "-t",
+                                  "1", "--state", logits}},
+    {"a state that was kept", "", {"gemma3", "-m", model, "-p", "ab ab", "-n", "2", "-c", "16",
+                                   "-t", "1", "--state", state}},
     {"the library", "", {"library", model}},
     {"the kernels", "", {"gemma3", "--isa", "list"}},
 };
@@ -419,6 +490,17 @@ static void write_file(const char *path, const void *p, size_t n)
 {
     FILE *f = fopen(path, "wb");
     if (!f || fwrite(p, 1, n, f) != n || fclose(f)) exit(1);
+}
+
+/* For the job that takes it up. */
+static void keep_a_state(void)
+{
+    char *args[] = {"gemma3", "-m", model, "-p", "ab", "-n", "1", "-c", "16", "--state", state,
+                    NULL};
+    write_file(in_path, "", 0);
+    outcome o = run(args);
+    ok(WIFEXITED(o.status) && !WEXITSTATUS(o.status) && !access(state, R_OK), "a state is kept");
+    forget(&o);
 }
 
 /* Every call of every kind fails once, and from then on. */
@@ -451,6 +533,30 @@ static void every_call_fails(job *j)
     forget(&right);
 }
 
+/* What is named for output is a model; that it is one cannot be read. */
+static void no_model_is_overwritten(void)
+{
+    char *args[] = {"gemma3", "-m", model, "--ids", ids, "--logits", state, "-t", "1", NULL};
+    size_t n_model, n;
+    char *bytes = contents(model, &n_model);
+    int n_wrong = 0, n_calls = 1;
+    for (int i = -1; i < n_calls; i++)
+        for (fails_for_good = 0; fails_for_good < 2; fails_for_good++) {
+            write_file(state, bytes, n_model);
+            kind_to_fail = i < 0 ? -1 : READS, first_to_fail = i;
+            outcome o = run(args);
+            char *left = contents(state, &n);
+            n_wrong += WEXITSTATUS(o.status) != 1 || n != n_model || memcmp(left, bytes, n);
+            if (i < 0) n_calls = o.calls[READS];
+            free(left);
+            forget(&o);
+        }
+    kind_to_fail = -1;
+    is_int(n_wrong, 0, "no model is overwritten by logits, also where each of %d reads fails",
+           n_calls);
+    free(bytes);
+}
+
 /* An input that ends in an error after n bytes, for every n. */
 static void every_input_fails(job *j)
 {
@@ -469,13 +575,8 @@ static void every_input_fails(job *j)
     forget(&right);
 }
 
-/* Of sizes, each that is small and every so many others: a process takes 3 ms to begin and end, and
- * 20 under a sanitizer. */
-#if defined(__SANITIZE_ADDRESS__)
-enum { STEP = 61 };
-#else
-enum { STEP = 13 };
-#endif
+/* Of sizes, each that is small and every so many others. */
+enum { STEP = IS_SLOW ? 61 : 13 };
 
 /* A disk that takes n bytes of each file, for every n up to what is needed. */
 static void every_full_disk(job *j)
@@ -501,20 +602,23 @@ int __wrap_main(int argc, char **argv)
 {
     (void)argc, (void)argv;
     if (!mkdtemp(folder)) skip_all("no folder for files");
-    char *const path[] = { model, text, ids, logits, out_path, err_path, in_path };
-    static const char *const name[] = { "m.gguf", "text", "ids", "logits", "out", "err", "in" };
-    for (int i = 0; i < 7; i++) snprintf(path[i], 64, "%s/%s", folder, name[i]);
+    char *const path[] = {model, text, ids, logits, out_path, err_path, in_path, state};
+    static const char *const name[] = {"m.gguf", "text", "ids", "logits", "out", "err", "in",
+                                       "state"};
+    for (int i = 0; i < 8; i++) snprintf(path[i], 64, "%s/%s", folder, name[i]);
     tiny t = tiny_chat();
     bytes b = tiny_file(&t);
     write_file(model, b.p, b.n);
     write_file(text, "the user \xc3\xa9 ab", 14);
     write_file(ids, "2 5 31\n6", 8);
+    keep_a_state();
     for (size_t i = 0; i < sizeof jobs / sizeof *jobs; i++) every_call_fails(&jobs[i]);
     for (size_t i = 0; i < sizeof jobs / sizeof *jobs; i++)
         if (i == 0 || i == 4 || i == 5 || i == 7) every_full_disk(&jobs[i]);
     for (size_t i = 0; i < sizeof jobs / sizeof *jobs; i++)
         if (*jobs[i].in) every_input_fails(&jobs[i]);
-    for (int i = 0; i < 7; i++) unlink(path[i]);
+    no_model_is_overwritten();
+    for (int i = 0; i < 8; i++) unlink(path[i]);
     rmdir(folder);
     free(b.p);
     tiny_free(&t);

@@ -206,9 +206,10 @@ static info *add_tensor(image *f, const char *name, uint32_t type, uint64_t n)
 /* ---- Opening them ---------------------------------------------------------------------------- */
 
 /* The file must stay while the model is used: it is freed with the image's next one. */
+static bytes last;
+
 static gemma3_model *open_image(image *f, gemma3_error *err)
 {
-    static bytes last;
     free(last.p);
     last = put_together(f);
     last.p = realloc(last.p, last.n); /* not a byte more */
@@ -218,11 +219,13 @@ static gemma3_model *open_image(image *f, gemma3_error *err)
 }
 
 /* Refused with exactly this sentence. */
+/* With a sentence, and, where nobody wants to know why, without. */
 static void refused(image f, const char *what, const char *sentence)
 {
     gemma3_error err;
     gemma3_model *m = open_image(&f, &err);
-    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) {
+    int unsaid = !gemma3_open_memory(last.p, last.n, "x.gguf", NULL, NULL);
+    if (!ok(!m && unsaid && !strcmp(err.text, sentence), "%s is refused", what)) {
         diag("  got  %s", m ? "a model" : err.text);
         diag("  want %s", sentence);
     }
@@ -294,7 +297,9 @@ static void refused_bytes(const char *p, size_t n, const char *what, const char 
     char *exact = malloc(n);
     memcpy(exact, p, n);
     gemma3_model *m = gemma3_open_memory(exact, n, "x.gguf", NULL, &err);
-    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) diag("  got %s", err.text);
+    int unsaid = !gemma3_open_memory(exact, n, "x.gguf", NULL, NULL);
+    if (!ok(!m && unsaid && !strcmp(err.text, sentence), "%s is refused", what))
+        diag("  got %s", err.text);
     gemma3_close(m);
     free(exact);
 }
@@ -902,7 +907,7 @@ static void true_keys(void)
     image f = of_270m_shape();
     gemma3_model *m = accepted(f, "a file of 270M's shape");
     if (!m) return;
-    ok(!strcmp(gemma3_model_size_name(m), "270M"), "it is recognised");
+    ok(!strcmp(gemma3_model_info(m)->release, "270M"), "it is recognised");
     ok(!gemma3_model_note(m, 0), "there is nothing to say about its keys");
     ok(!strcmp(gemma3_model_origin(m, "attention.sliding_window"), ""), "the window is the file's");
     ok(!strcmp(gemma3_model_origin(m, "gemma3.rope.scaling.factor"), "default"),
@@ -966,7 +971,7 @@ static void keys_that_lie(void)
     gemma3_model *m = accepted(f, "a softcap in a shape that nobody published");
     const char *said = m ? gemma3_model_note(m, 0) : NULL;
     ok(m && gemma3_model_config(m)->final_softcap == 30 && said && strstr(said, "it is obeyed") &&
-       !strcmp(gemma3_model_size_name(m), ""), "it is obeyed, and a note says so");
+       !strcmp(gemma3_model_info(m)->release, ""), "it is obeyed, and a note says so");
     gemma3_close(m);
 }
 
@@ -1116,7 +1121,7 @@ static void weights_that_stay_outside(const char *name)
         float *want = malloc(x.n_vocab * sizeof *want), *got = malloc(x.n_vocab * sizeof *got);
         ok(!compute(m, want) && !compute(outside, got), "computes");
         is_bits(got, want, x.n_vocab * sizeof *got, "the same logits");
-        ok(d.bytes_read >= gemma3_model_token_bytes(outside), "it has read its weights");
+        ok(d.bytes_read >= gemma3_model_info(outside)->token_bytes, "it has read its weights");
         gemma3_params p = gemma3_default_params(outside);
         p.n_ctx = 16;
         gemma3_state *s = gemma3_state_new(outside, &p, &err);
@@ -1214,7 +1219,7 @@ static void a_head_that_shares_bytes(void)
         ok(m && m->lm_head.format->type == Q4_0 && m->token_embd.format->type == Q8_0,
            "each has its own type");
         if (m)
-            is_int(m->weight_bytes - gemma3_model_token_bytes(m), 443 * 2 * 34,
+            is_int(m->info.weight_bytes - gemma3_model_info(m)->token_bytes, 443 * 2 * 34,
                    "a token reads all but the embedding");
         gemma3_close(m);
         free(b.p);

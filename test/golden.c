@@ -187,7 +187,7 @@ static void see(seen *s, const text *t, int pos, const float *row, int n_vocab)
  * those with a top. */
 static int run(engine *e, const text *t, seen *s)
 {
-    int exact = gemma3_model_is_exact(e->model);
+    int exact = gemma3_model_info(e->model)->exact;
     memset(s, 0, sizeof *s);
     gemma3_sha256_init(&s->hash);
     gemma3_state_reset(e->state);
@@ -207,8 +207,8 @@ static int run(engine *e, const text *t, seen *s)
 static void has_bits(const engine *e, const text *t, seen *s)
 {
     char hex[65];
-    const char *isa = gemma3_model_isa(e->model);
-    int exact = gemma3_model_is_exact(e->model);
+    const char *isa = gemma3_model_info(e->model)->isa;
+    int exact = gemma3_model_info(e->model)->exact;
     gemma3_sha256_end(&s->hash, hex);
     for (size_t i = 0; i < sizeof bits / sizeof *bits; i++)
         if (!strcmp(bits[i].name, t->name) &&
@@ -219,7 +219,7 @@ static void has_bits(const engine *e, const text *t, seen *s)
 
 static void agrees(engine *e, const text *t)
 {
-    int exact = gemma3_model_is_exact(e->model);
+    int exact = gemma3_model_info(e->model)->exact;
     const char *mode = exact ? "exact" : "default";
     seen s;
     if (run(e, t, &s)) return;

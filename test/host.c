@@ -1,5 +1,5 @@
 /* host.c - what the program asks of the system it runs on: what a container leaves of the machine,
- * and threads that run every task once. */
+ * files under their real names, and threads that run every task once. */
 #define GEMMA3_NO_MAIN
 #include "../gemma3.c"
 
@@ -86,6 +86,41 @@ static void control_groups(void)
        gemma3_memory_limit());
 }
 
+/* ---- Files ----------------------------------------------------------------------------------- */
+
+static void files(void)
+{
+    char real_top[512], one[600], other[600], to[600], real[600];
+    FILE *f;
+    ok(!gemma3_real_path(top, real_top, sizeof real_top), "a folder has a real path");
+    snprintf(one, sizeof one, "%s/one", real_top);
+    snprintf(other, sizeof other, "%s/\xc3\xb6", real_top);
+    snprintf(to, sizeof to, "%s/link", real_top);
+    is_int(gemma3_file_size(one), -1, "no file has no size");
+    is_int(gemma3_file_size(top), -2, "a folder is none");
+    put("one", "one");
+    put("\xc3\xb6", "the other");
+    is_int(gemma3_file_size(other), 10, "a file has one");
+    is_int(gemma3_rename(one, other), 0, "a file gets the name of another");
+    is_int(gemma3_file_size(other), 4, "which it replaces");
+    is_int(gemma3_rename(one, other), -1, "what is not there gets none");
+    ok(symlink(other, to) == 0 && !gemma3_real_path(to, real, sizeof real) && !strcmp(real, other),
+       "a link's real path is what it leads to");
+    ok(!gemma3_real_path("no such", real, sizeof real) && !strcmp(real, "no such"),
+       "that of what is not there is its name");
+    ok(gemma3_real_path(to, real, strlen(other)) == -1 && errno == ENAMETOOLONG,
+       "a real path without room is refused");
+    f = gemma3_fopen(to, "rb");
+    ok(f && fgetc(f) == 'o' && !gemma3_is_terminal(f), "a file opens, and is no terminal");
+    if (f) fclose(f);
+    is_int(gemma3_remove(other), 0, "a file can be removed");
+    ok(!gemma3_fopen(other, "rb") && errno == ENOENT, "and does not open any more");
+    double then = gemma3_seconds();
+    usleep(2000);
+    double passed = gemma3_seconds() - then;
+    ok(passed >= 0.002 && passed < 60, "seconds pass: %g", passed);
+}
+
 /* ---- Threads --------------------------------------------------------------------------------- */
 
 enum { MAX_TASKS = 40 };
@@ -133,6 +168,15 @@ static void pools(void)
                "%d threads: every task once, no worker twice at a time", sizes[k]);
         gemma3_pool_free(pool);
     }
+    int n_wrong_at_end = 0;
+    for (int k = 0; k < 1000; k++) {
+        struct count c = {.n_threads = 3};
+        gemma3_pool *short_lived = gemma3_pool_new(3, NULL);
+        for (int r = 0; r <= k % 3; r++) gemma3_pool_run(short_lived, 3, count_task, &c);
+        gemma3_pool_free(short_lived);
+        for (int i = 0; i < 3; i++) n_wrong_at_end += c.runs[i] != k % 3 + 1;
+    }
+    is_int(n_wrong_at_end, 0, "workers that are late when a pool ends run nothing again");
     gemma3_pool *pool = gemma3_pool_new(3, NULL);
     pthread_t other;
     void *n_wrong;
@@ -148,6 +192,7 @@ int main(void)
     char remove_top[64];
     if (!mkdtemp(top)) skip_all("no folder in /tmp");
     control_groups();
+    files();
     snprintf(remove_top, sizeof remove_top, "rm -r %s", top);
     ok(system(remove_top) == 0, "(the pretended system is gone)");
     pools();

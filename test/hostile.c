@@ -13,7 +13,6 @@
 #include <signal.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "tap.h"
@@ -36,7 +35,8 @@ static void refused_bytes(const bytes *b, const char *what, const char *sentence
     gemma3_error err;
     unsigned char *memory;
     gemma3_model *m = open_exactly(b, &memory, &err);
-    if (!ok(!m && !strcmp(err.text, sentence), "%s is refused", what)) {
+    int unsaid = !gemma3_open_memory(memory, b->n, "x.gguf", NULL, NULL);
+    if (!ok(!m && unsaid && !strcmp(err.text, sentence), "%s is refused", what)) {
         diag("  got  %s", m ? "a model" : err.text);
         diag("  want %s", sentence);
     }
@@ -515,6 +515,23 @@ static void offsets(void)
     accepted(t, "a tensor in another's place", 1);
 }
 
+/* Memory is asked for by what the header says, before a tensor is looked for. */
+static void tensors_that_share_their_bytes(void)
+{
+    for (int rows = 64; rows <= 128; rows += 64) {
+        tiny t = tiny_new(TINY_F32);
+        for (int i = 0; t.n_tensors < TINY_TENSORS; i++) {
+            tiny_tensor *more = &t.tensor[t.n_tensors++];
+            *more = *tiny_tensor_of(&t, "token_embd.weight");
+            snprintf(more->name, sizeof more->name, "more.%d", i);
+            more->ne[1] = (uint64_t)rows;
+        }
+        if (rows == 64) accepted(t, "a file that has a tensor again and again", 0);
+        else refused(t, "a file of which that needs too much memory", "x.gguf: its tensors share "
+                     "their bytes more than 16 times");
+    }
+}
+
 /* A vocabulary of another length than the embedding, in either direction, is harmless. */
 static void vocabulary_and_embedding(void)
 {
@@ -626,15 +643,14 @@ static void every_damage(const char *what, tiny t)
 
 static double seconds_of(const bytes *b, const char *sentence)
 {
-    struct timespec begin, end;
     gemma3_error err = { "" };
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    double begin = gemma3_seconds();
     gemma3_model *m = gemma3_open_memory(b->p, b->n, "x.gguf", NULL, &err);
-    clock_gettime(CLOCK_MONOTONIC, &end);
+    double seconds = gemma3_seconds() - begin;
     if (sentence ? m || strcmp(err.text, sentence) : !m)
         ok(0, "opens, or is refused as expected: %s", err.text);
     gemma3_close(m);
-    return (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+    return seconds;
 }
 
 /* A file of n keys: all different, in order or not, or with a last one that is there already. */
@@ -682,7 +698,7 @@ static void many_keys(void)
             free(b.p);
         }
     for (int twice = 0; twice < 2; twice++)
-        ok(seconds[twice][1] < 40 * seconds[twice][0] + 0.5,
+        ok(seconds[twice][1] < 40 * seconds[twice][0] + 2, /* of 10^10 comparisons: minutes */
            "100,000 keys%s take %.3f s, 10,000 %.3f s", twice ? ", one of them twice," : "",
            seconds[twice][1], seconds[twice][0]);
 }
@@ -821,10 +837,12 @@ static void a_file_that_shrinks(void)
     }
     int status = 0;
     waitpid(child, &status, 0);
-    ok((WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS) ||
-       (WIFEXITED(status) && WEXITSTATUS(status) < 2),
-       "a file emptied in use ends the process by SIGBUS or a refusal, or does no harm; never by "
-           "a wrong answer");
+#if defined(__linux__)
+    ok(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS, "a file emptied in use is SIGBUS");
+#else
+    ok(WIFSIGNALED(status) || (WIFEXITED(status) && WEXITSTATUS(status) < 2),
+       "a file emptied in use ends the process or does no harm; never by a wrong answer");
+#endif
     unlink(path);
     free(b.p);
     tiny_free(&t);
@@ -913,6 +931,7 @@ int main(void)
     shapes();
     types_of_tensors();
     offsets();
+    tensors_that_share_their_bytes();
     vocabulary_and_embedding();
     scales_that_are_no_numbers();
     every_seed_computes();

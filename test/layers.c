@@ -53,6 +53,7 @@ struct tensor {
     int is_raw, is_printed;
     struct array array;
     uint64_t size;           /* of a raw file */
+    int heads;               /* of an array [heads][tokens][head_dim]; 0: [tokens][width] */
     int dim[4];              /* printed: fastest first */
     float *printed;          /* values, in the order of print */
     int n_printed;
@@ -320,31 +321,73 @@ static void compare_printed(struct tensor *t, int n_ids, const struct seen *x)
             }
 }
 
+static int is_per_head(const char *name)
+{
+    return strchr("QKV", name[0]) || strncmp(name, "kqv_out", 7) == 0;
+}
+
+/* transformers keeps heads before tokens: [1][heads][tokens][head_dim]. dim: three without leading
+ * ones. Which of the two is meant can be seen unless there are as many heads as tokens. */
+static int find_heads(const struct layers *y, struct tensor *t, const uint64_t dim[3])
+{
+    char shape[SHAPE_TEXT];
+    uint64_t D = (uint64_t)y->s->config->head_dim, heads = (uint64_t)t->width / D;
+    if (!is_per_head(t->name) || dim[2] != D || dim[0] != heads) return 0;
+    if (dim[1] == heads && heads > 1)
+        return complain("%s: %s has the shape %s: as many heads as tokens, so that their order "
+                        "cannot be seen; expected [tokens][%d], or another text",
+                        t->path, t->name, array_shape(&t->array, shape), t->width);
+    t->heads = (int)heads;
+    t->n_rows = dim[1] <= (uint64_t)y->s->n_ids ? (int)dim[1] : 0;
+    return 0;
+}
+
 /* What a file holds, now that the width is known. */
 static int check_shape(struct layers *y, struct tensor *t, int width)
 {
+    struct array *a = &t->array;
+    char shape[SHAPE_TEXT];
+    int skip = 0, code = 0;
     if (t->is_raw)
-        t->array = (struct array){.number = NUMBER_F32, .n_dims = 2,
-                                  .dim = {t->size / 4 / (uint64_t)width, (uint64_t)width}};
-    uint64_t n = array_values(&t->array), rows = n / (uint64_t)width;
+        *a = (struct array){.number = NUMBER_F32, .n_dims = 2,
+                            .dim = {t->size / 4 / (uint64_t)width, (uint64_t)width}};
+    uint64_t n = array_values(a), rows = n / (uint64_t)width;
     t->width = width;
     t->n_rows = rows <= (uint64_t)y->s->n_ids ? (int)rows : 0;
-    int skip = 0;
-    while (skip + 1 < t->array.n_dims && t->array.dim[skip] == 1 && rows > 1) skip++;
+    while (skip + 1 < a->n_dims && a->dim[skip] == 1 && rows > 1) skip++;
+    if (a->n_dims - skip == 3 && rows > 1) code = find_heads(y, t, a->dim + skip);
+    if (code) return code;
     if (t->n_rows && n == rows * (uint64_t)width && (!t->is_raw || t->size == 4 * n) &&
-        (rows == 1 || t->array.dim[skip] == rows))
+        (rows == 1 || t->heads || a->dim[skip] == rows))
         return 0;
-    if (t->is_raw) n = t->size / 4;
-    return complain("%s: %s has %llu values, expected [%d][%d]", t->path, t->name,
-                    (unsigned long long)n, y->s->n_ids, width);
+    if (t->is_raw)
+        return complain("%s: %s has %llu values, expected [%d][%d]", t->path, t->name,
+                        (unsigned long long)t->size / 4, y->s->n_ids, width);
+    return complain("%s: %s has the shape %s, expected [%d][%d]%s", t->path, t->name,
+                    array_shape(a, shape), y->s->n_ids, width,
+                    is_per_head(t->name) ? ", or heads before or after tokens" : "");
+}
+
+/* Their rows from .. from + n - 1, heads as they lie. */
+static int read_theirs(struct layers *y, const struct input *in, const struct tensor *t, int from,
+                       int n)
+{
+    char error[READER_ERROR];
+    int heads = t->heads ? t->heads : 1;
+    size_t part = (size_t)(t->width / heads), n_part = (size_t)n * part;
+    for (int h = 0; h < heads; h++) {
+        uint64_t at = ((uint64_t)h * (uint64_t)t->n_rows + (uint64_t)from) * part;
+        if (array_read(in, &t->array, at, n_part, y->theirs + (size_t)h * n_part, error))
+            return complain("%s", error);
+    }
+    return 0;
 }
 
 static int compare_file(struct layers *y, struct tensor *t, const struct seen *x)
 {
     struct file_bytes f;
     struct input in;
-    char error[READER_ERROR];
-    int first = y->s->n_ids - t->n_rows, code = 0; /* fewer rows are those of the last positions */
+    int first = y->s->n_ids - t->n_rows; /* fewer rows are those of the last positions */
     size_t width = (size_t)x->width, n_values = (size_t)x->n * width;
     if (n_values > y->room_theirs) {
         free(y->theirs);
@@ -354,13 +397,15 @@ static int compare_file(struct layers *y, struct tensor *t, const struct seen *x
     }
     int from = x->pos > first ? x->pos : first, n = x->pos + x->n - from;
     if (n <= 0) return 0;
-    if ((code = open_input(&in, &f, t->path))) return code;
-    if (array_read(&in, &t->array, (uint64_t)(from - first) * width, (size_t)n * width, y->theirs,
-                   error))
-        code = complain("%s", error);
+    int code = open_input(&in, &f, t->path);
+    if (code) return code;
+    code = read_theirs(y, &in, t, from - first, n);
     const float *ours = x->data + (size_t)(from - x->pos) * width;
-    for (size_t i = 0; !code && i < (size_t)n * width; i++)
-        add_value(t, ours[i], y->theirs[i], from + (int)(i / width));
+    size_t part = width / (size_t)(t->heads ? t->heads : 1);
+    for (size_t k = 0; !code && k < (size_t)n * width; k++) { /* in the order of theirs */
+        size_t h = k / ((size_t)n * part), i = k / part % (size_t)n, j = k % part;
+        add_value(t, ours[i * width + h * part + j], y->theirs[k], from + (int)i);
+    }
     fclose(f.file);
     return code;
 }
@@ -489,10 +534,7 @@ int layers(struct session *s, const struct args *a)
 {
     struct layers y = {.s = s, .path = a->value[0]};
     struct stat st;
-    int code = find_band(a->band ? a->band : "float32") < 0
-                   ? complain("--band %s: no such band", a->band)
-                   : 0;
-    if (!code) code = open_model(s, a);
+    int code = open_model(s, a);
     if (!code) code = read_ids(s);
     if (!code && stat(y.path, &st)) code = complain("%s: %s", y.path, strerror(errno));
     if (!code && S_ISDIR(st.st_mode)) code = add_folder(&y, y.path);

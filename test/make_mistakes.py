@@ -3,10 +3,11 @@
 test/vectors. Needs torch, transformers, gguf and numpy, and the real model in weights/.
 
 mistakes.f32: rows of float32 logits for the models in test/data; mistakes.txt has a line for each
-mistake: its names (as in test/mistakes.c, parted by +), the model, and the positions whose rows follow
+mistake: its names (as in test/mistakes.c, separated by +), the model, and the positions whose rows follow
 one another. bf16*.npy: every third position of tiny in bf16, without and with a mistake, as bf16.
 f16-clamp.jsonl: the real model, its activations clamped to float16, as a server tells it.
 """
+import functools
 import json
 import os
 import sys
@@ -206,6 +207,11 @@ def f16_cache(m):
     m.patches.append((G, "eager_attention_forward", attention))
 
 
+def capped_scores(m):
+    m.patches.append((G, "eager_attention_forward",
+                      functools.partial(G.eager_attention_forward, softcap=50.0)))
+
+
 def erf(x):
     return torch.nn.functional.gelu(x)
 
@@ -253,6 +259,7 @@ MISTAKES = {
     "nibbles-swapped": ("tiny", blocks(swapped)),
     "nibbles-in-turn": ("tiny", blocks(in_turn)),
     "kv-f16": ("tiny", f16_cache),
+    "attention-softcap": ("tiny", capped_scores),
 }
 PAIRS = ["rope-factor-missing+window-plus-1", "rope-local-base+rope-global-base", "gelu-erf+norm-eps",
          "qk-norm-after-rope+rope-interleaved", "window-none+softcap-30", "silu+query-scale-twice",

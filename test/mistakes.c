@@ -17,8 +17,9 @@
 
 /* What a mistake may need of tensors that went by: as they are after the mistakes. */
 static const char *const kept_labels[] = {"inp_scaled",  "Qcur_raw", "Kcur_raw", "Qcur_normed",
-                                          "Kcur_normed", "attn_out", "sa_out",   "ffn_gate",
-                                          "ffn_up",      "ffn_out",  "l_out"};
+                                          "Kcur_normed", "Qcur",     "Kcur",     "Vcur",
+                                          "attn_out",    "sa_out",   "ffn_gate", "ffn_up",
+                                          "ffn_out",     "l_out"};
 enum { N_KEPT = sizeof kept_labels / sizeof *kept_labels, MAX_MADE = 3 };
 
 struct pass {
@@ -28,6 +29,8 @@ struct pass {
     int n_mistakes;
     float *kept[N_KEPT];     /* of the tokens that are on their way */
     size_t room[N_KEPT];
+    float *past[GEMMA3_MAX_LAYERS]; /* [2][n_ctx][n_kv_heads * head_dim] keys and values */
+    int n_ctx, layer;
     int out_of_memory;
 };
 
@@ -232,6 +235,52 @@ static void wrong_kv_head(struct pass *p, const struct seen *t)
     free(row);
 }
 
+/* One query's attention, its scores capped. past: keys, then values. */
+static int attend_capped(const struct pass *p, const float *q, const float *past, int pos,
+                         float *out)
+{
+    static const double cap = 50;
+    const gemma3_config *c = &p->config;
+    size_t D = (size_t)c->head_dim, row = (size_t)c->n_kv_heads * D, all = (size_t)p->n_ctx * row;
+    double *score = malloc((size_t)(pos + 1) * sizeof *score), sum = 0, most = -INFINITY;
+    if (!score) return -1;
+    int first = c->is_local[p->layer] && pos >= c->window ? pos - c->window + 1 : 0;
+    for (int t = first; t <= pos; t++) {
+        double s = 0;
+        for (size_t j = 0; j < D; j++) s += (double)q[j] * past[(size_t)t * row + j];
+        score[t] = cap * tanh(s * c->query_scale / cap);
+        most = score[t] > most ? score[t] : most;
+    }
+    for (int t = first; t <= pos; t++) sum += score[t] = exp(score[t] - most);
+    for (size_t j = 0; j < D; j++) {
+        double o = 0;
+        for (int t = first; t <= pos; t++) o += score[t] * past[all + (size_t)t * row + j];
+        out[j] = (float)(o / sum);
+    }
+    free(score);
+    return 0;
+}
+
+/* Scores are not traced: attention is computed anew from queries, keys and values. */
+static void attention_softcap(struct pass *p, const struct seen *t)
+{
+    if (!is(t, "kqv_out")) return;
+    size_t D = (size_t)p->config.head_dim, K = (size_t)p->config.n_kv_heads;
+    size_t H = (size_t)p->config.n_heads, n = (size_t)t->n * K * D;
+    size_t all = (size_t)p->n_ctx * K * D, at = (size_t)t->pos * K * D;
+    float *past = p->past[t->layer];
+    if (!past) p->past[t->layer] = past = malloc(2 * all * sizeof *past);
+    if (!past) p->out_of_memory = 1;
+    if (!past) return;
+    memcpy(past + at, kept(p, "Kcur"), n * sizeof *past);
+    memcpy(past + all + at, kept(p, "Vcur"), n * sizeof *past);
+    p->layer = t->layer;
+    for (size_t i = 0; i < (size_t)t->n * H; i++)
+        if (attend_capped(p, kept(p, "Qcur") + i * D, past + i % H / (H / K) * D,
+                          t->pos + (int)(i / H), t->data + i * D))
+            p->out_of_memory = 1;
+}
+
 static int has_groups(gemma3_config *c) { return c->n_kv_heads > 1 && c->n_heads > c->n_kv_heads; }
 
 static void other_gelu(struct pass *p, const struct seen *t, double (*act)(double))
@@ -376,6 +425,7 @@ const struct mistake mistakes[] = {
      .config = scale_of_quotient},
     {"query-scale-missing", "attention is not scaled", .config = scale_missing},
     {"query-scale-twice", "attention is scaled twice", .config = scale_twice},
+    {"attention-softcap", "attention scores are capped at 50", .hook = attention_softcap},
     {"norm-without-one", "norms multiply by w instead of 1 + w", .weights = norms_without_one},
     {"norm-with-two", "norms multiply by 2 + w instead of 1 + w", .weights = norms_with_two},
     {"norm-eps", "norms use an epsilon of 1e-5", .config = eps_1e5},
@@ -385,7 +435,8 @@ const struct mistake mistakes[] = {
      .config = has_groups, .hook = wrong_kv_head},
     {"embedding-unscaled", "embeddings are not scaled by sqrt(d_model)",
      .config = embedding_unscaled},
-    {"embedding-scale-bf16", "the embedding scale is rounded to bf16", .config = embedding_bf16},
+    {"embedding-scale-bf16", "the embedding scale is rounded to bf16", .is_usual_in_bf16 = 1,
+     .config = embedding_bf16},
     {"embedding-scale-in-head", "the embedding scale is in the head too", .hook = scale_in_head},
     {"gelu-erf", "GELU is computed with erf instead of its tanh form", .hook = gelu_erf},
     {"gelu-quick", "GELU is x * sigmoid(1.702 x)", .hook = quick_gelu},
@@ -417,6 +468,15 @@ int find_mistake(const char *name, size_t n)
     for (int i = 0; i < n_mistakes; i++)
         if (strlen(mistakes[i].name) == n && memcmp(mistakes[i].name, name, n) == 0) return i;
     return -1;
+}
+
+int names_mistake(const char *list, const struct mistake *m)
+{
+    for (size_t n; *list; list += n + (list[n] == ',')) {
+        n = strcspn(list, ",");
+        if (strlen(m->name) == n && memcmp(m->name, list, n) == 0) return 1;
+    }
+    return 0;
 }
 
 /* Whether any weight of the model is in a format with nibbles. */
@@ -572,7 +632,7 @@ int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n
     if (has_hook) own.params.trace = make_mistakes, own.params.trace_user = &p;
     if (!code) code = prepare_text(&own, s, &p, n_ids, wanted, &own_wanted, &moved);
     else own.ids = NULL;
-    own.params.n_ctx = own.n_ids;
+    own.params.n_ctx = p.n_ctx = own.n_ids;
     if (!code) code = open_state(&own);
     if (!code) code = run_ids(&own, own_wanted, take_moved, &moved);
     if (!code && p.out_of_memory) code = complain("out of memory for a forward pass with mistakes");
@@ -582,5 +642,6 @@ int run_mistaken(struct session *s, const struct mistake *const *m, int n, int n
     free(own.ids);
     free(own_wanted);
     for (int i = 0; i < N_KEPT; i++) free(p.kept[i]);
+    for (int i = 0; i < GEMMA3_MAX_LAYERS; i++) free(p.past[i]);
     return code;
 }

@@ -21,6 +21,8 @@ static int fault(char *error, const char *format, ...)
     va_start(list, format);
     vsnprintf(error, READER_ERROR, format, list);
     va_end(list);
+    for (char *c = error; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?'; /* names out of files hold anything */
     return -1;
 }
 
@@ -94,6 +96,15 @@ uint64_t array_values(const struct array *a)
     uint64_t n = 1;
     for (int i = 0; i < a->n_dims; i++) n *= a->dim[i];
     return n;
+}
+
+const char *array_shape(const struct array *a, char out[SHAPE_TEXT])
+{
+    int n = 0;
+    out[0] = 0;
+    for (int i = 0; i < a->n_dims; i++)
+        n += snprintf(out + n, SHAPE_TEXT - (size_t)n, "[%llu]", (unsigned long long)a->dim[i]);
+    return a->n_dims ? out : "that of a single number";
 }
 
 /* -1 when its values are more than can be counted or do not lie in the file. */
@@ -188,8 +199,8 @@ int read_npy(const struct input *in, struct array *a, char *error)
         failed =
             fault(error, "%s: a NumPy header without descr, fortran_order and shape", in->name);
     if (!failed && npy_type(a, type))
-        failed = fault(error, "%s: NumPy type %.8s, expected f2, f4, f8, or V2 for bfloat16",
-                       in->name, strcspn(type, "'\",}") < 8 ? type : "?");
+        failed = fault(error, "%s: NumPy type %.*s, expected f2, f4, f8, or V2 for bfloat16",
+                       in->name, (int)strcspn(type, "'\",}"), type);
     if (!failed && strncmp(order, "False", 5))
         failed = fault(error, "%s is in Fortran order, expected C order (numpy.ascontiguousarray)",
                        in->name);
@@ -424,9 +435,9 @@ int read_safetensors(const struct input *in, int index, struct array *a, char *e
         if (found < 0) fault(error, "%s: its safetensors header cannot be read", in->name);
     }
     free(header);
+    if (found == 1) a->at += 8 + n; /* at most 2^62 and 2^24 */
     if (found == 1 && a->at > in->size)
         return fault(error, "%s: %s lies beyond the file", in->name, a->name);
-    if (found == 1) a->at += 8 + n;
     return found == 1 && check_array(in, a, error) ? -1 : found;
 }
 
@@ -446,23 +457,14 @@ static int shape_rows(struct reader *r, const struct array *a, const struct expe
     return 0;
 }
 
-static const char *shape_text(const struct array *a, char out[120])
-{
-    int n = 0;
-    out[0] = 0;
-    for (int i = 0; i < a->n_dims && n < 90; i++)
-        n += snprintf(out + n, 120 - (size_t)n, "[%llu]", (unsigned long long)a->dim[i]);
-    return a->n_dims ? out : "that of a single number";
-}
-
 static int open_npy(struct reader *r, const struct expected *e)
 {
-    char shape[120];
+    char shape[SHAPE_TEXT];
     r->form_name = "a NumPy array";
     if (read_npy(&r->in, &r->array, r->error)) return -1;
     if (!shape_rows(r, &r->array, e)) return 0;
     return fault(r->error, "%s: its shape is %s, expected [%d][%d], [1][%d][%d] or [%d]",
-                 r->in.name, shape_text(&r->array, shape), e->n_tokens, e->n_vocab, e->n_tokens,
+                 r->in.name, array_shape(&r->array, shape), e->n_tokens, e->n_vocab, e->n_tokens,
                  e->n_vocab, e->n_vocab);
 }
 
@@ -766,6 +768,13 @@ static int open_json(struct reader *r, const struct expected *e)
             fault(r->error, "%s: byte %zu is not JSON", r->in.name, (size_t)(j.at - text));
     }
     free(text);
+    for (size_t i = 0; i < r->n_known && !failed; i++)
+        if (r->known[i].id >= e->n_vocab + PADDING)
+            failed = fault(r->error, "%s: id %d is outside the vocabulary of %d", r->in.name,
+                           (int)r->known[i].id, e->n_vocab);
+    if (!failed && r->n_rows > e->n_tokens + 1)
+        failed = fault(r->error, "%s has %d positions and the text %d tokens", r->in.name,
+                       r->n_rows, e->n_tokens);
     if (!failed && r->n_known == 0)
         return fault(r->error, "%s has no \"top_logprobs\" with tokens of the model", r->in.name);
     return failed ? -1 : 0;
@@ -813,7 +822,11 @@ static int array_row(struct reader *r, int index, float *row, int n)
         if (isnan(row[i]) || row[i] == INFINITY)
             return fault(r->error, "%s: row %d, value %d is %s, expected a number", r->in.name,
                          index, i, isnan(row[i]) ? "NaN" : "infinite");
-    return 0;
+    int n_same = 1;
+    while (n_same < n && row[n_same] == row[0]) n_same++;
+    if (n_same < n || n == 1) return 0;
+    return fault(r->error, "%s: row %d, all its %d values are %g, expected logits", r->in.name,
+                 index, n, row[0]);
 }
 
 int reader_row(struct reader *r, int index, float *row, int n_vocab)

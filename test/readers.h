@@ -49,6 +49,9 @@ int read_npy(const struct input *in, struct array *a, char *error);
  */
 int read_safetensors(const struct input *in, int index, struct array *a, char *error);
 uint64_t array_values(const struct array *a);
+/* "[72][64]". */
+enum { SHAPE_TEXT = 160 };
+const char *array_shape(const struct array *a, char out[SHAPE_TEXT]);
 /* n values from number first on, as float. */
 int array_read(const struct input *in, const struct array *a, uint64_t first, size_t n, float *out,
                char *error);

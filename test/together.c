@@ -189,6 +189,40 @@ static void an_interrupt_at_the_question(void)
     close(fd);
 }
 
+/* Whoever shortens a model's file takes pages away that a chat has mapped: it cannot go on, and
+ * says so. (A program that links the library gets SIGBUS: test/hostile.c.) */
+static void a_model_that_shrinks_under_a_chat(const bytes *b)
+{
+    char model[80], c = 0, said[400] = "";
+    int in[2], out[2], err[2];
+    snprintf(model, sizeof model, "%s/shrinks.gguf", folder);
+    FILE *f = fopen(model, "wb");
+    int failed = !f || fwrite(b->p, 1, b->n, f) != b->n || fclose(f);
+    failed = failed || pipe(in) || pipe(out) || pipe(err);
+    fflush(stdout);
+    pid_t child = failed ? -1 : fork();
+    if (child == 0) {
+        if (dup2(in[0], 0) < 0 || dup2(out[1], 1) < 0 || dup2(err[1], 2) < 0) _exit(98);
+        close(in[1]);
+        execl("./gemma3", "gemma3", "-m", model, "--no-repack", "-i", "-c", "64", "-n", "4", "-t",
+              "1", (char *)NULL);
+        _exit(99);
+    }
+    close(in[0]), close(out[1]), close(err[1]);
+    failed = failed || write(in[1], "ab\n", 3) != 3;
+    while (!failed && c != '\n') failed = read(out[0], &c, 1) != 1; /* until it has answered */
+    failed = failed || truncate(model, 0) || write(in[1], "ab\n", 3) != 3;
+    close(in[1]);
+    int status = child > 0 ? ended(child) : -1;
+    ssize_t n = child > 0 ? read(err[0], said, sizeof said - 1) : 0;
+    close(out[0]), close(err[0]);
+    ok(!failed && n > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 1 &&
+           strstr(said, "gemma3: the model's file can no longer be read"),
+       "a chat whose model is shortened ends with a sentence and exit code 1 (status %d): %.*s",
+       status, (int)strcspn(said, "\n"), said);
+    unlink(model);
+}
+
 /* argv of a megabyte, in pieces as large as the system takes. */
 static void long_arguments(void)
 {
@@ -241,7 +275,8 @@ int main(void)
         a_terminal_that_closes();
         an_interrupt_at_the_question();
         long_arguments();
-    } else skip(4, "no ./gemma3: make");
+        a_model_that_shrinks_under_a_chat(&b);
+    } else skip(5, "no ./gemma3: make");
     unlink(path);
     rmdir(folder);
     free(b.p);

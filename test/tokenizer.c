@@ -1,13 +1,16 @@
 /* The tokenizer, first on a small vocabulary made here, whose ids, types and ways to write spaces
  * are not Gemma's own; then on Gemma's, out of the real model, against Hugging Face's ids:
  *
- *     data/tokenizer-46-cases.txt   46 hard texts, parted by "\n__ggml_vocab_test__\n"
+ *     data/tokenizer-46-cases.txt   46 hard texts, separated by "\n__ggml_vocab_test__\n"
  *     data/tokenizer-46-cases.ids   their ids, a line each
  *     data/tokenizer-udhr.txt       2,748 lines of the Declaration of Human Rights, many languages;
  *                                   before each the FNV-1a of its ids as little-endian int32
  */
 #define GEMMA3_NO_MAIN
 #include "../gemma3.c"
+
+#include <time.h>
+
 #include "tap.h"
 
 #define MODEL "weights/gemma-3-270m-q4_k_m.gguf"
@@ -388,6 +391,82 @@ static void any_vocabulary(void)
         small_free(s);
     }
     is_int(n_right, n_vocabularies, "any vocabulary opens, and any text has ids in it");
+}
+
+/* ---- Texts chosen to collide ----------------------------------------------------------------- */
+
+enum { BLOCK = 6, STAGES = 15, COLLIDING = 1 << STAGES };
+
+static uint32_t fnv_1a(uint32_t hash, const char *text, size_t n)
+{
+    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)text[i]) * 16777619u;
+    return hash;
+}
+
+static void write_block(char *block, uint32_t k)
+{
+    for (int i = 0; i < BLOCK; i++, k /= 26) block[i] = (char)('a' + k % 26);
+}
+
+/* Two blocks that lead from one hash to the same next one. */
+static uint32_t find_collision(uint32_t hash, char *a, char *b)
+{
+    enum { SLOTS = 1 << 20 };
+    uint32_t *seen = calloc(SLOTS, sizeof *seen); /* numbers of blocks, by their hash */
+    for (uint32_t k = 1;; k++) {
+        write_block(a, k);
+        uint32_t next = fnv_1a(hash, a, BLOCK), *slot = &seen[next % SLOTS];
+        if (*slot) write_block(b, *slot);
+        if (*slot && fnv_1a(hash, b, BLOCK) == next) {
+            free(seen);
+            return next;
+        }
+        *slot = k;
+    }
+}
+
+/* CPU seconds that a vocabulary of these texts takes to build. Each text must be found. */
+static double seconds_to_build(char (*text)[BLOCK * STAGES], const char *what)
+{
+    static const char *texts[COLLIDING];
+    static uint32_t length[COLLIDING];
+    static float score[COLLIDING];
+    static int32_t type[COLLIDING];
+    gemma3_vocab v = {.text = texts, .length = length, .score = score, .type = type,
+                      .n_vocab = COLLIDING, .bos = -1, .eos = -1, .unknown = -1};
+    for (int i = 0; i < COLLIDING; i++) texts[i] = text[i], length[i] = BLOCK * STAGES;
+    size_t size = gemma3_tokenizer_size(&v);
+    void *mem = malloc(size);
+    clock_t begin = clock();
+    const gemma3_tokenizer *t = gemma3_tokenizer_init(&v, mem, size, NULL);
+    int n_found = 0;
+    for (int i = 0; i < COLLIDING; i++) n_found += gemma3_find(t, text[i], BLOCK * STAGES) == i;
+    double seconds = (double)(clock() - begin) / CLOCKS_PER_SEC;
+    is_int(n_found, COLLIDING, "each of %d %s is found", COLLIDING, what);
+    free(mem);
+    return seconds;
+}
+
+/* Of two blocks at each of 15 places, 2^15 texts can be made, and all have one hash (Joux 2004). */
+static void chosen_collisions(void)
+{
+    static char block[STAGES][2][BLOCK], text[COLLIDING][BLOCK * STAGES];
+    uint32_t hash = 2166136261u, random = 1;
+    for (int i = 0; i < COLLIDING; i++)
+        for (int j = 0; j < STAGES; j++)
+            write_block(text[i] + j * BLOCK, next_random(&random));
+    double plain = seconds_to_build(text, "texts");
+    for (int j = 0; j < STAGES; j++) hash = find_collision(hash, block[j][0], block[j][1]);
+    int n_same = 0;
+    for (int i = 0; i < COLLIDING; i++) {
+        for (int j = 0; j < STAGES; j++)
+            memcpy(text[i] + j * BLOCK, block[j][i >> j & 1], BLOCK);
+        n_same += fnv_1a(2166136261u, text[i], BLOCK * STAGES) == hash;
+    }
+    is_int(n_same, COLLIDING, "%d texts have one hash", COLLIDING);
+    double chosen = seconds_to_build(text, "texts with one hash");
+    ok(chosen < 30 * plain + 0.3, "and cost no square of their number: %.3f s, others %.3f s",
+       chosen, plain);
 }
 
 /* ---- Ids to text ----------------------------------------------------------------------------- */
@@ -853,6 +932,7 @@ int main(void)
     any_bytes();
     any_numbers();
     any_vocabulary();
+    chosen_collisions();
     decoding();
     whole_characters();
     no_bos();

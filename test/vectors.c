@@ -78,7 +78,7 @@ static void hash_row(void *job, int i, int worker)
     (void)worker;
     gemma3_sha256_init(&h);
     gemma3_sha256_add_floats(&h, w->rows + (size_t)i * (size_t)n_vocab, (size_t)n_vocab);
-    gemma3_sha256_end(&h, gemma3_model_is_exact(w->s->model) ? row_at(w, i)->exact
+    gemma3_sha256_end(&h, gemma3_model_info(w->s->model)->exact ? row_at(w, i)->exact
                                                              : row_at(w, i)->plain);
 }
 
@@ -100,7 +100,7 @@ static int take_hashes(void *user, const int *position, int n_rows, const float 
     int n_vocab = w->s->config->n_vocab;
     w->rows = rows;
     share_out(w->s, n_rows, hash_row, w);
-    for (int i = 0; i < n_rows && gemma3_model_is_exact(w->s->model); i++) {
+    for (int i = 0; i < n_rows && gemma3_model_info(w->s->model)->exact; i++) {
         const float *row = rows + (size_t)i * (size_t)n_vocab;
         struct row *r = row_at(w, i);
         r->nll = position[i] + 1 < w->p->n_ids
@@ -357,9 +357,25 @@ static int is_chosen(const struct args *a, int first, const char *name)
     return chosen;
 }
 
+/* Every name stands for vectors that there are. */
+static int check_chosen(const struct args *a, int first)
+{
+    char list[128] = "";
+    for (int k = 0; k < N_MODELS; k++)
+        snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", k ? ", " : "",
+                 models[k].name);
+    for (int i = first; i < a->n_values; i++) {
+        int k = 0;
+        while (k < N_MODELS && strcmp(a->value[i], models[k].name) != 0) k++;
+        if (k == N_MODELS)
+            return complain("there are no vectors \"%s\", but %s", a->value[i], list);
+    }
+    return 0;
+}
+
 int write_vectors(struct session *s, const struct args *a)
 {
-    int code = 0;
+    int code = check_chosen(a, 1);
     (void)s;
     for (int i = 0; i < N_MODELS && !code; i++)
         if (is_chosen(a, 1, models[i].name)) code = write_model(a, &models[i]);
@@ -398,7 +414,9 @@ static int open_vectors(struct vectors *v, const char *path)
 {
     int contract = 0;
     *v = (struct vectors){.f = fopen(path, "r"), .path = path, .line = malloc(LINE)};
-    if (!v->f || !v->line) return complain("%s: %s", path, strerror(errno));
+    if (!v->f || !v->line)
+        return complain("%s: %s (check runs in the source's folder; --dir is where vectors are)",
+                        path, strerror(errno));
     if (!next_line(v) || sscanf(v->line, "contract %d", &contract) != 1) return bad_line(v);
     if (contract != GEMMA3_CONTRACT)
         return complain("%s is of contract %d, this program of %d", path, contract,
@@ -668,9 +686,9 @@ int check(struct session *s, const struct args *a)
 {
     struct checked c = {0, 0, 0, 0};
     struct other o = {.n = 0};
-    int code = 0;
+    int code = check_chosen(a, 0);
     (void)s;
-    if (a->other) {
+    if (a->other && !code) {
         code = make_temporary(o.ids) || make_temporary(o.out) ? WRONG : 0;
         printf("%-11s %-13s %6s %6s %10s %10s %9s\n", "vectors", "prompt", "tokens", "rows",
                "mean KL", "largest", "first");
@@ -678,12 +696,14 @@ int check(struct session *s, const struct args *a)
     for (int i = 0; i < N_MODELS && !code; i++)
         if (is_chosen(a, 0, models[i].name)) code = check_one(a, models[i].name, &c, &o);
     if (a->other) {
-        remove(o.ids), remove(o.out);
+        if (*o.ids) remove(o.ids);
+        if (*o.out) remove(o.out);
+        if (!code && o.n == 0) code = complain("check: there is no model for those vectors");
         if (!code) printf("%d of %d prompts conform\n", o.n_conform, o.n);
         return code ? code : o.n && o.n_conform == o.n ? CONFORMS : DIFFERS;
     }
     if (code) return code;
-    if (c.n_rows == 0) return complain("check: no vectors of that name, or no model for them");
+    if (c.n_rows == 0) return complain("check: there is no model for those vectors");
     printf("%s: contract %d, %s, %d models, %d prompts, %d rows in exact and default mode%s\n",
            c.n_failed ? "does not conform" : "conforms", GEMMA3_CONTRACT,
            a->isa ? a->isa : gemma3_isa_name(0), c.n_models, c.n_prompts, c.n_rows,

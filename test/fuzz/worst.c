@@ -138,6 +138,35 @@ static void encode_it(const gemma3_tokenizer *t, const char *what, const char *o
     free(text);
 }
 
+/* A vocabulary made to be slow: whole tokens of "a" in each length, and one that every text of "b"
+ * begins and none spells. */
+static void encode_with_hostile_vocabulary(size_t n)
+{
+    enum { LONG = GEMMA3_PIECE_MAX };
+    static char as[LONG], bs[LONG];
+    const char *text[2 * LONG];
+    uint32_t length[2 * LONG];
+    float score[2 * LONG];
+    int32_t type[2 * LONG];
+    gemma3_vocab v = {.text = text, .length = length, .score = score, .type = type,
+                      .n_vocab = 2 * LONG, .bos = -1, .eos = -1, .unknown = -1};
+    memset(as, 'a', LONG);
+    memset(bs, 'b', LONG);
+    bs[LONG - 1] = 'c';
+    for (int i = 0; i < LONG; i++) {
+        text[i] = as, length[i] = (uint32_t)i + 1, score[i] = (float)i, type[i] = 1;
+        text[LONG + i] = i ? bs : bs + LONG - 1, type[LONG + i] = i == LONG - 1 ? 4 : 1;
+        length[LONG + i] = i ? (uint32_t)i + 1 : 1, score[LONG + i] = 0;
+    }
+    size_t size = gemma3_tokenizer_size(&v);
+    void *mem = malloc(size);
+    gemma3_error err;
+    const gemma3_tokenizer *t = gemma3_tokenizer_init(&v, mem, size, &err);
+    encode_it(t, "a hostile vocabulary: pieces of 1 to 1,024 letters", "a", n);
+    encode_it(t, "a hostile vocabulary: 1,023 of a token's 1,024 letters", "b", n);
+    free(mem);
+}
+
 int main(int argc, char **argv)
 {
     size_t n = argc > 2 ? (size_t)atof(argv[2]) : 1000000;
@@ -148,6 +177,7 @@ int main(int argc, char **argv)
     many_tokens(1 << 20);
     many_tokens(1 << 24);
     equal_tokens(1 << 14);
+    encode_with_hostile_vocabulary(n);
     gemma3_error err;
     gemma3_model *m = argc > 1 ? gemma3_open(argv[1], NULL, &err) : NULL;
     if (!m) return 0;

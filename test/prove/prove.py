@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""prove.py - runs the claims of claims.c symbolically: for all values of their arguments at once.
+"""prove.py - runs the claims of claims.c symbolically: for all values at once.
 
     python3 test/prove/prove.py [CLAIM ...]
 
@@ -7,6 +7,7 @@ Needs gcc on x86-64 and angr (pip install angr 'bitstring<4.3' 'pycparser==3.0')
 code 1 when one can be broken, with values that break it.
 """
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,114 +20,225 @@ import claripy
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.join(HERE, "..", "..")
 FLAGS = ["-std=c11", "-O1", "-fno-inline", "-fno-stack-protector", "-fcf-protection=none",
-         "-no-pie", "-fsanitize=undefined", "-fno-sanitize=alignment",
-         "-fsanitize-undefined-trap-on-error", "-include", os.path.join(HERE, "../fuzz/scalar.h")]
+         "-fno-ipa-pure-const", "-fno-ipa-modref", "-fno-ipa-reference", "-no-pie",
+         "-fsanitize=undefined", "-fno-sanitize=alignment", "-fsanitize-undefined-trap-on-error",
+         "-include", os.path.join(HERE, "../fuzz/scalar.h")]
 MAX_PATHS = 2000
-SCRATCH = 0x700000000000  # where bytes of the file are taken from: nobody knows what stands there
+MAX_STRINGS = 3             # of one pair: its key, and two of an array
+SCRATCH = 0x10000000000     # where bytes of the file are taken from: nobody knows what stands there
+LETTERS = 0x20000000000     # the same, where it does not matter
 
 
-def a_file(data, size, at, *_):
-    """Any address that is one, any number of bytes there, any place among them."""
-    return [claripy.UGE(data, 1 << 16), claripy.ULE(data, 1 << 46), claripy.ULE(size, 1 << 46),
-            claripy.ULE(at, size)]
+def number(state, at, n):
+    return state.memory.load(at, n, endness="Iend_LE")
 
 
-def a_file_and_flag(data, size, at, failed, *_):
-    return a_file(data, size, at) + [claripy.ULE(failed, 1)]
+def new_file(state, size):
+    """Where it lies does not matter: each has its own 2^47 bytes."""
+    files = state.globals["files"]
+    state.globals["files"] = files + (size,)
+    return claripy.BVV((len(files) + 1) << 47, 64)
 
 
-def all_values(*_):
-    return []
+def is_outside(offset, size, n):
+    return claripy.Or(claripy.UGT(offset, size), claripy.UGT(n, size - offset))
 
 
-CLAIMS = {  # name: how many arguments, and what holds of them
-    "claim_take": (5, a_file_and_flag),
-    "claim_take_numbers": (4, a_file_and_flag),
-    "claim_take_string": (4, a_file_and_flag),
-    "claim_plus": (2, all_values),
-    "claim_times": (2, lambda a, b: [claripy.ULT(b, 1 << 5)]),
-    "claim_piece": (3, lambda used, size, n: [claripy.ULE(used, size), claripy.ULE(size, 1 << 46)]),
-    "claim_encode_work": (1, all_values),
-}
+class Any(angr.SimProcedure):
+    """any(): a number of which nothing is known."""
+
+    def run(self):
+        x = claripy.BVS("any", 64)
+        self.state.globals["values"] += (x,)
+        return x
+
+
+class AnyFile(angr.SimProcedure):
+    """any_file(size): an address behind which size bytes can be read."""
+
+    def run(self, size):
+        return new_file(self.state, size)
+
+
+class IsReadable(angr.SimProcedure):
+    """is_readable(p, n): whether n bytes at p, where take had them from, lie in the file."""
+
+    def run(self, p, n):
+        found = self.state.globals["proof"].file_of(self.state, p)
+        return claripy.If(is_outside(*found, n), claripy.BVV(0, 64), claripy.BVV(1, 64))
+
+
+class MinusOne(angr.SimProcedure):
+    """A sentence, which is written for people."""
+
+    def run(self):
+        return -1
+
+
+class Shown(angr.SimProcedure):
+    """claim_shown says that it reads its string and nothing else."""
+
+    def run(self, to, text, n):
+        proof = self.state.globals["proof"]
+        found = proof.file_of(self.state, text)
+        outside = is_outside(*found, n) if found else claripy.true()
+        proof.never(self.state, claripy.And(n != 0, outside), "a name outside the file")
+        return to
+
+
+class Take(angr.SimProcedure):
+    """take: what claim_take says of it, as one path where it fails and one where it does not. What it
+    returns is a file of its own, of n bytes, and the cursor stands anywhere further on."""
+
+    def run(self, c, n):
+        at_p, at_left, at_failed = (c + offset for offset in self.state.globals["layout"][:3])
+        left, failed = number(self.state, at_left, 8), number(self.state, at_failed, 4)
+        fails = claripy.Or(failed != 0, claripy.UGT(n, left))
+        end = claripy.BVV(1 << 47, 64) + self.state.globals["files"][0]
+        self.inhibit_autoret = True
+        for does_fail in True, False:
+            state = self.state.copy()
+            state.add_constraints(fails if does_fail else claripy.Not(fails))
+            if not state.solver.satisfiable():
+                continue
+            result = claripy.BVV(0, 64)
+            if does_fail:
+                state.memory.store(at_failed, claripy.BVV(1, 32), endness="Iend_LE")
+            else:
+                result, now_left = new_file(state, n), claripy.BVS("left", 64)
+                state.add_constraints(claripy.ULE(now_left, left - n))
+                state.memory.store(at_p, end - now_left, endness="Iend_LE")
+                state.memory.store(at_left, now_left, endness="Iend_LE")
+            back = self.cc.teardown_callsite(state, result, self.prototype)
+            self.successors.add_successor(state, back, claripy.true(), "Ijk_Ret")
+
+
+class FindTensor(angr.SimProcedure):
+    """find_tensor: there is none, or one with any type, shape and place. (Its name is not used.)"""
+
+    def run(self, _, name, t):
+        offset_type, offset_ne, offset = self.state.globals["layout"][3:]
+        words = [(offset_type, 32), (offset, 64)] + [(offset_ne + 8 * k, 64) for k in range(4)]
+        for at, bits in words:
+            x = claripy.BVS("tensor", bits)
+            self.state.globals["values"] += (x,)
+            self.state.memory.store(t + at, x, endness="Iend_LE")
+        found = claripy.BVS("found", 64)
+        self.state.add_constraints(claripy.ULE(found, 1))
+        return found
+
+
+INSTEAD = {"any": Any, "any_file": AnyFile, "is_readable": IsReadable, "sentence": MinusOne, "shown": Shown, "take": Take,
+           "find_tensor": FindTensor}
+PROVEN_BY = {"claim_take": "take", "claim_shown": "shown"}
 
 
 class Proof:
     def __init__(self, project, claim):
-        n, bounds = CLAIMS[claim]
-        self.project, self.broken = project, project.loader.find_symbol("broken").rebased_addr
-        self.args = [claripy.BVS(f"argument{k}", 64) for k in range(n)]
-        entry = project.loader.find_symbol(claim).rebased_addr
-        self.state = project.factory.call_state(entry, *self.args, add_options={
+        self.project, self.claim = project, claim
+        self.address = {name: project.loader.find_symbol(name).rebased_addr
+                        for name in (*INSTEAD, claim, "broken", "impossible", "take_string", "layout")}
+        for name, procedure in INSTEAD.items():
+            if PROVEN_BY.get(claim) != name:
+                project.hook(self.address[name], procedure())
+        self.state = project.factory.call_state(self.address[claim], add_options={
             angr.options.SYMBOL_FILL_UNCONSTRAINED_MEMORY,
             angr.options.SYMBOL_FILL_UNCONSTRAINED_REGISTERS})
-        self.state.solver.add(*bounds(*self.args))
-        self.has_file = bounds in (a_file, a_file_and_flag)
+        layout = [number(self.state, self.address["layout"] + 8 * k, 8) for k in range(6)]
+        known = {"values": (), "files": (), "proof": self, "n_strings": 0,
+                 "layout": [self.state.solver.eval_one(x) for x in layout]}
+        for name, value in known.items():
+            self.state.globals[name] = value
+        for k in range(4096 // 8):
+            self.state.memory.store(LETTERS + 8 * k, b"a" * 8)
         self.faults, self.n_reads = [], 0
         self.state.inspect.b("mem_read", when=angr.BP_BEFORE, action=self.read)
         self.state.inspect.b("mem_write", when=angr.BP_BEFORE, action=self.write)
 
     def fault(self, state, what, extra=()):
-        values = [state.solver.eval(a, extra_constraints=extra) for a in self.args]
+        values = [state.solver.eval(x, extra_constraints=extra) for x in state.globals["values"]]
         self.faults.append(what + " with " + ", ".join(hex(v) for v in values))
 
-    def in_file(self, address):
-        return self.has_file and not self.args[0].variables.isdisjoint(address.variables)
+    def never(self, state, what_may_not_be, what):
+        if state.solver.satisfiable(extra_constraints=[what_may_not_be]):
+            self.fault(state, what, [what_may_not_be])
+
+    def file_of(self, state, address):
+        """The file that an address is in: the address's offset there, and the file's size."""
+        files = state.globals["files"]
+        address = claripy.BVV(address, 64) if isinstance(address, int) else address
+        if address.concrete:
+            k = (address.concrete_value >> 47) - 1
+        else:
+            # only of any_file's, the first, addresses are made from its size: a cursor's
+            k = 0 if files and not files[0].variables.isdisjoint(address.variables) else -1
+        return (address - ((k + 1) << 47), files[k]) if 0 <= k < len(files) else None
 
     def read(self, state):
-        address, n = state.inspect.mem_read_address, state.inspect.mem_read_length
-        if isinstance(address, int) or not self.in_file(address):
+        found = self.file_of(state, state.inspect.mem_read_address)
+        if not found:
             return
+        n = state.inspect.mem_read_length
         n = n if isinstance(n, int) else state.solver.eval_one(n)
-        offset, size = address - self.args[0], self.args[1]
-        outside = claripy.Or(claripy.UGT(offset, size), claripy.UGT(n, size - offset))
-        if state.solver.satisfiable(extra_constraints=[outside]):
-            self.fault(state, f"a read of {n} bytes outside the file", [outside])
+        self.never(state, is_outside(*found, n), f"a read of {n} bytes outside the file")
         self.n_reads += 1
-        state.inspect.mem_read_address = claripy.BVV(SCRATCH + 64 * self.n_reads, 64)
+        from_where = LETTERS if self.claim == "claim_shown" else SCRATCH + 64 * self.n_reads
+        state.inspect.mem_read_address = claripy.BVV(from_where, 64)
 
     def write(self, state):
-        address = state.inspect.mem_write_address
-        if not isinstance(address, int) and self.in_file(address):
+        if self.file_of(state, state.inspect.mem_write_address):
             self.fault(state, "a write to the file")
+
+    def ends(self, state):
+        """A path ends where a claim is broken, is not made, or has been seen often enough."""
+        if state.addr == self.address["take_string"]:
+            state.globals["n_strings"] += 1
+        if state.addr == self.address["broken"]:
+            self.fault(state, "broken")
+        return (state.addr in (self.address["broken"], self.address["impossible"])
+                or state.globals["n_strings"] > MAX_STRINGS)
 
     def run(self):
         manager = self.project.factory.simulation_manager(self.state)
         while manager.active:
             manager.step()
-            for s in manager.active:
-                if s.addr == self.broken:
-                    self.fault(s, "broken")
-            manager.move("active", "done", lambda s: s.addr == self.broken)
+            manager.move("active", "ended", self.ends)
             if len(manager.active) > MAX_PATHS:
                 self.faults.append("too many paths")
                 break
-        n_paths = sum(len(stash) for stash in manager.stashes.values())
         for e in manager.errored:
             self.fault(e.state, f"a trap: {e.error}")
         if manager.unconstrained:
             self.faults.append("a jump to anywhere")
-        return n_paths
+        return sum(len(stash) for stash in manager.stashes.values())
+
+
+project = None  # of the claims' program, which each process has from before it was forked
+
+
+def prove(claim):
+    begin = time.process_time()
+    proof = Proof(project, claim)
+    n_paths = proof.run()
+    seconds = time.process_time() - begin
+    print(f"{'not ' if proof.faults else ''}ok - {claim}: {n_paths} paths, {proof.n_reads} reads of "
+          f"the file, {seconds:.0f} s", *("#   " + what for what in proof.faults[:5]), sep="\n", flush=True)
+    return bool(proof.faults)
 
 
 def main():
+    global project
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         binary = os.path.join(folder, "claims")
         subprocess.run(["gcc", *FLAGS, "-o", binary, os.path.join(HERE, "claims.c"),
                         os.path.join(TOP, "tokenizer.c"), "-lm"], check=True)
         project = angr.Project(binary, auto_load_libs=False)
-    n_broken = 0
-    for claim in sys.argv[1:] or CLAIMS:
-        begin = time.time()
-        proof = Proof(project, claim)
-        n_paths = proof.run()
-        seconds = time.time() - begin
-        print(f"{'not ' if proof.faults else ''}ok - {claim}: {n_paths} paths, {proof.n_reads} reads of "
-              f"the file, {seconds:.0f} s", flush=True)
-        for what in proof.faults[:5]:
-            print("#  ", what)
-        n_broken += bool(proof.faults)
-    return n_broken > 0
+    claims = sys.argv[1:] or sorted(s.name for s in project.loader.main_object.symbols
+                                    if s.name.startswith("claim_"))
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        broken = pool.map(prove, claims, chunksize=1)
+    return any(broken)
 
 
 if __name__ == "__main__":
