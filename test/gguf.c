@@ -1020,6 +1020,8 @@ static void merges_instead_of_scores(void)
     gemma3_model *scores = accepted(take_apart(), "a vocabulary with scores");
     bytes merges = { NULL, 0 };
     uint64_t n = push_merges(&merges, gemma3_model_tokenizer(scores));
+    push_string(&merges, "\1 \2"); /* which make no piece */
+    n++;
     int32_t want[4][256], got[256];
     int n_want[4];
     for (int i = 0; i < 4; i++) n_want[i] = ids_of(scores, texts[i], want[i]);
@@ -1040,6 +1042,13 @@ static void merges_instead_of_scores(void)
     set_string(&f, "tokenizer.ggml.model", "gpt2");
     push_string(set_array(&f, "tokenizer.ggml.merges", KV_STRING, 1), "ab");
     refused(f, "a merge of one piece",
+            "x.gguf: key tokenizer.ggml.merges: number 0 is no pair of pieces");
+    f = take_apart();
+    set_string(&f, "tokenizer.ggml.model", "gpt2");
+    char longer[GEMMA3_PIECE_MAX + 2] = "a ";
+    memset(longer + 2, 'b', GEMMA3_PIECE_MAX - 1);
+    push_string(set_array(&f, "tokenizer.ggml.merges", KV_STRING, 1), longer);
+    refused(f, "a merge that makes too long a piece",
             "x.gguf: key tokenizer.ggml.merges: number 0 is no pair of pieces");
     f = take_apart();
     set_string(&f, "tokenizer.ggml.model", "gpt2");
@@ -1075,6 +1084,10 @@ static void memory_of_the_caller(void)
         ok(!gemma3_model_init(&from, &o, mem + 3, size / 2, &err), "half of that is refused");
         snprintf(sentence, sizeof sentence, "x.gguf needs more than the");
         ok(!strncmp(err.text, sentence, strlen(sentence)), "in a sentence");
+        ok(!gemma3_model_init(&from, &o, mem + 3, size / 2, NULL), "or without one");
+        from.size = from.n_data = 100;
+        ok(!gemma3_model_init(&from, &o, mem + 3, size, &err), "so is another file: %s", err.text);
+        from.size = from.n_data = b.n;
         for (size_t n = 0; n < size; n += size / 97)
             gemma3_close(gemma3_model_init(&from, &o, mem + 3, n, &err));
         free(mem);
@@ -1142,15 +1155,47 @@ static void weights_that_stay_outside(const char *name)
                strstr(err.text, ": its header is longer than the first 1000"
                                 " bytes, which were given"),
            "a header that is not all there is refused");
+        ok(!gemma3_open_source(&from, &o, NULL), "also where nobody wants to know why");
         d.left = 2, from.n_data = header;
         ok(!gemma3_open_source(&from, &o, &err) && strstr(err.text, " cannot be read"),
            "a norm that cannot be read, too");
+        d.left = 2;
+        ok(!gemma3_open_source(&from, &o, NULL), "and without a sentence");
         gemma3_close(m);
         free(want);
         free(got);
     }
     free(file.p);
     free(x.want);
+}
+
+static void note_progress(void *user, double done)
+{
+    double *last = user;
+    *last = done >= *last ? done : 2;
+}
+
+/* What is asked of opening beside the file. */
+static void options_of_opening(void)
+{
+    image f = take_apart();
+    bytes b = put_together(&f);
+    double last = 0;
+    gemma3_error err = { "" };
+    gemma3_options o = { .isa = "abacus" };
+    gemma3_source from = { .data = b.p, .n_data = b.n, .size = b.n, .name = "x.gguf" };
+    ok(!gemma3_open_source(&from, &o, &err) && !strcmp(err.text, "instruction set \"abacus\" is "
+       "unknown or this CPU does not have it"), "kernels that nobody has are refused");
+    ok(!gemma3_open_source(&from, &o, NULL), "also without a sentence");
+    static char mem[1000];
+    ok(!gemma3_model_init(&from, &o, mem, sizeof mem, &err), "and in memory of the caller's");
+    o = (gemma3_options){ .progress = note_progress, .user = &last };
+    gemma3_model *m = gemma3_open_source(&from, &o, &err);
+    ok(m && (last == 1 || !m->kernels->tiles), "opening tells how far it is, up to %g", last);
+    ok(m && !gemma3_model_note(m, -1) && !gemma3_model_note(m, 1000), "there are no other notes");
+    gemma3_close(m);
+    free(b.p);
+    throw_away(&f);
 }
 
 static void names_of_tensors(void)
@@ -1290,6 +1335,7 @@ int main(void)
     ends_of_answers();
     keys_that_lie();
     merges_instead_of_scores();
+    options_of_opening();
     memory_of_the_caller();
     weights_that_stay_outside("tiny");
     weights_that_stay_outside("tiny-mixed");

@@ -373,6 +373,20 @@ static void numbers(void)
     tiny_set_u32(&t, "gemma3.attention.sliding_window", 0);
     accepted(t, "a window of 0, which means none,", 0);
     t = tiny_new(TINY_F32);
+    tiny_set_f32(&t, "gemma3.rope.scaling.factor", 0);
+    accepted(t, "a RoPE factor of 0, which means none,", 0);
+    t = tiny_new(TINY_F32);
+    tiny_set_u32(&t, "general.name", 7);
+    accepted(t, "a name that is a number, which is none,", 0);
+    t = tiny_new(TINY_F32);
+    put_int(tiny_set_array(&t, "gemma3.block_count", T_U32, 1), 1, 4);
+    refused(t, "a list of numbers of layers", "x.gguf: key gemma3.block_count is a array, "
+            "expected a number");
+    t = tiny_new(TINY_F32);
+    tiny_set_string(&t, "tokenizer.ggml.add_bos_token", "true");
+    refused(t, "a <bos> in words", "x.gguf: key tokenizer.ggml.add_bos_token is a string, expected "
+            "a number");
+    t = tiny_new(TINY_F32);
     tiny_set_f32(&t, "gemma3.attention.layer_norm_rms_epsilon", 0);
     refused(t, "an epsilon of 0", "x.gguf: key gemma3.attention.layer_norm_rms_epsilon is 0, "
             "expected more");

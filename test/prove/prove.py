@@ -68,10 +68,12 @@ class IsReadable(angr.SimProcedure):
         return claripy.If(is_outside(*found, n), claripy.BVV(0, 64), claripy.BVV(1, 64))
 
 
-class MinusOne(angr.SimProcedure):
-    """A sentence, which is written for people."""
+class Sentence(angr.SimProcedure):
+    """A sentence, which is written for people, and here is none: an empty one."""
 
-    def run(self):
+    def run(self, text, n):
+        if not text.concrete or text.concrete_value:
+            self.state.memory.store(text, claripy.BVV(0, 8))
         return -1
 
 
@@ -128,7 +130,7 @@ class FindTensor(angr.SimProcedure):
         return found
 
 
-INSTEAD = {"any": Any, "any_file": AnyFile, "is_readable": IsReadable, "sentence": MinusOne, "shown": Shown, "take": Take,
+INSTEAD = {"any": Any, "any_file": AnyFile, "is_readable": IsReadable, "sentence": Sentence, "shown": Shown, "take": Take,
            "find_tensor": FindTensor}
 PROVEN_BY = {"claim_take": "take", "claim_shown": "shown"}
 
