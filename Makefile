@@ -26,8 +26,9 @@ KIT      = $(patsubst %,test/%.o,conform compare diagnose export layers mistakes
 # Tests of what is public link the library as a user would; those of what is static include gemma3.c.
 LINKED   = test/forward test/golden test/hostile test/replay test/state test/together
 INCLUDED = test/attention test/gguf test/host test/kernels test/sampler test/tokenizer
-BUILDS   = test/build.t test/ports.t
-TESTS    = $(LINKED) $(INCLUDED) $(FAULTS) $(filter-out $(BUILDS),$(wildcard test/*.t))
+BUILDS   = test/build.t test/ports.t test/window.t
+TESTS    = test/conform.t $(LINKED) $(INCLUDED) $(FAULTS) \
+           $(filter-out test/conform.t $(BUILDS),$(wildcard test/*.t)) # the longest first
 
 # The program's own objects between functions that fail: what the linker of Linux can do.
 ifeq ($(shell uname),Linux)

@@ -223,6 +223,7 @@ static void fp_leave(fp_state old);   /* as the caller had them */
 static int sentence(char *text, size_t n, const char *name, const char *format, ...); /* -1 */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
+INLINE int max_int(int a, int b) { return a > b ? a : b; }
 
 /* ==== 1. The model and the state =================================================================
  *
@@ -439,7 +440,8 @@ static void matmul(const gemma3_state *s, const struct linear *to, int n_to, con
 static void dequantize_row(const gemma3_state *s, const struct matrix *w, int row, float *out);
 static void embed(gemma3_state *s, const int32_t *ids, int n);
 static void rope_tables(gemma3_state *s, int n);
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n);
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n,
+                    int width);
 static void attention(gemma3_state *s, const struct layer *w, int l, int n);
 static void feed_forward(gemma3_state *s, const struct layer *w, int l, int n);
 static void add(float *x, const float *y, size_t n);
@@ -455,19 +457,19 @@ static void forward_ubatch(gemma3_state *s, const int32_t *ids, int n)
     trace(s, "inp_scaled", -1, s->x, c->d_model, n);
     for (int l = 0; l < c->n_layers; l++) {
         const struct layer *w = &s->m->layer[l];
-        rmsnorm(s, s->y, s->x, w->attn_norm, n);
+        rmsnorm(s, s->y, s->x, w->attn_norm, n, c->d_model);
         trace(s, "attn_norm", l, s->y, c->d_model, n);
         attention(s, w, l, n);
         trace(s, "attn_out", l, s->y, c->d_model, n);
-        rmsnorm(s, s->y, s->y, w->post_attention_norm, n);
+        rmsnorm(s, s->y, s->y, w->post_attention_norm, n, c->d_model);
         trace(s, "attn_post_norm", l, s->y, c->d_model, n);
         add(s->x, s->y, n_floats);
         trace(s, "sa_out", l, s->x, c->d_model, n);
-        rmsnorm(s, s->y, s->x, w->ffn_norm, n);
+        rmsnorm(s, s->y, s->x, w->ffn_norm, n, c->d_model);
         trace(s, "ffn_norm", l, s->y, c->d_model, n);
         feed_forward(s, w, l, n);
         trace(s, "ffn_out", l, s->y, c->d_model, n);
-        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n);
+        rmsnorm(s, s->y, s->y, w->post_ffw_norm, n, c->d_model);
         trace(s, "ffn_post_norm", l, s->y, c->d_model, n);
         add(s->x, s->y, n_floats);
         trace(s, "l_out", l, s->x, c->d_model, n);
@@ -512,7 +514,7 @@ static void unembed(gemma3_state *s, const int *rows, int n_rows, float *logits)
     for (int k = 0; k < n_rows; k++) /* rows ascend, so a copy never overwrites one still needed */
         memmove(s->x + (size_t)k * c->d_model, s->x + (size_t)rows[k] * c->d_model,
                 c->d_model * sizeof(float));
-    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows);
+    rmsnorm(s, s->y, s->x, s->m->output_norm, n_rows, c->d_model);
     if (look) look(s->p.trace_user, "result_norm", -1, pos, n_rows, c->d_model, s->y);
     matmul(s, &(struct linear){&s->m->lm_head, logits}, 1, s->y, n_rows);
     if (c->final_softcap > 0) softcap(logits, (size_t)n_rows * c->n_vocab, c->final_softcap);
@@ -584,7 +586,7 @@ const char *gemma3_trace_label(int index, int *in_layers)
  * K (after norm and rope) and V are rounded to the cache's type before any use, even by their own
  * token. A global layer has a slot for every position. A local layer looks back `window` tokens,
  * itself included, and keeps a ring of window + n_ubatch - 1 slots: so the oldest key that the
- * first token of a call sees survives the call's own writes.
+ * first token of a micro-batch sees survives the micro-batch's own writes.
  *
  * Decoding reads the whole cache for each token, so each task's part of it is contiguous:
  *     K [n_kv_heads][slots][head_dim]                             a task scores a run of positions
@@ -640,7 +642,6 @@ static void attention_by_definition(const struct attention *a, const float *q, i
 static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void *job);
 static float (*acc_of(const gemma3_state *s, int worker))[TILE_ROWS];
 static void copy_floats(float *to, const float *from, int n);
-static void norm_heads(void *arg, int i, int worker);
 static void rope_heads(void *arg, int i, int worker);
 static void scale_and_store(void *arg, int i, int worker);
 static void attend_abreast(struct attention *a);
@@ -657,7 +658,8 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
     trace(s, "Qcur_raw", l, s->q, q_width, n);
     trace(s, "Kcur_raw", l, s->k, kv_width, n);
     trace(s, "Vcur", l, s->v, kv_width, n);
-    for_each(s, n, norm_heads, &a);
+    rmsnorm(s, s->q, s->q, w->attn_q_norm, n * c->n_heads, c->head_dim);
+    rmsnorm(s, s->k, s->k, w->attn_k_norm, n * c->n_kv_heads, c->head_dim);
     trace(s, "Qcur_normed", l, s->q, q_width, n);
     trace(s, "Kcur_normed", l, s->k, kv_width, n);
     for_each(s, n, rope_heads, &a);
@@ -676,21 +678,6 @@ static void attention(gemma3_state *s, const struct layer *w, int l, int n)
 static float *head_at(float *x, int n_heads, int head_dim, int i, int h)
 {
     return x + ((size_t)i * n_heads + h) * head_dim;
-}
-
-static void norm_heads(void *arg, int i, int worker)
-{
-    const struct attention *a = arg;
-    const gemma3_config *c = a->s->c;
-    (void)worker;
-    for (int h = 0; h < c->n_heads; h++) {
-        float *q = head_at(a->s->q, c->n_heads, c->head_dim, i, h);
-        a->s->m->kernels->rmsnorm(q, q, a->w->attn_q_norm, c->head_dim, c->rms_eps);
-    }
-    for (int g = 0; g < c->n_kv_heads; g++) {
-        float *k = head_at(a->s->k, c->n_kv_heads, c->head_dim, i, g);
-        a->s->m->kernels->rmsnorm(k, k, a->w->attn_k_norm, c->head_dim, c->rms_eps);
-    }
 }
 
 static void rope_heads(void *arg, int i, int worker)
@@ -922,26 +909,30 @@ static void for_each(const gemma3_state *s, int n_items, gemma3_task *each, void
         for (int i = 0; i < n_items; i++) each(job, i, 0);
 }
 
-/* y = rms(x) * w; x and y are [n][d_model] */
+/* y = rms(x) * w; x and y are [n][width] */
 struct norm {
     const gemma3_state *s;
     float *y;
     const float *x, *w;
+    int width;
 };
 
 static void norm_task(void *arg, int i, int worker)
 {
     const struct norm *job = arg;
-    const gemma3_config *c = job->s->c;
-    size_t at = (size_t)i * c->d_model;
+    size_t at = (size_t)i * job->width;
     (void)worker;
-    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, c->d_model, c->rms_eps);
+    job->s->m->kernels->rmsnorm(job->y + at, job->x + at, job->w, job->width, job->s->c->rms_eps);
 }
 
-static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n)
+/* A single token's heads are not worth calling the other threads. */
+static void rmsnorm(const gemma3_state *s, float *y, const float *x, const float *w, int n,
+                    int width)
 {
-    struct norm job = {.s = s, .y = y, .x = x, .w = w};
-    for_each(s, n, norm_task, &job);
+    struct norm job = {.s = s, .y = y, .x = x, .w = w, .width = width};
+    if ((int64_t)n * width >= 16384) for_each(s, n, norm_task, &job);
+    else
+        for (int i = 0; i < n; i++) norm_task(&job, i, 0);
 }
 
 static int n_tiles(const struct matrix *w) { return (w->rows + TILE_ROWS - 1) / TILE_ROWS; }
@@ -991,7 +982,7 @@ struct matmul {
     size_t row_blocks;                /* of a row of q8 */
 };
 
-/* n_rows rows of one tile times every vector: added to acc. Section 8 says how. */
+/* n_rows rows of one tile times every vector, into acc, which is 0. Section 8 says how. */
 static void mul_tile(const struct matmul *job, const struct matrix *w, int row, int n_rows,
                      int worker);
 
@@ -1549,8 +1540,8 @@ static void to_file_order(float *x, int n)
     for (int j = 0; BIG_ENDIAN_CPU && j < n; j++) store_u32_le((uint8_t *)&x[j], bits_of(x[j]));
 }
 
-/* A panel: 32 columns of a tile, unpacked by the vector kernels that need it several times. */
-enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048, UNPACK_FROM = 4 };
+enum { PREFETCH_FROM = 4, PREFETCH_AHEAD = 8192, PREFETCH_STREAM = 2048 };
+enum { UNPACK_FROM = 4 };              /* vectors from which on a panel pays */
 enum { COLS_AT_ONCE = 512, POSITIONS_AT_ONCE = 128 }; /* what stays in a cache of 32 KB */
 enum { PANEL = 100 };                 /* beside the types of tensors: a tile that is unpacked */
 
@@ -1566,6 +1557,7 @@ struct place {
 
 enum { PANELS = 8 };                  /* unpacked at a time: 256 columns, one super-block */
 
+/* 32 columns of a tile, unpacked by the vector kernels that need them several times. */
 struct panel {
     uint8_t code[32 * TILE_ROWS];     /* element 4q + k of row r at (q * TILE_ROWS + r) * 4 + k */
     float d[TILE_ROWS], m[TILE_ROWS], scale[2][TILE_ROWS], min[2][TILE_ROWS]; /* as struct group */
@@ -1621,6 +1613,63 @@ static void mul_tile(const struct matmul *job, const struct matrix *w, int row, 
     else if (w->tiled || !k->tiles) k->mul_codes(&p);
     else mul_untiled(s, p, s->unpacked[worker].tile);
 }
+
+/* ---- What vector kernels share, whatever their width ---- */
+
+typedef float four __attribute__((vector_size(16)));
+
+/* The last two steps of rule 4's tree, lane j + lane j+2, then + 1, for four sums. */
+#if defined(HAVE_X86)
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
+    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
+    __m128 x = (__m128)ab, y = (__m128)cd;
+    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
+}
+#elif defined(HAVE_NEON)
+INLINE four last_joins(four a, four b, four c, four d)
+{
+    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
+    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
+    return vpaddq_f32(ab, cd);
+}
+#endif
+
+#if defined(HAVE_X86) || defined(HAVE_NEON)
+/* Four times 16 lanes, or once (n 1), as rule 4's tree. */
+INLINE void join_4(float out[4], float lane[4][16], int n)
+{
+    four sum[4], part[4];
+    UNROLL for (int s = 0; s < 4; s++) {
+        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
+        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
+    }
+    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
+    memcpy(out, &sum[0], sizeof sum[0]);
+}
+#endif
+
+/* Asks for memory before it is needed, a little with each block, because a burst stalls.
+ * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
+ * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
+ * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
+ * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
+ * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
+INLINE void prefetch(const uint8_t *p, size_t n_bytes)
+{
+    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
+}
+
+/* What a copy of the kernels is compiled for. */
+struct kind {
+    int type;                 /* of a tile that is read as it lies (for one vector: Q4_K 9 -> 17 */
+                              /* GB/s on AVX2 against a panel), or PANEL */
+    int quads;                /* products of 4 codes that a dot_sum holds */
+    int has_min, has_halves, is_wide; /* as in struct format */
+};
 
 #endif /* !INSTANCE */
 
@@ -1846,16 +1895,16 @@ static void NAME(mul_codes)(const struct product *p)
             const uint8_t *row = p->rows + r * p->row_bytes;
             const uint8_t *block = row + (size_t)(32 * b / f->elements) * f->bytes;
             struct group w;
-            unpack(f, block, b % (f->elements / 32), &w);
+            unpack(f, block, b % (f->elements / 32), &w);                               /* step 1 */
             for (int i = 0; i < p->n; i++) {
                 const struct q8_block *x = &p->q8[i * p->x_stride + b];
                 int32_t half[2] = {0, 0};
-                for (int j = 0; j < 32; j++) half[j / 16] += w.code[j] * x->code[j];
+                for (int j = 0; j < 32; j++) half[j / 16] += w.code[j] * x->code[j];    /* step 2 */
                 int32_t isum = w.scale[0] * half[0] + w.scale[1] * half[1];
                 int32_t msum = w.min[0] * x->sum[0] + w.min[1] * x->sum[1];
                 float *acc = &p->acc[i][r];
-                *acc = fma_of((float)isum, w.d * x->d, *acc);
-                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);
+                *acc = fma_of((float)isum, w.d * x->d, *acc);                           /* step 3 */
+                if (f->m) *acc = fma_of(w.m, (float)msum * x->d, *acc);                 /* step 4 */
             }
         }
 }
@@ -1909,8 +1958,6 @@ static void NAME(mix_values)(const struct mix *m)
 #define repeat_4 NAME(repeat_4)           /* 4 bytes in every lane */
 #define splat NAME(splat)                 /* a float in every lane */
 #define mul_add NAME(mul_add)         /* a * b + c rounded once */
-#define join_4 NAME(join_4)           /* four times 16 lanes as rule 4's tree */
-#define last_joins NAME(last_joins)
 #define look_up NAME(look_up)         /* bytes 0 .. 15 -> iq4_level */
 #define dot_begin NAME(dot_begin)     /* start + products of 4 bytes of w (unsigned) and 4 of x */
 #define dot_add NAME(dot_add)         /* in each lane; start counts in begin or in end, as the */
@@ -1925,25 +1972,10 @@ static void NAME(mix_values)(const struct mix *m)
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
-#define four NAME(four)
-typedef float four __attribute__((vector_size(16)));
-#if defined(HAVE_X86)
-INLINE four last_joins(four a, four b, four c, four d) /* lane j + lane j+2, + 1 */
-{
-    four ab = (four)_mm_movelh_ps((__m128)a, (__m128)b) + (four)_mm_movehl_ps((__m128)b, (__m128)a);
-    four cd = (four)_mm_movelh_ps((__m128)c, (__m128)d) + (four)_mm_movehl_ps((__m128)d, (__m128)c);
-    __m128 x = (__m128)ab, y = (__m128)cd;
-    return (four)_mm_shuffle_ps(x, y, 0x88) + (four)_mm_shuffle_ps(x, y, 0xdd);
-}
-#else
-INLINE four last_joins(four a, four b, four c, four d)
-{
-    float32x4_t ab = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
-    float32x4_t cd = vcombine_f32(vget_low_f32(c), vget_low_f32(d));
-    ab += vcombine_f32(vget_high_f32(a), vget_high_f32(b));
-    cd += vcombine_f32(vget_high_f32(c), vget_high_f32(d));
-    return vpaddq_f32(ab, cd);
-}
+#if HAS_DOT
+typedef ints dot_sum;
+INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
+INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #endif
 
 #if LANES == 8
@@ -1962,17 +1994,15 @@ INLINE ints look_up(ints c)
     __m256i level = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm256_shuffle_epi8(level, (__m256i)c);
 }
-typedef ints dot_sum;
 #if HAS_DOT
-INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 }
 /* wide codes come as code + 128 */
 INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
-INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
+typedef ints dot_sum;
 INLINE dot_sum dot_begin(int32_t start) { (void)start; return (ints){0}; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
@@ -2005,15 +2035,12 @@ INLINE ints look_up(ints c)
     __m512i level = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)iq4_level));
     return (ints)_mm512_shuffle_epi8(level, (__m512i)c);
 }
-typedef ints dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 /* wide codes come as code + 128 */
 INLINE ints dot_wide(ints sum, ints w, ints x) { return dot_add(sum, w, x); }
-INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 
 #else
 /* NEON. vmull makes int16 products; with dotprod vdot does all at once. */
@@ -2031,13 +2058,10 @@ INLINE ints look_up(ints c)
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(iq4_level), vreinterpretq_u8_s32(c)));
 }
 #if HAS_DOT
-typedef ints dot_sum;
-INLINE dot_sum dot_begin(int32_t start) { return (ints){0} + start; }
 INLINE dot_sum dot_add(dot_sum sum, ints w, ints x)
 {
     return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
 }
-INLINE ints dot_end(dot_sum sum, int32_t start) { (void)start; return sum; }
 #else
 typedef struct { int16x8_t low, high; } dot_sum;
 INLINE dot_sum dot_begin(int32_t start)
@@ -2067,16 +2091,6 @@ INLINE ints load_ints(const void *p) { ints v; memcpy(&v, p, sizeof v); return v
 INLINE void store_ints(void *p, ints v) { memcpy(p, &v, sizeof v); }
 INLINE floats load_floats(const void *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_floats(void *p, floats v) { memcpy(p, &v, sizeof v); }
-INLINE void join_4(float out[4], float lane[4][16], int n) /* n 1 or 4 */
-{
-    four sum[4], part[4];
-    UNROLL for (int s = 0; s < 4; s++) {
-        UNROLL for (int k = 0; k < 4; k++) memcpy(&part[k], lane[s % n] + 4 * k, sizeof part[k]);
-        sum[s] = (part[0] + part[2]) + (part[1] + part[3]);            /* lane j + lane j+8, + 4 */
-    }
-    sum[0] = last_joins(sum[0], sum[1], sum[2], sum[3]);
-    memcpy(out, &sum[0], sizeof sum[0]);
-}
 INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
 INLINE ints repeat_4(const int8_t *p)
 {
@@ -2090,18 +2104,6 @@ INLINE floats widen(int type, const uint8_t *p)
 }
 
 /* ---- Integer formats ---- */
-
-/* Asks for memory before it is needed, a little with each block, because a burst stalls.
- * PREFETCH_FROM: with that many vectors a Q4_0 tile is multiplied again and again, and meanwhile
- * the next tile comes; left to itself the machine notices too late where a tile ends (prompt x1.2).
- * One vector is a stream that needs no help. PREFETCH_AHEAD: bytes ahead of other formats, which
- * are unpacked field by field, as no machine foresees (Q6_K 9 -> 27 GB/s on one core, Q4_K 7 ->
- * 21). PREFETCH_STREAM: bytes ahead in attention's values. */
-#define prefetch NAME(prefetch)
-INLINE void prefetch(const uint8_t *p, size_t n_bytes)
-{
-    for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(p + at);
-}
 
 /* Codes 4q .. 4q+3 of the half that b finds, for LANES rows from row r on. */
 #define codes_of NAME(codes_of)
@@ -2182,17 +2184,9 @@ static void NAME(unpack_panel)(const struct format *f, const uint8_t *tile, int 
  * are constants in each call, so that INLINE makes a copy of the code whose sums stay in registers.
  * Tried: 8 vectors times one register 0.88 of 4 times 2 on AVX2, 6 times 2 0.96, 8 times 2 on
  * AVX-512 0.8 to 1; formats read at run time where one vector is multiplied 0.5. */
-#define kind NAME(kind)
 #define dot_group NAME(dot_group)
 #define mul_part NAME(mul_part)
 #define mul_vectors NAME(mul_vectors)
-
-struct kind {
-    int type;                 /* of a tile that is read as it lies (for one vector: Q4_K 9 -> 17 */
-                              /* GB/s on AVX2 against a panel), or PANEL */
-    int quads;                /* products of 4 codes that a dot_sum holds */
-    int has_min, has_halves, is_wide; /* as in struct format */
-};
 
 /* Steps 1 and 2: isum = the integer products of one group, with halves' scales. */
 INLINE void dot_group(const struct product *p, struct kind kind, int NT, int NH,
@@ -2436,7 +2430,7 @@ INLINE void mul_floats_of(const struct product *p, int type)
     enum { NV = LANES == 8 ? 3 : 4 }; /* sums that fit 16 registers, or 32 */
     int r = 0, i;
     for (; r + 4 <= p->n_rows && p->n > 1; r += 4) {
-        for (i = 0; p->n - i >= NV && p->n - i != NV + 1; i += NV) /* 16 = 3 + 3 + 3 + 3 + 2 + 2 */
+        for (i = 0; p->n - i >= NV && (NV != 3 || p->n - i != 4); i += NV) /* 4 = 2 + 2 */
             mul_floats_part(p, type, r, i, 4, NV);
         for (; p->n - i >= 2; i += 2) mul_floats_part(p, type, r, i, 4, 2);
         for (int k = 0; k < 4 && i < p->n; k++) mul_floats_part(p, type, r + k, i, 1, 1);
@@ -2600,9 +2594,7 @@ END_TARGET
 
 /* Verbs that are other names below. */
 #undef floats
-#undef kind
 #undef widen
-#undef prefetch
 
 /* Best first. The last is the definition, which runs everywhere. */
 static const struct kernels *const all_kernels[] = {
@@ -2943,7 +2935,7 @@ static int read_start(struct opening *o, struct cursor *c)
 /* ---- Looking up ----
  *
  * Sorted once, names are found in log n steps, and one that occurs twice stands beside itself.
- * A key and a tensor must not share one either; in no model's file they do. */
+ * A key and a tensor must not share one either; no model's file does. */
 
 static struct string name_at(const uint8_t *begin)
 {
@@ -3581,8 +3573,8 @@ static int choose_kernels(struct opening *o)
     return 0;
 }
 
-/* Adds up the memory for a tensor's floats or tiles, of one that is not asked for too. What cannot
- * be bound, because it is not in the file, needs none. */
+/* Adds up the memory for a tensor's floats or tiles, also of one that is never asked for. What
+ * cannot be bound, because it is not in the file, needs none. */
 static int count_tensor(struct opening *o, const struct tensor *t)
 {
     const struct format *f = find_format(t->type);
@@ -3807,14 +3799,14 @@ int gemma3_model_tensor(const gemma3_model *m, int index, gemma3_tensor *t)
  * be told before anything is allocated and a caller may bring the memory. What it costs is seen
  * there: cache and scores grow with the context, the rest with the batch. The config that it
  * computes with may be the caller's own, which is how a test makes a mistake on purpose. At the
- * end: what of a state is worth keeping in a file, and how it is told that it fits. */
+ * end: what of a state is worth keeping in a file, and how a file is known to fit. */
 
 static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_params *p)
 {
     s->c = c;
     s->p = *p;
     s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
-    s->n_abreast = min_int(s->n_ubatch, 4);
+    s->n_abreast = min_int(s->n_ubatch, 4); /* scores take n_ctx floats for each head of each */
     s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a kv head may have that many queries */
     s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
 }
@@ -3829,12 +3821,6 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
 }
 
 /* Elements of the widest vector that a matrix is multiplied with. */
-static int widest_input(const gemma3_config *c)
-{
-    int widest = c->d_model > c->d_ff ? c->d_model : c->d_ff;
-    return widest > c->n_heads * c->head_dim ? widest : c->n_heads * c->head_dim;
-}
-
 /* Where everything of a state lies: the one place that knows. With base NULL it only counts. */
 static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_params *p, uint8_t *base)
 {
@@ -3843,7 +3829,8 @@ static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_param
     const gemma3_config *c = s->c;
     size_t D = c->head_dim, q = c->n_heads * D, kv = times(c->n_kv_heads, D), n = s->n_ubatch;
     size_t n_queries = (size_t)s->n_abreast * c->n_heads, n_threads = s->p.n_threads;
-    size_t blocks = ((size_t)widest_input(c) + 31) / 32;
+    size_t widest_input = max_int(max_int(c->d_model, c->d_ff), (int)q);
+    size_t blocks = (widest_input + 31) / 32;
     int exact = m->exact;
     for (int l = 0; l < c->n_layers; l++) {
         s->k_cache[l] = piece(a, times(slots_of(s, l), kv), kv_element(s));
@@ -3973,7 +3960,7 @@ const char *gemma3_state_error(const gemma3_state *s) { return s->error; }
 /* ---- States that are kept ----
  *
  *     "gemma3 state 1\n" NUL | u32 contract, exact, kv_type, n | SHA-256 of model and config as hex
- *     u32 ids[n] | for each layer and kv head: K and V of the positions that the next token can see
+ *     u32 ids[n] | for each layer and kv head: K and V of all positions, or of the last `window`
  *     SHA-256 of all before as hex
  *
  * Saving and loading take the same steps: only what `pass` does with the bytes differs. So what is
@@ -4680,8 +4667,8 @@ size_t gemma3_memory_limit(void)
 /* A call of gemma3_pool_run is a round: who takes part claims one task after another by counting
  * `left` down, and the round ends when none is undone. Only who has claimed a task reads what it
  * is: then the round cannot end, so nothing changes meanwhile; and nobody waits for a worker that
- * comes late and finds none left. Between rounds workers spin a while, a fifth of a millisecond
- * (longer than what one thread does alone), then sleep: a round is often shorter than it takes to
+ * comes late and finds none left. Between rounds workers spin a while, for 20,000 looks (longer
+ * than what one thread does alone), then sleep: a round is often shorter than it takes to
  * wake a thread. */
 enum { SPINS = 20000 };
 
@@ -4799,7 +4786,7 @@ static void host_unmap(const gemma3_model *m) { (void)m; }
 /* ==== 16. The command line ======================================================================
  *
  * From here on only gemma3.h and C11 are used: this is the worked example of the library, and
- * whoever wants the library alone deletes from here to the end. Text and results go to stdout, the
+ * whoever wants the library alone defines GEMMA3_NO_MAIN. Text and results go to stdout, the
  * rest to stderr. Whatever fails says why in one sentence and ends the program: exit code 1, or 2
  * when the command line was wrong. So no function here returns an error, and what is allocated is
  * given back only at the end of a job that was done. */
@@ -4873,7 +4860,7 @@ static void *allocate(void *old, size_t n_bytes, const char *what)
 
 /* ---- Command line: the options ---- */
 
-/* The help is the table of options too: two spaces, name, space, value; one in [ ] may lack. */
+/* The help is the table of options too: two spaces, name, space, value; [ ] may be left out. */
 static const char *const help[] = {
     "usage: gemma3 [-m MODEL] -p TEXT | -f FILE | --ids FILE | -i  [options]",
     "For a model and a sequence of ids, mode (--exact or not) and --kv give one bit pattern of",
@@ -4904,7 +4891,7 @@ static const char *const help[] = {
     "  --detokenize IDS     bytes of the ids, as \"2 818 5279\"\n\nHow to compute:",
     "  -c N                 context in tokens; default: the model's, at most 4096",
     "  -t N                 threads; default: physical cores",
-    "  -b N                 tokens of the prompt taken at once; default 64, no more are",
+    "  -b N                 tokens of the prompt taken at once; default, and at most, 64",
     "  --exact              weights and activations in float32",
     "  --kv f16|f32         numbers in the cache; default f16, with --exact f32",
     "  --isa NAME           force kernels; list: those that this CPU can run",
@@ -5102,11 +5089,13 @@ static char *read_file(const char *path, size_t *n)
     long long size = f == stdin ? 0 : gemma3_file_size(path);
     char *bytes = NULL;
     for (size_t room = *n = 0; *n == room;) {
-        if (size > MAX_TEXT_BYTES || room > MAX_TEXT_BYTES)
+        if (size > MAX_TEXT_BYTES)
             say(FAILED, "%s: %lld bytes, expected at most %d", path, size, MAX_TEXT_BYTES);
         bytes = allocate(bytes, (room = 2 * room + 65536) + 1, path);
         *n += fread(bytes + *n, 1, room - *n, f);
         check(!ferror(f), path);
+        if (*n > MAX_TEXT_BYTES)
+            say(FAILED, "%s: more than %d bytes, which is too long", path, MAX_TEXT_BYTES);
     }
     if (f != stdin) fclose(f);
     bytes[*n] = 0;
@@ -5140,7 +5129,7 @@ static void parse_ids(struct session *s, const char *text, size_t n, const char 
         s->ids[s->n_ids++] = id;
     }
     if (found < 0 || left < text + n)
-        say(FAILED, "%s: expected ids parted by spaces or line ends, found \"%.20s\"", where,
+        say(FAILED, "%s: expected ids separated by spaces or line ends, found \"%.20s\"", where,
             found ? left : "a zero byte");
 }
 
@@ -5186,7 +5175,8 @@ static void choose_rows(struct session *s)
         s->wanted[last = position] = 1;
     }
     if (found < 0 || (list && last < 0))
-        say(WRONG, "--positions \"%s\": expected whole numbers parted by commas or spaces", list);
+        say(WRONG, "--positions \"%s\": expected whole numbers separated by commas or spaces",
+            list);
 }
 
 /* Opens s->file under another name than path until it is whole, so that a job that fails leaves
@@ -5401,7 +5391,7 @@ static void print_info(const struct session *s)
     const gemma3_info *info = gemma3_model_info(s->model);
     const gemma3_params *p = &s->params;
     size_t n_kv = gemma3_kv_bytes(c, p), n_scratch = gemma3_state_size(s->model, p) - n_kv;
-    const struct { const char *name, *key; double value; } fields[] = { /* keys of what may lack */
+    const struct { const char *name, *key; double value; } fields[] = { /* keys that may lack */
         {"n_layers", "", c->n_layers}, {"d_model", "", c->d_model}, {"d_ff", "", c->d_ff},
         {"n_heads", "", c->n_heads}, {"n_kv_heads", "", c->n_kv_heads},
         {"head_dim", "attention.key_length", c->head_dim}, {"n_vocab", "", c->n_vocab},
@@ -5454,6 +5444,7 @@ static int answer(struct session *s, const char *text)
     }
     /* --state keeps what does not depend on the text: the tokens that an empty one begins with. */
     int n_bare = pos == 0 ? gemma3_encode_turn(s->tokenizer, system, "", 1, bare, (int)room) : 0;
+    if (n_bare >= n) n_bare = n - 1; /* no logits are kept: the last token is always computed */
     while (n_same < n_bare && bare[n_same] == ids[n_same]) n_same++;
     int n_kept = keep_tokens(s, ids, n_same);
     /* Elsewhere Ctrl-C ends the program, as it ends any other. */
@@ -5535,7 +5526,7 @@ static void explain_fault(struct session *s)
         gemma3_forward(again, gemma3_state_ids(s->state), s->fault + 1, &s->fault, 1, s->logits);
     say(FAILED, "logits are not numbers at position %d%s%s%s", s->fault,
         gemma3_model_info(s->model)->exact && s->kv[1] == '3' ? "" : ": try --kv f32 or --exact",
-        *first ? "; the first tensor to hold what is none was " : "", first);
+        *first ? "; the first tensor that holds what is none is " : "", first);
 }
 
 /* Everything that needs a model. */

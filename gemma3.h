@@ -2,7 +2,8 @@
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
  *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, the pool,
- *                              gemma3_default_threads, gemma3_memory_limit, and "The host" below
+ *                              gemma3_default_threads, gemma3_memory_limit, "The host" below, and
+ *                              gemma3_encode and _encode_turn, which allocate
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors, and with them snprintf
  *
  * A whole program:
@@ -419,9 +420,10 @@ int gemma3_utf8_end(gemma3_utf8 *u, char out[8]);
  * where paths are UTF-8 as well and may be longer than 260 characters. What fails sets errno. */
 
 /* To be called first. Returns the arguments in UTF-8, of which the first leads to the program's
- * file, also when it was found in $PATH. From then on closed standard streams cannot become other
- * files, writing to a pipe without reader or beyond a limit fails instead of ending the program,
- * standard input and output are binary, and a console shows UTF-8. */
+ * file, on Linux and Windows also when it was found in $PATH. From then on closed standard
+ * streams cannot become other files, writing to a pipe without reader or beyond a limit fails
+ * instead of ending the program, standard input and output are binary, and a console shows
+ * UTF-8. */
 char **gemma3_host_start(char **argv);
 
 FILE *gemma3_fopen(const char *path, const char *mode);

@@ -578,7 +578,7 @@ sub with_key {
 {
     my %is = gguf(slurp($tiny));
     my $nan = edited("nan.gguf", $tiny, $is{"tensor blk.3.ffn_norm.weight"} + 4 * 7 => pack "f<", "nan");
-    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor to hold what is none was ffn_norm-3$/m;
+    my $says = qr/^gemma3: logits are not numbers at position \d+: try --kv f32 or --exact; the first tensor that holds what is none is ffn_norm-3$/m;
     run("-m", $nan, "-p", "the cat", "-n", 6);
     is($code, 1, "logits that are not numbers: exit code 1");
     like($err, $says, "one sentence, with the position, what to try, and the first tensor");
@@ -588,7 +588,7 @@ sub with_key {
     is(() = $err =~ /$says/g, 1, "once");
     run("-m", $nan, "--ids", $ids, "--hash", "--exact");
     is($code, 1, "--hash of them");
-    like($err, qr/^gemma3: logits are not numbers at position 0; the first tensor to hold what is none was ffn_norm-3$/m,
+    like($err, qr/^gemma3: logits are not numbers at position 0; the first tensor that holds what is none is ffn_norm-3$/m,
         "there is nothing to try beyond --exact");
     like($out, qr/^contract 1 mode exact kv f32 sha256 \w{64}$/, "is printed all the same");
     my $at = $is{"tensor blk.2.attn_norm.weight"};
@@ -596,7 +596,7 @@ sub with_key {
         pack "f<*", map { $_ * 1e7 } unpack "f<64", substr slurp($tiny), $at, 256);
     run("-m", $large, "-p", "the cat", "-n", 6);
     is($code, 1, "values beyond what an F16 cache holds: exit code 1");
-    like($err, qr/try --kv f32 or --exact; the first tensor to hold what is none was (kqv_out|attn_out)\S*-2$/m, "says what to try");
+    like($err, qr/try --kv f32 or --exact; the first tensor that holds what is none is (kqv_out|attn_out)\S*-2$/m, "says what to try");
     for my $how (["--kv", "f32"], ["--exact"]) {
         run("-m", $large, "-p", "the cat", "-n", 6, @$how);
         is($code, 0, "and @$how is right");
@@ -677,6 +677,8 @@ sub with_key {
     is(tiny(\"the cat\n", @kind), $dog, "and read");
     cmp_ok($n_read->(), "<", $n / 2, "which saves its tokens");
     is(tiny(\"the girl\n/clear\nthe cat\n", @kind), tiny(\"the girl\n/clear\nthe cat\n", @plain), "for every turn that is the first");
+    my $nothing = tiny(\"\f\n", @chat);
+    is(tiny(\"\f\n", @chat, "--state", "$dir/empty state"), $nothing, "a turn of nothing, computed and then read") for 1, 2;
     refuses(1, qr/the model\.gguf: .+/, "--state of a model", "-m", $tiny, "-p", $long, "--state", $copy);
     ok(slurp($copy) eq slurp($tiny), "which stays as it was");
     refuses(1, qr/cut state: .+/, "half a state", "-m", $tiny, "-p", $long, "--state", spew("cut state", substr slurp($state), 0, -3));

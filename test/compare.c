@@ -195,7 +195,7 @@ static int positions_of(const struct session *s, int32_t **out)
 {
     if (!s->args->positions) return -1;
     int n = parse_numbers(s->args->positions, ", \t\n", out);
-    if (n < 1) return complain("--positions \"%s\": expected whole numbers parted by commas",
+    if (n < 1) return complain("--positions \"%s\": expected whole numbers separated by commas",
                                s->args->positions), -2;
     for (int i = 0; i < n; i++) {
         if ((*out)[i] < 0) (*out)[i] += s->n_ids;
@@ -454,14 +454,25 @@ static void print_total(const struct total *t)
     if (t->n_next) printf("delta nll            mean %.4g\n", t->sum_delta / t->n_next);
 }
 
+/* Whether it is what an engine does whose noise is that of bf16. */
+static int is_usual(const struct cause *c, int band)
+{
+    return c->n && c->is_hidden && c->mistake[0]->is_usual_in_bf16 && band >= find_band("bf16");
+}
+
+static int has_fault(const struct cause *c, int band)
+{
+    int n = 0;
+    for (int i = 0; i < c->n; i++) n += !c->mistake[i]->is_precision && !is_usual(c, band);
+    return n > 0;
+}
+
 static struct result judge(const struct total *t, const struct cause *cause, int was_searched,
                            const struct args *a)
 {
     struct result v = {.total = *t, .band = band_of(t->sum_kl / t->n), .cause = *cause,
                        .was_searched = was_searched};
-    int is_fault = 0;
-    for (int i = 0; i < cause->n; i++) is_fault |= !cause->mistake[i]->is_precision;
-    v.conforms = v.band <= widest_allowed(a) && !is_fault;
+    v.conforms = v.band <= widest_allowed(a) && !has_fault(cause, v.band);
     return v;
 }
 
@@ -477,8 +488,11 @@ static void print_cause(const struct result *v)
     if (c->n && c->is_hidden)
         printf("%-20s it stands out of other noise, with %.2f +- %.2f of its own weight\n", "",
                c->weight, c->error);
-    else if (c->n) printf("%-20s with %s, %.6g %% of the difference is gone\n", "",
-                          c->n > 1 ? "both" : "it", 100 * c->explained);
+    if (is_usual(c, v->band))
+        printf("%-20s engines in bf16 do so: no fault there\n", "");
+    if (c->n && !c->is_hidden)
+        printf("%-20s with %s, %.6g %% of the difference is gone\n", "",
+               c->n > 1 ? "both" : "it", 100 * c->explained);
 }
 
 static void print_suspects(const struct result *v)
@@ -493,8 +507,7 @@ static void print_suspects(const struct result *v)
 static void print_verdict(const struct result *v)
 {
     const struct cause *c = &v->cause;
-    int is_fault = 0, is_named = c->n == 1 && c->mistake[0]->is_precision;
-    for (int i = 0; i < c->n; i++) is_fault |= !c->mistake[i]->is_precision;
+    int is_fault = has_fault(c, v->band), is_named = c->n == 1 && c->mistake[0]->is_precision;
     print_total(&v->total);
     print_cause(v);
     print_suspects(v);

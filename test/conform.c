@@ -170,7 +170,7 @@ static int encode_text(struct session *s, const char *text, size_t n)
 static int take_ids(struct session *s, const char *path, const char *text, size_t n_bytes)
 {
     s->n_ids = strlen(text) == n_bytes ? parse_numbers(text, " \t\r\n\v\f", &s->ids) : -1;
-    if (s->n_ids < 0) return complain("%s: expected ids parted by spaces or line ends", path);
+    if (s->n_ids < 0) return complain("%s: expected ids separated by spaces or line ends", path);
     for (int i = 0; i < s->n_ids; i++)
         if (s->ids[i] < 0 || s->ids[i] >= s->config->n_vocab)
             return complain("%s: id %d is outside the vocabulary, 0 to %d", path, (int)s->ids[i],
@@ -696,7 +696,7 @@ static const struct option options[] = {
     {"-p", "TEXT", TEXT, FIELD(prompt), 0, 0, TEXTS, "the text, after <bos>"},
     {"-f", "FILE", TEXT, FIELD(file), 0, 0, TEXTS, "the text in FILE; - is stdin"},
     {"--ids", "FILE", TEXT, FIELD(ids_file), 0, 0, TEXTS,
-     "the ids in FILE, parted by spaces or line ends; no <bos> is added"},
+     "the ids in FILE, separated by spaces or line ends; no <bos> is added"},
     {"--no-bos", NULL, FLAG, FIELD(no_bos), 0, 0, TEXTS, "no <bos> before the text"},
     {"--special", NULL, FLAG, FIELD(special), 0, 0, TEXTS,
      "control tokens spelled in the text are those tokens"},
@@ -721,7 +721,7 @@ static const struct option options[] = {
      "do not look for the mistake that explains a difference"},
     {"--suspect", "LIST", TEXT, FIELD(suspect), 0, 0, "compare",
      "looks for these mistakes alone, and says how much of each is in the\n"
-     "difference: names of conform mistakes, parted by commas"},
+     "difference: names of conform mistakes, separated by commas"},
     {"-c", "N", NUMBER, FIELD(n_ctx), 1, 1 << 24, "nll perplexity top trace export",
      "context in tokens; default: enough for the text"},
     {"-t", "N", NUMBER, FIELD(n_threads), 1, GEMMA3_MAX_THREADS, NULL,

@@ -59,7 +59,7 @@ int flush_stdout(void);
 int read_whole(const char *path, char **data, size_t *n);
 /* Writes float32 as little-endian bytes on any machine; -1 when it cannot. */
 int write_floats(FILE *f, const float *x, size_t n);
-/* Whole numbers parted by any of the separators; returns how many, -1 at something else. */
+/* Whole numbers separated by any of the separators; returns how many, -1 at something else. */
 int parse_numbers(const char *text, const char *separators, int32_t **out);
 
 int open_model(struct session *s, const struct args *a);

@@ -319,7 +319,7 @@ static struct weight weight_of(const struct search *f, const struct sketch *e)
 static int is_made(struct weight w)
 {
     double off = fabs(w.is - 1);
-    return w.is > 6 * w.error && (off < 0.3 || off < 2 * w.error);
+    return w.is > 6 * w.error && (off < 0.3 || off < 3 * w.error);
 }
 
 /* A mistake that is surely made though it explains little. */

@@ -957,9 +957,9 @@ static void texts_of_any_bytes(void)
     const gemma3_tokenizer *k = gemma3_model_tokenizer(m);
     char *text = malloc(N);
     int32_t *ids = malloc((N + 1) * sizeof *ids);
-    static const char *const what[] = { "NULs", "bytes 0xff", "halves of a character", "the "
-                                       "letter a", "spaces",
-                                        "random bytes", "the beginning of a token" };
+    static const char *const what[] = { "NULs", "bytes 0xff", "halves of a character",
+                                        "the letter a", "spaces", "random bytes",
+                                        "the beginning of a token" };
     for (int kind = 0; kind < 7; kind++) {
         for (int i = 0; i < N; i++)
             text[i] = kind == 0 ? 0 : kind == 1 ? (char)0xff : kind == 2 ? (char)0xc3 : kind == 3

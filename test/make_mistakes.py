@@ -3,7 +3,7 @@
 test/vectors. Needs torch, transformers, gguf and numpy, and the real model in weights/.
 
 mistakes.f32: rows of float32 logits for the models in test/data; mistakes.txt has a line for each
-mistake: its names (as in test/mistakes.c, parted by +), the model, and the positions whose rows follow
+mistake: its names (as in test/mistakes.c, separated by +), the model, and the positions whose rows follow
 one another. bf16*.npy: every third position of tiny in bf16, without and with a mistake, as bf16.
 f16-clamp.jsonl: the real model, its activations clamped to float16, as a server tells it.
 """

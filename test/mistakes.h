@@ -16,6 +16,7 @@ struct pass;                 /* a forward pass that makes mistakes */
 struct mistake {
     const char *name, *sentence;
     int is_precision;        /* fewer bits, not a fault */
+    int is_usual_in_bf16;    /* engines in bf16 do so: a fault only where the rest is finer */
     int (*config)(gemma3_config *c); /* changes a number; 0 when this model has none to change */
     void (*hook)(struct pass *p, const struct seen *t); /* changes a tensor on its way */
     void (*weights)(const gemma3_tensor *t); /* changes a weight of a copy of the model */
@@ -29,7 +30,7 @@ extern const int n_mistakes;
 
 /* -1 when there is none of that name. */
 int find_mistake(const char *name, size_t n);
-/* Whether a list of names parted by commas has it. */
+/* Whether a list of names separated by commas has it. */
 int names_mistake(const char *list, const struct mistake *m);
 
 /* Whether the model and the text give the mistake something to be wrong about. */

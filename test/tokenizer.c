@@ -1,7 +1,7 @@
 /* The tokenizer, first on a small vocabulary made here, whose ids, types and ways to write spaces
  * are not Gemma's own; then on Gemma's, out of the real model, against Hugging Face's ids:
  *
- *     data/tokenizer-46-cases.txt   46 hard texts, parted by "\n__ggml_vocab_test__\n"
+ *     data/tokenizer-46-cases.txt   46 hard texts, separated by "\n__ggml_vocab_test__\n"
  *     data/tokenizer-46-cases.ids   their ids, a line each
  *     data/tokenizer-udhr.txt       2,748 lines of the Declaration of Human Rights, many languages;
  *                                   before each the FNV-1a of its ids as little-endian int32
