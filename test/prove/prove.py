@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """prove.py - runs the claims of claims.c symbolically: for all values at once.
 
-    python3 test/prove/prove.py [CLAIM ...]
+    python3 test/prove/prove.py [take read ...]    those that begin so; all
 
 Needs gcc on x86-64 and angr (pip install angr 'bitstring<4.3' 'pycparser==3.0'). One line a claim; exit
 code 1 when one can be broken, with values that break it.
@@ -236,8 +236,8 @@ def main():
         subprocess.run(["gcc", *FLAGS, "-o", binary, os.path.join(HERE, "claims.c"),
                         os.path.join(TOP, "tokenizer.c"), "-lm"], check=True)
         project = angr.Project(binary, auto_load_libs=False)
-    claims = sys.argv[1:] or sorted(s.name for s in project.loader.main_object.symbols
-                                    if s.name.startswith("claim_"))
+    wanted = tuple("claim_" + name for name in sys.argv[1:]) or ("claim_",)
+    claims = sorted(s.name for s in project.loader.main_object.symbols if s.name.startswith(wanted))
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         broken = pool.map(prove, claims, chunksize=1)
     return any(broken)
