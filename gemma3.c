@@ -158,7 +158,7 @@
 #pragma GCC optimize("fp-contract=off")
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "signed-zeros")
 #pragma GCC optimize("no-unsafe-math-optimizations", "no-tree-reassoc")
-#pragma GCC optimize("no-trapping-math", "no-math-errno")
+#pragma GCC optimize("no-trapping-math", "no-math-errno", "no-finite-math-only")
 #pragma GCC optimize("tree-vectorize", "vect-cost-model=dynamic")
 #pragma GCC optimize("no-tree-ter") /* with it sums wait for their last use: registers run out */
 #if defined(__ARM_FEATURE_MVE)
@@ -1241,7 +1241,10 @@ static const char *arithmetic_fault(void)
 {
     volatile float one = 1, tiny = 0x1p-126f, a = 0x1.000002p0f, b = 0x1.fffffep-1f, big = 16777216;
     volatile double large = 0x1p53;
+    volatile uint32_t nan_bits = 0x7fc00000;
     float five = 5 * one, huge = big, unit = one; /* read once, so that a compiler may be tempted */
+    float nan = float_of(nan_bits);
+    if (nan == nan) return "what is not a number is taken for one";
     if (tiny / 2 == 0) return "subnormal numbers are flushed to zero";
     if (big + one != big || big + 3 * one != big + 4 * one)
         return "sums are not rounded to nearest, ties to even";
@@ -3650,7 +3653,7 @@ static int lay_out_model(struct opening *o)
     memset(m, 0, sizeof *m);
     m->layer = layer;
     m->kernels = o->kernels;
-    m->exact = o->options.exact;
+    m->exact = o->options.exact != 0;
     m->source = o->from;
     if (o->from.is_mapped) host_give_back(m, o->from.data, o->n_header);
     return 0;
@@ -3808,7 +3811,7 @@ static void size_state(gemma3_state *s, const gemma3_config *c, const gemma3_par
     s->n_ubatch = min_int(min_int(p->n_batch, GEMMA3_MAX_UBATCH), p->n_ctx);
     s->n_abreast = min_int(s->n_ubatch, 4); /* scores take n_ctx floats for each head of each */
     s->n_acc = s->n_ubatch < 16 ? 16 : s->n_ubatch; /* a kv head may have that many queries */
-    s->ring = min_int(c->window + s->n_ubatch - 1, p->n_ctx);
+    s->ring = min_int(min_int(c->window, 1 << 24) + s->n_ubatch - 1, p->n_ctx);
 }
 
 size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
@@ -3820,7 +3823,6 @@ size_t gemma3_kv_bytes(const gemma3_config *c, const gemma3_params *p)
     return times(times(slots, times(c->n_kv_heads, c->head_dim)), 2 * kv_element(&s));
 }
 
-/* Elements of the widest vector that a matrix is multiplied with. */
 /* Where everything of a state lies: the one place that knows. With base NULL it only counts. */
 static size_t lay_out(gemma3_state *s, const gemma3_model *m, const gemma3_params *p, uint8_t *base)
 {
@@ -3904,6 +3906,8 @@ static size_t checked_size(const gemma3_model *m, const gemma3_params *p, gemma3
         return fail(err, "a context of %d tokens: expected 1 to %d", p->n_ctx, 1 << 24), 0;
     if (p->n_batch < 1)
         return fail(err, "a batch of %d tokens: expected at least 1", p->n_batch), 0;
+    if (p->kv_type != GEMMA3_KV_F16 && p->kv_type != GEMMA3_KV_F32)
+        return fail(err, "a cache of type %d: expected GEMMA3_KV_F16 or _F32", (int)p->kv_type), 0;
     if (p->n_threads < 1 || p->n_threads > GEMMA3_MAX_THREADS)
         return fail(err, "%d threads: expected 1 to %d", p->n_threads, GEMMA3_MAX_THREADS), 0;
     if (p->n_threads > 1 && !p->parallel_for)
@@ -4926,7 +4930,7 @@ struct session {
     double read_seconds, write_seconds;
     int fault;               /* first position whose logits are not numbers, or -1 */
     FILE *out, *file;        /* of text; of --logits or --state, by another name */
-    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 8]; /* until it is whole */
+    char path[MAX_PATH_BYTES], part[MAX_PATH_BYTES + 24]; /* until it is whole */
     gemma3_utf8 utf8;        /* text on its way out: whole characters, and nothing of what may */
     char held[MAX_STOP_BYTES + 1]; /* begin a --stop text */
     size_t n_held;
@@ -4937,7 +4941,7 @@ struct session {
 static int find_option(const char *name, size_t n)
 {
     for (int i = 0; help[i] && *name == '-' && n > 1; i++)
-        if (strncmp(help[i] + 2, name, n) == 0 && help[i][n + 2] == ' ') return i;
+        if (strcspn(help[i] + 2, " ") == n && strncmp(help[i] + 2, name, n) == 0) return i;
     return 0;
 }
 
@@ -5017,7 +5021,8 @@ static void read_options(struct session *s)
         say(WRONG, "--kv %s: expected f16 or f32", s->kv);
     s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
-    s->params.n_batch = (int)number(s, "-b", 1, 1, INT_MAX, GEMMA3_MAX_UBATCH);
+    s->params.n_batch = (int)fmin(number(s, "-b", 1, 1, INT_MAX, GEMMA3_MAX_UBATCH),
+                                  GEMMA3_MAX_UBATCH);
     s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS,
                                     gemma3_default_threads());
     s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
@@ -5181,18 +5186,20 @@ static void choose_rows(struct session *s)
 
 /* Opens s->file under another name than path until it is whole, so that a job that fails leaves
  * what was there; a pipe or a device cannot be replaced, and is written to. The name is the real
- * one, or a link would be replaced instead of what it leads to. */
+ * one, or a link would be replaced instead of what it leads to; one that leads nowhere is. */
 static void open_out(struct session *s, const char *path)
 {
     char magic[4] = "";
     long long size = gemma3_file_size(path);
+    if (!*path) say(FAILED, "the name of a file to write is empty");
     FILE *old = size >= 0 ? gemma3_fopen(path, "r+b") : NULL; /* what may not be written stays */
     check(!old || fread(magic, 1, 4, old) == 4 || !ferror(old), path);
     if (memcmp(magic, "GGUF", 4) == 0)
         say(FAILED, "%s: this is a model, which would be overwritten", path);
     if (old) fclose(old);
     check(!gemma3_real_path(path, s->path, sizeof s->path), path);
-    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.part", s->path);
+    snprintf(s->part, sizeof s->part, size == -2 ? "%s" : "%s.%llx.part", s->path,
+             (unsigned long long)(gemma3_seconds() * 1e9)); /* another run's has another name */
     s->file = size < 0 || old ? gemma3_fopen(s->part, "wb") : NULL;
     check(s->file != NULL, path);
 }
@@ -5209,7 +5216,11 @@ static int write_out(void *session, const void *bytes, size_t n)
 
 static void close_out(struct session *s)
 {
-    if (s->file != stdout) check(!fclose(s->file) && !gemma3_rename(s->part, s->path), s->path);
+    if (s->file == stdout) return;
+    int ok = !fclose(s->file) && !gemma3_rename(s->part, s->path), reason = errno;
+    if (!ok && strcmp(s->part, s->path) != 0) gemma3_remove(s->part);
+    errno = reason;
+    check(ok, s->path);
 }
 
 /* ---- Command line: tokens in, tokens out ---- */
@@ -5275,8 +5286,8 @@ static int read_next(void *file, uint64_t offset, void *buffer, size_t n)
 }
 
 /* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. A file of other tokens is no mistake: it is of another
- * prompt, and overwritten. What the repeat penalty remembers is no part of a state. */
+ * there. Returns how many are in the state. A file of other tokens that fit the context is no
+ * mistake: it is of another prompt, and overwritten. What the repeat penalty remembers is no part of a state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
     const char *path = n > 0 ? option(s, "--state") : NULL;
@@ -5470,6 +5481,7 @@ static char *read_line(void)
     if (gemma3_is_terminal(stdin)) fputs("> ", stderr);
     while ((c = gemma3_typed_byte(&typed)) != EOF) {
         if (n + 1 == room) line = allocate(line, room *= 2, "the line");
+        if (!c) say(FAILED, "standard input: a zero byte in a line");
         line[n++] = (char)c;
         if (c != '\n') continue;
         n -= n > 1 && line[n - 2] == '\r' ? 2 : 1;

@@ -1,7 +1,7 @@
 /* gemma3.h - Google's Gemma 3 in plain C: the library behind the gemma3 program.
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
- *     #define GEMMA3_NO_FILE   leaves out what needs an operating system: gemma3_open, the pool,
+ *     #define GEMMA3_NO_FILE   (with NO_MAIN) leaves out what needs a system: gemma3_open, the pool,
  *                              gemma3_default_threads, gemma3_memory_limit, "The host" below, and
  *                              gemma3_encode and _encode_turn, which allocate
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors, and with them snprintf
@@ -290,7 +290,7 @@ int32_t gemma3_argmax(const float *logits, int n_vocab);
 double gemma3_nll(const float *logits, int n_vocab, int32_t id);
 
 /* exp and log as the contract defines them, the same bits everywhere, within 1e-15 of the true
- * value, for figures made of nll. exp: 0 below -745.2, infinite above 709.78; log: -infinity of 0,
+ * value, relatively (what is subnormal, to its last bit), for figures made of nll. exp: 0 below -745.2, infinite above 709.78; log: -infinity of 0,
  * NaN of negative numbers. */
 double gemma3_exp(double x);
 double gemma3_log(double x);
@@ -423,8 +423,8 @@ int gemma3_utf8_end(gemma3_utf8 *u, char out[8]);
 /* To be called first. Returns the arguments in UTF-8, of which the first leads to the program's
  * file, on Linux and Windows also when it was found in $PATH. From then on closed standard
  * streams cannot become other files, writing to a pipe without reader or beyond a limit fails
- * instead of ending the program, standard input and output are binary, and a console shows
- * UTF-8. */
+ * instead of ending the program, standard input and output are binary, a console shows UTF-8, and
+ * a model's file that is cut while it is used ends the program with a sentence (SIGBUS). */
 char **gemma3_host_start(char **argv);
 
 FILE *gemma3_fopen(const char *path, const char *mode);

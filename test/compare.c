@@ -5,7 +5,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include "compare.h"
 
@@ -159,15 +158,11 @@ static size_t read_file(void *user, uint64_t at, void *to, size_t n)
 
 int open_input(struct input *in, struct file_bytes *f, const char *path)
 {
-    struct stat st;
-    *f = (struct file_bytes){fopen(path, "rb"), 0};
+    long long size = gemma3_file_size(path);
+    if (size == -2) return complain("%s is not a regular file", path); /* a pipe is not waited for */
+    *f = (struct file_bytes){gemma3_fopen(path, "rb"), 0};
     if (!f->file) return complain("%s: %s", path, strerror(errno));
-    if (fstat(fileno(f->file), &st) || !S_ISREG(st.st_mode)) {
-        fclose(f->file);
-        f->file = NULL;
-        return complain("%s is not a regular file", path);
-    }
-    *in = (struct input){path, (uint64_t)st.st_size, read_file, f};
+    *in = (struct input){path, (uint64_t)size, read_file, f};
     return 0;
 }
 

@@ -890,7 +890,8 @@ int main(int argc, char **argv)
     struct session s = {.args = &a};
     char found[4096];
     fill_streams();
-    signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end */
+    signal(SIGPIPE, SIG_IGN); /* a reader that goes away is an error of writing, not our end; */
+    signal(SIGXFSZ, SIG_IGN); /* and so is a file beyond its limit */
     if (argc < 2) return refuse("which command?");
     int is_help = strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0;
     const struct command *c = find_command(argv[1]);

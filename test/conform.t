@@ -444,6 +444,20 @@ refuses(qr{no/where: No such file}, "a folder that is not there", "export", "-m"
     "$dir/no/where");
 refuses(qr/each after the one before/, "positions out of order", "export", "-m", $tiny, "--ids", $ids, "--npy",
     $file_of, "--positions", "5,3");
+{
+    my $model = spew("a model.gguf", slurp($tiny));
+    refuses(qr/a model\.gguf: this is a model, which would be overwritten/, "a model", "export", "-m", $model, "-p", "a",
+        "--npy", $model);
+    is(slurp($model), slurp($tiny), "which is whole");
+    SKIP: {
+        skip "no /dev/full", 2 if !-c "/dev/full";
+        refuses(qr{/dev/full: No space left}, "a full device", "export", "-m", $tiny, "-p", "a", "--npy", "/dev/full");
+        ok(-c "/dev/full", "which stays a device");
+    }
+    my $pipe = "$dir/pipe";
+    refuses(qr/pipe is not a regular file/, "a pipe", "compare", $pipe, "-m", $tiny, "--ids", $ids)
+        if POSIX::mkfifo($pipe, 0600);
+}
 SKIP: {
     my $python = qx(python3 -c "import numpy, safetensors.numpy; print('yes')" 2>&1);
     skip "no numpy and safetensors in python3", 1 if $python ne "yes\n";

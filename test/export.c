@@ -10,8 +10,24 @@ struct export {
     struct session *s;
     const char *path;
     FILE *file;
+    int is_new;              /* a file of ours: not a device or a pipe, which stays what it is */
     uint16_t *code;          /* of a base file: room for a row */
 };
+
+/* Opens x->path for writing, but for a model, which would be gone. */
+static int open_new(struct export *x)
+{
+    char magic[4] = "";
+    long long size = gemma3_file_size(x->path);
+    FILE *old = size >= 0 ? gemma3_fopen(x->path, "rb") : NULL;
+    size_t n = old ? fread(magic, 1, 4, old) : 0;
+    if (old) fclose(old);
+    if (n == 4 && memcmp(magic, "GGUF", 4) == 0)
+        return complain("%s: this is a model, which would be overwritten", x->path);
+    x->is_new = size != -2;
+    x->file = gemma3_fopen(x->path, "wb");
+    return x->file ? 0 : complain("%s: %s", x->path, strerror(errno));
+}
 
 static int write_bytes(struct export *x, const void *bytes, size_t n)
 {
@@ -143,11 +159,10 @@ int export_logits(struct session *s, const struct args *a)
     if (!code && !a->kld_base) code = wanted_positions(s, &wanted, &n_rows);
     s->params.n_ctx = a->kld_base ? piece : s->n_ids;
     if (!code) code = open_state(s);
-    if (!code && !(x.file = fopen(x.path, "wb")))
-        code = complain("%s: %s", x.path, strerror(errno));
+    if (!code) code = open_new(&x);
     if (!code) code = a->kld_base ? write_base(&x, piece) : write_array(&x, wanted, n_rows);
     if (x.file && fclose(x.file) && !code) code = complain("%s: %s", x.path, strerror(errno));
-    if (x.file && code) remove(x.path);
+    if (x.file && code && x.is_new) remove(x.path);
     free(wanted);
     return code;
 }
