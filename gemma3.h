@@ -369,11 +369,10 @@ gemma3_tokenizer *gemma3_tokenizer_init(const gemma3_vocab *v, void *mem, size_t
 /* What it was built over, for as long as it lives. */
 const gemma3_vocab *gemma3_tokenizer_vocab(const gemma3_tokenizer *t);
 
-/* Text to ids as transformers' GemmaTokenizerFast does for Gemma 3, but for special tokens
- * (above). n bytes of any content, at most 2^29 (2^27 on 32 bits): what is not valid UTF-8
- * becomes byte tokens. Writes at most max_ids ids and returns how many; -1 when more are needed
- * (n + 1 always suffice), -2 when memory for the work (28 bytes per byte of text) is not to be
- * had. O(n log n). */
+/* Text to ids as transformers' GemmaTokenizerFast does for Gemma 3, but for special tokens (above).
+ * n bytes of any content, at most 2^29 (2^27 on 32 bits): what is not valid UTF-8 becomes byte
+ * tokens. Writes at most max_ids ids and returns how many; -1 when more are needed (n + 1 always
+ * suffice), -2 when memory for the work (28 bytes for each of text) is not there. O(n log n). */
 int gemma3_encode(const gemma3_tokenizer *t, const char *text, size_t n, int flags, int32_t *ids,
                   int max_ids);
 /* The same with n_work >= gemma3_encode_work(n) bytes of the caller's memory, at any address,

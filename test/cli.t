@@ -154,6 +154,9 @@ unlike($out, qr/[\x00-\x09\x0b-\x1f\x7f]/, "all of it");
 
 refuses(2, qr/nothing to do/, "no prompt", "-m", $tiny);
 refuses(2, qr/unknown option --frobnicate/, "an unknown option", "-m", $tiny, "--frobnicate");
+refuses(2, qr/unknown option -p TEXT/, "an option and its value in one word", "-m", $tiny, "-p TEXT");
+refuses(1, qr/the name of a file to write is empty/, "no name", "-m", $tiny, "-p", "a", "--logits", "");
+refuses(1, qr/a zero byte in a line/, "a zero byte in a chat", \"hi\0there\n", "-m", "weights/gemma3-folktales-q4_0.gguf", "-i");
 refuses(2, qr/unknown option --per/, "a part of an option that has moved", "-m", $tiny, "--per");
 refuses(2, qr/unexpected argument "hello"/, "a stray word", "-m", $tiny, "hello");
 refuses(2, qr/unexpected argument "ores"/, "a word of the help", "-m", $tiny, "ores");
