@@ -5217,9 +5217,8 @@ static int write_out(void *session, const void *bytes, size_t n)
 static void close_out(struct session *s)
 {
     if (s->file == stdout) return;
-    int ok = !fclose(s->file) && !gemma3_rename(s->part, s->path), reason = errno;
+    int ok = !fclose(s->file) && !gemma3_rename(s->part, s->path);
     if (!ok && strcmp(s->part, s->path) != 0) gemma3_remove(s->part);
-    errno = reason;
     check(ok, s->path);
 }
 
@@ -5285,9 +5284,10 @@ static int read_next(void *file, uint64_t offset, void *buffer, size_t n)
     return fread(buffer, 1, n, file) == n ? 0 : -1;
 }
 
-/* --state: the first n tokens are read from the file, as far as it has them, or computed and kept
- * there. Returns how many are in the state. A file of other tokens that fit the context is no
- * mistake: it is of another prompt, and overwritten. What the repeat penalty remembers is no part of a state. */
+/* --state: the first n tokens are read from the file, as far as it has them, or computed and
+ * kept there. Returns how many are in the state. A file of other tokens that fit the context is
+ * no mistake: it is of another prompt, and overwritten. What the repeat penalty remembers is no
+ * part of a state. */
 static int keep_tokens(struct session *s, const int32_t *ids, int n)
 {
     const char *path = n > 0 ? option(s, "--state") : NULL;

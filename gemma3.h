@@ -1,9 +1,9 @@
 /* gemma3.h - Google's Gemma 3 in plain C: the library behind the gemma3 program.
  *
  *     #define GEMMA3_NO_MAIN   before including or compiling gemma3.c leaves the command line out
- *     #define GEMMA3_NO_FILE   (with NO_MAIN) leaves out what needs a system: gemma3_open, the pool,
- *                              gemma3_default_threads, gemma3_memory_limit, "The host" below, and
- *                              gemma3_encode and _encode_turn, which allocate
+ *     #define GEMMA3_NO_FILE   (with NO_MAIN) leaves out what needs an operating system:
+ *                              gemma3_open, the pool, gemma3_default_threads, gemma3_memory_limit,
+ *                              "The host" below, and what allocates: gemma3_encode, _encode_turn
  *     #define GEMMA3_NO_ERROR_TEXT  leaves out the sentences of errors, and with them snprintf
  *
  * A whole program:
@@ -289,9 +289,9 @@ int32_t gemma3_argmax(const float *logits, int n_vocab);
  * mean over a text is what llama-perplexity takes exp of. */
 double gemma3_nll(const float *logits, int n_vocab, int32_t id);
 
-/* exp and log as the contract defines them, the same bits everywhere, within 1e-15 of the true
- * value, relatively (what is subnormal, to its last bit), for figures made of nll. exp: 0 below -745.2, infinite above 709.78; log: -infinity of 0,
- * NaN of negative numbers. */
+/* exp and log as the contract defines them, the same bits everywhere, relatively within 1e-15 of
+ * the true value (a subnormal one to its last bit), for figures made of nll. exp: 0 below -745.2,
+ * infinite above 709.78; log: -infinity of 0, NaN of negative numbers. */
 double gemma3_exp(double x);
 double gemma3_log(double x);
 

@@ -159,7 +159,7 @@ static size_t read_file(void *user, uint64_t at, void *to, size_t n)
 int open_input(struct input *in, struct file_bytes *f, const char *path)
 {
     long long size = gemma3_file_size(path);
-    if (size == -2) return complain("%s is not a regular file", path); /* a pipe is not waited for */
+    if (size == -2) return complain("%s is not a regular file", path); /* a pipe waits */
     *f = (struct file_bytes){gemma3_fopen(path, "rb"), 0};
     if (!f->file) return complain("%s: %s", path, strerror(errno));
     *in = (struct input){path, (uint64_t)size, read_file, f};
