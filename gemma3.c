@@ -5021,8 +5021,7 @@ static void read_options(struct session *s)
         say(WRONG, "--kv %s: expected f16 or f32", s->kv);
     s->params.kv_type = s->kv[1] == '3' ? GEMMA3_KV_F32 : GEMMA3_KV_F16;
     s->params.n_ctx = (int)number(s, "-c", 1, 1, 1 << 24, 0);
-    s->params.n_batch = (int)fmin(number(s, "-b", 1, 1, INT_MAX, GEMMA3_MAX_UBATCH),
-                                  GEMMA3_MAX_UBATCH);
+    s->params.n_batch = (int)fmin(GEMMA3_MAX_UBATCH, number(s, "-b", 1, 1, INT_MAX, 64));
     s->params.n_threads = (int)number(s, "-t", 1, 1, GEMMA3_MAX_THREADS,
                                     gemma3_default_threads());
     s->n_predict = (int)number(s, "-n", 1, 0, INT_MAX, -1);
