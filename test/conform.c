@@ -21,15 +21,21 @@ static const char default_model[] = "gemma3-folktales-q4_0.gguf";
 
 enum { MAX_FILE_BYTES = 1 << 29 }; /* of a text: the tokenizer takes no more */
 
+static int vcomplain(const char *format, va_list list, const char *end)
+{
+    fputs("conform: ", stderr);
+    vfprintf(stderr, format, list);
+    fputs(end, stderr);
+    return WRONG;
+}
+
 int complain(const char *format, ...)
 {
     va_list list;
     va_start(list, format);
-    fputs("conform: ", stderr);
-    vfprintf(stderr, format, list);
-    fputc('\n', stderr);
+    int code = vcomplain(format, list, "\n");
     va_end(list);
-    return WRONG;
+    return code;
 }
 
 int out_of_memory(size_t n_bytes, const char *what)
@@ -741,11 +747,9 @@ static int refuse(const char *format, ...)
 {
     va_list list;
     va_start(list, format);
-    fputs("conform: ", stderr);
-    vfprintf(stderr, format, list);
-    fputs(" (conform --help lists the commands)\n", stderr);
+    int code = vcomplain(format, list, " (conform --help lists the commands)\n");
     va_end(list);
-    return WRONG;
+    return code;
 }
 
 static void print_entry(const char *name, const char *value, const char *help)

@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "tap.h"
@@ -658,9 +659,9 @@ static void every_damage(const char *what, tiny t)
 static double seconds_of(const bytes *b, const char *sentence)
 {
     gemma3_error err = { "" };
-    double begin = gemma3_seconds();
+    clock_t begin = clock(); /* of this process alone: other work does not count */
     gemma3_model *m = gemma3_open_memory(b->p, b->n, "x.gguf", NULL, &err);
-    double seconds = gemma3_seconds() - begin;
+    double seconds = (double)(clock() - begin) / CLOCKS_PER_SEC;
     if (sentence ? m || strcmp(err.text, sentence) : !m)
         ok(0, "opens, or is refused as expected: %s", err.text);
     gemma3_close(m);
@@ -712,7 +713,7 @@ static void many_keys(void)
             free(b.p);
         }
     for (int twice = 0; twice < 2; twice++)
-        ok(seconds[twice][1] < 40 * seconds[twice][0] + 2, /* of 10^10 comparisons: minutes */
+        ok(seconds[twice][1] < 40 * seconds[twice][0] + 0.5, /* of 10^10 comparisons: minutes */
            "100,000 keys%s take %.3f s, 10,000 %.3f s", twice ? ", one of them twice," : "",
            seconds[twice][1], seconds[twice][0]);
 }
